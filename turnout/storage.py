@@ -1,0 +1,71 @@
+"""Files on disk: written aside, flushed, then renamed, so that a half-written file never passes for a whole one."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from turnout.errors import StorageError, word
+
+__all__ = ["digest", "read_error", "write_whole"]
+
+
+def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Writes a file so that ``path`` holds either what it held before or all of ``content``.
+
+    The content goes to a ``.part`` file beside it, is flushed to the disk, and takes the name in one step.
+
+    Args:
+        path: the file; its folder is made when missing.
+        content: text (written as UTF-8), bytes, or a function that writes the file whose path it is given.
+
+    Raises:
+        StorageError: the disk is full, the folder is not writable, or the path is not a file.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            aside.write_text(content, encoding="utf-8")
+        elif isinstance(content, bytes):
+            aside.write_bytes(content)
+        else:
+            content(aside)
+        _flush(aside)
+        aside.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise read_error(error, path, "write_whole") from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
+    """The StorageError that says what an operating-system error means for this path, and what to do."""
+    fixes = {
+        errno.ENOSPC: ("be on a disk with room", "free some space, or write to another disk; nothing saved was lost"),
+        errno.EDQUOT: ("be within the disk quota", "free some space, or write elsewhere; nothing saved was lost"),
+        errno.EACCES: ("be accessible to this user", "change its permissions, or choose another folder"),
+        errno.EPERM: ("be accessible to this user", "change its permissions, or choose another folder"),
+        errno.EROFS: ("be on a writable disk", "choose another folder"),
+        errno.ENOENT: ("exist", "check the spelling of the path"),
+        errno.ENOTDIR: ("lie in a folder", "one of its parents is a file: choose another path"),
+        errno.EISDIR: ("be a file", "it is a folder: choose another path"),
+    }
+    allowed, fix = fixes.get(error.errno or 0, ("be readable and writable", "see the system's message"))
+    return StorageError(word("the path", got=f"{path} ({error.strerror})", allowed=allowed, where=where, fix=fix))
+
+
+def digest(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits; reads in pieces, so any size is fine."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,17 @@
+"""The nouns that every room shares, and the one glossary of shape letters.
+
+Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K columns):
+
+    T tokens      E experts     K experts chosen per token   R routed entries of a Routing (T·K when dropless)
+    D width       F expert (or feed-forward) hidden width    V vocabulary
+    B batch       S sequence positions (in models)           H attention heads      C capacity of an expert
+    L layers      P paths       G devices or expert groups   Q queries              N documents
+"""
+
+from turnout.types.cost import Budget, Cost
+from turnout.types.report import Report
+from turnout.types.routing import Routing
+from turnout.types.trace import Trace, TraceWriter
+from turnout.types.weights import ExpertWeights
+
+__all__ = ["Budget", "Cost", "ExpertWeights", "Report", "Routing", "Trace", "TraceWriter"]

@@ -1,0 +1,336 @@
+"""Routing: the token decision, a sparse tokens x experts matrix with its entries sorted by expert."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from turnout.errors import CheckpointError, ShapeError, UsageError, word
+from turnout.storage import write_whole
+
+_FORMAT = "turnout.routing/1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routing:
+    """A sparse tokens x experts matrix: entry r sends token ``token_R[r]`` to one expert with ``weight_R[r]``.
+
+    Entries are sorted by expert, and by token within an expert; expert e owns the entries
+    ``offset_E[e]:offset_E[e + 1]``. Any sparsity pattern is allowed: K entries a row (top-k), C entries a column
+    (expert choice), rows with none (dropped tokens), rows with many. At most one entry per token and expert.
+
+    Args:
+        token_R: (R,) int64, the row of each entry, in [0, num_tokens).
+        weight_R: (R,) floating point, the combine weight of each entry; gradients flow through it.
+        offset_E: (E + 1,) int64, non-decreasing, from 0 to R.
+        num_tokens: T, the number of rows.
+        wanted_E: (E,) int64, the load before capacity truncated it; None when nothing was truncated.
+        score_TE: (T, E) the router's scores for all experts (probabilities or affinities), for losses and reports.
+        logit_TE: (T, E) fp32, the scores before their non-linearity, for the router z-loss.
+
+    >>> r = Routing.from_topk(torch.tensor([[2, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), num_experts=3)
+    >>> r.token_R.tolist(), r.offset_E.tolist(), r.load_E.tolist()
+    ([0, 1, 0, 1], [0, 1, 2, 4], [1, 1, 2])
+    >>> print(r)
+    Routing(2 tokens -> 3 experts, 4 entries, 2.00 per token, load 1..2, 0 dropped)
+
+    Source: the compressed sparse column view of Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with
+    Mixture-of-Experts". We keep the matrix itself, not its block-padded form.
+    """
+
+    token_R: Tensor
+    weight_R: Tensor
+    offset_E: Tensor
+    num_tokens: int
+    wanted_E: Tensor | None = None
+    score_TE: Tensor | None = None
+    logit_TE: Tensor | None = None
+    # Positions of the entries ordered by token, when the maker knows them; see by_token.
+    order_R: Tensor | None = dataclasses.field(default=None, repr=False)
+    top_k: int | None = dataclasses.field(default=None, repr=False)
+
+    # ---- making one
+
+    @classmethod
+    def from_topk(
+        cls,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        num_experts: int,
+        score_TE: Tensor | None = None,
+        logit_TE: Tensor | None = None,
+    ) -> Self:
+        """The routing in which token t goes to the K experts ``index_TK[t]`` with ``weight_TK[t]``.
+
+        The experts of one token must differ; ``validate`` checks it.
+        """
+        if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
+            raise ShapeError(
+                word(
+                    "index_TK and weight_TK",
+                    got=f"{tuple(index_TK.shape)} and {tuple(weight_TK.shape)}",
+                    allowed="have the same shape (T, K)",
+                    where="Routing.from_topk",
+                    fix="pass both results of the same torch.topk call",
+                )
+            )
+        num_tokens, top_k = index_TK.shape
+        # Narrow keys sort several times faster on the CPU; values and order are the same.
+        flat_R = index_TK.reshape(-1)
+        key_R = flat_R.to(torch.uint8) if num_experts <= 256 and flat_R.device.type == "cpu" else flat_R
+        entry_R = torch.argsort(key_R, stable=True)
+        count_E = torch.bincount(flat_R, minlength=num_experts)
+        order_R = torch.empty_like(entry_R)
+        order_R[entry_R] = torch.arange(entry_R.numel(), device=entry_R.device)
+        return cls(
+            token_R=entry_R // top_k if top_k > 1 else entry_R,
+            weight_R=weight_TK.reshape(-1)[entry_R],
+            offset_E=torch.nn.functional.pad(count_E.cumsum(0), (1, 0)),
+            num_tokens=num_tokens,
+            score_TE=score_TE,
+            logit_TE=logit_TE,
+            order_R=order_R,
+            top_k=top_k,
+        )
+
+    @classmethod
+    def from_entries(
+        cls,
+        token_R: Tensor,
+        expert_R: Tensor,
+        weight_R: Tensor,
+        *,
+        num_tokens: int,
+        num_experts: int,
+        wanted_E: Tensor | None = None,
+        score_TE: Tensor | None = None,
+        logit_TE: Tensor | None = None,
+    ) -> Self:
+        """The routing with these entries, given in any order."""
+        entry_R = torch.argsort(expert_R * max(num_tokens, 1) + token_R)
+        count_E = torch.bincount(expert_R, minlength=num_experts)
+        return cls(
+            token_R=token_R[entry_R],
+            weight_R=weight_R[entry_R],
+            offset_E=torch.nn.functional.pad(count_E.cumsum(0), (1, 0)),
+            num_tokens=num_tokens,
+            wanted_E=wanted_E,
+            score_TE=score_TE,
+            logit_TE=logit_TE,
+        )
+
+    @classmethod
+    def from_dense(cls, weight_TE: Tensor, *, mask_TE: Tensor | None = None) -> Self:
+        """The routing whose entries are the true entries of ``mask_TE`` (default: the non-zeros of ``weight_TE``)."""
+        chosen_TE = weight_TE != 0 if mask_TE is None else mask_TE
+        expert_R, token_R = chosen_TE.t().nonzero(as_tuple=True)
+        num_tokens, num_experts = weight_TE.shape
+        return cls.from_entries(
+            token_R, expert_R, weight_TE[token_R, expert_R], num_tokens=num_tokens, num_experts=num_experts
+        )
+
+    # ---- asking it
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of columns."""
+        return self.offset_E.numel() - 1
+
+    @property
+    def num_entries(self) -> int:
+        """R, the number of entries."""
+        return self.token_R.numel()
+
+    @functools.cached_property
+    def load_E(self) -> Tensor:
+        """(E,) int64, the number of tokens that each expert receives: the column sums of the pattern."""
+        return self.offset_E.diff()
+
+    @functools.cached_property
+    def expert_R(self) -> Tensor:
+        """(R,) int64, the column of each entry."""
+        return torch.repeat_interleave(
+            torch.arange(self.num_experts, device=self.offset_E.device),
+            self.load_E,
+            output_size=self.num_entries,
+        )
+
+    @functools.cached_property
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Positions of the entries ordered by token (R,), and where each token's begin (T + 1,): the rows."""
+        if self.order_R is not None and self.top_k is not None:
+            start_T = torch.arange(0, self.num_entries + 1, self.top_k, device=self.token_R.device)
+            return self.order_R, start_T
+        count_T = torch.bincount(self.token_R, minlength=self.num_tokens)
+        order_R = torch.argsort(self.token_R, stable=True)
+        return order_R, torch.nn.functional.pad(count_T.cumsum(0), (1, 0))
+
+    @property
+    def dropped_E(self) -> Tensor:
+        """(E,) int64, the number of entries that capacity took from each expert."""
+        return torch.zeros_like(self.load_E) if self.wanted_E is None else self.wanted_E - self.load_E
+
+    def dense(self) -> Tensor:
+        """(T, E) the matrix itself, zero where there is no entry; differentiable in ``weight_R``."""
+        weight_TE = self.weight_R.new_zeros(self.num_tokens, self.num_experts)
+        return weight_TE.index_put((self.token_R, self.expert_R), self.weight_R)
+
+    def affinity(self, after: "Routing") -> Tensor:
+        """(E, E') int64, how many tokens go to expert i here and to expert j in ``after``: the product A^T A'.
+
+        Raises:
+            ShapeError: the two routings are not over the same number of tokens.
+        """
+        if self.num_tokens != after.num_tokens:
+            raise ShapeError(
+                word(
+                    "the two routings",
+                    got=f"{self.num_tokens} and {after.num_tokens} tokens",
+                    allowed="route the same tokens",
+                    where="Routing.affinity",
+                    fix="take both from one forward pass",
+                )
+            )
+        here_TE = self.detach()._pattern(torch.float64)
+        return (here_TE.t() @ after.detach()._pattern(torch.float64)).long()
+
+    def _pattern(self, dtype: torch.dtype) -> Tensor:
+        ones_R = torch.ones(self.num_entries, dtype=dtype, device=self.token_R.device)
+        return dataclasses.replace(self, weight_R=ones_R).dense()
+
+    # ---- changing it
+
+    def keep(self, keep_R: Tensor) -> Self:
+        """The routing with only the entries where ``keep_R`` is true; the load before is kept in ``wanted_E``."""
+        kept_E = torch.zeros_like(self.load_E).index_add_(0, self.expert_R, keep_R.long())
+        return dataclasses.replace(
+            self,
+            token_R=self.token_R[keep_R],
+            weight_R=self.weight_R[keep_R],
+            offset_E=torch.nn.functional.pad(kept_E.cumsum(0), (1, 0)),
+            wanted_E=self.load_E if self.wanted_E is None else self.wanted_E,
+            order_R=None,
+            top_k=None,
+        )
+
+    def truncate(self, capacity: int, *, priority: Literal["weight", "position"] = "weight") -> Self:
+        """The routing in which no expert receives more than ``capacity`` tokens.
+
+        Args:
+            capacity: C >= 1, tokens per expert.
+            priority: whom an expert keeps: the highest weights (ties: the earlier token), or the earliest tokens
+                (GShard and Switch).
+
+        Raises:
+            UsageError: capacity is below 1, or priority is neither of the two.
+        """
+        if capacity < 1 or priority not in ("weight", "position"):
+            raise UsageError(
+                word(
+                    "capacity and priority",
+                    got=f"{capacity} and {priority!r}",
+                    allowed="be at least 1, and 'weight' or 'position'",
+                    where="Routing.truncate",
+                    fix="pass capacity=1 or more and priority='weight'",
+                )
+            )
+        rank_R = torch.arange(self.num_entries, device=self.token_R.device)
+        if priority == "weight":
+            heavy_R = torch.argsort(self.weight_R.detach(), descending=True, stable=True)
+            heavy_R = heavy_R[torch.argsort(self.expert_R[heavy_R], stable=True)]
+            place_R = torch.empty_like(rank_R)
+            place_R[heavy_R] = rank_R
+            rank_R = place_R
+        return self.keep(rank_R - self.offset_E[self.expert_R] < capacity)
+
+    def detach(self) -> Self:
+        """The same routing, outside any gradient and without scores and logits."""
+        return dataclasses.replace(self, weight_R=self.weight_R.detach(), score_TE=None, logit_TE=None)
+
+    # ---- checking, printing, keeping it
+
+    def validate(self) -> Self:
+        """This routing, once its invariants are checked; reads every entry, so not for a hot path.
+
+        Raises:
+            ShapeError: an entry is out of range, out of order, repeated or not finite, or the offsets do not fit.
+        """
+        problem = self._problem()
+        if problem:
+            raise ShapeError(
+                word(
+                    "a Routing",
+                    got=problem,
+                    allowed="have in-range, finite, unrepeated entries sorted by expert, then token",
+                    where="Routing.validate",
+                    fix="build it with Routing.from_entries, which sorts",
+                )
+            )
+        return self
+
+    def _problem(self) -> str | None:
+        load_E, token_R = self.load_E, self.token_R
+        if self.weight_R.shape != token_R.shape:
+            return f"{tuple(self.weight_R.shape)} weights for {tuple(token_R.shape)} tokens"
+        if self.offset_E[0] != 0 or self.offset_E[-1] != self.num_entries or bool((load_E < 0).any()):
+            return f"offsets {self.offset_E.tolist()} for {self.num_entries} entries"
+        if self.num_entries == 0:
+            return None
+        if int(token_R.min()) < 0 or int(token_R.max()) >= self.num_tokens:
+            return f"tokens {int(token_R.min())}..{int(token_R.max())} of {self.num_tokens}"
+        if not bool((torch.diff(self.expert_R * self.num_tokens + token_R) > 0).all()):
+            return "entries that are unsorted or repeated"
+        if not bool(torch.isfinite(self.weight_R).all()):
+            return "weights that are not finite"
+        return None
+
+    def __str__(self) -> str:
+        load_E = self.load_E
+        span = f"{int(load_E.min())}..{int(load_E.max())}" if load_E.numel() else "none"
+        mean = self.num_entries / max(self.num_tokens, 1)
+        return (
+            f"Routing({self.num_tokens} tokens -> {self.num_experts} experts, {self.num_entries} entries, "
+            f"{mean:.2f} per token, load {span}, {int(self.dropped_E.sum())} dropped)"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the routing to one safetensors file, aside first and then renamed."""
+        from safetensors.torch import save_file
+
+        optional = {"wanted_E": self.wanted_E, "score_TE": self.score_TE, "logit_TE": self.logit_TE}
+        tensors = {"token_R": self.token_R, "weight_R": self.weight_R, "offset_E": self.offset_E}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": _FORMAT, "num_tokens": str(self.num_tokens)}
+        write_whole(path, lambda aside: save_file(tensors, aside, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The routing that ``save`` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, truncated or not a routing.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != _FORMAT:
+                    raise SafetensorError(f"format {meta.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()
+        except (OSError, SafetensorError, TypeError, ShapeError) as error:
+            raise CheckpointError(
+                word(
+                    "the file",
+                    got=f"{path} ({error})",
+                    allowed=f"be a whole {_FORMAT} safetensors file",
+                    where="Routing.load",
+                    fix="write it again with Routing.save",
+                )
+            ) from error
