@@ -1,0 +1,96 @@
+"""Frozen dataclasses as plain JSON values and back, with every type checked: what configurations go to disk as."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+
+from turnout.errors import CheckpointError, UsageError, nearest, word
+
+__all__ = ["build", "fit", "plain"]
+
+
+def plain(value: object) -> typing.Any:
+    """The value with dataclasses as dicts, tuples as lists: what ``json.dumps`` takes.
+
+    >>> from turnout.types import Cost
+    >>> plain(Cost(params=3))["params"]
+    3
+
+    Source: none; plain bookkeeping.
+    """
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def build(kind: type, values: object, where: str) -> typing.Any:
+    """The dataclass ``kind`` with these values, each checked against its declared type.
+
+    Raises:
+        CheckpointError: the values are not a mapping.
+        UnknownNameError: a field that ``kind`` does not have.
+        UsageError: a value of the wrong type.
+
+    >>> from turnout.types import Cost
+    >>> build(Cost, {"params": 3}, "the example").params
+    3
+
+    Source: none; plain bookkeeping.
+    """
+    if not isinstance(values, Mapping):
+        raise CheckpointError(
+            word(where, got=values, allowed=f"hold the fields of {kind.__name__}", where="Run.open", fix="restore it")
+        )
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise nearest(unknown[0], names, kind="field", where=f"{where}, written by another version of turnout?")
+    return kind(**{name: fit(item, hints[name], f"{where}: {name}") for name, item in values.items()})
+
+
+def fit(value: object, kind: typing.Any, where: str) -> typing.Any:
+    """The JSON value as the type that a field declares: lists become tuples, whole numbers floats.
+
+    Raises:
+        UsageError: the value cannot be of that type.
+
+    >>> fit([1, 2], tuple[int, ...], "the example")
+    (1, 2)
+
+    Source: none; plain bookkeeping.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = [part for part in parts if part is not type(None)]
+        if value is None and type(None) in parts:
+            return None
+        for option in options[:-1]:
+            try:
+                return fit(value, option, where)
+            except UsageError:
+                continue
+        return fit(value, options[-1], where)
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast(type, kind), value, where)
+    if origin is typing.Literal and value in parts:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        if len(inner) == len(value):
+            return tuple(fit(item, part, where) for item, part in zip(value, inner, strict=True))
+    if origin in (Mapping, dict, typing.get_origin(Mapping[str, int])) and isinstance(value, Mapping):
+        return {key: fit(item, parts[1], where) for key, item in value.items()}
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (object, typing.Any) or (isinstance(kind, type) and type(value) is kind):
+        return value
+    wanted = " or ".join(map(repr, parts)) if origin is typing.Literal else getattr(kind, "__name__", str(kind))
+    raise UsageError(
+        word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=f"write a value that is {wanted}")
+    )
