@@ -1,0 +1,114 @@
+"""The mixture-of-experts layer of a transformer: routed experts, and shared ones that are always on."""
+
+import torch
+from torch import Tensor, nn
+
+from turnout.errors import ShapeError, UsageError, word
+from turnout.layers.turnout import Routed, decide
+from turnout.paths import Bank, FeedForward
+from turnout.types.weights import Activation
+
+__all__ = ["MoE"]
+
+
+class MoE(nn.Module):
+    """Routed experts plus, if wanted, a shared expert: y = sum_e g_e(x) expert_e(x) + s(x) shared(x).
+
+    s(x) is 1, or sigmoid(x @ w) with ``shared_gate``.
+
+    Args:
+        width: D, of the tokens.
+        hidden: F, of each routed expert.
+        num_experts: E.
+        router: the policy, with the same width and number of experts.
+        activation: as in ``turnout.paths.Bank``.
+        shared_hidden: F of the shared expert, or None for no shared expert.
+        shared_gate: whether the shared expert is scaled by a learned sigmoid.
+        backend: the name of an executor in ``turnout.run``, or "auto".
+        std: standard deviation of the normal distribution that the weights start from.
+        generator: where the starting weights' chance comes from; torch's default when None.
+
+    Raises:
+        ShapeError: the router is of another width or number of experts.
+        UsageError: a gate without a shared expert, a size below 1, or an unknown activation.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from turnout.types import Routing
+    >>> class Even(nn.Module):
+    ...     def forward(self, x_TD, *, token_id_T=None, generator=None):
+    ...         return Routing.from_topk(torch.arange(len(x_TD))[:, None] % 4, torch.ones(len(x_TD), 1), num_experts=4)
+    >>> MoE(8, 16, 4, router=Even(), shared_hidden=16)(torch.zeros(2, 6, 8)).routing.load_E.tolist()
+    [3, 3, 3, 3]
+
+    Source: Shazeer et al., 2017, "Outrageously Large Neural Networks"; shared experts as Dai et al., 2024,
+    "DeepSeekMoE"; the sigmoid on them as Qwen Team, 2024, "Qwen1.5-MoE".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        router: nn.Module,
+        activation: Activation = "swiglu",
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
+        backend: str = "auto",
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if shared_gate and shared_hidden is None:
+            raise UsageError(
+                word(
+                    "shared_gate",
+                    got=True,
+                    allowed="go with a shared expert",
+                    where="turnout.layers.MoE",
+                    fix="pass shared_hidden, or shared_gate=False",
+                )
+            )
+        of = getattr(router, "width", width), getattr(router, "num_experts", num_experts)
+        if of != (width, num_experts):
+            raise ShapeError(
+                word(
+                    "the router",
+                    got=f"width {of[0]} and {of[1]} experts",
+                    allowed=f"have width {width} and {num_experts} experts",
+                    where="turnout.layers.MoE",
+                    fix=f"build it with ({width}, {num_experts})",
+                )
+            )
+        self.router, self.backend = router, backend
+        self.bank = Bank(num_experts, width, hidden, activation=activation, std=std, generator=generator)
+        self.shared = self.shared_gate = None
+        if shared_hidden is not None:
+            self.shared = FeedForward(width, shared_hidden, activation=activation, std=std, generator=generator)
+        if shared_gate:
+            self.shared_gate = nn.Parameter(torch.empty(1, width).normal_(0, std, generator=generator))
+
+    def forward(self, x: Tensor, *, token_id: Tensor | None = None, generator: torch.Generator | None = None) -> Routed:
+        """The output, in x's shape and dtype, and the routing of the flattened tokens.
+
+        Args:
+            x: (..., D).
+            token_id: (...), for routers that look at the token itself.
+            generator: for routers that draw.
+
+        Raises:
+            ShapeError: token_id does not fit x.
+        """
+        routing = decide(self.router, x, token_id, generator)
+        y = self.bank(x.reshape(-1, x.shape[-1]), routing, backend=self.backend).view(x.shape)
+        if self.shared is None:
+            return Routed(y, routing)
+        always = self.shared(x)
+        if self.shared_gate is not None:
+            always = always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
+        return Routed(y + always.to(y.dtype), routing)
+
+    def extra_repr(self) -> str:
+        """The backend, for printing."""
+        return f"backend={self.backend!r}"

@@ -1,0 +1,11 @@
+"""Executors: tensors and a routing in, tensors out. They do not know who made the decision.
+
+All of them give the same values and gradients as ``reference``; they differ in speed and in what they can take.
+"""
+
+from turnout.run.choose import EXECUTORS, Choice, choose, execute
+from turnout.run.grouped import grouped
+from turnout.run.reference import activate, reference
+from turnout.run.sort import sort
+
+__all__ = ["EXECUTORS", "Choice", "activate", "choose", "execute", "grouped", "reference", "sort"]

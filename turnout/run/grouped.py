@@ -1,0 +1,80 @@
+"""torch's own grouped matrix product over rows sorted by expert."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from turnout.errors import UsageError, word
+from turnout.run.reference import activate, prepare
+from turnout.types import ExpertWeights, Routing
+
+__all__ = ["grouped"]
+
+
+def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Each token's weighted sum of its experts' outputs, by two grouped products over rows sorted by expert.
+
+    The product wants every stride to be a multiple of 16 bytes; widths that are not are padded with zeros, which
+    copies the weights.
+
+    Args:
+        x_TD: (T, D), the tokens, in fp32, bf16 or fp16.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    Returns:
+        (T, D) in x's dtype; tokens without entries are zero.
+
+    Raises:
+        ShapeError: the three do not fit each other.
+        UsageError: their dtypes differ and autocast is off, or torch's product does not know the dtype (fp64).
+
+    >>> import torch
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
+    >>> grouped(torch.ones(1, 3), routing, weights)
+    tensor([[6., 6., 6.]])
+
+    Source: the grouped product of torch.nn.functional.grouped_mm; dispatch as in Gale et al., 2022, "MegaBlocks".
+    """
+    dtype = x_TD.dtype
+    x_TD, weights = prepare(x_TD, routing, weights)
+    if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(
+            word(
+                "the dtype",
+                got=str(x_TD.dtype),
+                allowed="be float32, bfloat16 or float16",
+                where="turnout.run.grouped",
+                fix="pass backend='sort', which takes any floating dtype",
+            )
+        )
+    with torch.autocast(x_TD.device.type, enabled=False):
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+        if routing.num_entries == 0:
+            # torch's product refuses to take no rows; zero times everything keeps the gradients' zeros.
+            nothing = x_TD.sum() + routing.weight_R.sum() + weights.up_EDH.sum() + weights.down_EFD.sum()
+            return (y_TD + 0 * nothing).to(dtype)
+        end_E = routing.offset_E[1:].to(torch.int32)
+        hidden_RH = _product(x_TD.index_select(0, routing.token_R), weights.up_EDH, end_E)
+        if weights.up_bias_EH is not None:
+            hidden_RH = hidden_RH + weights.up_bias_EH.index_select(0, routing.expert_R)
+        out_RD = _product(activate(hidden_RH, weights.activation), weights.down_EFD, end_E)
+        if weights.down_bias_ED is not None:
+            out_RD = out_RD + weights.down_bias_ED.index_select(0, routing.expert_R)
+        out_RD = out_RD.to(wide) * routing.weight_R[:, None].to(wide)
+        return y_TD.index_add(0, routing.token_R, out_RD).to(dtype)
+
+
+def _product(rows: Tensor, stack: Tensor, end_E: Tensor) -> Tensor:
+    """Rows (R, I) times stack (E, I, O), each group of rows with its own matrix; I and O padded where they must be."""
+    inside, outside = stack.shape[1:]
+    unit = 16 // rows.element_size()
+    pad_in, pad_out = -inside % unit, -outside % unit
+    if pad_in or pad_out:
+        rows = F.pad(rows, (0, pad_in))
+        stack = F.pad(stack, (0, pad_out, 0, pad_in))
+    aligned = all(stride * stack.element_size() % 16 == 0 for stride in stack.stride() if stride != 1)
+    stack = stack if aligned and 1 in stack.stride()[1:] else stack.contiguous()
+    return F.grouped_mm(rows.contiguous(), stack, offs=end_E)[:, :outside]

@@ -1,0 +1,148 @@
+"""The obvious loop over experts: what every other executor must equal, in values and in gradients."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from turnout.errors import ShapeError, UsageError, word
+from turnout.types import ExpertWeights, Routing
+
+__all__ = ["activate", "prepare", "reference"]
+
+_PLAIN = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """What lies between the two products of a feed-forward expert.
+
+    A gated activation takes (..., 2F), gate first and value last, and gives g(gate) * value of (..., F); a plain one
+    keeps the shape. GELU is the exact one, with the error function.
+
+    Args:
+        hidden: (..., H), the up product.
+        activation: one of "swiglu", "geglu", "reglu", "gelu", "relu", "silu".
+
+    Raises:
+        UsageError: another name.
+
+    >>> import torch
+    >>> activate(torch.tensor([[-1.0, 2.0, 3.0, 4.0]]), "reglu")
+    tensor([[0., 8.]])
+
+    Source: Shazeer, 2020, "GLU Variants Improve Transformer".
+    """
+    if activation not in _PLAIN:
+        raise UsageError(
+            word(
+                "activation",
+                got=activation,
+                allowed=f"be one of {', '.join(_PLAIN)}",
+                where="turnout.run",
+                fix="pass activation='swiglu'",
+            )
+        )
+    if activation.endswith("glu"):
+        gate, value = hidden.chunk(2, dim=-1)
+        return _PLAIN[activation](gate) * value
+    return _PLAIN[activation](hidden)
+
+
+def prepare(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
+    """Checks that the three fit, and gives input and weights in the dtype of the products.
+
+    That is the dtype they share, or autocast's own where autocast is on; gradients return in the dtype that was passed.
+
+    Raises:
+        ShapeError: tokens, experts, width or hidden do not fit each other.
+        UsageError: the dtypes differ and autocast is off.
+    """
+    fits = (
+        x_TD.ndim == 2
+        and x_TD.shape == (routing.num_tokens, weights.width)
+        and routing.num_experts == weights.num_experts
+        and weights.up_EDH.shape[2] == weights.hidden * (2 if weights.gated else 1)
+        and weights.down_EFD.shape == (weights.num_experts, weights.hidden, weights.width)
+    )
+    if not fits:
+        raise ShapeError(
+            word(
+                "x_TD, routing and weights",
+                got=f"{tuple(x_TD.shape)}, {routing.num_tokens} tokens x {routing.num_experts} experts, "
+                f"up {tuple(weights.up_EDH.shape)} and down {tuple(weights.down_EFD.shape)} of {weights.activation}",
+                allowed="agree in T, D, E and F, with H = 2F for a gated activation and F otherwise",
+                where="turnout.run",
+                fix="take the routing from a router of this width and number of experts",
+            )
+        )
+    if torch.is_autocast_enabled(x_TD.device.type):
+        dtype = torch.get_autocast_dtype(x_TD.device.type)
+        changed = {
+            f.name: value.to(dtype)
+            for f in dataclasses.fields(weights)
+            if isinstance(value := getattr(weights, f.name), Tensor)
+        }
+        return x_TD.to(dtype), dataclasses.replace(weights, **changed)
+    if not x_TD.dtype == weights.up_EDH.dtype == weights.down_EFD.dtype:
+        raise UsageError(
+            word(
+                "the dtypes of x, up and down",
+                got=f"{x_TD.dtype}, {weights.up_EDH.dtype} and {weights.down_EFD.dtype}",
+                allowed="be the same unless autocast is on",
+                where="turnout.run",
+                fix=f"pass x.to({weights.up_EDH.dtype}), or run under torch.autocast",
+            )
+        )
+    return x_TD, weights
+
+
+def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Each token's weighted sum of its experts' outputs, one expert after the other, with plain operations.
+
+    y[t] = sum over the entries r of token t of weight_R[r] * expert_e(r)(x[t]), summed in fp32 or wider.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    Returns:
+        (T, D) in x's dtype; tokens without entries are zero.
+
+    Raises:
+        ShapeError: the three do not fit each other.
+        UsageError: their dtypes differ and autocast is off.
+
+    >>> import torch
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
+    >>> reference(torch.ones(1, 3), routing, weights)
+    tensor([[6., 6., 6.]])
+
+    Source: Shazeer et al., 2017, "Outrageously Large Neural Networks", equation 1.
+    """
+    dtype = x_TD.dtype
+    x_TD, weights = prepare(x_TD, routing, weights)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+        bound_E = routing.offset_E.tolist()
+        for e in range(weights.num_experts):
+            rows = slice(bound_E[e], bound_E[e + 1])
+            token_C = routing.token_R[rows]
+            hidden = x_TD[token_C] @ weights.up_EDH[e]
+            if weights.up_bias_EH is not None:
+                hidden = hidden + weights.up_bias_EH[e]
+            out_CD = activate(hidden, weights.activation) @ weights.down_EFD[e]
+            if weights.down_bias_ED is not None:
+                out_CD = out_CD + weights.down_bias_ED[e]
+            y_TD = y_TD.index_add(0, token_C, out_CD.to(wide) * routing.weight_R[rows, None].to(wide))
+        return y_TD.to(dtype)
