@@ -1,20 +1,19 @@
 """Which executor runs, and why."""
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from turnout.errors import nearest
 from turnout.run.grouped import grouped
-from turnout.run.reference import reference
+from turnout.run.reference import Executor, reference
 from turnout.run.sort import sort
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["EXECUTORS", "Choice", "choose", "execute"]
 
-EXECUTORS: dict[str, Callable[[Tensor, Routing, ExpertWeights], Tensor]] = {
+EXECUTORS: dict[str, Executor] = {
     "reference": reference,
     "sort": sort,
     "grouped": grouped,

@@ -1,6 +1,8 @@
 """The obvious loop over experts: what every other executor must equal, in values and in gradients."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["activate", "prepare", "reference"]
+__all__ = ["Executor", "activate", "prepare", "reference", "uncompiled"]
+
+Executor = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
 _PLAIN = {
     "swiglu": F.silu,
@@ -54,6 +58,18 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
         gate, value = hidden.chunk(2, dim=-1)
         return _PLAIN[activation](gate) * value
     return _PLAIN[activation](hidden)
+
+
+def uncompiled(executor: Executor) -> Executor:
+    """The executor, left as it is by torch.compile, which cannot trace token counts that differ at every step."""
+
+    @functools.wraps(executor)
+    def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        # Decorating with torch.compiler.disable outright would import the compiler with turnout.
+        chosen = torch.compiler.disable(executor) if torch.compiler.is_compiling() else executor
+        return chosen(x_TD, routing, weights)
+
+    return run
 
 
 def prepare(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
@@ -104,6 +120,7 @@ def prepare(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Ten
     return x_TD, weights
 
 
+@uncompiled
 def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, one expert after the other, with plain operations.
 

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from turnout.run.reference import activate, prepare
+from turnout.run.reference import activate, prepare, uncompiled
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["sort"]
 
 
+@uncompiled
 def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, by one product per expert over rows sorted by expert.
 
