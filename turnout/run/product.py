@@ -1,0 +1,106 @@
+"""The dense product under everything else: which of torch's own CPU kernels computes a fp32 matrix product.
+
+torch computes fp32 products with MKL. On processors that are not Intel's, MKL takes its AVX2 path; oneDNN, which
+the same torch carries for bf16 and convolutions, uses all of AVX-512 there and is 2.2 times as fast (AMD Zen 5:
+240 against 108 GFLOP/s a core; docs/performance.md). Both round in IEEE fp32; only the order of sums differs.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear", "onednn_is_faster", "product"]
+
+# Below this many multiply-adds the fixed 10 microseconds of a oneDNN call outweigh what it saves.
+_LEAST = 1 << 20
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this machine's fp32 products should go to oneDNN: an AVX-512 processor that is not Intel's.
+
+    A rule, not a measurement, so that two processes on one machine always compute the same bits.
+
+    >>> isinstance(onednn_is_faster(), bool)
+    True
+
+    Source: none; measured, see docs/performance.md.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or "BLAS_INFO=mkl" not in torch.__config__.show():
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(errors="replace")
+
+
+def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
+    return (
+        multiply_adds >= _LEAST
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
+        and onednn_is_faster()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tensor:
+    """(M, N) = a_MK @ b_KN by the fastest kernel of this machine; outside autograd.
+
+    Args:
+        a_MK: (M, K), any strides.
+        b_KN: (K, N), any strides.
+        out_MN: where the result goes; a new tensor when None.
+
+    >>> product(torch.ones(2, 3), torch.ones(3, 4)).tolist()
+    [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
+
+    Source: none; torch's own kernels.
+    """
+    if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel()):
+        result = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+        return result if out_MN is None else out_MN.copy_(result)
+    return torch.mm(a_MK, b_KN) if out_MN is None else torch.mm(a_MK, b_KN, out=out_MN)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None):
+        ctx.save_for_backward(x_MI, weight_OI)
+        return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope_MO: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
+        x_MI, weight_OI = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(slope_MO, weight_OI) if of_x else None,
+            product(slope_MO.t(), x_MI) if of_weight else None,
+            slope_MO.sum(0) if of_bias else None,
+        )
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """The affine map x @ weight^T + bias, as ``torch.nn.functional.linear``, by the fastest kernel of this machine.
+
+    Args:
+        x: (..., I).
+        weight_OI: (O, I).
+        bias_O: (O,) or None.
+
+    Returns:
+        (..., O), differentiable once.
+
+    >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
+    torch.Size([2, 4])
+
+    Source: none; torch's own kernels.
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    if torch.is_autocast_enabled("cpu") or not _suits(x, weight_OI, rows * weight_OI.numel()):
+        return torch.nn.functional.linear(x, weight_OI, bias_O)
+    return _Linear.apply(x.reshape(rows, -1), weight_OI, bias_O).view(*x.shape[:-1], -1)
