@@ -90,6 +90,8 @@ def word(what: str, *, got: object, allowed: str, where: str, fix: str) -> str:
     >>> print(word("top_k", got=9, allowed="be between 1 and num_experts=8", where="turnout.decide.token.TopK",
     ...            fix="pass top_k=8"))
     top_k must be between 1 and num_experts=8 in turnout.decide.token.TopK; got 9. Nearest fix: pass top_k=8.
+
+    Source: none; the four things that scikit-learn's messages say.
     """
     shown = got if isinstance(got, str) else repr(got)
     return f"{what} must {allowed} in {where}; got {shown}. Nearest fix: {fix}."
@@ -109,6 +111,8 @@ def nearest(name: str, names: Iterable[str], *, kind: str, where: str) -> Unknow
 
     >>> print(nearest("tinny", ["tiny", "demo"], kind="recipe", where="turnout train"))
     unknown recipe 'tinny' in turnout train. Did you mean 'tiny'? Available: demo, tiny.
+
+    Source: none; difflib's closest match. It is offered, never taken.
     """
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -22,6 +22,14 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
 
     Raises:
         StorageError: the disk is full, the folder is not writable, or the path is not a file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(Path(folder, "new", "note.txt"), "all of it")
+    ...     Path(folder, "new", "note.txt").read_text(encoding="utf-8")
+    'all of it'
+
+    Source: none; plain bookkeeping.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
@@ -50,7 +58,13 @@ def _flush(path: Path) -> None:
 
 
 def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
-    """The StorageError that says what an operating-system error means for this path, and what to do."""
+    """The StorageError that says what an operating-system error means for this path, and what to do.
+
+    >>> print(read_error(OSError(errno.ENOENT, "not found"), "notes.txt", "the example"))
+    the path must exist in the example; got notes.txt (not found). Nearest fix: check the spelling of the path.
+
+    Source: none; plain bookkeeping.
+    """
     fixes = {
         errno.ENOSPC: ("be on a disk with room", "free some space, or write to another disk; nothing saved was lost"),
         errno.EDQUOT: ("be within the disk quota", "free some space, or write elsewhere; nothing saved was lost"),
@@ -66,6 +80,12 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
 
 
 def digest(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits; reads in pieces, so any size is fine."""
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits; reads in pieces, so any size is fine.
+
+    >>> digest("/dev/null")[:8]
+    'e3b0c442'
+
+    Source: none; plain bookkeeping.
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
