@@ -1,0 +1,20 @@
+"""Meters: what a decision costs, how even it is, how well the network does, and the page that shows it all."""
+
+from turnout.measure.cost import count_flops, count_params
+from turnout.measure.evaluate import Evaluation, bits_per_byte
+from turnout.measure.hardware import hardware
+from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
+
+__all__ = [
+    "Evaluation",
+    "bits_per_byte",
+    "coefficient_of_variation",
+    "count_flops",
+    "count_params",
+    "dead_experts",
+    "dropped_share",
+    "entropy",
+    "hardware",
+    "load_report",
+    "max_vio",
+]
