@@ -72,10 +72,13 @@ def uncompiled(executor: Executor) -> Executor:
     return run
 
 
-def prepare(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
+def prepare(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, cast_weights: bool = True
+) -> tuple[Tensor, ExpertWeights]:
     """Checks that the three fit, and gives input and weights in the dtype of the products.
 
     That is the dtype they share, or autocast's own where autocast is on; gradients return in the dtype that was passed.
+    Without ``cast_weights`` only the input is cast, and the executor sees to the weights.
 
     Raises:
         ShapeError: tokens, experts, width or hidden do not fit each other.
@@ -101,6 +104,8 @@ def prepare(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Ten
         )
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
+        if not cast_weights:
+            return x_TD.to(dtype), weights
         changed = {
             f.name: value.to(dtype)
             for f in dataclasses.fields(weights)
