@@ -4,11 +4,17 @@ from turnout.measure.cost import count_flops, count_params
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
+from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
+from turnout.measure.runs import Passage, ReportData, RunData, read_run
 
 __all__ = [
     "Evaluation",
+    "Passage",
+    "ReportData",
+    "RunData",
     "bits_per_byte",
     "coefficient_of_variation",
+    "compare",
     "count_flops",
     "count_params",
     "dead_experts",
@@ -16,5 +22,10 @@ __all__ = [
     "entropy",
     "hardware",
     "load_report",
+    "markdown",
     "max_vio",
+    "quantity",
+    "read_run",
+    "results_rows",
+    "results_table",
 ]
