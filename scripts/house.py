@@ -251,6 +251,8 @@ def rooms_list_their_names(modules: Iterable[Module]) -> Iterator[str]:
     for module in table.values():
         if not module.summary:
             yield f"{module.path}:1: has no docstring; its first line goes into docs/architecture.md"
+        if module.name.count(".") > 1 and module.name.rpartition(".")[0] not in table:
+            yield f"{module.path}:1: its folder has no __init__.py"
         names = listed(module)
         if names is None:
             if module.is_public:

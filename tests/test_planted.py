@@ -63,7 +63,8 @@ PLANTED = {
             {"run/__init__.py": "from turnout.run.a import gone\n__all__ = ['gone']", "run/a.py": ""},
             "'gone', which is not found where it is imported from",
         ),
-        ({"run/a.py": "__all__ = ['gone']"}, "'gone', which does not exist"),
+        ({"run/__init__.py": "__all__ = []", "run/a.py": "__all__ = ['gone']"}, "'gone', which does not exist"),
+        ({"train/data/text.py": "x = 1"}, "its folder has no __init__.py"),
     ],
     "nothing_dangerous": [
         ({"run/a.py": "import pickle"}, "imports pickle"),

@@ -1,0 +1,74 @@
+"""What is public is said in three places that agree: a room's ``__all__``, docs/api and the changelog."""
+
+import importlib
+import re
+
+import pytest
+
+import turnout
+from house import ROOT, Module, listed, read
+
+MODULES = read()
+ROOMS = [module for module in MODULES if module.is_public]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def names_documented(room: str) -> dict[str, list[str]]:
+    """The names on a page of docs/api, by the heading of the module that holds them."""
+    page = (ROOT / "docs" / "api" / f"{room}.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for heading, name in re.findall(r"^##? `(turnout[\w.]+)`|^- \[`(\w+)`\]", page, re.MULTILINE):
+        if heading:
+            found[heading] = []
+        else:
+            found[list(found)[-1]].append(name)
+    return found
+
+
+@pytest.mark.parametrize("module", ROOMS, ids=lambda module: module.name)
+def test_docs_list_the_room(module: Module) -> None:
+    """docs/api/<room>.md has every public name and no other; scripts/docs.py writes it."""
+    assert names_documented(module.room).get(module.name) == listed(module)
+
+
+def test_docs_have_no_other_rooms() -> None:
+    """A room that is gone takes its page with it."""
+    pages = {path.stem for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert pages == {module.room for module in ROOMS}
+
+
+@pytest.mark.parametrize("module", ROOMS, ids=lambda module: module.name)
+def test_changelog_names_the_room(module: Module) -> None:
+    """Every public name stands in CHANGELOG.md, in the entry of its own room, in backticks."""
+    entries = re.findall(rf"^- `{re.escape(module.name)}`:(.*?)(?=^- |^#|\Z)", CHANGELOG, re.MULTILINE | re.DOTALL)
+    said = set(re.findall(r"`(\w+)`", " ".join(entries)))
+    assert set(listed(module) or []) <= said
+
+
+@pytest.mark.parametrize("module", ROOMS, ids=lambda module: module.name)
+def test_names_are_importable(module: Module) -> None:
+    """``from turnout.room import name`` works for every name of ``__all__``."""
+    room = importlib.import_module(module.name)
+    assert [name for name in listed(module) or [] if not hasattr(room, name)] == []
+
+
+def test_package_names_are_the_rooms_names() -> None:
+    """The names that ``turnout`` loads on first use are public where they live, and all of them are listed."""
+    assert turnout.__all__ == [*sorted(turnout._HOME), "__version__"]
+    for name, home in turnout._HOME.items():
+        room = importlib.import_module(home)
+        assert name in room.__all__
+        assert getattr(turnout, name) is getattr(room, name)
+
+
+def test_an_unknown_package_name_says_so() -> None:
+    """Python's own message, so that ``hasattr`` and ``from turnout import`` work."""
+    with pytest.raises(AttributeError, match="no attribute 'Rooting'"):
+        turnout.Rooting  # noqa: B018
+
+
+def test_version_is_the_changelogs() -> None:
+    """The newest release in the changelog is the package's version; before the first release there is none."""
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", CHANGELOG, re.MULTILINE)
+    assert released[:1] in ([], [turnout.__version__])
+    assert "## [Unreleased]" in CHANGELOG
