@@ -1,0 +1,5 @@
+"""The thesis, word for word: policies that decide what runs. Each level of decision is a package of its own."""
+
+__all__ = ["token"]
+
+from turnout.decide import token

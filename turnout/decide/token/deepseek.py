@@ -1,0 +1,151 @@
+"""Group-limited sigmoid top-k: the router of DeepSeek-V3."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from turnout.decide.token.gate import Priority, check, largest, limit, linear
+from turnout.decide.token.loss_free import in_fp32, nudge, refuse_evaluation
+from turnout.errors import ShapeError, UsageError, word
+from turnout.types import Routing
+
+__all__ = ["GroupLimited"]
+
+
+class GroupLimited(nn.Module):
+    """Each token takes the k experts with the highest biased sigmoid score, from a few groups of experts only.
+
+    s = sigmoid(W x); c = s + b; the ``top_groups`` groups with the highest sum of their two largest c stay, all others
+    are masked with -inf; chosen = the k largest c that are left; g_e = scale * s_e / (sum of the chosen s + 1e-20).
+    b moves after every optimizer step, as in ``LossFree``.
+
+    Args:
+        width: D, of the tokens.
+        num_experts: E.
+        top_k: K, experts per token, 1 to E.
+        num_groups: groups of E / num_groups neighbouring experts (devices, in the paper); 1 for no groups.
+        top_groups: groups that a token may choose from; they must hold K experts.
+        renormalize: whether the K scores of a token are scaled to sum to 1 before ``scale``.
+        scale: what the weights are multiplied with (routed_scaling_factor).
+        rate: how far the bias moves per step; 0 leaves it alone.
+        capacity_factor: c > 0 limits every expert to max(1, ceil(c T K / E)) tokens; None drops nothing.
+        priority: whom a full expert keeps: "weight" the highest weights, "position" the earliest tokens.
+        std: standard deviation of the normal distribution that ``weight`` (E, D) starts from.
+        generator: where the starting weights' chance comes from; torch's default when None.
+
+    Raises:
+        ShapeError: top_k is not between 1 and E, groups that do not divide E or do not hold K, or a size below 1.
+        UsageError: a negative rate, or a capacity_factor that is not positive.
+
+    >>> router = GroupLimited(2, 4, top_k=2, num_groups=2, top_groups=1)
+    >>> _ = router.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0], [2.0, 0.0], [2.0, 0.0]]))
+    >>> router(torch.tensor([[1.0, 0.0]])).expert_R.tolist()  # expert 0 scores highest, but its group does not
+    [2, 3]
+
+    Source: DeepSeek-AI, 2024, "DeepSeek-V3 Technical Report", section 2.1.2, with the group score of the released
+    code. Groups of one expert score with that one. ``bias_E`` stays in fp32 when the module is cast down.
+    """
+
+    bias_E: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        renormalize: bool = True,
+        scale: float = 1.0,
+        rate: float = 0.001,
+        capacity_factor: float | None = None,
+        priority: Priority = "weight",
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check("GroupLimited", width, num_experts, top_k, capacity_factor, priority)
+        _check_groups(num_experts, top_k, num_groups, top_groups)
+        if not rate >= 0:
+            where, fix = "turnout.decide.token.GroupLimited", "pass rate=0.001, or 0 to leave the bias alone"
+            raise UsageError(word("rate", got=rate, allowed="not be negative", where=where, fix=fix))
+        self.width, self.num_experts, self.top_k = width, num_experts, top_k
+        self.num_groups, self.top_groups = num_groups, top_groups
+        self.renormalize, self.scale, self.rate = renormalize, scale, rate
+        self.capacity_factor, self.priority = capacity_factor, priority
+        self.weight = nn.Parameter(torch.empty(num_experts, width).normal_(0, std, generator=generator))
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    def forward(
+        self, x_TD: Tensor, *, token_id_T: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Routing:
+        """The routing of these tokens; ``token_id_T`` and ``generator`` are not used.
+
+        Raises:
+            ShapeError: x_TD is not (T, width).
+        """
+        logit_TE = linear(x_TD, self.weight)
+        score_TE = logit_TE.sigmoid()
+        index_TK = largest(self._limited((score_TE + self.bias_E).detach()), self.top_k)
+        weight_TK = score_TE.gather(1, index_TK)
+        if self.renormalize:
+            weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
+        if self.scale != 1:
+            weight_TK = weight_TK * self.scale
+        routing = Routing.from_topk(
+            index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
+        )
+        return limit(routing, self.top_k, self.capacity_factor, self.priority)
+
+    def _limited(self, biased_TE: Tensor) -> Tensor:
+        """The biased scores, -inf outside the groups that each token may choose from."""
+        if self.top_groups == self.num_groups:
+            return biased_TE
+        size = self.num_experts // self.num_groups
+        grouped_TGM = biased_TE.unflatten(1, (self.num_groups, size))
+        group_TG = grouped_TGM.topk(min(2, size), dim=2)[0].sum(2)
+        closed_TG = torch.ones_like(group_TG, dtype=torch.bool)
+        closed_TG.scatter_(1, largest(group_TG, self.top_groups), False)
+        return grouped_TGM.masked_fill(closed_TG.unsqueeze(2), float("-inf")).flatten(1)
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Moves the bias by one step; the training loop calls it once per optimizer step.
+
+        Args:
+            load_E: (E,) the tokens that chose each expert (before capacity), summed over the step's batches and ranks.
+
+        Raises:
+            ShapeError: load_E is not (E,).
+            UsageError: the router is in evaluation mode.
+        """
+        refuse_evaluation(self.training)
+        self.bias_E.copy_(nudge(self.bias_E, load_E, self.rate))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before_E = self.bias_E
+        super()._apply(fn, recurse)
+        self.bias_E = in_fp32(before_E, self.bias_E)
+        return self
+
+    def extra_repr(self) -> str:
+        """The sizes, for printing."""
+        return f"{self.width}, {self.num_experts}, top_k={self.top_k}, groups={self.top_groups}/{self.num_groups}"
+
+
+def _check_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int) -> None:
+    divides = num_groups >= 1 and num_experts % num_groups == 0
+    if divides and 1 <= top_groups <= num_groups and top_groups * (num_experts // num_groups) >= top_k:
+        return
+    near = max(n for n in range(1, num_experts + 1) if num_experts % n == 0 and n <= max(num_groups, 1))
+    raise ShapeError(
+        word(
+            "num_groups and top_groups",
+            got=f"{num_groups} and {top_groups}",
+            allowed=f"divide num_experts={num_experts}, and leave at least top_k={top_k} experts to choose from",
+            where="turnout.decide.token.GroupLimited",
+            fix=f"pass num_groups={near}, top_groups={min(near, -(-top_k * near // num_experts))}",
+        )
+    )

@@ -1,0 +1,103 @@
+"""The pieces that several routers need: the linear gate, the deterministic choice of the largest, noise, capacity."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turnout.errors import ShapeError, UsageError, word
+from turnout.types import Routing
+
+Priority = Literal["weight", "position"]
+# Below this many scores one stable sort takes less time than the four small operations that build the keys.
+_FEW = 512
+
+
+def check(
+    name: str, width: int, num_experts: int, top_k: int, capacity_factor: float | None, priority: str = "weight"
+) -> None:
+    """Refuses sizes that cannot work, on behalf of the router called ``name``."""
+    where = f"turnout.decide.token.{name}"
+    if width < 1 or num_experts < 1:
+        got, allowed = f"{width} and {num_experts}", "be at least 1"
+        raise ShapeError(word("width and num_experts", got=got, allowed=allowed, where=where, fix="pass 1 or more"))
+    if not 1 <= top_k <= num_experts:
+        fix = f"pass top_k={min(max(top_k, 1), num_experts)}"
+        allowed = f"be between 1 and num_experts={num_experts}"
+        raise ShapeError(word("top_k", got=top_k, allowed=allowed, where=where, fix=fix))
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        fix = "pass capacity_factor=1.25, or None to drop nothing"
+        allowed = "be positive, or None"
+        raise UsageError(word("capacity_factor", got=capacity_factor, allowed=allowed, where=where, fix=fix))
+    if priority not in ("weight", "position"):
+        allowed, fix = "be 'weight' or 'position'", "pass priority='weight'"
+        raise UsageError(word("priority", got=priority, allowed=allowed, where=where, fix=fix))
+
+
+def check_tokens(x_TD: Tensor, width: int) -> None:
+    """Refuses tokens that are not (T, width)."""
+    if x_TD.ndim != 2 or x_TD.shape[1] != width:
+        fix = "flatten x to (tokens, width), and build the router with that width"
+        allowed = f"have the shape (T, {width})"
+        raise ShapeError(word("x_TD", got=f"{tuple(x_TD.shape)}", allowed=allowed, where="the router", fix=fix))
+
+
+def linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """(T, E) the products of tokens and gate, in fp32, or in fp64 where the gate is; autocast does not reach it.
+
+    Raises:
+        ShapeError: x is not (T, D) for the gate's D.
+    """
+    check_tokens(x_TD, weight_ED.shape[1])
+    dtype = torch.promote_types(weight_ED.dtype, torch.float32)
+    if torch.is_autocast_enabled(x_TD.device.type):
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return torch.nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    return torch.nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+
+def softmax(logit_TE: Tensor) -> Tensor:
+    """The softmax over experts. On the CPU, rows too short for its vectors go five times faster as columns."""
+    if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu":
+        return logit_TE.t().softmax(0).t()
+    return logit_TE.softmax(1)
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """(T, k) int64, the positions of the k largest scores of each row, largest first; of equal ones the lower index.
+
+    torch.topk leaves the order of ties open. Here fp32 scores become whole numbers, in the same order, that carry the
+    index in their low bits: no two are equal, so topk has one answer, at nearly its usual speed.
+    """
+    score_TE = score_TE.detach()
+    num_experts = score_TE.shape[1]
+    if k == 1:
+        return score_TE.argmax(1, keepdim=True)  # defined as the first of equal ones
+    if score_TE.dtype != torch.float32 or score_TE.numel() <= _FEW:
+        return score_TE.sort(dim=1, descending=True, stable=True)[1][:, :k]
+    bit_TE = (score_TE + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
+    bit_TE ^= (bit_TE >> 31) & 0x7FFFFFFF
+    back_E = torch.arange(num_experts - 1, -1, -1, device=bit_TE.device)
+    return torch.add(back_E, bit_TE.to(torch.int64), alpha=1 << 31).topk(k, dim=1)[1]
+
+
+def draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A tensor of chance, from ``torch.rand`` or ``torch.randn``, drawn on the generator's device."""
+    device = like.device if generator is None else generator.device
+    return sample(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def limit(routing: Routing, top_k: int, capacity_factor: float | None, priority: Priority) -> Routing:
+    """The routing truncated to the capacity max(1, ceil(capacity_factor * T * top_k / E)); None leaves it whole."""
+    if capacity_factor is None:
+        return routing
+    return routing.truncate(
+        capacity(routing.num_tokens, routing.num_experts, top_k, capacity_factor), priority=priority
+    )
+
+
+def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
+    """C, how many tokens an expert takes at most."""
+    return max(1, math.ceil(capacity_factor * num_tokens * top_k / num_experts))
