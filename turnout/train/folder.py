@@ -1,0 +1,109 @@
+"""The output folder of one run: who may write in it, what it already holds, and what is left there on failure."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turnout import __version__
+from turnout.errors import StorageError, UsageError, word
+from turnout.storage import read_error, write_whole
+
+__all__ = ["locked", "read_run_json", "refuse_other_run", "write_failure"]
+
+_TRACES = ("run.json", "metrics.jsonl", "checkpoints")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the folder for this process; the lock ends with the process, however that ends.
+
+    Raises:
+        UsageError: another process trains in this folder.
+        StorageError: the folder cannot be written.
+    """
+    path = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise read_error(error, out, "turnout.train") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UsageError(
+                word(
+                    "the output folder",
+                    got=f"{out}, in which process {holder} is training",
+                    allowed="be free",
+                    where="turnout.train",
+                    fix="wait for that process or stop it (it saves first), or write to another --out",
+                )
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def refuse_other_run(out: Path) -> None:
+    """Stops a new run from writing over one that is there.
+
+    Raises:
+        UsageError: the folder holds a run; says which, and how far it is.
+    """
+    found = [name for name in _TRACES if (out / name).exists()]
+    if not found:
+        return
+    body = read_run_json(out)
+    about = f"recipe {body['recipe']}, " if "recipe" in body else ""
+    steps = sorted(path.name for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    about += f"last checkpoint {steps[-1]}" if steps else f"{', '.join(found)}, no checkpoint yet"
+    raise UsageError(
+        word(
+            "the output folder",
+            got=f"{out}, which holds a run ({about})",
+            allowed="not hold another run",
+            where="turnout.train",
+            fix="go on with it with --resume (resume=True), or write to another --out",
+        )
+    )
+
+
+def read_run_json(out: Path) -> dict[str, Any]:
+    """What is in run.json; empty when there is none, or none that can be read."""
+    try:
+        body = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def write_failure(out: Path, error: BaseException, step: int, run_json: Mapping[str, Any]) -> None:
+    """Leaves error.txt: time, command, step, versions, traceback. On a full disk, adds a note to the error instead."""
+    lines = [
+        f"time     {datetime.datetime.now().astimezone().isoformat(timespec='seconds')}",
+        f"command  {run_json.get('command') or shlex.join(sys.argv)}",
+        f"step     {step}",
+        f"versions turnout {__version__}, torch {torch.__version__}, python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        write_whole(out / "error.txt", "\n".join(lines))
+    except StorageError as second:
+        error.add_note(f"error.txt could not be written either: {second}")

@@ -1,0 +1,353 @@
+"""The training loop: steps, lines of metrics, evaluations and checkpoints, so that no crash costs more than a little.
+
+What a resumed run needs is small on purpose. The learning rate and the batches are functions of the step, and every
+random number of a step is drawn from generators seeded with (seed, step, micro-batch); what is left is the model
+(router biases are its buffers), the optimizer's state and the sums of the unfinished log window. On the same device
+with the same number of threads, a resumed run writes the losses that the uninterrupted one would have written, bit
+for bit.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from turnout.errors import Interrupted, StorageError, TrainingError, UsageError, word
+from turnout.fields import plain
+from turnout.measure import bits_per_byte, max_vio
+from turnout.storage import write_whole
+from turnout.train import state as checkpoints
+from turnout.train.config import TrainConfig, TrainResult
+from turnout.train.folder import locked, read_run_json, refuse_other_run, write_failure
+from turnout.train.heldout import held_out_batches
+from turnout.train.metrics import Metrics, rewind
+from turnout.train.progress import Progress, progress_for
+from turnout.train.signals import Stop, listening
+from turnout.train.step import Step
+
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
+# A resumed run may change everything but these: they decide which tokens a step sees and what it draws.
+_FIXED = ("batch", "seq", "accumulate", "seed")
+# These do not touch the weights, so changing them is nobody's business.
+_FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
+
+
+def train(
+    model: nn.Module,
+    tokens: Any,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool | str | None = False,
+    run_json: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    tensorboard: bool = False,
+    quiet: bool = False,
+) -> TrainResult:
+    """Trains ``model`` in place and leaves run.json, metrics.jsonl and checkpoints in ``out``.
+
+    The objective of a step is the mean of -ln p(target) over its tokens + aux_weight · (mean over layers of the
+    load-balance loss) + z_weight · (mean over layers of the z-loss). Routers with ``after_step`` get the load of the
+    whole step once. Ctrl-C and SIGTERM save first; twice, and they do not.
+
+    Args:
+        model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``; ``model.routers`` in the same order. It stays
+            on its device. With a ``generator`` argument it is given one seeded from (seed, step, micro-batch).
+        tokens: a TokenSet.
+        config: the optimisation.
+        out: a folder that holds no run; or, with ``resume``, the one that holds this run.
+        resume: True or "latest" goes on from the last checkpoint, or from the beginning when the run has none yet;
+            a name ("step-00000100") from that one, and sets later ones aside. A damaged checkpoint is never skipped
+            in silence: it is an error, which names the last whole one.
+        run_json: what goes into run.json beside the optimisation.
+        progress: who is told; default a bar on a terminal, plain lines elsewhere.
+        tensorboard: also write TensorBoard events (an extra).
+        quiet: without ``progress``, tell nobody.
+
+    Returns:
+        The result; evaluations and seconds count what came before a resume.
+
+    Raises:
+        UsageError: the folder holds another run, is in use, or is of a run with other data.
+        CheckpointError: the checkpoint is missing, damaged or of another model.
+        TrainingError: a loss or gradient is not finite; says where.
+        StorageError: the disk is full; nothing saved is lost.
+        Interrupted: the user stopped the run, after everything was saved.
+
+    >>> import torch, types
+    >>> train(torch.nn.Linear(1, 1), None, TrainConfig(steps=1, batch=1, seq=1), "no/run", resume=True)
+    Traceback (most recent call last):
+    turnout.errors.UsageError: resume must name a folder that holds a run in turnout.train; got no/run. Nearest fix: ...
+
+    Source: the loop of Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", as everyone has it.
+    """
+    out = Path(out)
+    wanted = "latest" if resume is True else (resume or None)
+    if wanted is not None and not (out / "run.json").exists() and not (out / "checkpoints").exists():
+        raise UsageError(
+            word(
+                "resume",
+                got=str(out),
+                allowed="name a folder that holds a run",
+                where="turnout.train",
+                fix="leave out --resume to start a run there, or name the run's own folder",
+            )
+        )
+    teller = progress if progress is not None else progress_for(quiet=quiet)
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with locked(out), torch.random.fork_rng(devices=devices):
+        if wanted is None:
+            refuse_other_run(out)
+        run = _Run(model, tokens, config, out, teller)
+        training = model.training
+        try:
+            run.open(wanted, dict(run_json or {}), tensorboard=tensorboard)
+            with listening(teller.say) as stop:
+                return run.go(stop)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            write_failure(out, error, run.step, run_json or {})
+            raise
+        finally:
+            run.close()
+            model.train(training)
+
+
+class _Run:
+    """One run while it is going."""
+
+    def __init__(self, model: nn.Module, tokens: Any, config: TrainConfig, out: Path, teller: Progress) -> None:
+        self.model, self.tokens, self.config, self.out, self.teller = model, tokens, config, out, teller
+        self.step = 0  # optimizer steps done
+        self.folder = out / "checkpoints"
+        self.metrics: Metrics | None = None
+        self.evaluations: list[Mapping[str, Any]] = []
+        self.loss = float("nan")
+        self.before_s = 0.0  # seconds that earlier processes worked on this run
+        self.train_s, self.trained = 0.0, 0  # seconds and steps of training alone, in this process
+
+    # ---- beginning
+
+    def open(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> None:
+        """Makes or reopens the folder, and puts everything where the last checkpoint has it."""
+        from turnout.train.data import Stream
+
+        config = self.config
+        checkpoints.clean(self.folder)
+        path = None if wanted is None else checkpoints.choose(self.folder, wanted)
+        stream = Stream(self.tokens.train, batch=config.batch, seq=config.seq, seed=config.seed)
+        self.work = Step(self.model, config, stream)
+        changed: dict[str, Any] = {}
+        if path is not None:
+            changed = self._load(path)
+        elif wanted is not None:
+            self.teller.say(f"{self.out} has no checkpoint yet: starting from the beginning.")
+        body = read_run_json(self.out) if wanted is not None else {}
+        self._write_run_json(body, run_json, changed)
+        if getattr(self.tokens, "tokenizer", None) is not None:
+            write_whole(self.out / "tokenizer.json", self.tokens.tokenizer.to_str(pretty=True))
+        (self.out / "error.txt").unlink(missing_ok=True)
+        kept = rewind(self.out / "metrics.jsonl", self.step)
+        self.evaluations = [record for record in kept if record["kind"] == "eval"]
+        self.loss = next((r["loss"] for r in reversed(kept) if r["kind"] == "train"), self.loss)
+        events = self.out / "tensorboard" if tensorboard else None
+        self.metrics = Metrics(self.out / "metrics.jsonl", tensorboard=events, step=self.step)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        body = checkpoints.load(path, self.model, self.work.optimizer, check=self._check_same)
+        self.step, self.before_s = body["step"], body["seconds"]
+        self.work.window.restore(body["window"])
+        for name in checkpoints.set_aside_after(self.folder, self.step):
+            self.teller.say(f"a later checkpoint is kept as {name}; delete it when it is of no use.")
+        self.teller.say(f"resuming {self.out} from {path.name}.")
+        now = plain(self.config)
+        changed = {k: [v, now.get(k)] for k, v in body["config"].items() if k not in _FREE and v != now.get(k)}
+        for name, (old, new) in changed.items():
+            self.teller.say(f"{name} changes from {old!r} to {new!r}: from here on this is not the run that began.")
+        return changed
+
+    def _check_same(self, body: Mapping[str, Any]) -> None:
+        now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
+        then = {**body["config"], "tokens_digest": body["tokens_digest"]}
+        for name in (*_FIXED, "tokens_digest"):
+            if now[name] != then[name]:
+                raise UsageError(
+                    word(
+                        name,
+                        got=now[name],
+                        allowed=f"stay {then[name]!r}, as the run in {self.out} began",
+                        where="turnout.train, resume",
+                        fix=f"pass {name}={then[name]!r}, or start a new run in another --out"
+                        if name in _FIXED
+                        else "give the same text and tokenizer, or start a new run in another --out",
+                    )
+                )
+        if self.config.steps < body["step"]:
+            raise UsageError(
+                word(
+                    "steps",
+                    got=self.config.steps,
+                    allowed=f"be at least the {body['step']} that are done",
+                    where="turnout.train, resume",
+                    fix=f"pass steps={then['steps']}",
+                )
+            )
+
+    def _write_run_json(self, body: dict[str, Any], given: dict[str, Any], changed: dict[str, Any]) -> None:
+        """The run as it began; a resumed one adds how it was resumed, and takes over what was changed."""
+        fresh = {"train": plain(self.config), **given}
+        if body:
+            entry = {"step": self.step, "command": given.get("command"), "changed": changed}
+            fresh = {**body, **(fresh if changed else {}), "resumed": [*body.get("resumed", []), entry]}
+        write_whole(self.out / "run.json", json.dumps(fresh, indent=2) + "\n")
+
+    # ---- going
+
+    def go(self, stop: Stop) -> TrainResult:
+        """All steps that are left."""
+        config = self.config
+        self.began_s = time.monotonic()
+        self.lap_s, self.lap_steps = 0.0, 0
+        self.model.train()
+        self.teller.start(self.step, config.steps)
+        while self.step < config.steps:
+            started = time.monotonic()
+            lr = config.lr_at(self.step)
+            self._guard(lambda lr=lr: self.work.run(self.step, lr))
+            self.step += 1
+            last = self.step == config.steps
+            logs = last or self.step == 1 or self.step % config.log_every == 0
+            evaluates = last or self.step % config.eval_every == 0
+            saves = last or self.step % config.checkpoint_every == 0 or stop.asked is not None
+            if logs or evaluates or saves:
+                self._guard(lambda lr=lr: self.work.check(lr))
+            self.lap_s, self.lap_steps = self.lap_s + time.monotonic() - started, self.lap_steps + 1
+            self.teller.advance(self.step)
+            if logs:
+                self._guard(lambda lr=lr: self._log(lr))
+            if evaluates:
+                self._guard(self._evaluate)
+            if saves:
+                self._guard(self._save)
+            if stop.asked is not None and not last:
+                raise Interrupted(
+                    f"stopped by {stop.asked} after step {self.step} of {config.steps}; everything is saved in "
+                    f"{self.out}. To go on: turnout train --resume --out {self.out} (resume=True)."
+                )
+        return self._result()
+
+    def _guard(self, action: Any) -> None:
+        """Does it, and adds to an expected error what is saved and how to go on."""
+        try:
+            action()
+        except (StorageError, TrainingError) as error:
+            known = checkpoints.find(self.folder)
+            saved = f"{known[-1].name} is saved" if known else "no checkpoint was saved yet"
+            how = f"; to go on from it: turnout train --resume --out {self.out} (resume=True)" if known else ""
+            raise type(error)(f"{error} Stopped at step {self.step} of {self.config.steps}; {saved}{how}.") from error
+
+    def _log(self, lr: float) -> None:
+        window, config = self.work.window, self.config
+        loss, aux, z = window.means()
+        routed = bool(window.load_L)
+        vio = [max_vio(load_E) for load_E in window.load_L]
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": float(self.work.grad_norm),
+            "tokens": self.step * config.tokens_per_step,
+            "tokens_per_s": self.lap_steps * config.tokens_per_step / max(self.lap_s, 1e-9),
+            "aux_loss": aux if routed else None,
+            "z_loss": z if routed else None,
+            "max_vio": sum(vio) / len(vio) if vio else None,
+        }
+        self._lap()
+        window.clear()
+        self.loss = loss
+        self._metrics().write(record)
+        self.teller.train(record)
+
+    def _lap(self) -> None:
+        self.train_s, self.trained = self.train_s + self.lap_s, self.trained + self.lap_steps
+        self.lap_s, self.lap_steps = 0.0, 0
+
+    def _evaluate(self) -> None:
+        config, device = self.config, self.work.device
+        self.model.eval()
+        rows = held_out_batches(self.tokens, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
+        try:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
+                found = bits_per_byte(
+                    lambda id_BS: self.model(id_BS.to(device)),
+                    rows,
+                    self.tokens.byte_length_V,
+                    domains=self.tokens.domains,
+                )
+        finally:
+            self.model.train()
+        record = {
+            "kind": "eval",
+            "step": self.step,
+            "tokens": self.step * config.tokens_per_step,
+            **found.to_json_dict(),
+        }
+        self._metrics().write(record)
+        self.evaluations.append(record)
+        self.teller.evaluated(record)
+
+    def _save(self) -> None:
+        self._metrics().sync()
+        body = {
+            "tokens": self.step * self.config.tokens_per_step,
+            "seconds": self._seconds(),
+            "window": self.work.window.to_json_dict(),
+            "config": plain(self.config),
+            "tokens_digest": getattr(self.tokens, "digest", None),
+        }
+        keep = self.config.keep_checkpoints
+        checkpoints.save(self.folder, self.step, self.model, self.work.optimizer, body, keep=keep)
+
+    # ---- ending
+
+    def _metrics(self) -> Metrics:
+        assert self.metrics is not None, "open() comes first"
+        return self.metrics
+
+    def _seconds(self) -> float:
+        return self.before_s + time.monotonic() - self.began_s
+
+    def _result(self) -> TrainResult:
+        self._lap()
+        return TrainResult(
+            steps=self.step,
+            loss=self.loss,
+            evaluations=tuple(self.evaluations),
+            tokens_per_s=self.trained * self.config.tokens_per_step / self.train_s if self.trained else 0.0,
+            seconds=self._seconds(),
+            peak_memory_bytes=_peak_memory_bytes(self.work.device),
+        )
+
+    def close(self) -> None:
+        """Ends the progress and closes the files."""
+        with contextlib.suppress(OSError):
+            self.teller.stop()
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,257 @@
+"""One optimizer step: micro-batches, balance losses, clipping, the update, and what routers learn from the load."""
+
+import dataclasses
+import hashlib
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from turnout.errors import TrainingError, word
+from turnout.train.balance import load_balance_loss, router_z_loss
+
+__all__ = ["Step", "Window", "adamw", "derived_seed"]
+
+IGNORE = -100
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed for torch, below 2^63, from whole numbers: the same for the same ones, unrelated for others.
+
+    >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(1, 0)
+    True
+
+    Source: none; the first bytes of a SHA-256.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; matrices decay, vectors (norms, biases, also stacked ones) do not.
+
+    Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization".
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    vectors = {name for name, p in trained.items() if p.ndim < 2 or name.endswith("bias")}
+    groups = [
+        {"params": [p for name, p in trained.items() if name not in vectors], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name in vectors], "weight_decay": 0.0},
+    ]
+    fused = {p.device.type for p in trained.values()} <= {"cpu", "cuda"}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused, foreach=not fused)
+
+
+class Window:
+    """Sums over the steps since the last line of metrics.jsonl, kept on the device so that adding waits for nothing.
+
+    Source: none; plain bookkeeping.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts anew."""
+        # The token loss, the load-balance loss, the z-loss; how many steps; the load of each routed layer.
+        self.sum_3 = torch.zeros(3, dtype=self._dtype, device=self._device)
+        self.steps = 0
+        self.load_L: list[Tensor] = []
+
+    def add(self, losses_3: Tensor, load_L: Sequence[Tensor]) -> None:
+        """One step more."""
+        self.sum_3 += losses_3
+        self.steps += 1
+        self.load_L = [a + b for a, b in zip(self.load_L, load_L, strict=True)] if self.load_L else list(load_L)
+
+    def means(self) -> tuple[float, float, float]:
+        """The mean token loss, load-balance loss and z-loss."""
+        loss, aux, z = (self.sum_3 / max(1, self.steps)).tolist()
+        return loss, aux, z
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The sums, exactly."""
+        return {"sum": self.sum_3.tolist(), "steps": self.steps, "load": [load_E.tolist() for load_E in self.load_L]}
+
+    def restore(self, body: dict[str, Any]) -> None:
+        """What ``to_json_dict`` gave."""
+        self.sum_3 = torch.tensor(body["sum"], dtype=self._dtype, device=self._device)
+        self.steps = body["steps"]
+        self.load_L = [torch.tensor(load_E, device=self._device) for load_E in body["load"]]
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What one optimizer step adds up over its micro-batches."""
+
+    losses_3: Tensor
+    load_L: list[Tensor]
+
+
+class Step:
+    """Runs optimizer steps.
+
+    Nothing here waits for an accelerator: a step whose loss or gradient is not finite freezes the weights from then
+    on, and ``check`` finds out later. On the CPU, where looking is free, every step is checked before its update.
+
+    Args:
+        model: in training mode.
+        config: a TrainConfig.
+        stream: ``batch(index)`` gives ``id_BS`` and ``target_BS``; micro-batch m of step s has index s·accumulate + m.
+
+    Source: none; the usual loop.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, stream: Any) -> None:
+        self.model, self.config, self.stream = model, config, stream
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
+        self.window = Window(self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self._draws = "generator" in inspect.signature(model.forward).parameters
+        self._generator = torch.Generator(self.device) if self._draws else None
+        self._lazy = self.device.type == "cuda"
+        self._frozen = torch.zeros((), device=self.device)
+        self._first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
+        self._warned = False
+
+    def run(self, step: int, lr: float) -> None:
+        """Does optimizer step ``step``, counted from 0.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite (on an accelerator ``check`` says so, later).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = self._backward(step)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(self.grad_norm + sums.losses_3[0])
+        if self._lazy:
+            bad = ~finite
+            self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
+            self._frozen = torch.maximum(self._frozen, bad.float())
+            # Fused AdamW leaves weights and state alone while this is set.
+            self.optimizer.found_inf = self._frozen  # pyrefly: ignore[missing-attribute]
+        elif not finite:
+            raise self._failure(step, lr, float(sums.losses_3[0]))
+        if self.config.clip is not None and (self._lazy or self.grad_norm > self.config.clip):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, self.grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._after_step(sums.load_L)
+        self.window.add(sums.losses_3, sums.load_L)
+
+    def check(self, lr: float) -> None:
+        """Waits for the accelerator and stops if any step since the last check was not finite.
+
+        Raises:
+            TrainingError: says which step, and what was not finite when it is run again.
+        """
+        if not self._lazy:
+            return
+        step = int(self._first_bad)
+        if step >= 0:
+            # The weights are still those of before that step: run it again, to see what went wrong.
+            self.optimizer.zero_grad(set_to_none=True)
+            sums = self._backward(step)
+            raise self._failure(step, lr, float(sums.losses_3[0]))
+
+    def _backward(self, step: int) -> _Sums:
+        config = self.config
+        first = step * config.accumulate
+        batches = [self.stream.batch(first + micro) for micro in range(config.accumulate)]
+        # The mean is over the tokens of the whole step: micro-batches with fewer targets must not count for more.
+        predicted = max(1, sum(int((batch.target_BS != IGNORE).sum()) for batch in batches))
+        sums = _Sums(torch.zeros(3, device=self.device), [])
+        for micro, batch in enumerate(batches):
+            seed = derived_seed(config.seed, step, micro)
+            torch.manual_seed(seed)
+            if self._generator is not None:
+                self._generator.manual_seed(seed)
+            id_BS = batch.id_BS.to(self.device, non_blocking=True)
+            target_BS = batch.target_BS.to(self.device, non_blocking=True)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
+                output = self.model(id_BS, generator=self._generator) if self._draws else self.model(id_BS)
+            logits_BSV = output.logits_BSV
+            nats = F.cross_entropy(
+                logits_BSV.flatten(0, 1).float(), target_BS.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            loss, aux, z = self._objective(nats / predicted, output.routings)
+            loss.backward()
+            with torch.no_grad():
+                parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
+                sums.losses_3 += parts
+                # The demand, before capacity took its share: that is what a router has to balance.
+                wanted = [r.load_E if r.wanted_E is None else r.wanted_E for r in output.routings]
+                sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
+        return sums
+
+    def _objective(self, loss: Tensor, routings: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss to differentiate, and the two balance losses, unweighted, as this micro-batch's part of the step."""
+        config, zero = self.config, torch.zeros((), device=self.device)
+        scored = [r for r in routings if r.score_TE is not None]
+        logged = [r for r in routings if r.logit_TE is not None]
+        if not self._warned:
+            self._warn(len(routings), len(scored), len(logged))
+        aux, z = zero, zero
+        if scored:
+            with torch.set_grad_enabled(config.aux_weight > 0):
+                aux = torch.stack([load_balance_loss(r) for r in scored]).mean() / config.accumulate
+        if logged:
+            with torch.set_grad_enabled(config.z_weight > 0):
+                z = torch.stack([router_z_loss(r) for r in logged]).mean() / config.accumulate
+        if scored and config.aux_weight > 0:
+            loss = loss + config.aux_weight * aux
+        if logged and config.z_weight > 0:
+            loss = loss + config.z_weight * z
+        return loss, aux, z
+
+    def _warn(self, routed: int, scored: int, logged: int) -> None:
+        self._warned = True
+        for name, weight, able in (
+            ("aux_weight", self.config.aux_weight, scored),
+            ("z_weight", self.config.z_weight, logged),
+        ):
+            if routed and weight > 0 and able == 0:
+                warnings.warn(
+                    f"{name}={weight} has no effect: the routers of this model give no scores to balance.", stacklevel=2
+                )
+
+    def _after_step(self, load_L: Sequence[Tensor]) -> None:
+        routers = list(getattr(self.model, "routers", ()))
+        if not load_L or not routers:
+            return
+        with torch.no_grad():
+            for router, load_E in zip(routers, load_L, strict=True):
+                if hasattr(router, "after_step"):
+                    # A frozen run must not let its biases drift on.
+                    router.after_step(load_E * (1 - self._frozen.long()) if self._lazy else load_E)
+
+    def _failure(self, step: int, lr: float, loss: float) -> TrainingError:
+        weights = _non_finite((name, p) for name, p in self.model.named_parameters())
+        gradients = _non_finite((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        found = [f"loss {loss}"]
+        found += [f"first non-finite parameter {weights[0]} ({len(weights)} in all)"] if weights else []
+        found += [f"first non-finite gradient {gradients[0]} ({len(gradients)} in all)"] if gradients else []
+        if not weights and not gradients:
+            found.append(f"gradient norm {float(self.grad_norm)}, every single gradient finite")
+        return TrainingError(
+            word(
+                "loss and gradients",
+                got=f"at step {step + 1} with lr {lr:.3g}: {'; '.join(found)}",
+                allowed="be finite",
+                where="turnout.train",
+                fix=f"train with a lower lr (lr={self.config.lr / 2:g}), a longer warm-up or a smaller clip",
+            )
+        )
+
+
+def _non_finite(tensors: Any) -> list[str]:
+    return [name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())]
