@@ -35,7 +35,9 @@ STOREYS = (
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "base", "core", "manager"}
 MODULE_LINES, FUNCTION_LINES = 400, 60
+KERNELS = "turnout.run.kernels."  # its files may import triton, which comes with torch for CUDA alone
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FLAGS = {"allow_pickle=True", "weights_only=False", "shell=True", "trust_remote_code=True"}
 BARE_ERRORS = {"Exception", "IndexError", "KeyError", "OSError", "RuntimeError", "TypeError", "ValueError"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -200,18 +202,39 @@ def _cycles(name: str, edges: Mapping[str, list[str]], path: list[str], done: se
 
 def imports_are_declared(modules: Iterable[Module], root: Path = ROOT) -> Iterator[str]:
     """A library is a dependency in pyproject.toml; an optional one is imported where it is used, not at the top."""
+    modules = list(modules)
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: wants for name, wants in project["optional-dependencies"].items() if name != "dev"}
     required, optional = _distributions(project["dependencies"]), _distributions(itertools.chain(*extras.values()))
-    known = required | optional | set(sys.stdlib_module_names) | {"turnout"}
+    known = required | optional | set(sys.stdlib_module_names) | {"turnout", "triton"}
+    on_cuda = cuda_only(modules)
     for module in modules:
-        functions = [node for node in ast.walk(module.tree) if isinstance(node, Function)]
+        top = set(imported_at_top(module))
         for line, target in imported(module):
             library = target.partition(".")[0]
             if library not in known:
                 yield f"{module.path}:{line}: imports {library}, which pyproject.toml does not declare"
-            elif library in optional and not any(f.lineno <= line <= (f.end_lineno or line) for f in functions):
+            elif library in optional and (line, target) in top:
                 yield f"{module.path}:{line}: imports {library} at the top; it is optional: import it in use"
+        if module.name in on_cuda and not module.name.startswith(KERNELS):
+            yield f"{module.path}:1: loads triton, which only torch for CUDA has: import it in use"
+
+
+def imported_at_top(module: Module) -> Iterator[tuple[int, str]]:
+    """The imports that run when the file does: those outside functions."""
+    functions = [node for node in ast.walk(module.tree) if isinstance(node, Function)]
+    for line, target in imported(module):
+        if not any(function.lineno <= line <= (function.end_lineno or line) for function in functions):
+            yield line, target
+
+
+def cuda_only(modules: Iterable[Module]) -> set[str]:
+    """The names of the modules that need triton to load, at first or second hand."""
+    edges = {module.name: [target for _, target in imported_at_top(module)] for module in modules}
+    found = {"triton"}
+    while more := {name for name in edges.keys() - found for t in edges[name] if {t, t.rpartition(".")[0]} & found}:
+        found |= more
+    return found - {"triton"}
 
 
 def _distributions(wants: Iterable[str]) -> set[str]:
@@ -317,14 +340,8 @@ def _dangerous_call(node: ast.Call) -> Iterator[str]:
     if name in ("eval", "exec", "os.system"):
         yield f"calls {name}: nothing is evaluated"
     for keyword in node.keywords:
-        value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
-        if (keyword.arg, value) in (
-            ("allow_pickle", True),
-            ("weights_only", False),
-            ("shell", True),
-            ("trust_remote_code", True),
-        ):
-            yield f"passes {keyword.arg}={value}"
+        if ast.unparse(keyword) in FLAGS:
+            yield f"passes {ast.unparse(keyword)}"
 
 
 def _asserted(function: Function) -> Iterator[str]:

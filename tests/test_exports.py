@@ -42,7 +42,8 @@ def test_changelog_names_the_room(module: Module) -> None:
     """Every public name stands in CHANGELOG.md, in the entry of its own room, in backticks."""
     entries = re.findall(rf"^- `{re.escape(module.name)}`:(.*?)(?=^- |^#|\Z)", CHANGELOG, re.MULTILINE | re.DOTALL)
     said = set(re.findall(r"`(\w+)`", " ".join(entries)))
-    assert set(listed(module) or []) <= said
+    packages = {other.name for other in ROOMS}  # they have entries of their own
+    assert {name for name in listed(module) or [] if f"{module.name}.{name}" not in packages} <= said
 
 
 @pytest.mark.parametrize("module", ROOMS, ids=lambda module: module.name)

@@ -42,6 +42,11 @@ PLANTED = {
         ({"run/sort.py": "import scipy.optimize"}, "imports scipy, which pyproject.toml does not declare"),
         ({"run/sort.py": "import pytest"}, "imports pytest, which"),
         ({"models/lm.py": "try:\n    import transformers\nexcept ImportError:\n    pass"}, "transformers at the top"),
+        ({"run/sort.py": "import triton"}, "loads triton"),
+        (
+            {"run/sort.py": "from turnout.run.kernels.a import f", "run/kernels/a.py": "import triton.language"},
+            "triton",
+        ),
     ],
     "names_say_something": [
         ({"run/utils.py": ""}, "'utils' says nothing"),
@@ -120,7 +125,11 @@ LAWFUL = {
         "run/b.py": "from turnout.run.c import h",
         "run/c.py": "",
     },
-    "imports_are_declared": {"run/a.py": "import ast, torch.nn\ndef f():\n    import transformers"},
+    "imports_are_declared": {
+        "run/a.py": "import ast, torch.nn\ndef f():\n    import transformers\n    from turnout.run.kernels.a import g",
+        "run/kernels/a.py": "import triton",
+        "run/kernels/b.py": "from turnout.run.kernels import a",
+    },
     "names_say_something": {"run/corpus.py": "class Database: ...", "run/scores.py": ""},
     "sizes_stay_small": {"run/a.py": "x = 1\n" * 398, "run/b.py": "def f():\n" + "    x = 1\n" * 58},
     "rooms_list_their_names": {
