@@ -3,6 +3,7 @@
 from turnout.measure.cost import count_flops, count_params
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
+from turnout.measure.html import report_html
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import Passage, ReportData, RunData, read_run
@@ -26,6 +27,7 @@ __all__ = [
     "max_vio",
     "quantity",
     "read_run",
+    "report_html",
     "results_rows",
     "results_table",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, word
 from turnout.types import Report, Routing, Trace
+from turnout.types.report import Value
 
 __all__ = ["coefficient_of_variation", "dead_experts", "dropped_share", "entropy", "load_report", "max_vio"]
 
@@ -164,11 +165,15 @@ def load_report(source: Routing | Sequence[Routing] | Tensor | Trace, *, title: 
                 fix="pass the routings of a mixture-of-experts model",
             )
         )
+    return Report(title, _values(load_L, tokens, dropped))
+
+
+def _values(load_L: list[Tensor], tokens: int | None, dropped: float | None) -> dict[str, Value]:
     violation_L = [max_vio(load_E) for load_E in load_L]
     entropy_L = [entropy(load_E) for load_E in load_L]
     variation_L = [coefficient_of_variation(load_E) for load_E in load_L]
     dead_L = [list(dead_experts(load_E)) for load_E in load_L]
-    values = {
+    return {
         "layers": len(load_L),
         "experts": [load_E.numel() for load_E in load_L],
         "tokens": tokens,
@@ -183,7 +188,6 @@ def load_report(source: Routing | Sequence[Routing] | Tensor | Trace, *, title: 
         "coefficient_of_variation_by_layer": variation_L,
         "dead_experts_by_layer": dead_L,
     }
-    return Report(title, values)
 
 
 def _loads(source: Routing | Sequence[Routing] | Tensor | Trace) -> tuple[list[Tensor], int | None, float | None]:

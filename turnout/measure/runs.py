@@ -225,9 +225,8 @@ def number(value: object) -> float | None:
 def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     """What is in a run folder, whether the run is finished, going on, or was killed while writing a line.
 
-    Reads ``run.json``, ``metrics.jsonl``, ``result.json`` (an evaluation, with ``cost``, ``tokens_per_s``,
-    ``load_by_domain`` and ``passage`` when they were measured), ``trace/`` and ``error.txt``; all but the first
-    may be missing, and ``notes`` says what is.
+    Reads ``run.json``, ``metrics.jsonl``, ``result.json`` (``Evaluation.to_json_dict`` with ``cost``, ``tokens_per_s``
+    and ``passage``), ``trace/`` and ``error.txt``; all but the first may be missing, and ``notes`` says what is.
 
     Args:
         folder: an output folder of a training run.
@@ -240,10 +239,8 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         CheckpointError: there is no readable run.json.
 
     >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "run.json").write_text('{"recipe": "tiny"}')
-    >>> run = read_run(folder, name="x")
-    >>> run.config["recipe"], run.notes
+    >>> _ = Path(folder := tempfile.mkdtemp(), "run.json").write_text('{"recipe": "tiny"}')
+    >>> (run := read_run(folder, name="x")).config["recipe"], run.notes
     ('tiny', ('no metrics.jsonl: the run has not logged anything yet',))
 
     Source: none; plain bookkeeping.
@@ -260,43 +257,53 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
                 fix="name a folder that turnout train wrote",
             )
         )
-    notes = []
+    notes: list[str] = []
     metrics = tuple(_lines(folder / "metrics.jsonl"))
+    result, problem = _json(folder / "result.json")
     if not metrics:
         notes.append("no metrics.jsonl: the run has not logged anything yet")
-    result, problem = _json(folder / "result.json")
     if problem and (folder / "result.json").exists():
         notes.append(f"result.json cannot be read ({problem})")
-    evaluations = [line for line in metrics if line.get("kind") == "eval"]
-    measured = result or (evaluations[-1] if evaluations else {})
-    by_domain, load = result.get("load_by_domain") or {}, measured.get("load") or ()
-    if (folder / "trace" / "trace.json").exists() and not by_domain:
-        try:
-            load, by_domain = _trace_loads(Trace.open(folder / "trace"))
-        except CheckpointError as error:
-            notes.append(str(error))
-    passage = None
-    if result.get("passage"):
-        try:
-            passage = Passage.from_json_dict(result["passage"])
-        except CheckpointError as error:
-            notes.append(str(error))
+    load, by_domain = _loads(folder, metrics, result, notes)
     cost = result.get("cost") or run.get("cost") or {}
     return RunData(
         name=name or folder.resolve().name,
-        config={key: value for key, value in run.items() if key not in _BESIDE},
+        config={key: run[key] for key in run if key not in _BESIDE},
         metrics=metrics,
-        result={key: value for key, value in result.items() if key != "passage"},
+        result={key: result[key] for key in result if key != "passage"},
         cost=Cost(**{key: cost.get(key) for key in ("params", "params_active", "flops")}),
         tokens_per_s=number(result.get("tokens_per_s")) or _speed(metrics),
         load=load,
         load_by_domain=by_domain,
-        passage=passage,
+        passage=_passage(result, notes),
         hardware=run.get("hardware") or {},
         command=str(run.get("command") or ""),
         error=_text(folder / "error.txt"),
         notes=tuple(notes),
     )
+
+
+def _loads(
+    folder: Path, metrics: Sequence[Mapping[str, Any]], result: Mapping[str, Any], notes: list[str]
+) -> tuple[Shares, Mapping[str, Shares]]:
+    """Shares of experts, overall and by domain: from the result, else the trace, else the last evaluation."""
+    if result.get("load_by_domain"):
+        return result.get("load") or (), result["load_by_domain"]
+    if (folder / "trace" / "trace.json").exists():
+        try:
+            return _trace_loads(Trace.open(folder / "trace"))
+        except CheckpointError as error:
+            notes.append(str(error))
+    evaluations = [line for line in metrics if line.get("kind") == "eval"]
+    return (result or (evaluations[-1] if evaluations else {})).get("load") or (), {}
+
+
+def _passage(result: Mapping[str, Any], notes: list[str]) -> Passage | None:
+    try:
+        return Passage.from_json_dict(result["passage"]) if result.get("passage") else None
+    except CheckpointError as error:
+        notes.append(str(error))
+        return None
 
 
 def _routes(routing: Routing) -> Iterator[tuple[Route, ...]]:
