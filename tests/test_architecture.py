@@ -1,5 +1,7 @@
 """The house is in order: every rule of scripts/house.py holds for every file of turnout."""
 
+import tomllib
+
 import pytest
 
 from house import ROOT, RULES, names_say_something, read
@@ -23,3 +25,15 @@ def test_rule(rule) -> None:
 def test_names_outside_the_package(folder: str) -> None:
     """What stands beside turnout is named as plainly as what is in it."""
     assert not list(names_say_something(read(ROOT, folder)))
+
+
+def test_every_file_is_packaged() -> None:
+    """What is not Python (a style sheet, a type marker) is in an installed turnout only where pyproject.toml says so."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    data = project["tool"]["setuptools"]["package-data"]
+    packages = {name: ROOT / name.replace(".", "/") for name in data}
+    packaged = {
+        path for name, patterns in data.items() for pattern in patterns for path in packages[name].glob(pattern)
+    }
+    files = {path for path in (ROOT / "turnout").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path.suffix != ".py"} == packaged
