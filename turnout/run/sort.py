@@ -7,8 +7,7 @@ expert's gradient straight to its place.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,11 @@ __all__ = ["sort"]
 
 # Numbers per intermediate tensor of a group of experts: 512 KiB in fp32, which leaves several of them in cache.
 _GROUP = 1 << 17
-# Rows per expert are rounded up to this in 16-bit dtypes, where every new count makes oneDNN compile a new kernel.
+# In 16-bit dtypes every new row count makes oneDNN compile a new kernel, so counts are rounded up to this ...
 _ROUND = 16
+# ... and a call costs as much as this many multiply-adds, so neighbours of about equal load share a batched product.
+_CALL = 3_000_000
+_BATCHES = (8, 4, 2)
 
 
 @uncompiled
@@ -66,6 +68,23 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
 
 
+class _Group(NamedTuple):
+    """Neighbouring experts with entries, and the bounds of their rows (one more than experts)."""
+
+    experts: list[int]
+    bound: list[int]
+    batched: bool  # the experts follow each other without a gap and have the same number of rows
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.bound[0], self.bound[-1])
+
+    @property
+    def parts(self) -> list[slice]:
+        """Each expert's rows, counted from the group's first."""
+        return [slice(a - self.bound[0], b - self.bound[0]) for a, b in itertools.pairwise(self.bound)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """How a routing is run: P rows, R of them entries and the rest copies that round up each expert's count."""
@@ -74,13 +93,12 @@ class _Plan:
     hidden: int
     num_tokens: int
     token_P: Tensor
-    # Where each entry's row is (None: row r is entry r), and all of them ordered by token, (T, K) or ragged.
+    # Where each entry's row is (None: row r is entry r), and the rows ordered by token, (T, K) or ragged.
     place_R: Tensor | None
     order_R: Tensor
     row_R: Tensor
     start_T: Tensor | None
-    # The experts with entries as (expert, first row, last row + 1), in groups of neighbours.
-    groups: list[list[tuple[int, int, int]]]
+    groups: list[_Group]
 
     @property
     def rows(self) -> int:
@@ -89,7 +107,7 @@ class _Plan:
     @property
     def most(self) -> int:
         """Rows of the largest group."""
-        return max(group[-1][2] - group[0][1] for group in self.groups)
+        return max(group.bound[-1] - group.bound[0] for group in self.groups)
 
     def spread(self, value_R: Tensor) -> Tensor:
         """(P,) the values of the entries, zero on the rows that only round up."""
@@ -111,19 +129,15 @@ class _Plan:
 
 def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     bound = routing.offset_E.tolist()
+    load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R = routing.token_R, None
-    few = x_TD.dtype.itemsize != 2 or x_TD.device.type != "cpu" or routing.num_tokens <= _ROUND
-    if not few:
-        token_P, place_R, bound = _rounded(routing)
-    order_R, start_T = routing.by_token
     step = max(_GROUP // weights.hidden, 1)
-    groups: list[list[tuple[int, int, int]]] = []
-    for expert, (first, last) in enumerate(itertools.pairwise(bound)):
-        if first == last:
-            continue
-        if not groups or last - groups[-1][0][1] > step:
-            groups.append([])
-        groups[-1].append((expert, first, last))
+    if x_TD.dtype.itemsize == 2 and x_TD.device.type == "cpu":
+        groups = _batches(load, weights.width * weights.hidden, step)
+        token_P, place_R = _rounded(routing, groups)
+    else:
+        groups = _neighbours(load, step)
+    order_R, start_T = routing.by_token
     return _Plan(
         activation=weights.activation,
         hidden=weights.hidden,
@@ -137,36 +151,99 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     )
 
 
-def _rounded(routing: Routing) -> tuple[Tensor, Tensor, list[int]]:
-    """Tokens of the rows, rows of the entries, and bounds, with each expert's last row repeated to a round count."""
-    load_E = routing.load_E
-    round_E = (load_E + (_ROUND - 1)) // _ROUND * _ROUND
-    end_E = round_E.cumsum(0)
-    shift_E = (end_E - round_E) - routing.offset_E[:-1]
-    bound = [0, *end_E.tolist()]
-    expert_P = torch.repeat_interleave(
-        torch.arange(load_E.numel(), device=load_E.device), round_E, output_size=bound[-1]
-    )
-    entry_P = torch.arange(bound[-1], device=load_E.device).sub_(shift_E.index_select(0, expert_P))
-    entry_P = torch.minimum(entry_P, (routing.offset_E[1:] - 1).index_select(0, expert_P))
-    place_R = torch.arange(routing.num_entries, device=load_E.device) + shift_E.index_select(0, routing.expert_R)
-    return routing.token_R.index_select(0, entry_P), place_R, bound
+def _neighbours(load: list[int], step: int) -> list[_Group]:
+    """Experts with entries in groups of at most ``step`` rows, an expert with more alone."""
+    groups: list[_Group] = []
+    end = 0
+    for expert, count in enumerate(load):
+        if count == 0:
+            continue
+        if not groups or end + count - groups[-1].bound[0] > step:
+            groups.append(_Group([], [end], False))
+        end += count
+        groups[-1].experts.append(expert)
+        groups[-1].bound.append(end)
+    return groups
+
+
+def _batches(load: list[int], size: int, step: int) -> list[_Group]:
+    """The same with rounded counts; neighbours share one where the rows that adds cost less than a call each."""
+    load = [-(-count // _ROUND) * _ROUND for count in load]
+    groups: list[_Group] = []
+    expert, end = 0, 0
+    while expert < len(load):
+        count, taken = load[expert], 1
+        for many in _BATCHES if count else ():
+            run = load[expert : expert + many]
+            most = max(run)
+            if len(run) == many and min(run) > 0 and most * many <= step:
+                if (most * many - sum(run)) * size < _CALL * (many - 1):
+                    count, taken = most, many
+                    break
+        if count:
+            bound = [end + i * count for i in range(taken + 1)]
+            groups.append(_Group([*range(expert, expert + taken)], bound, taken > 1))
+            end = bound[-1]
+        expert += taken
+    return groups
+
+
+def _rounded(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor]:
+    """Tokens of the rows and rows of the entries, with each expert's last row repeated up to its count."""
+    device, offset_E = routing.offset_E.device, routing.offset_E
+    first = [0] * routing.num_experts
+    round_ = [0] * routing.num_experts
+    for group in groups:
+        for expert, (start, end) in zip(group.experts, itertools.pairwise(group.bound), strict=True):
+            first[expert], round_[expert] = start, end - start
+    shift_E = torch.tensor(first, device=device) - offset_E[:-1]
+    rows = groups[-1].bound[-1] if groups else 0
+    experts = torch.arange(routing.num_experts, device=device)
+    expert_P = torch.repeat_interleave(experts, torch.tensor(round_, device=device), output_size=rows)
+    entry_P = torch.arange(rows, device=device).sub_(shift_E.index_select(0, expert_P))
+    entry_P = torch.minimum(entry_P, (offset_E[1:] - 1).index_select(0, expert_P))
+    place_R = torch.arange(routing.num_entries, device=device) + shift_E.index_select(0, routing.expert_R)
+    return routing.token_R.index_select(0, entry_P), place_R
 
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _matrices(stack: Tensor, group: list[tuple[int, int, int]], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The matrices of a group's experts in the dtype of the products, each valid until the next."""
-    if stack.dtype == dtype:
-        yield from (stack[expert] for expert, _, _ in group)
+def _products(group: _Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
+    first, count = group.experts[0], len(group.experts)
+    if group.batched:
+        matrices = stack[first : first + count].to(rows.dtype)
+        torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
+    else:
+        for expert, part in zip(group.experts, group.parts, strict=True):
+            torch.mm(rows[part], stack[expert].to(rows.dtype), out=out[part])
+    if bias is not None:
+        for expert, part in zip(group.experts, group.parts, strict=True):
+            out[part] += bias[expert].to(rows.dtype)
+
+
+def _outer(group: _Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
+    """Each expert's left^T right over its rows, written to its place in ``grad`` (E, I, O) in that dtype."""
+    first, count = group.experts[0], len(group.experts)
+    if group.batched:
+        pair = left.view(count, -1, left.shape[1]).transpose(1, 2), right.view(count, -1, right.shape[1])
+        if grad.dtype == left.dtype:
+            torch.bmm(*pair, out=grad[first : first + count])
+        else:
+            grad[first : first + count] = torch.bmm(*pair)
         return
-    cast = room_like(stack[:1].to(dtype))[0]
-    yield from (cast.copy_(stack[expert]) for expert, _, _ in group)
+    for expert, part in zip(group.experts, group.parts, strict=True):
+        if grad.dtype == left.dtype:
+            torch.mm(left[part].t(), right[part], out=grad[expert])
+        else:
+            grad[expert] = left[part].t() @ right[part]
 
 
-def _forward(plan: _Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False):
-    """The output, and the up products if they are to be kept."""
+def _forward(
+    plan: _Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The output, and the up products, of all rows if they are to be kept."""
     up_EDH, down_EFD, up_bias_EH, down_bias_ED = weights
     dtype, device, (D, H) = x_TD.dtype, x_TD.device, up_EDH.shape[1:]
     if not plan.groups:
@@ -176,23 +253,13 @@ def _forward(plan: _Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, kee
     h_PH = room((plan.rows if keep else most, H), dtype, device)
     y_PD = room((plan.rows, D), dtype, device)
     for group in plan.groups:
-        base, end = group[0][1], group[-1][2]
-        x, a = x_ND[: end - base], a_NF[: end - base]
-        h = h_PH[base:end] if keep else h_PH[: end - base]
-        torch.index_select(x_TD, 0, plan.token_P[base:end], out=x)
-        for (expert, first, last), up in zip(group, _matrices(up_EDH, group, dtype), strict=True):
-            _product(x[first - base : last - base], up, up_bias_EH, expert, h[first - base : last - base])
+        count = group.bound[-1] - group.bound[0]
+        x, a, h = x_ND[:count], a_NF[:count], h_PH[group.rows] if keep else h_PH[:count]
+        torch.index_select(x_TD, 0, plan.token_P[group.rows], out=x)
+        _products(group, x, up_EDH, h, up_bias_EH)
         activate_into(h, plan.activation, a)
-        for (expert, first, last), down in zip(group, _matrices(down_EFD, group, dtype), strict=True):
-            _product(a[first - base : last - base], down, down_bias_ED, expert, y_PD[first:last])
+        _products(group, a, down_EFD, y_PD[group.rows], down_bias_ED)
     return plan.collect(y_PD, weight_R), h_PH
-
-
-def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, matrix, out=out)
-    else:
-        torch.addmm(bias[expert].to(rows.dtype), rows, matrix, out=out)
 
 
 class _Sort(torch.autograd.Function):
@@ -221,61 +288,56 @@ class _Backward:
     def __init__(self, plan: _Plan, x_TD, weight_R, weights, h_PH, grad_TD, wanted) -> None:
         self.plan, self.x_TD, self.weights, self.h_PH, self.grad_TD = plan, x_TD, weights, h_PH, grad_TD
         self.weight_R = weight_R
-        want_x, want_weight, *want_stacks = wanted
+        want_x, want_weight, *want = wanted
         dtype, device, D = x_TD.dtype, x_TD.device, x_TD.shape[1]
         self.dx_PD = room((plan.rows, D), dtype, device) if want_x else None
         wide = torch.promote_types(dtype, torch.float32)
         self.weight_P1 = plan.spread(weight_R.to(dtype))[:, None]
         self.dweight_P = torch.empty(plan.rows, dtype=wide, device=device) if want_weight else None
-        self.up, self.down = (
-            room_like(w) if want else None for w, want in zip(weights[:2], want_stacks[:2], strict=True)
-        )
+        self.up, self.down = (room_like(w) if wish else None for w, wish in zip(weights[:2], want[:2], strict=True))
         self.up_bias, self.down_bias = (
-            torch.zeros_like(w) if want else None for w, want in zip(weights[2:], want_stacks[2:], strict=True)
+            torch.zeros_like(w) if wish else None for w, wish in zip(weights[2:], want[2:], strict=True)
         )
-        used = {expert for group in plan.groups for expert, _, _ in group}
+        idle = set(range(weights[0].shape[0])).difference(*(group.experts for group in plan.groups))
         for stack in (self.up, self.down):
-            for expert in range(weights[0].shape[0]) if stack is not None else ():
-                if expert not in used:
-                    stack[expert].zero_()
+            for expert in idle if stack is not None else ():
+                stack[expert].zero_()
         if plan.groups:
             most, H = plan.most, h_PH.shape[1]
             self.wide = [room((most, D), dtype, device) for _ in range(2)]
             self.narrow = [room((most, plan.hidden), dtype, device) for _ in range(5)]
             self.dh_NH = room((most, H), dtype, device)
 
-    def take(self, group: list[tuple[int, int, int]]) -> None:
+    def take(self, group: _Group) -> None:
         """Fills in what one group of experts contributes."""
-        plan, dtype = self.plan, self.x_TD.dtype
-        up_EDH, down_EFD, _, down_bias_ED = self.weights
-        base, end = group[0][1], group[-1][2]
-        x, g = (buffer[: end - base] for buffer in self.wide)
-        da, a, *spare = (buffer[: end - base] for buffer in self.narrow)
-        dh = self.dh_NH[: end - base]
-        parts = [(expert, slice(first - base, last - base)) for expert, first, last in group]
-        torch.index_select(self.grad_TD, 0, plan.token_P[base:end], out=g)
-        for (_, rows), down in zip(parts, _matrices(down_EFD, group, dtype), strict=True):
-            torch.mm(g[rows], down.t(), out=da[rows])
-        dweight = None if self.dweight_P is None else self.dweight_P[base:end]
-        weight = self.weight_P1[base:end]
-        activation_gradient(plan.activation, self.h_PH[base:end], da, weight, a, dh, dweight, tuple(spare))
+        plan, rows = self.plan, group.rows
+        up_EDH, down_EFD, _, _ = self.weights
+        count = group.bound[-1] - group.bound[0]
+        x, g = (buffer[:count] for buffer in self.wide)
+        da, a, *spare = (buffer[:count] for buffer in self.narrow)
+        dh, weight = self.dh_NH[:count], self.weight_P1[rows]
+        dweight = None if self.dweight_P is None else self.dweight_P[rows]
+        torch.index_select(self.grad_TD, 0, plan.token_P[rows], out=g)
+        _products(group, g, down_EFD.transpose(1, 2), da)
+        activation_gradient(plan.activation, self.h_PH[rows], da, weight, a, dh, dweight, tuple(spare))
+        if self.down is not None:
+            _outer(group, a, g, self.down)
         if self.up is not None:
-            torch.index_select(self.x_TD, 0, plan.token_P[base:end], out=x)
-        for expert, rows in parts:
-            if self.down is not None:
-                _into(self.down[expert], a[rows].t(), g[rows])
-            if self.up is not None:
-                _into(self.up[expert], x[rows].t(), dh[rows])
-            if self.up_bias is not None:
-                self.up_bias[expert] = dh[rows].sum(0)
-            if self.down_bias is not None:
-                self.down_bias[expert] = g[rows].t() @ weight[rows, 0]
-            if down_bias_ED is not None and dweight is not None:
-                dweight[rows] += g[rows] @ down_bias_ED[expert].to(dtype)
+            _outer(group, torch.index_select(self.x_TD, 0, plan.token_P[rows], out=x), dh, self.up)
         if self.dx_PD is not None:
-            dx = self.dx_PD[base:end]
-            for (_, rows), up in zip(parts, _matrices(up_EDH, group, dtype), strict=True):
-                torch.mm(dh[rows], up.t(), out=dx[rows])
+            _products(group, dh, up_EDH.transpose(1, 2), self.dx_PD[rows])
+        if self.weights[2] is not None or self.weights[3] is not None:
+            self._take_biases(group, g, dh, weight, dweight)
+
+    def _take_biases(self, group: _Group, g: Tensor, dh: Tensor, weight: Tensor, dweight: Tensor | None) -> None:
+        bias_ED = self.weights[3]
+        for expert, part in zip(group.experts, group.parts, strict=True):
+            if self.up_bias is not None:
+                self.up_bias[expert] = dh[part].sum(0)
+            if self.down_bias is not None:
+                self.down_bias[expert] = g[part].t() @ weight[part, 0]
+            if bias_ED is not None and dweight is not None:
+                dweight[part] += g[part] @ bias_ED[expert].to(g.dtype)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients of x, the combine weights, and the four stacks."""
@@ -286,11 +348,3 @@ class _Backward:
             dweight = self.dweight_P if plan.place_R is None else self.dweight_P.index_select(0, plan.place_R)
             dweight = dweight.to(self.weight_R.dtype)
         return dx, dweight, self.up, self.down, self.up_bias, self.down_bias
-
-
-def _into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """The product left @ right, written to ``out`` in its dtype."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)

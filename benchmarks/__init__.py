@@ -1,0 +1,1 @@
+"""Measurements of speed, repeatable by anyone: ``python -m benchmarks.moe_layer``."""

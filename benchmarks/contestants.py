@@ -1,0 +1,175 @@
+"""The layers that benchmarks.moe_layer times: each takes the same tokens and decision and gives the same output."""
+
+import dataclasses
+import importlib.util
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from turnout.paths import Bank, FeedForward
+from turnout.run import EXECUTORS
+from turnout.types import Routing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape: tokens, width, experts, experts per token, hidden width of one expert."""
+
+    T: int
+    D: int
+    E: int
+    K: int
+    F: int
+    dtype: str = "fp32"
+    skew: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.T},{self.D},{self.E},{self.K},{self.F}" + (f" zipf {self.skew}" if self.skew else "")
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass."""
+        return 6.0 * self.T * self.K * self.D * self.F
+
+
+@dataclasses.dataclass
+class Inputs:
+    """The tokens, one decision and the upstream gradient; x and weight_TK are leaves with gradients."""
+
+    x_TD: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    grad_TD: Tensor
+
+
+def decide(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+    """A random decision: K different experts a token, expert e with probability proportional to (1 + e) ** -skew."""
+    g = torch.Generator().manual_seed(seed)
+    popularity_E = torch.arange(1, case.E + 1, dtype=torch.float32).pow(-case.skew)[torch.randperm(case.E, generator=g)]
+    gumbel_TE = -torch.log(-torch.log(torch.rand(case.T, case.E, generator=g).clamp_(1e-9, 1 - 1e-7)))
+    index_TK = (popularity_E.log() + gumbel_TE).topk(case.K).indices
+    return index_TK, torch.rand(case.T, case.K, generator=g).softmax(-1)
+
+
+def draw(case: Case, seed: int) -> Inputs:
+    index_TK, weight_TK = decide(case, seed)
+    g = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    x_TD, grad_TD = (torch.randn(case.T, case.D, generator=g).to(dtype) for _ in range(2))
+    return Inputs(x_TD.requires_grad_(), index_TK, weight_TK.requires_grad_(), grad_TD)
+
+
+class Contestant:
+    """A layer to time. ``run`` is the work of one step; ``leaves`` are what it gives gradients to."""
+
+    exact = True  # computes the function that reference computes, and is checked against it
+
+    def __init__(self, name: str, call: Callable[[Inputs], Tensor], parameters: list[Tensor]) -> None:
+        self.name, self.call, self.parameters = name, call, parameters
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Before the clock starts."""
+        for tensor in (inputs.x_TD, inputs.weight_TK, *self.parameters):
+            tensor.grad = None
+
+    def run(self, inputs: Inputs, train: bool) -> Tensor:
+        with torch.set_grad_enabled(train):
+            y_TD = self.call(inputs)
+        if train:
+            y_TD.backward(inputs.grad_TD)
+        return y_TD
+
+
+class Dense(Contestant):
+    """A SwiGLU layer of equal active FLOPs."""
+
+    exact = False
+
+    def __init__(self, case: Case) -> None:
+        layer = FeedForward(case.D, case.K * case.F).to(DTYPES[case.dtype])
+        super().__init__("dense", lambda inputs: layer(inputs.x_TD), list(layer.parameters()))
+
+
+class Floor(Contestant):
+    """The products of every expert alone, on rows already sorted, into memory already there."""
+
+    exact = False
+
+    def __init__(self, case: Case, bank: Bank) -> None:
+        super().__init__("floor", lambda _: torch.empty(0), [])
+        R, D, F, dtype = case.T * case.K, case.D, case.F, DTYPES[case.dtype]
+        self.E = case.E
+        self.up, self.down = bank.up_EDH.detach(), bank.down_EFD.detach()
+        self.x, self.y, self.dx = (torch.randn(R, D).to(dtype) for _ in range(3))
+        self.h, self.a, self.da = (torch.randn(R, size).to(dtype) for size in (2 * F, F, F))
+        self.dup, self.ddown = torch.zeros_like(self.up), torch.zeros_like(self.down)
+        self.load: list[int] = []
+
+    def prepare(self, inputs: Inputs) -> None:
+        self.load = torch.bincount(inputs.index_TK.flatten(), minlength=self.E).tolist()
+
+    @torch.no_grad()
+    def run(self, inputs: Inputs, train: bool) -> Tensor:
+        bound = [0, *itertools.accumulate(self.load)]
+        work = [(e, slice(a, b)) for e, (a, b) in enumerate(itertools.pairwise(bound)) if a < b]
+        for e, rows in work:
+            torch.mm(self.x[rows], self.up[e], out=self.h[rows])
+            torch.mm(self.a[rows], self.down[e], out=self.y[rows])
+        for e, rows in work if train else ():
+            torch.mm(self.y[rows], self.down[e].t(), out=self.da[rows])
+            torch.mm(self.a[rows].t(), self.y[rows], out=self.ddown[e])
+            torch.mm(self.h[rows], self.up[e].t(), out=self.dx[rows])
+            torch.mm(self.x[rows].t(), self.h[rows], out=self.dup[e])
+        return self.y
+
+
+def of_turnout(case: Case, bank: Bank, name: str) -> Contestant:
+    def call(inputs: Inputs) -> Tensor:
+        routing = Routing.from_topk(inputs.index_TK, inputs.weight_TK, num_experts=case.E)
+        return EXECUTORS[name](inputs.x_TD, routing, bank.weights())
+
+    return Contestant(f"turnout {name}", call, list(bank.parameters()))
+
+
+def of_transformers(case: Case, bank: Bank, name: str) -> Contestant:
+    """The experts of transformers' Mixtral with one of its implementations, on copies of the bank's weights."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=case.D, intermediate_size=case.F, num_local_experts=case.E)
+    config._experts_implementation = name
+    experts = MixtralExperts(config).to(DTYPES[case.dtype])
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(bank.up_EDH.transpose(1, 2))
+        experts.down_proj.copy_(bank.down_EFD.transpose(1, 2))
+
+    def call(inputs: Inputs) -> Tensor:
+        return experts(inputs.x_TD, inputs.index_TK, inputs.weight_TK.to(inputs.x_TD.dtype))
+
+    return Contestant(f"transformers {name}", call, list(experts.parameters()))
+
+
+def assemble(case: Case, names: list[str] | None = None) -> tuple[list[Contestant], dict[str, str]]:
+    """Every contestant that can run the case, dense first, and why the others cannot."""
+    bank = Bank(case.E, case.D, case.F, generator=torch.Generator().manual_seed(0)).to(DTYPES[case.dtype])
+    made: list[Contestant] = [Dense(case), Floor(case, bank)]
+    absent: dict[str, str] = {}
+    made += [of_turnout(case, bank, name) for name in EXECUTORS if name != "reference"]
+    for name in ("grouped_mm", "eager", "batched_mm"):
+        copies = case.T * case.K * case.D * case.F * 3 * DTYPES[case.dtype].itemsize
+        if importlib.util.find_spec("transformers") is None:
+            absent[f"transformers {name}"] = "not installed"
+        elif name == "batched_mm" and copies > 2 << 30:
+            absent[f"transformers {name}"] = f"copies the weights for every entry: {copies / 2**30:.0f} GiB"
+        else:
+            made.append(of_transformers(case, bank, name))
+    for package in ("deepspeed", "tutel", "st_moe_pytorch", "megablocks", "scattermoe", "sonicmoe"):
+        if importlib.util.find_spec(package) is None:
+            absent[package] = "not installed"
+    if names:
+        made = [c for c in made if c.name == "dense" or any(part in c.name for part in names)]
+    return made, absent
