@@ -28,7 +28,7 @@ def test_names_outside_the_package(folder: str) -> None:
 
 
 def test_every_file_is_packaged() -> None:
-    """What is not Python (a style sheet, a type marker) is in an installed turnout only where pyproject.toml says so."""
+    """What is not Python (a style sheet, a type marker) is installed only where pyproject.toml says so."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     data = project["tool"]["setuptools"]["package-data"]
     packages = {name: ROOT / name.replace(".", "/") for name in data}
