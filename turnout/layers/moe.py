@@ -89,19 +89,29 @@ class MoE(nn.Module):
         if shared_gate:
             self.shared_gate = nn.Parameter(torch.empty(1, width).normal_(0, std, generator=generator))
 
-    def forward(self, x: Tensor, *, token_id: Tensor | None = None, generator: torch.Generator | None = None) -> Routed:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_id: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> Routed:
         """The output, in x's shape and dtype, and the routing of the flattened tokens.
 
         Args:
             x: (..., D).
             token_id: (...), for routers that look at the token itself.
             generator: for routers that draw.
+            backend: the name of an executor for this call; "auto" leaves it to the layer's own ``backend``.
 
         Raises:
             ShapeError: token_id does not fit x.
         """
         routing = decide(self.router, x, token_id, generator)
-        y = self.bank(x.reshape(-1, x.shape[-1]), routing, backend=self.backend).view(x.shape)
+        y = self.bank(x.reshape(-1, x.shape[-1]), routing, backend=self.backend if backend == "auto" else backend).view(
+            x.shape
+        )
         if self.shared is None:
             return Routed(y, routing)
         always = self.shared(x)

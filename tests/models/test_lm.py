@@ -1,0 +1,252 @@
+"""The language model: what it computes does not depend on how it is asked, and what it costs is what is counted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from turnout.errors import ShapeError, UnknownNameError, UsageError
+from turnout.measure import count_flops
+from turnout.models import LM, Cache, LMConfig, MLAConfig, MoEConfig
+
+TINY = LMConfig(vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, hidden=40, max_seq=48)
+LATENT = {"attention": "mla", "kv_heads": None, "mla": MLAConfig(kv_rank=12, rope_dim=6, nope_dim=10, v_dim=14)}
+ROUTED = MoEConfig(num_experts=5, top_k=2, hidden=24)
+VARIANTS = {
+    "dense": {},
+    "tied": {"tie_embeddings": True},
+    "wide heads": {"head_dim": 10, "qkv_bias": True, "out_bias": True, "ff_bias": True},
+    "head norm": {"qk_norm": "head"},
+    "full norm": {"qk_norm": "full", "kv_heads": None},
+    "window": {"window": 5, "window_layers": (1,)},
+    "latent": LATENT,
+    "latent queries": {**LATENT, "mla": dataclasses.replace(LATENT["mla"], q_rank=9, interleaved=False)},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "moe": {"moe": ROUTED},
+    "moe in one layer": {"moe": dataclasses.replace(ROUTED, layers=(1,), shared_hidden=12, shared_gate=True)},
+    "loss-free": {"moe": dataclasses.replace(ROUTED, router="LossFree", shared_hidden=12)},
+    "hash": {"moe": dataclasses.replace(ROUTED, router="Hash")},
+    "groups": {
+        "moe": MoEConfig(6, 2, 24, router="GroupLimited", router_options={"num_groups": 3, "top_groups": 2}),
+    },
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def make(name: str, seed: int = 0) -> LM:
+    """The variant with weights large enough for differences to be seen."""
+    lm = LM(dataclasses.replace(TINY, **VARIANTS[name], init_std=0.2), seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for key, parameter in lm.named_parameters():
+            if parameter.ndim == 1 or key.endswith("_bias"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return lm
+
+
+def ids(batch: int, seq: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(TINY.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+@every_variant
+@torch.no_grad()
+def test_a_cache_changes_nothing(name: str) -> None:
+    lm, id_BS = make(name), ids(3, 21)
+    whole = lm(id_BS).logits_BSV
+    for cuts in ((1,) * 21, (21,), (7, 1, 1, 5, 7), (20, 1)):
+        cache = Cache()
+        parts = [lm(piece, cache=cache).logits_BSV for piece in id_BS.split(cuts, dim=1)]
+        assert cache.length == 21
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5, msg=lambda m: f"{cuts}: {m}")  # noqa: B023
+
+
+@every_variant
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other(name: str) -> None:
+    lm, id_BS = make(name), ids(4, 13)
+    whole = lm(id_BS).logits_BSV
+    for row in range(4):
+        torch.testing.assert_close(lm(id_BS[row : row + 1]).logits_BSV[0], whole[row], rtol=0, atol=2e-5)
+
+
+@every_variant
+@torch.no_grad()
+def test_no_token_sees_a_later_one(name: str) -> None:
+    lm, id_BS = make(name), ids(2, 17)
+    changed_BS = id_BS.clone()
+    changed_BS[:, 11] = (changed_BS[:, 11] + 1) % TINY.vocab_size
+    before, after = lm(id_BS).logits_BSV, lm(changed_BS).logits_BSV
+    torch.testing.assert_close(after[:, :11], before[:, :11], rtol=0, atol=2e-5)
+    assert (after[:, 11] - before[:, 11]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_expert_choice_does_see_later_ones() -> None:
+    VARIANTS["expert choice"] = {"moe": dataclasses.replace(ROUTED, router="ExpertChoice")}
+    lm, id_BS = make("expert choice"), ids(1, 17)
+    del VARIANTS["expert choice"]
+    changed_BS = id_BS.clone()
+    changed_BS[:, 11:] = (changed_BS[:, 11:] + 1) % TINY.vocab_size
+    assert (lm(id_BS).logits_BSV - lm(changed_BS).logits_BSV)[:, :11].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_window_hides_what_lies_before_it() -> None:
+    lm = LM(dataclasses.replace(TINY, window=4, layers=1, init_std=0.2)).eval()
+    id_BS = ids(1, 12)
+    changed_BS = id_BS.clone()
+    changed_BS[:, 3] = (changed_BS[:, 3] + 1) % TINY.vocab_size
+    difference_S = (lm(id_BS).logits_BSV - lm(changed_BS).logits_BSV).abs().amax((0, 2))
+    assert (difference_S[3:7] > 1e-4).all() and (difference_S[7:] < 1e-5).all() and (difference_S[:3] == 0).all()
+
+
+@torch.no_grad()
+def test_one_expert_is_a_dense_layer() -> None:
+    sparse = LM(dataclasses.replace(TINY, moe=MoEConfig(1, 1, TINY.hidden), init_std=0.2), seed=5).eval()
+    dense = LM(dataclasses.replace(TINY, init_std=0.2), seed=6).eval()
+    for ours, theirs in zip(dense.blocks, sparse.blocks, strict=True):
+        theirs.ff.bank.up_EDH[0].copy_(ours.ff.up_DH)
+        theirs.ff.bank.down_EFD[0].copy_(ours.ff.down_FD)
+    sparse.load_state_dict({k: v for k, v in dense.state_dict().items() if ".ff." not in k}, strict=False)
+    torch.testing.assert_close(sparse(ids(2, 9)).logits_BSV, dense(ids(2, 9)).logits_BSV, rtol=0, atol=1e-5)
+
+
+@every_variant
+def test_the_cost_is_what_is_counted(name: str) -> None:
+    lm, seq = make(name), 24
+    cost = lm.cost(seq=seq)
+    assert cost.params == sum(parameter.numel() for parameter in lm.parameters())
+    with torch.no_grad():
+        counted = count_flops(lambda: lm(ids(3, seq), backend="reference")).flops
+    assert cost.flops == counted / (3 * seq)
+    inactive = 0
+    for block in lm.blocks:
+        if hasattr(block.ff, "bank"):
+            each = block.ff.bank.up[0].numel() + block.ff.bank.down[0].numel()
+            inactive += each * (lm.config.moe.num_experts - lm.config.moe.top_k)
+    assert cost.params_active == cost.params - inactive
+
+
+@every_variant
+def test_every_parameter_learns(name: str) -> None:
+    lm = make(name).train()
+    out = lm(ids(4, 20))
+    out.logits_BSV.square().mean().backward()
+    assert [key for key, p in lm.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert len(out.routings) == len(lm.routers)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    for name in ("moe", "latent"):
+        first, again, other = make(name, 1).state_dict(), make(name, 1).state_dict(), make(name, 2).state_dict()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert not torch.equal(first["embedding"], other["embedding"])
+
+
+@torch.no_grad()
+def test_generation() -> None:
+    lm, id_BS = make("moe").train(), ids(2, 5)
+    greedy = lm.generate(id_BS, tokens=6, temperature=0)
+    assert lm.training and greedy.shape == (2, 11) and torch.equal(greedy[:, :5], id_BS)
+    lm.eval()
+    for step in range(5, 11):
+        assert torch.equal(lm(greedy[:, :step]).logits_BSV[:, -1].argmax(1), greedy[:, step])
+    assert torch.equal(lm.generate(id_BS, tokens=6, top_k=1), greedy)
+
+    def drawn(seed: int) -> torch.Tensor:
+        return lm.generate(id_BS, tokens=20, top_k=5, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert lm.generate(id_BS, tokens=0) is id_BS
+
+
+@torch.no_grad()
+def test_drawn_tokens_follow_the_model() -> None:
+    lm, seed = make("dense"), 7
+    prompt_BS = ids(1, 4).expand(4000, -1)
+    drawn = lm.generate(prompt_BS, tokens=1, temperature=0.7, generator=torch.Generator().manual_seed(seed))[:, -1]
+    share_V = torch.bincount(drawn, minlength=61) / 4000
+    wanted_V = (lm(prompt_BS[:1]).logits_BSV[0, -1] / 0.7).softmax(0)
+    assert (share_V - wanted_V).abs().max() < 0.03, f"seed {seed}"
+
+
+def test_autocast_and_bf16() -> None:
+    id_BS = ids(2, 16)
+    for name in ("moe", "latent", "head norm"):
+        lm = make(name)
+        exact = lm(id_BS).logits_BSV
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = lm(id_BS).logits_BSV
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).square().mean() < 0.01 * exact.square().mean(), name
+        half = lm.to(torch.bfloat16)
+        assert half.rope.frequency_P.dtype == torch.float32
+        assert (half(id_BS).logits_BSV.float() - exact).square().mean() < 0.01 * exact.square().mean(), name
+
+
+def test_mistakes_are_worded() -> None:
+    lm = make("moe")
+    for bad, kind in (
+        (torch.zeros(5, dtype=torch.long), ShapeError),
+        (torch.zeros(1, 0, dtype=torch.long), ShapeError),
+        (torch.zeros(1, 5), ShapeError),
+        (ids(1, 49), ShapeError),
+        (torch.tensor([[61]]), UsageError),
+        (torch.tensor([[-1]]), UsageError),
+    ):
+        with pytest.raises(kind, match="Nearest fix"):
+            lm(bad)
+    with pytest.raises(UsageError, match="without gradients"):
+        lm(ids(1, 3), cache=Cache())
+    with pytest.raises(UnknownNameError, match="backend"):
+        lm(ids(1, 3), backend="sorted")
+    with pytest.raises(ShapeError, match="max_seq"):
+        lm.generate(ids(1, 40), tokens=9)
+    with pytest.raises(UsageError, match="temperature"):
+        lm.generate(ids(1, 4), tokens=9, temperature=-1)
+    with torch.no_grad(), pytest.raises(ShapeError, match="2 rows"):
+        cache = Cache()
+        lm(ids(2, 3), cache=cache)
+        lm(ids(1, 1), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"heads": 5, "kv_heads": None}, "heads=4"),
+        ({"kv_heads": 3}, "kv_heads=2"),
+        ({"head_dim": 7}, "head_dim=8"),
+        ({"width": 0}, "width"),
+        ({"layers": True}, "layers"),
+        ({"norm_eps": 0.0}, "norm_eps=1e-05"),
+        ({"qk_norm": "heads"}, "'head'"),
+        ({"attention": "mla"}, "MLAConfig"),
+        ({**LATENT, "qk_norm": "head"}, "'none'"),
+        ({"rope_scaling": {"rope_type": "yarm"}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
+        ({"window_layers": (0, 2)}, "window_layers"),
+        ({"moe": dataclasses.replace(ROUTED, layers=(7,))}, "moe.layers"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields: dict, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        dataclasses.replace(TINY, **fields)
+
+
+def test_impossible_routing_is_refused() -> None:
+    for fields, match in (
+        ({"top_k": 9}, "top_k=5"),
+        ({"router": "topk"}, "'TopK'"),
+        ({"shared_gate": True}, "shared_hidden"),
+        ({"hidden": 0}, "hidden"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            dataclasses.replace(ROUTED, **fields)
+    with pytest.raises(UsageError, match=r"help.turnout\.decide"):
+        LM(dataclasses.replace(TINY, moe=dataclasses.replace(ROUTED, router_options={"renormalise": True})))
+
+
+@every_variant
+def test_configurations_go_to_json_and_back(name: str) -> None:
+    config = make(name).config
+    assert LMConfig.from_json_dict(config.to_json_dict()) == config

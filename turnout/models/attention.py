@@ -1,0 +1,208 @@
+"""Attention of a decoder: grouped-query and multi-head latent, their norm, and the cache of what they have seen."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from turnout.errors import ShapeError, UsageError, word
+from turnout.models.config import LMConfig, MLAConfig
+from turnout.models.rope import attention_scale, rotate, rotate_neighbours
+from turnout.run.product import linear
+
+__all__ = ["Attention", "Cache", "LatentAttention", "Projection", "RMSNorm"]
+
+Angles = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), in fp32 up to the weight, over the last axis.
+
+    Source: Zhang & Sennrich, 2019, "Root Mean Square Layer Normalization"; rounded as transformers' LlamaRMSNorm.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype as x."""
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The sizes, for printing."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class Projection(nn.Module):
+    """An affine map, as ``nn.Linear``, by the fastest kernel of the machine and started from a given generator."""
+
+    def __init__(self, inner: int, outer: int, *, bias: bool, std: float, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outer, inner).normal_(0, std, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(outer)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., outer) from (..., inner)."""
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for printing."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class Cache:
+    """Keys and values of the positions that a model has seen, to go on from; for inference.
+
+    Empty at first; ``lm(id_BS, cache=cache)`` reads it and adds to it. Rooms for further positions are doubled as
+    needed, so that a step copies only its own.
+
+    >>> cache = Cache()
+    >>> cache.length
+    0
+
+    Source: none; the usual key-value cache. Latent attention stores its latent, as in DeepSeek-AI, 2024, "DeepSeek-V2".
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._store: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, a_BHSP: Tensor, b_BHSP: Tensor) -> tuple[Tensor, Tensor]:
+        """What one layer has stored, with these new positions after the old ones; the old ones are kept.
+
+        Raises:
+            UsageError: gradients are on, and would be lost.
+            ShapeError: another batch size than before.
+        """
+        if a_BHSP.requires_grad or b_BHSP.requires_grad:
+            fix = "call the model under torch.no_grad(), or without a cache"
+            raise UsageError(
+                word("cache", got="tensors with gradients", allowed="be used without gradients", where="LM", fix=fix)
+            )
+        both = tuple(self._add(layer, which, new) for which, new in enumerate((a_BHSP, b_BHSP)))
+        self._store[layer] = both  # pyrefly: ignore[unsupported-operation]
+        end = self.length + a_BHSP.shape[2]
+        return both[0][:, :, :end], both[1][:, :, :end]
+
+    def _add(self, layer: int, which: int, new_BHSP: Tensor) -> Tensor:
+        batch, heads, length, width = new_BHSP.shape
+        end = self.length + length
+        stored = self._store[layer][which] if layer in self._store else None
+        if stored is not None and stored.shape[0] != batch:
+            fix = "start a new Cache for another batch"
+            allowed = f"have the {stored.shape[0]} rows that the cache was filled with"
+            raise ShapeError(word("id_BS", got=f"{batch} rows", allowed=allowed, where="LM", fix=fix))
+        if stored is None or stored.shape[2] < end:
+            room = new_BHSP.new_empty(batch, heads, end if stored is None else max(end, 2 * stored.shape[2]), width)
+            if stored is not None:
+                room[:, :, : self.length] = stored[:, :, : self.length]
+            stored = room
+        stored[:, :, self.length : end] = new_BHSP
+        return stored
+
+    def advance(self, count: int) -> Self:
+        """Counts the new positions as seen; the model calls it after its last layer."""
+        self.length += count
+        return self
+
+
+def attend(q_BHSP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """(B, S, H·P) causal attention of the last S of T positions to all of them, or to the last ``window``."""
+    new, total = q_BHSP.shape[2], k_BHTP.shape[2]
+    windowed = window is not None and total > window
+    seen_ST, causal = None, new == total and new > 1 and not windowed
+    if windowed or (new > 1 and not causal):
+        distance_ST = torch.arange(total - new, total, device=q_BHSP.device)[:, None]
+        distance_ST = distance_ST - torch.arange(total, device=q_BHSP.device)
+        seen_ST = distance_ST >= 0 if window is None else (distance_ST >= 0) & (distance_ST < window)
+    grouped = q_BHSP.shape[1] != k_BHTP.shape[1]
+    y_BHSP = F.scaled_dot_product_attention(
+        q_BHSP, k_BHTP, v_BHTP, attn_mask=seen_ST, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return y_BHSP.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share fewer key and value heads. One product makes all three.
+
+    Source: Vaswani et al., 2017, "Attention Is All You Need"; grouped as Ainslie et al., 2023, "GQA"; norms on queries
+    and keys as Qwen3 ("head") or OLMoE ("full").
+    """
+
+    def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
+        self.head_width, self.qk_norm, self.window = config.head_width, config.qk_norm, config.window_of(layer)
+        q, kv = self.heads * self.head_width, self.key_heads * self.head_width
+        self.sizes = (q, kv, kv)
+        start = {"std": config.init_std, "generator": generator}
+        self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
+        self.out = Projection(q, config.width, bias=config.out_bias, **start)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            wide = (q, kv) if config.qk_norm == "full" else (self.head_width, self.head_width)
+            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in wide)
+
+    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
+        """(B, S, D)."""
+        q_BSHP, k_BSHP, v_BSHP = self._heads(self.qkv(x_BSD))
+        q_BSHP, k_BSHP = rotate(q_BSHP, *angles), rotate(k_BSHP, *angles)
+        q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
+        if cache is not None:
+            k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
+        y_BSD = attend(q_BHSP, k_BHSP, v_BHSP, scale=self.head_width**-0.5, window=self.window)
+        return self.out(y_BSD)
+
+    def _heads(self, qkv_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv_BSD.split(self.sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: keys and values are made from a narrow latent, which is all that is cached.
+
+    Source: DeepSeek-AI, 2024, "DeepSeek-V2", section 2.1, with the norms of the released code (their eps is 1e-6
+    whatever the model's).
+    """
+
+    def __init__(self, config: LMConfig, sizes: MLAConfig, layer: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.layer, self.heads, self.mla, self.window = layer, config.heads, sizes, config.window_of(layer)
+        self.scale = attention_scale(config)
+        start = {"std": config.init_std, "generator": generator}
+        wide = config.heads * config.head_width
+        self.q_down = self.q_norm = None
+        if sizes.q_rank is not None:
+            self.q_down = Projection(config.width, sizes.q_rank, bias=config.qkv_bias, **start)
+            self.q_norm = RMSNorm(sizes.q_rank, 1e-6)
+        self.q_up = Projection(sizes.q_rank or config.width, wide, bias=False, **start)
+        self.kv_down = Projection(config.width, sizes.kv_rank + sizes.rope_dim, bias=config.qkv_bias, **start)
+        self.kv_norm = RMSNorm(sizes.kv_rank, 1e-6)
+        self.kv_up = Projection(sizes.kv_rank, config.heads * (sizes.nope_dim + sizes.v_dim), bias=False, **start)
+        self.out = Projection(config.heads * sizes.v_dim, config.width, bias=config.out_bias, **start)
+
+    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
+        """(B, S, D)."""
+        mla, turn = self.mla, rotate_neighbours if self.mla.interleaved else rotate
+        q = x_BSD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BSD))
+        q_BSHP = self.q_up(q).unflatten(-1, (self.heads, -1))
+        fixed_BSHP, turned_BSHP = q_BSHP.split((mla.nope_dim, mla.rope_dim), dim=-1)
+        q_BHSP = torch.cat((fixed_BSHP, turn(turned_BSHP, *angles)), dim=-1).transpose(1, 2)
+        latent_BSP, key_BSP = self.kv_down(x_BSD).split((mla.kv_rank, mla.rope_dim), dim=-1)
+        latent_B1TP = self.kv_norm(latent_BSP).unsqueeze(1)
+        key_B1TP = turn(key_BSP.unsqueeze(2), *angles).transpose(1, 2)
+        if cache is not None:
+            latent_B1TP, key_B1TP = cache.update(self.layer, latent_B1TP, key_B1TP)
+        kv_BHTP = self.kv_up(latent_B1TP.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_BHTP, v_BHTP = kv_BHTP.split((mla.nope_dim, mla.v_dim), dim=-1)
+        k_BHTP = torch.cat((k_BHTP, key_B1TP.expand(-1, self.heads, -1, -1)), dim=-1)
+        return self.out(attend(q_BHSP, k_BHTP, v_BHTP, scale=self.scale, window=self.window))

@@ -1,0 +1,283 @@
+"""The configuration of a language model: frozen, checked when it is made, and JSON there and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from turnout.decide import token
+from turnout.errors import UsageError, nearest, word
+from turnout.fields import build, plain
+from turnout.types.weights import Activation
+
+__all__ = ["LMConfig", "MLAConfig", "MoEConfig"]
+
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The routed feed-forward layers of a language model.
+
+    Args:
+        num_experts: E.
+        top_k: K, experts per token, 1 to E.
+        hidden: F, of each routed expert.
+        router: the name of a class in ``turnout.decide.token``.
+        router_options: further keywords of that class (``{"renormalize": True}``).
+        shared_hidden: F of the expert that is always on; None for none.
+        shared_gate: whether the shared expert is scaled by a learned sigmoid.
+        layers: which layers are routed, counted from 0; all the others are dense.
+        activation: of routed and shared experts.
+
+    >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
+    'TopK'
+
+    Source: none; plain configuration.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    router: str = "TopK"
+    router_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    shared_hidden: int | None = None
+    shared_gate: bool = False
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    activation: Activation = "swiglu"
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden"):
+            _positive(name, getattr(self, name), "MoEConfig")
+        if self.shared_hidden is not None:
+            _positive("shared_hidden", self.shared_hidden, "MoEConfig")
+        if self.top_k > self.num_experts:
+            _refuse("top_k", self.top_k, f"be between 1 and num_experts={self.num_experts}", "MoEConfig",
+                    f"top_k={self.num_experts}")  # fmt: skip
+        if self.router not in token.__all__:
+            raise nearest(self.router, token.__all__, kind="router", where="MoEConfig")
+        if self.shared_gate and self.shared_hidden is None:
+            _refuse("shared_gate", True, "go with a shared expert", "MoEConfig", "shared_hidden too")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """The sizes of multi-head latent attention.
+
+    Args:
+        kv_rank: width of the latent that keys and values are made from, and that the cache holds.
+        rope_dim: rotated part of each head, even; shared by all heads in the keys.
+        nope_dim: part of each head that is not rotated.
+        v_dim: width of each head's value.
+        q_rank: width of the latent that queries are made from; None makes them straight from the input.
+        interleaved: whether the rotated pairs are neighbours (2i, 2i + 1) or halves apart (i, i + rope_dim / 2).
+
+    >>> MLAConfig(kv_rank=16, rope_dim=8, nope_dim=16, v_dim=16).q_rank is None
+    True
+
+    Source: DeepSeek-AI, 2024, "DeepSeek-V2".
+    """
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    q_rank: int | None = None
+    interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "rope_dim", "nope_dim", "v_dim"):
+            _positive(name, getattr(self, name), "MLAConfig")
+        if self.q_rank is not None:
+            _positive("q_rank", self.q_rank, "MLAConfig")
+        if self.rope_dim % 2:
+            _refuse("rope_dim", self.rope_dim, "be even", "MLAConfig", f"rope_dim={self.rope_dim + 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A decoder language model.
+
+    Args:
+        vocab_size: V.
+        width: D.
+        layers: L.
+        heads: H, query heads.
+        kv_heads: key and value heads, a divisor of ``heads``; None for as many.
+        head_dim: width of a head, even; None for width / heads. Not used by "mla".
+        hidden: F of the dense feed-forward layers; None for 8/3 of the width, rounded up to a multiple of 8.
+        max_seq: the longest sequence.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched, in the words of transformers' ``rope_parameters``
+            (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; None leaves them.
+        norm_eps: of every RMSNorm.
+        tie_embeddings: whether the output layer is the embedding.
+        qk_norm: RMSNorm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
+        attention: "gqa", or "mla" with ``mla`` set.
+        mla: the sizes of latent attention.
+        qkv_bias: whether the products that make queries, keys and values add a bias.
+        out_bias: whether the product after attention adds one.
+        ff_bias: whether the dense feed-forward layers add biases.
+        window: each token sees this many positions, itself included; None for all earlier ones.
+        window_layers: the layers that ``window`` holds in.
+        activation: of the dense feed-forward layers.
+        moe: the routed layers; None for a dense model.
+        init_std: standard deviation of the starting weights.
+
+    Raises:
+        UsageError: sizes that do not fit each other, with the nearest that do.
+
+    >>> config = LMConfig(vocab_size=256, width=64, layers=2, heads=4, kv_heads=2)
+    >>> config.head_width, config.dense_hidden, LMConfig.from_json_dict(config.to_json_dict()) == config
+    (16, 176, True)
+
+    Source: Touvron et al., 2023, "LLaMA", and its descendants; each field is one that a published model varies.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    max_seq: int = 1024
+    rope_theta: float = 1e4
+    rope_scaling: Mapping[str, object] | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    attention: Literal["gqa", "mla"] = "gqa"
+    mla: MLAConfig | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ff_bias: bool = False
+    window: int | None = None
+    window_layers: Literal["all"] | tuple[int, ...] = "all"
+    activation: Activation = "swiglu"
+    moe: MoEConfig | None = None
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "max_seq"):
+            _positive(name, getattr(self, name), "LMConfig")
+        for name in ("kv_heads", "head_dim", "hidden", "window"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name), "LMConfig")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                _refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
+        for name, allowed in (("qk_norm", ("none", "head", "full")), ("attention", ("gqa", "mla"))):
+            if getattr(self, name) not in allowed:
+                raise nearest(str(getattr(self, name)), allowed, kind=name, where="LMConfig")
+        _check_heads(self)
+        _check_rope(self.rope_scaling)
+        _check_layers("window_layers", self.window_layers, self.layers)
+        if self.moe is not None:
+            _check_layers("moe.layers", self.moe.layers, self.layers)
+
+    @property
+    def head_width(self) -> int:
+        """``head_dim``, worked out where it is None; of queries and keys."""
+        if self.mla is not None:
+            return self.mla.nope_dim + self.mla.rope_dim
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """``kv_heads``, worked out where it is None."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def dense_hidden(self) -> int:
+        """``hidden``, worked out where it is None."""
+        return -(-8 * self.width // 3 // 8) * 8 if self.hidden is None else self.hidden
+
+    @property
+    def rotated_width(self) -> int:
+        """How many of a head's positions RoPE turns."""
+        return self.head_width if self.mla is None else self.mla.rope_dim
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts."""
+        return self.moe is not None and (self.moe.layers == "all" or layer in self.moe.layers)
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a token of this layer sees; None for all."""
+        return self.window if self.window_layers == "all" or layer in self.window_layers else None
+
+    def to_json_dict(self) -> dict[str, object]:
+        """The configuration as plain JSON values."""
+        return plain(self)
+
+    @classmethod
+    def from_json_dict(cls, body: Mapping[str, object]) -> Self:
+        """The configuration that ``to_json_dict`` gave.
+
+        Raises:
+            TurnoutError: not a configuration; the message names the field.
+        """
+        return build(cls, body, "the model's configuration")
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LMConfig)}
+
+
+def _refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
+    raise UsageError(word(name, got=got, allowed=allowed, where=where, fix=f"pass {fix}"))
+
+
+def _positive(name: str, got: object, where: str) -> None:
+    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
+        _refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
+
+
+def _near_divisor(of: int, near: int) -> int:
+    """The divisor of ``of`` that is closest to ``near``."""
+    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: abs(n - near))
+
+
+def _check_heads(config: LMConfig) -> None:
+    if (config.attention == "mla") != (config.mla is not None):
+        fix = "mla=MLAConfig(...) with attention='mla', or neither"
+        _refuse("mla", config.mla, f"fit attention={config.attention!r}", "LMConfig", fix)
+    if config.mla is not None:
+        if config.qk_norm != "none" or config.key_heads != config.heads:
+            got = f"qk_norm={config.qk_norm!r}, kv_heads={config.kv_heads}"
+            _refuse("qk_norm and kv_heads", got, "be 'none' and None with latent attention", "LMConfig",
+                    "qk_norm='none', kv_heads=None")  # fmt: skip
+        return
+    if config.head_dim is None and config.width % config.heads:
+        near = _near_divisor(config.width, config.heads)
+        _refuse("heads", config.heads, f"divide width={config.width} unless head_dim is set", "LMConfig",
+                f"heads={near}")  # fmt: skip
+    if config.heads % config.key_heads:
+        near = _near_divisor(config.heads, config.key_heads)
+        _refuse("kv_heads", config.kv_heads, f"divide heads={config.heads}", "LMConfig", f"kv_heads={near}")
+    if config.head_width % 2:
+        _refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
+                f"head_dim={config.head_width + 1}")  # fmt: skip
+
+
+def _check_rope(scaling: Mapping[str, object] | None) -> None:
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type")
+    if kind not in _ROPE_NEEDS:
+        raise nearest(str(kind), _ROPE_NEEDS, kind="rope_type", where="LMConfig.rope_scaling")
+    missing = [name for name in _ROPE_NEEDS[kind] if not isinstance(scaling.get(name), int | float)]
+    if missing:
+        _refuse(
+            "rope_scaling", dict(scaling), f"give {', '.join(missing)}, a number", "LMConfig", f"{missing[0]} in it"
+        )
+
+
+def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: int) -> None:
+    if layers == "all":
+        return
+    wrong = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
+    if isinstance(layers, str) or wrong or len(set(layers)) < len(layers):
+        _refuse(name, layers, f"be 'all' or different layers from 0 to {count - 1}", "LMConfig", f"{name}='all'")
