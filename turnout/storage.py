@@ -1,8 +1,10 @@
 """Files on disk: written aside, flushed, then renamed, so that a half-written file never passes for a whole one."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,9 +46,21 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
         _flush(aside)
         aside.replace(path)
         _flush(path.parent)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise read_error(error, path, "write_whole") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        system = _system_error(error)
+        if system is None:
+            raise
+        raise read_error(system, path, "write_whole") from error
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The operating system's error in this one. Rust libraries (safetensors) tell of it in their text only."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def _flush(path: Path) -> None:
@@ -72,11 +86,14 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
         errno.EPERM: ("be accessible to this user", "change its permissions, or choose another folder"),
         errno.EROFS: ("be on a writable disk", "choose another folder"),
         errno.ENOENT: ("exist", "check the spelling of the path"),
+        errno.EEXIST: ("be a folder", "it is a file: choose another path"),
         errno.ENOTDIR: ("lie in a folder", "one of its parents is a file: choose another path"),
         errno.EISDIR: ("be a file", "it is a folder: choose another path"),
     }
     allowed, fix = fixes.get(error.errno or 0, ("be readable and writable", "see the system's message"))
-    return StorageError(word("the path", got=f"{path} ({error.strerror})", allowed=allowed, where=where, fix=fix))
+    return StorageError(
+        word("the path", got=f"{path} ({error.strerror or error})", allowed=allowed, where=where, fix=fix)
+    )
 
 
 def digest(path: str | Path) -> str:

@@ -77,7 +77,7 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
         return score_TE.argmax(1, keepdim=True)  # defined as the first of equal ones
     if score_TE.dtype != torch.float32 or score_TE.numel() <= _FEW:
         return score_TE.sort(dim=1, descending=True, stable=True)[1][:, :k]
-    bit_TE = (score_TE + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
+    bit_TE = (score_TE.contiguous() + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
     bit_TE ^= (bit_TE >> 31) & 0x7FFFFFFF
     back_E = torch.arange(num_experts - 1, -1, -1, device=bit_TE.device)
     return torch.add(back_E, bit_TE.to(torch.int64), alpha=1 << 31).topk(k, dim=1)[1]

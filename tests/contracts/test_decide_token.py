@@ -1,0 +1,262 @@
+"""What every router keeps, whichever it is: run over the room's ``__all__``, so a new one is tested when listed."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from turnout.decide import token
+from turnout.errors import ShapeError, TurnoutError
+from turnout.types import Routing
+
+WIDTH = 12
+
+
+def build(name: str, num_experts: int, **options) -> torch.nn.Module:
+    """A router of this name, with as many experts per token as it can have up to 2, and weights that matter."""
+    fixed = {"Switch": 1, "GShard": 2}
+    options.setdefault("top_k", fixed.get(name, min(2, num_experts)))
+    router = getattr(token, name)(WIDTH, num_experts, **options)
+    seeded = torch.Generator().manual_seed(num_experts)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_(0, 0.5, generator=seeded)
+    return router
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 1000, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def call(router: torch.nn.Module, x_TD: torch.Tensor, seed: int = 0) -> Routing:
+    chance = torch.Generator().manual_seed(seed)
+    return router(x_TD, token_id_T=ids(len(x_TD)), generator=chance)
+
+
+def same(a: Routing, b: Routing) -> bool:
+    return (
+        torch.equal(a.token_R, b.token_R)
+        and torch.equal(a.offset_E, b.offset_E)
+        and torch.equal(a.weight_R, b.weight_R)
+    )
+
+
+every = pytest.mark.parametrize("name", token.__all__)
+learned = pytest.mark.parametrize("name", [name for name in token.__all__ if name != "Hash"])
+# Expert choice takes its capacity exactly: see its own tests.
+dropping = pytest.mark.parametrize("name", [name for name in token.__all__ if name != "ExpertChoice"])
+
+
+@every
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 33, 700])
+def test_a_valid_routing_for_any_number_of_tokens(name, count, training):
+    router = build(name, 8).train(training)
+    routing = call(router, tokens(count)).validate()
+    assert (routing.num_tokens, routing.num_experts) == (count, 8)
+    assert routing.weight_R.dtype == torch.float32
+    assert bool((routing.weight_R >= 0).all())
+    for table in (routing.score_TE, routing.logit_TE):
+        assert table is None or (table.shape == (count, 8) and table.dtype == torch.float32)
+    if count and name != "ExpertChoice":
+        per_token = torch.bincount(routing.token_R, minlength=count)
+        assert int(per_token.max()) <= router.top_k and int(per_token.min()) >= 1
+        assert training or int(per_token.min()) == router.top_k
+
+
+@every
+@pytest.mark.parametrize("num_experts", [2, 3, 5, 17, 64, 300])
+def test_a_valid_routing_for_any_number_of_experts(name, num_experts):
+    call(build(name, num_experts).eval(), tokens(19)).validate()
+
+
+@every
+def test_all_experts_may_be_chosen(name):
+    fixed = {"Switch": 1, "GShard": 2}.get(name, 3)
+    routing = call(build(name, fixed, top_k=fixed).eval(), tokens(5)).validate()
+    assert routing.load_E.tolist() == [5] * fixed
+
+
+@learned
+@pytest.mark.parametrize("count", [3, 700])  # both ways of ordering the scores
+@pytest.mark.parametrize("num_experts", [4, 40])
+def test_ties_go_to_the_lower_index(name, count, num_experts):
+    router = build(name, num_experts).eval()
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    routing = call(router, tokens(count))
+    if name == "ExpertChoice":
+        taken = math.ceil(2 * count / num_experts)
+        assert routing.token_R.tolist() == list(range(taken)) * num_experts
+    else:
+        assert routing.load_E.tolist() == [count] * router.top_k + [0] * (num_experts - router.top_k)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_tokens_are_routed_in_fp32(name, dtype):
+    router, x_TD = build(name, 8).eval(), tokens(33).to(dtype)
+    assert same(call(router, x_TD), call(router, x_TD.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(call(router, x_TD), call(router, x_TD.float()))
+        assert call(router, x_TD).weight_R.dtype == torch.float32
+
+
+@every
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_changes_nothing(name, training):
+    router, x_TD = build(name, 8).train(training), tokens(33)
+    plain = call(router, x_TD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = call(router, x_TD)
+    assert same(plain, cast)
+    assert plain.score_TE is None or torch.equal(plain.score_TE, cast.score_TE)
+
+
+@every
+def test_a_module_cast_to_bf16_still_computes_in_fp32(name):
+    router = build(name, 8).eval()
+    rounded = build(name, 8).eval()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    assert same(call(router.bfloat16(), tokens(33)), call(rounded, tokens(33)))
+
+
+@every
+def test_deterministic_under_a_seed(name):
+    router, x_TD = build(name, 8).train(), tokens(64)
+    assert same(call(router, x_TD, seed=3), call(router, x_TD, seed=3))
+    before = torch.get_rng_state()
+    call(router, x_TD)
+    assert torch.equal(before, torch.get_rng_state()), "a router given a generator must draw from it alone"
+
+
+@every
+def test_evaluation_has_no_noise(name):
+    router, x_TD = build(name, 8).eval(), tokens(64)
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    one = router(x_TD, token_id_T=ids(64), generator=generator)
+    assert torch.equal(before, generator.get_state())
+    assert same(one, call(router, x_TD, seed=2))
+
+
+@every
+def test_gradients_reach_every_parameter(name):
+    router, x_TD = build(name, 8).train(), tokens(33).requires_grad_()
+    routing = call(router, x_TD)
+    if not list(router.parameters()):
+        assert not routing.weight_R.requires_grad
+        return
+    pull = torch.randn(routing.num_entries, generator=torch.Generator().manual_seed(9))
+    (routing.weight_R * pull).sum().backward()
+    for label, parameter in router.named_parameters():
+        assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, label
+    assert x_TD.grad is not None and float(x_TD.grad.abs().sum()) > 0
+
+
+@learned
+def test_gradients_in_fp64(name):
+    router = build(name, 5).double().train()
+    x_TD = tokens(7).double().requires_grad_()
+    weights = list(router.parameters())
+
+    def decide(*inputs):
+        routing = call(router, inputs[0])
+        return routing.weight_R, routing.score_TE, routing.logit_TE
+
+    assert torch.autograd.gradcheck(decide, (x_TD, *weights), atol=1e-6)
+
+
+@every
+def test_scores_and_logits_carry_gradients(name):
+    routing = call(build(name, 8).train(), tokens(33))
+    assert (routing.score_TE is None) == (routing.logit_TE is None) == (name == "Hash")
+    if routing.score_TE is not None:
+        assert routing.score_TE.requires_grad and routing.logit_TE.requires_grad
+
+
+@dropping
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 1.25])
+@pytest.mark.parametrize("seed", range(3))
+def test_capacity_is_respected(name, factor, seed):
+    count, num_experts = 61, 6
+    whole, tight = build(name, num_experts).eval(), build(name, num_experts, capacity_factor=factor).eval()
+    x_TD = tokens(count, seed)
+    asked, given = call(whole, x_TD), call(tight, x_TD).validate()
+    most = max(1, math.ceil(factor * count * whole.top_k / num_experts))
+    assert asked.wanted_E is None and int(asked.dropped_E.sum()) == 0
+    assert torch.equal(given.wanted_E, asked.load_E), f"seed {seed}"
+    assert torch.equal(given.load_E, asked.load_E.clamp(max=most)), f"seed {seed}"
+
+
+@dropping
+def test_capacity_is_at_least_one_token(name):
+    routing = call(build(name, 8, capacity_factor=0.01).eval(), tokens(5))
+    assert int(routing.load_E.max()) == 1
+
+
+@every
+def test_wrong_sizes_are_refused(name):
+    kind = getattr(token, name)
+    for arguments in ((0, 8), (WIDTH, 0), (-1, 8)):
+        with pytest.raises(TurnoutError):
+            kind(*arguments)
+    for top_k in (0, -1, 9):
+        with pytest.raises(TurnoutError, match="top_k"):
+            kind(WIDTH, 8, top_k=top_k)
+    for factor in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(TurnoutError, match="capacity_factor"):
+            kind(WIDTH, 8, capacity_factor=factor)
+
+
+@every
+@pytest.mark.parametrize("shape", [(5, WIDTH + 1), (WIDTH,), (2, 5, WIDTH)])
+def test_wrong_tokens_are_refused(name, shape):
+    with pytest.raises(ShapeError, match=rf"\(T, {WIDTH}\)"):
+        build(name, 8)(torch.zeros(shape), token_id_T=ids(shape[0]))
+
+
+@every
+def test_the_constructor_is_plain(name):
+    parameters = list(inspect.signature(getattr(token, name).__init__).parameters.values())[1:]
+    assert [p.name for p in parameters[:3]] == ["width", "num_experts", "top_k"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[2:])
+    router = build(name, 8)
+    assert (router.width, router.num_experts) == (WIDTH, 8)
+    weight = dict(router.named_parameters()).get("weight")
+    assert weight is None or weight.shape == (8, WIDTH)
+
+
+@learned
+def test_the_starting_weights_follow_the_generator(name):
+    kind = getattr(token, name)
+    one, two = (kind(WIDTH, 8, generator=torch.Generator().manual_seed(4)).weight.detach() for _ in range(2))
+    assert torch.equal(one, two) and float(one.std()) == pytest.approx(0.02, rel=0.3)
+
+
+@every
+def test_state_goes_through_a_state_dict(name):
+    router, other = build(name, 8).eval(), build(name, 8).eval()
+    with torch.no_grad():
+        for tensor in [*router.parameters(), *router.buffers()]:
+            tensor.normal_(generator=torch.Generator().manual_seed(5))
+    other.load_state_dict(router.state_dict())
+    assert same(call(router, tokens(9)), call(other, tokens(9)))
+
+
+@every
+def test_the_decision_stays_in_its_rows(name):
+    """Token choice: the routing of a token does not depend on its neighbours. Expert choice is the exception."""
+    router, x_TD = build(name, 8).eval(), tokens(40)
+    alone = call(router, x_TD[:17]).dense()
+    together = call(router, x_TD).dense()[:17]
+    agree = bool(torch.isclose(alone, together, rtol=1e-5, atol=1e-7).all())
+    assert agree == (name != "ExpertChoice")
