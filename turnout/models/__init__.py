@@ -1,5 +1,6 @@
 """Whole networks: a decoder language model, dense or sparse, and its files on disk."""
 
+from turnout.models import checkpoint
 from turnout.models.lm import LM, Cache, LMConfig, LMOutput, MLAConfig, MoEConfig
 
-__all__ = ["LM", "Cache", "LMConfig", "LMOutput", "MLAConfig", "MoEConfig"]
+__all__ = ["LM", "Cache", "LMConfig", "LMOutput", "MLAConfig", "MoEConfig", "checkpoint"]

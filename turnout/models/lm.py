@@ -1,6 +1,7 @@
 """A decoder language model: dense or with experts in any layer, exactly expressible in the published architectures."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,9 @@ class LM(nn.Module):
     Source: Touvron et al., 2023, "LLaMA"; experts as Jiang et al., 2024, "Mixtral of Experts". With the right
     configuration it computes what the published Llama, Mistral, Qwen, Mixtral, OLMoE and DeepSeek models compute.
     """
+
+    # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
+    origin: Path | None = None
 
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()

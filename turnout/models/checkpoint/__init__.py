@@ -1,0 +1,5 @@
+"""Models on disk: our own folder format, and the folders of transformers, in and out. Only safetensors and json."""
+
+from turnout.models.checkpoint.own import load, save
+
+__all__ = ["load", "save"]

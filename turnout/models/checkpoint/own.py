@@ -1,0 +1,211 @@
+"""Our own format: a folder with config.json and model.safetensors, whose SHA-256 the former holds."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turnout.errors import CheckpointError, TurnoutError, word
+from turnout.models.lm import LM, LMConfig
+from turnout.paths import Bank
+from turnout.storage import digest, read_error, write_whole
+
+__all__ = ["load", "save"]
+
+_FORMAT = "turnout.lm/1"
+_WEIGHTS = "model.safetensors"
+# Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
+ORIGIN = "origin"
+
+
+def save(path: str | Path, lm: LM) -> None:
+    """Writes a model as a folder: config.json and model.safetensors.
+
+    The weights are written first and config.json, with their digest, last: what a crash leaves in between is refused by
+    ``load``. The tokenizer and configuration of a model that came from another folder go along, in ``origin/``.
+
+    Args:
+        path: the folder; made when missing.
+        lm: the model, on any device.
+
+    Raises:
+        StorageError: the disk is full, or the folder is not writable.
+
+    >>> import tempfile
+    >>> lm = LM(LMConfig(vocab_size=8, width=8, layers=1, heads=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, lm)
+    ...     torch.equal(load(folder).embedding, lm.embedding)
+    True
+
+    Source: none; safetensors and json.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in stored(lm).items()}
+    write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    if lm.origin is not None and lm.origin != path and lm.origin != path / ORIGIN:
+        carry(lm.origin, path / ORIGIN, with_config=True)
+    body = {
+        "format": _FORMAT,
+        "model": lm.config.to_json_dict(),
+        "dtype": str(lm.embedding.dtype).removeprefix("torch."),
+        "files": {_WEIGHTS: {"bytes": (path / _WEIGHTS).stat().st_size, "sha256": digest(path / _WEIGHTS)}},
+    }
+    write_whole(path / "config.json", json.dumps(body, indent=2) + "\n")
+
+
+def load(path: str | Path) -> LM:
+    """The model that ``save`` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, altered, or not of this model; the message names it.
+
+    >>> load("no/such/folder")
+    Traceback (most recent call last):
+    turnout.errors.CheckpointError: the model's folder must hold a config.json in turnout.models.checkpoint.load; ...
+
+    Source: none; safetensors and json.
+    """
+    path = Path(path)
+    body = read_json(path / "config.json", "turnout.models.checkpoint.load")
+    if body.get("format") != _FORMAT:
+        foreign = "model_type" in body or "architectures" in body
+        raise _refusal(
+            "config.json",
+            f"{path / 'config.json'} with format {body.get('format')!r}",
+            f"be of format {_FORMAT!r}",
+            "it is a transformers folder: use from_hf" if foreign else "name a folder that save wrote",
+        )
+    try:
+        config = LMConfig.from_json_dict(body["model"])
+        dtype = getattr(torch, body["dtype"])
+        expected = body["files"][_WEIGHTS]
+        size, sha256 = expected["bytes"], expected["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _refusal("config.json", f"{path / 'config.json'} ({error!r})", "be whole", "restore it") from error
+    except TurnoutError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    _check_file(path / _WEIGHTS, size, sha256)
+    lm = empty(config, dtype)
+    with opened(path / _WEIGHTS) as file, torch.no_grad():
+        slots = stored(lm)
+        check_names(path / _WEIGHTS, set(slots), set(file.keys()))
+        for name, slot in slots.items():
+            fill(slot, file.get_tensor(name), f"{name} in {path / _WEIGHTS}")
+    lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
+    return lm.eval()
+
+
+def stored(lm: LM) -> dict[str, Tensor]:
+    """The model's tensors by name, those of expert banks in the order of ExpertWeights whatever the bank's own is."""
+    tensors: dict[str, Tensor] = dict(lm.state_dict(keep_vars=True))
+    for name, module in lm.named_modules():
+        if isinstance(module, Bank):
+            tensors |= {f"{name}.up": module.up_EDH, f"{name}.down": module.down_EFD}
+    return tensors
+
+
+def empty(config: LMConfig, dtype: torch.dtype) -> LM:
+    """A model whose weights are not set yet, without the time and memory of setting them."""
+    with torch.device("meta"):
+        lm = LM(config).to(dtype)
+    return lm.to_empty(device="cpu")
+
+
+def carry(source: Path, target: Path, *, with_config: bool = False) -> None:
+    """Copies the small files beside a model's weights: tokenizer, generation configuration, chat template."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        if is_carried(file) or (with_config and file.name == "config.json"):
+            write_whole(target / file.name, lambda aside, file=file: shutil.copyfile(file, aside) and None)
+
+
+def is_carried(file: Path) -> bool:
+    """Whether a file belongs to the model but is neither weights nor their configuration nor code."""
+    names = ("generation_config.json", "merges.txt", "LICENSE", "NOTICE")
+    tokenizer = file.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens", "chat_template"))
+    return file.is_file() and (
+        file.name in names or (tokenizer and file.suffix in (".json", ".txt", ".model", ".jinja"))
+    )
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what, allowed = "the model's folder", f"hold a {path.name}"
+        raise _refusal(what, str(path.parent), allowed, "name a folder that holds a model", where) from error
+    except OSError as error:
+        raise read_error(error, path, where) from error
+    except ValueError as error:
+        raise _refusal(path.name, f"{path} ({error})", "be JSON", "restore it from a copy", where) from error
+    if not isinstance(body, dict):
+        raise _refusal(path.name, f"{path} holding a {type(body).__name__}", "hold an object", "restore it", where)
+    return body
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, its tensors read one at a time.
+
+    Raises:
+        CheckpointError: not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise _refusal("the weights", f"{path}, which does not exist", "be there", "copy the file again") from error
+    except SafetensorError as error:
+        fix = "it is truncated or damaged: copy or download it again"
+        raise _refusal("the weights", f"{path} ({error})", "be a whole safetensors file", fix) from error
+
+
+def check_names(path: Path, wanted: set[str], found: set[str]) -> None:
+    """Refuses weights with tensors missing or left over."""
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing or extra:
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in (("missing", missing), ("left over", extra))
+            if names
+        ]
+        fix = "use the config.json that belongs to these weights, or copy the missing ones"
+        raise _refusal("the weights", f"{path}: {'; '.join(parts)}", "hold the tensors of config.json", fix)
+
+
+def fill(slot: Tensor, tensor: Tensor, name: str) -> None:
+    """Copies a tensor that was read into its place.
+
+    Raises:
+        CheckpointError: another shape.
+    """
+    if slot.shape != tensor.shape:
+        got, allowed = f"shape {tuple(tensor.shape)} for {name}", f"have the shape {tuple(slot.shape)} of config.json"
+        raise _refusal("a tensor", got, allowed, "use the config.json that belongs to these weights")
+    slot.copy_(tensor)
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    fix = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
+    if not path.is_file():
+        raise _refusal("the weights", f"{path}, which does not exist", "be there", fix)
+    if path.stat().st_size != size:
+        raise _refusal("the weights", f"{path} of {path.stat().st_size} bytes", f"have {size} bytes", fix)
+    if digest(path) != sha256:
+        raise _refusal("the weights", f"{path} with another SHA-256", "be as they were written", fix)
+
+
+def _refusal(what: str, got: str, allowed: str, fix: str, where: str = "turnout.models.checkpoint") -> CheckpointError:
+    return CheckpointError(word(what, got=got, allowed=allowed, where=where, fix=fix))
