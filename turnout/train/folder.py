@@ -19,7 +19,7 @@ from turnout import __version__
 from turnout.errors import StorageError, UsageError, word
 from turnout.storage import read_error, write_whole
 
-__all__ = ["locked", "read_run_json", "refuse_other_run", "write_failure"]
+__all__ = ["locked", "read_run_json", "refuse_missing_run", "refuse_other_run", "write_failure"]
 
 _TRACES = ("run.json", "metrics.jsonl", "checkpoints")
 
@@ -57,6 +57,24 @@ def locked(out: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def refuse_missing_run(out: Path, wanted: str | None) -> None:
+    """Stops a resume in a folder that holds no run.
+
+    Raises:
+        UsageError: there is nothing to go on with.
+    """
+    if wanted is not None and not any((out / name).exists() for name in _TRACES):
+        raise UsageError(
+            word(
+                "resume",
+                got=str(out),
+                allowed="name a folder that holds a run",
+                where="turnout.train",
+                fix="leave out --resume to start a run there, or name the run's own folder",
+            )
+        )
 
 
 def refuse_other_run(out: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from turnout.measure import bits_per_byte, max_vio
 from turnout.storage import write_whole
 from turnout.train import state as checkpoints
 from turnout.train.config import TrainConfig, TrainResult
-from turnout.train.folder import locked, read_run_json, refuse_other_run, write_failure
-from turnout.train.heldout import held_out_batches
-from turnout.train.metrics import Metrics, rewind
+from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
+from turnout.train.heldout import HeldOutBatch, held_out_batches
+from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.progress import Progress, progress_for
 from turnout.train.signals import Stop, listening
 from turnout.train.step import Step
@@ -56,70 +56,41 @@ def train(
 
     The objective of a step is the mean of -ln p(target) over its tokens + aux_weight · (mean over layers of the
     load-balance loss) + z_weight · (mean over layers of the z-loss). Routers with ``after_step`` get the load of the
-    whole step once. Ctrl-C and SIGTERM save first; twice, and they do not.
+    whole step once. Ctrl-C and SIGTERM save first; a second one does not.
 
     Args:
-        model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``; ``model.routers`` in the same order. It stays
-            on its device. With a ``generator`` argument it is given one seeded from (seed, step, micro-batch).
+        model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
+            device. If it takes a ``generator``, it is given one seeded from (seed, step, micro-batch).
         tokens: a TokenSet.
         config: the optimisation.
         out: a folder that holds no run; or, with ``resume``, the one that holds this run.
-        resume: True or "latest" goes on from the last checkpoint, or from the beginning when the run has none yet;
-            a name ("step-00000100") from that one, and sets later ones aside. A damaged checkpoint is never skipped
-            in silence: it is an error, which names the last whole one.
+        resume: True or "latest" goes on from the last checkpoint, or from the beginning while there is none; a name
+            ("step-00000100") from that one, setting later ones aside. A damaged one is an error, never skipped.
         run_json: what goes into run.json beside the optimisation.
-        progress: who is told; default a bar on a terminal, plain lines elsewhere.
+        progress: who is told; default a bar on a terminal, plain lines elsewhere, nobody when ``quiet``.
         tensorboard: also write TensorBoard events (an extra).
-        quiet: without ``progress``, tell nobody.
+        quiet: see ``progress``.
 
     Returns:
         The result; evaluations and seconds count what came before a resume.
 
     Raises:
-        UsageError: the folder holds another run, is in use, or is of a run with other data.
-        CheckpointError: the checkpoint is missing, damaged or of another model.
-        TrainingError: a loss or gradient is not finite; says where.
+        UsageError: the folder holds another run, is in use, or is of a run on other data.
+        CheckpointError: the checkpoint is missing, damaged (names the last whole one) or of another model.
+        TrainingError: a loss or gradient is not finite.
         StorageError: the disk is full; nothing saved is lost.
         Interrupted: the user stopped the run, after everything was saved.
 
-    >>> import torch, types
-    >>> train(torch.nn.Linear(1, 1), None, TrainConfig(steps=1, batch=1, seq=1), "no/run", resume=True)
+    >>> train(nn.Linear(1, 1), None, TrainConfig(steps=1, batch=1, seq=1), "no/run", resume=True)
     Traceback (most recent call last):
     turnout.errors.UsageError: resume must name a folder that holds a run in turnout.train; got no/run. Nearest fix: ...
 
-    Source: the loop of Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", as everyone has it.
+    Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization", in the usual loop.
     """
-    out = Path(out)
     wanted = "latest" if resume is True else (resume or None)
-    if wanted is not None and not (out / "run.json").exists() and not (out / "checkpoints").exists():
-        raise UsageError(
-            word(
-                "resume",
-                got=str(out),
-                allowed="name a folder that holds a run",
-                where="turnout.train",
-                fix="leave out --resume to start a run there, or name the run's own folder",
-            )
-        )
-    teller = progress if progress is not None else progress_for(quiet=quiet)
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with locked(out), torch.random.fork_rng(devices=devices):
-        if wanted is None:
-            refuse_other_run(out)
-        run = _Run(model, tokens, config, out, teller)
-        training = model.training
-        try:
-            run.open(wanted, dict(run_json or {}), tensorboard=tensorboard)
-            with listening(teller.say) as stop:
-                return run.go(stop)
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            write_failure(out, error, run.step, run_json or {})
-            raise
-        finally:
-            run.close()
-            model.train(training)
+    refuse_missing_run(Path(out), wanted)
+    run = _Run(model, tokens, config, Path(out), progress or progress_for(quiet=quiet))
+    return run.whole(wanted, dict(run_json or {}), tensorboard=tensorboard)
 
 
 class _Run:
@@ -135,13 +106,37 @@ class _Run:
         self.before_s = 0.0  # seconds that earlier processes worked on this run
         self.train_s, self.trained = 0.0, 0  # seconds and steps of training alone, in this process
 
+    def whole(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> TrainResult:
+        """From the lock on the folder to the result; the caller's random numbers and training mode stay as they are."""
+        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        with locked(self.out), torch.random.fork_rng(devices=devices):
+            if wanted is None:
+                refuse_other_run(self.out)
+            training = self.model.training
+            try:
+                self.open(wanted, run_json, tensorboard=tensorboard)
+                with listening(self.teller.say) as stop:
+                    return self.go(stop)
+            except (Interrupted, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                write_failure(self.out, error, self.step, run_json)
+                raise
+            finally:
+                self.close()
+                self.model.train(training)
+
     # ---- beginning
 
     def open(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> None:
         """Makes or reopens the folder, and puts everything where the last checkpoint has it."""
-        from turnout.train.data import Stream
+        from turnout.train.data.stream import Stream
 
         config = self.config
+        # What can be wrong with the input is found before anything is written.
+        if tensorboard:
+            need_tensorboard()
+        next(self._held_out())
         checkpoints.clean(self.folder)
         path = None if wanted is None else checkpoints.choose(self.folder, wanted)
         stream = Stream(self.tokens.train, batch=config.batch, seq=config.seq, seed=config.seed)
@@ -169,11 +164,18 @@ class _Run:
         for name in checkpoints.set_aside_after(self.folder, self.step):
             self.teller.say(f"a later checkpoint is kept as {name}; delete it when it is of no use.")
         self.teller.say(f"resuming {self.out} from {path.name}.")
+        then, here = body["arithmetic"], self._arithmetic()
+        if then != here:
+            self.teller.say(f"saved with {then}, going on with {here}: losses may differ in the last bits.")
         now = plain(self.config)
         changed = {k: [v, now.get(k)] for k, v in body["config"].items() if k not in _FREE and v != now.get(k)}
         for name, (old, new) in changed.items():
             self.teller.say(f"{name} changes from {old!r} to {new!r}: from here on this is not the run that began.")
         return changed
+
+    def _arithmetic(self) -> str:
+        """What the last bits of a sum depend on."""
+        return f"{self.work.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
     def _check_same(self, body: Mapping[str, Any]) -> None:
         now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
@@ -285,12 +287,11 @@ class _Run:
     def _evaluate(self) -> None:
         config, device = self.config, self.work.device
         self.model.eval()
-        rows = held_out_batches(self.tokens, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
                 found = bits_per_byte(
                     lambda id_BS: self.model(id_BS.to(device)),
-                    rows,
+                    self._held_out(),
                     self.tokens.byte_length_V,
                     domains=self.tokens.domains,
                 )
@@ -306,6 +307,10 @@ class _Run:
         self.evaluations.append(record)
         self.teller.evaluated(record)
 
+    def _held_out(self) -> Iterator[HeldOutBatch]:
+        config = self.config
+        return held_out_batches(self.tokens, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
+
     def _save(self) -> None:
         self._metrics().sync()
         body = {
@@ -314,6 +319,7 @@ class _Run:
             "window": self.work.window.to_json_dict(),
             "config": plain(self.config),
             "tokens_digest": getattr(self.tokens, "digest", None),
+            "arithmetic": self._arithmetic(),
         }
         keep = self.config.keep_checkpoints
         checkpoints.save(self.folder, self.step, self.model, self.work.optimizer, body, keep=keep)

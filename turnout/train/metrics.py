@@ -9,7 +9,7 @@ from typing import Any
 from turnout.errors import MissingExtraError
 from turnout.storage import read_error, write_whole
 
-__all__ = ["Metrics", "read_metrics", "rewind"]
+__all__ = ["Metrics", "need_tensorboard", "read_metrics", "rewind"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,10 @@ class Metrics:
 
     def __init__(self, path: Path, *, tensorboard: Path | None = None, step: int = 0) -> None:
         self.path = path
-        self._writer = None if tensorboard is None else _summary_writer(tensorboard, step)
+        self._writer = None
+        if tensorboard is not None:
+            # purge_step hides what a killed process wrote after its last checkpoint.
+            self._writer = need_tensorboard()(str(tensorboard), purge_step=step + 1 if step else None)
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -97,7 +100,12 @@ class Metrics:
             self._writer.close()
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+def need_tensorboard() -> Any:
+    """The class that writes TensorBoard events.
+
+    Raises:
+        MissingExtraError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -105,4 +113,4 @@ def _summary_writer(folder: Path, step: int) -> Any:
             "tensorboard=True needs TensorBoard, which is not installed. Nearest fix: "
             "pip install 'turnout[tensorboard]', or leave it out: metrics.jsonl holds the same numbers."
         ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter

@@ -1,0 +1,34 @@
+"""The first signal asks, the second stops."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from turnout.train.signals import listening
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_asks_second_stops(number):
+    before, said = signal.getsignal(number), []
+    with pytest.raises(KeyboardInterrupt), listening(said.append) as stop:
+        assert stop.asked is None
+        os.kill(os.getpid(), number)
+        assert stop.asked == signal.Signals(number).name
+        assert "finishing this step" in said[0]
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_other_threads_catch_nothing():
+    seen = []
+
+    def body():
+        with listening(seen.append) as stop:
+            seen.append(stop.asked)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [None]
