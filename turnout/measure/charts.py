@@ -161,7 +161,13 @@ def domain_map(name: str, overall_E: Sequence[float], by_domain: Sequence[tuple[
     svg = _svg(560, height, summary, "".join(parts))
     frame = _Frame(labels, 0, wide * experts, bottom, (0, experts), (0, 1))
     shares = [[round(10000 * share_E[e]) for e in order] for _, share_E in by_domain]
-    data = {"kind": "domains", "frame": frame.json(), "name": name, "experts": order, "shares": shares}
+    data: dict[str, object] = {
+        "kind": "domains",
+        "frame": frame.json(),
+        "name": name,
+        "experts": order,
+        "shares": shares,
+    }
     names = [domain for domain, _ in by_domain]
     return Drawing(svg, data | {"domains": names, "overall": [round(10000 * overall_E[e]) for e in order]})
 
@@ -195,11 +201,15 @@ def _axes(frame: _Frame) -> str:
         parts.append(_text(frame.left - 8, y + 4, f"{value:g}", 'class="tick" text-anchor="end"'))
     for value in _nice(*frame.x, 5):
         x = frame.place((value, 0))[0]
-        text = _text(
-            x, frame.top + frame.height + 20, quantity(value).replace(".00", ""), 'class="tick" text-anchor="middle"'
-        )
+        text = _text(x, frame.top + frame.height + 20, _bare(value), 'class="tick" text-anchor="middle"')
         parts.append(text)
     return "".join(parts)
+
+
+def _bare(value: float) -> str:
+    """A count on an axis: as short as it can be."""
+    figure, space, letter = quantity(value).partition(" ")
+    return (figure.rstrip("0").rstrip(".") if "." in figure else figure) + space + letter
 
 
 def _nice(low: float, high: float, count: int) -> list[float]:

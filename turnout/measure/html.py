@@ -10,9 +10,9 @@ from importlib import resources
 from turnout import __version__
 from turnout.measure import palette
 from turnout.measure.charts import Drawing, tracks
-from turnout.measure.panels import curves, domains, loads, passage
+from turnout.measure.panels import curves, domains, excerpt, loads, passage
 from turnout.measure.report import quantity, result_lines
-from turnout.measure.runs import ReportData, RunData
+from turnout.measure.runs import Passage, ReportData, RunData, number
 
 __all__ = ["report_html"]
 
@@ -46,14 +46,8 @@ def report_html(data: ReportData) -> str:
         passage(routed, data.runs),
         _setup(data),
     ]
-    payload = {
-        "colors": min(max(experts, 1), palette.EXPERTS),
-        "charts": [drawing.data for drawing in drawings],
-        "passage": None
-        if routed is None
-        else {"tokens": routed.tokens, "routes": routed.routes, "layers": routed.layers},
-    }
-    taken = [route[0] for route in routed.routes[0][0]] if routed and routed.routes and routed.tokens else [1]
+    charts = [drawing.data for drawing in drawings]
+    payload = {"colors": min(max(experts, 1), palette.EXPERTS), "charts": charts, "passage": _routes(routed)}
     style, script = _asset("page.css"), _asset("page.js")
     return "\n".join(
         [
@@ -67,7 +61,7 @@ def report_html(data: ReportData) -> str:
             f"<style>{palette.css(experts)}{style}</style>",
             "</head>",
             "<body>",
-            _head(data, tracks(experts, taken)),
+            _head(data, tracks(experts, _taken(routed))),
             "<main>",
             *sections,
             "</main>",
@@ -80,6 +74,24 @@ def report_html(data: ReportData) -> str:
             "",
         ]
     )
+
+
+def _routes(routed: Passage | None) -> dict[str, object] | None:
+    if routed is None:
+        return None
+    shown = excerpt(routed)
+    routes = [
+        [[(e, round(w, 3), None if s is None else round(s, 3)) for e, w, s in token] for token in layer]
+        for layer in shown.routes
+    ]
+    return {"tokens": shown.tokens, "routes": routes, "layers": shown.layers}
+
+
+def _taken(routed: Passage | None) -> list[int]:
+    """The experts of the passage's first token: the tracks that the heading shows as taken."""
+    if routed is None or not routed.routes or not routed.tokens:
+        return [1]
+    return [expert for expert, _, _ in routed.routes[0][0]]
 
 
 def headline(runs: Sequence[RunData]) -> str:
@@ -95,22 +107,22 @@ def headline(runs: Sequence[RunData]) -> str:
     if known:
         return f"{known[0].name} needs {known[0].bits_per_byte:.3f} bits per byte"
     for run in runs:
-        losses = [line.get("loss") for line in run.lines("train")]
-        if losses and isinstance(losses[-1], int | float):
+        losses = [loss for line in run.lines("train") if (loss := number(line.get("loss"))) is not None]
+        if losses:
             return f"{run.name} has come to step {run.step:,}, at a loss of {losses[-1]:.3f} nats a token"
     return "Nothing has been measured yet"
 
 
 def _head(data: ReportData, ornament: str) -> str:
     facts = []
-    for run in data.runs:
+    for n, run in enumerate(data.runs):
         parts = [f"{run.bits_per_byte:.3f} bits per byte"] if run.bits_per_byte is not None else []
         parts += [f"{quantity(run.cost.flops)} FLOPs a token"] if run.cost.flops else []
         parts += [f"{quantity(run.cost.params)} parameters"] if run.cost.params else []
         parts += [f"{quantity(run.tokens)} training tokens"] if run.tokens else []
-        facts += [f"{run.name}: {', '.join(parts)}"] if parts else []
+        facts += [f"<li>{_dot(n)}<b>{escape(run.name)}</b> {escape(' · '.join(parts))}</li>"] if parts else []
     where = " on held-out text" if any(run.bits_per_byte is not None for run in data.runs) else ""
-    lead = f'<p class="lead">{escape("; ".join(facts))}.</p>' if facts else ""
+    lead = f'<ul class="lead">{"".join(facts)}</ul>' if facts else ""
     return (
         f'<header>{ornament}<div class="inner"><p class="eyebrow">{escape(data.title)}</p>'
         f"<h1>{escape(headline(data.runs) + where)}.</h1>{lead}</div></header>"

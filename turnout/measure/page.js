@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
-  const SVG = "http://www.w3.org/2000/svg";
+  const SVG = document.querySelector("svg").namespaceURI;
   const percent = (share) => (share / 100).toFixed(1) + " %";
   const color = (expert) => `var(--e${expert % data.colors})`;
 

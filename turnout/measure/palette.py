@@ -1,5 +1,7 @@
 """Colours that can be told apart, also by those who see red and green alike."""
 
+from collections.abc import Sequence
+
 __all__ = ["EXPERTS", "css", "expert_color", "run_color"]
 
 # 64 colours for experts, each the farthest from all before it in OKLab, as seen normally and as simulated for
@@ -42,5 +44,5 @@ def run_color(run: int) -> str:
     return f"var(--r{run % len(_RUNS_LIGHT)})"
 
 
-def _properties(letter: str, colors: list[str]) -> str:
+def _properties(letter: str, colors: Sequence[str]) -> str:
     return "".join(f"--{letter}{index}:#{color};" for index, color in enumerate(colors))

@@ -1,6 +1,7 @@
 """The panels of the page that hold drawings: curves, expert load, domain maps, and the passage."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from html import escape
 
@@ -8,10 +9,11 @@ from turnout.measure.charts import Drawing, Series, domain_map, line_chart, load
 from turnout.measure.palette import expert_color
 from turnout.measure.runs import Passage, RunData, number
 
-__all__ = ["curves", "domains", "loads", "passage"]
+__all__ = ["curves", "domains", "excerpt", "loads", "passage"]
 
-# What keeps the page small whatever the model: the layers drawn, the numbers in all bands, the tokens of the passage.
-_LAYERS, _BAND_POINTS, _TOKENS = 24, 40_000, 1500
+# What keeps the page small whatever the model: the layers drawn, the numbers in all bands, the cells of all maps, the
+# tokens of the passage, and the entries of its routes.
+_LAYERS, _BAND_POINTS, _CELLS, _TOKENS, _ROUTES = 24, 16_000, 4_000, 1_500, 24_000
 
 
 def curves(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
@@ -39,14 +41,15 @@ def curves(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
 
 def loads(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
     """The share of each expert in each layer, over the evaluations of each mixture-of-experts run."""
-    groups = []
+    groups, several = [], max(1, sum(1 for run in runs if run.num_experts))
     for run in runs:
         history = _history(run)
         if not history:
             continue
         layers = len(history[0][1])
-        shown = _spread(layers, _LAYERS)
-        points = _spread(len(history), max(4, _BAND_POINTS // sum(len(history[0][1][layer]) for layer in shown)))
+        shown = _spread(layers, max(2, min(_LAYERS, 1600 // several // run.num_experts)))
+        bands = sum(len(history[0][1][layer]) for layer in shown)
+        points = _spread(len(history), max(4, _BAND_POINTS // several // bands))
         steps = [history[p][0] for p in points]
         panels = []
         for layer in shown:
@@ -66,13 +69,13 @@ def loads(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
 
 def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
     """How each domain's use of the experts deviates from the overall use, layer by layer."""
-    groups = []
+    groups, several = [], max(1, sum(1 for run in runs if run.num_experts))
     for run in runs:
         by_domain = {name: load for name, load in run.load_by_domain.items() if load}
         if not run.load or not by_domain:
             continue
         layers = len(run.load)
-        shown = _spread(layers, max(1, min(_LAYERS, 6000 // (len(by_domain) * run.num_experts))))
+        shown = _spread(layers, max(1, min(_LAYERS, _CELLS // several // (len(by_domain) * run.num_experts))))
         panels = []
         for layer in shown:
             rows = [(name, load[layer]) for name, load in by_domain.items()]
@@ -88,6 +91,20 @@ def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
     return _section("Who reads what", about, [legend, *groups] if groups else [], nothing)
 
 
+def excerpt(routed: Passage) -> Passage:
+    """The beginning of a passage, and an even choice of its layers, that a page has room for."""
+    entries = max(1, sum(len(token) for layer in routed.routes for token in layer))
+    each = max(1.0, entries / max(1, len(routed.routes) * len(routed.tokens)))
+    count = min(len(routed.tokens), _TOKENS, max(1, int(_ROUTES / each / min(len(routed.routes) or 1, 4))))
+    shown = _spread(len(routed.routes), max(1, int(_ROUTES / each / max(count, 1))))
+    return dataclasses.replace(
+        routed,
+        tokens=tuple(routed.tokens[:count]),
+        routes=tuple(tuple(routed.routes[layer][:count]) for layer in shown),
+        layers=tuple(routed.layers[layer] for layer in shown),
+    )
+
+
 def passage(routed: Passage | None, runs: Sequence[RunData]) -> str:
     """A held-out passage, each token on the colour of its first expert and underlined with its second."""
     title = "A passage, token by token"
@@ -95,9 +112,10 @@ def passage(routed: Passage | None, runs: Sequence[RunData]) -> str:
         dense = bool(runs) and not any(run.num_experts for run in runs)
         reason = "a dense model sends every token the same way" if dense else "none was recorded with its routes"
         return _section(title, "", [], f"No passage to show: {reason}.")
-    count = min(len(routed.tokens), _TOKENS)
-    words = "".join(_token(routed.tokens[t], routed.routes[0][t]) for t in range(count))
-    seen = collections.Counter(e for layer in routed.routes for token in layer[:count] for e, _, _ in token)
+    whole, routed = routed, excerpt(routed)
+    count = len(routed.tokens)
+    words = "".join(map(_token, routed.tokens, routed.routes[0]))
+    seen = collections.Counter(e for layer in routed.routes for token in layer for e, _, _ in token)
     chips = "".join(
         f'<button class="chip" data-expert="{e}" aria-pressed="false" style="--c:{expert_color(e)}" '
         f'title="expert {e}: {seen[e]} entries in this passage"><i></i>{e}</button>'
@@ -109,9 +127,10 @@ def passage(routed: Passage | None, runs: Sequence[RunData]) -> str:
         "is the second one. Point at a token (or use the arrow keys) for its whole path, choose an expert to see only "
         "its tokens."
     )
-    cut = (
-        f'<p class="small">The first {count} of {len(routed.tokens)} tokens.</p>' if count < len(routed.tokens) else ""
-    )
+    cuts = [f"the first {count} of {len(whole.tokens)} tokens"] if count < len(whole.tokens) else []
+    layers = len(routed.layers), len(whole.layers)
+    cuts += [f"{layers[0]} of {layers[1]} layers"] if layers[0] < layers[1] else []
+    cut = f'<p class="small">This is {" and ".join(cuts)}.</p>' if cuts else ""
     inside = (
         f'<div class="card"><div class="caption"><h3>{escape(origin) or "held-out passage"}</h3>'
         f"<span>{count} tokens</span></div>"
@@ -153,9 +172,10 @@ def _series(run: RunData, color: int, kind: str, key: str, *, smooth: bool) -> S
     points = [points[n] for n in _spread(len(points), 2000)]
     if not smooth or len(points) < 8:
         return Series(run.name, color, points)
-    # An exponential mean over about a thirtieth of the run, corrected for its start.
-    keep, total, weight, smoothed = 1 - 1 / (1 + len(points) / 30), 0.0, 0.0, []
-    for x, y in points:
+    # An exponential mean over a thirtieth of the run, and over less at its start, where the loss falls fast.
+    total, weight, smoothed = 0.0, 0.0, []
+    for n, (x, y) in enumerate(points):
+        keep = 1 - 1 / (1 + min(len(points) / 30, n / 8))
         total, weight = keep * total + y, keep * weight + 1
         smoothed.append((x, total / weight))
     thin = _spread(len(points), 400)

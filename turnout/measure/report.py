@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 from turnout.errors import UsageError, word
-from turnout.measure.runs import RunData
+from turnout.measure.runs import RunData, number
 from turnout.types import Report
 
 __all__ = ["compare", "markdown", "quantity", "results_rows", "results_table"]
@@ -99,11 +99,11 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
             "flops_per_token": run.cost.flops,
             "steps": run.step,
             "tokens": run.tokens,
-            "tokens_per_s": run.tokens_per_s,
+            "tokens_per_s": number(run.tokens_per_s),
             "experts": run.num_experts or None,
-            "max_vio": run.measured.get("max_vio"),
-            "entropy": run.measured.get("entropy"),
-            "dropped": run.measured.get("dropped"),
+            "max_vio": number(run.measured.get("max_vio")),
+            "entropy": number(run.measured.get("entropy")),
+            "dropped": number(run.measured.get("dropped")),
         }
         for run in runs
     ]
