@@ -60,8 +60,10 @@ class Bank(nn.Module):
         _check("turnout.paths.Bank", activation, num_experts=num_experts, width=width, hidden=hidden)
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
         wide = hidden * (2 if activation in GATED else 1)
-        self.up = nn.Parameter(torch.empty(num_experts, width, wide))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        # Stored (out, in), as nn.Linear and most checkpoints: as fast as (in, out) to train, and up to twice as fast
+        # for the few rows of decoding in bf16.
+        self.up = nn.Parameter(torch.empty(num_experts, wide, width))
+        self.down = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.up_bias = nn.Parameter(torch.zeros(num_experts, wide)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
         with torch.no_grad():
@@ -71,12 +73,12 @@ class Bank(nn.Module):
     @property
     def up_EDH(self) -> Tensor:
         """(E, D, H), a view of ``up`` in logical order whatever the storage is; writing to it writes the parameter."""
-        return self.up
+        return self.up.transpose(1, 2)
 
     @property
     def down_EFD(self) -> Tensor:
         """(E, F, D), a view of ``down`` in logical order whatever the storage is."""
-        return self.down
+        return self.down.transpose(1, 2)
 
     def weights(self) -> ExpertWeights:
         """The experts as executors see them."""

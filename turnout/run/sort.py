@@ -27,6 +27,8 @@ _ROUND = 16
 # ... and a call costs as much as this many multiply-adds, so neighbours of about equal load share a batched product.
 _CALL = 3_000_000
 _BATCHES = (8, 4, 2)
+# Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
+_FEW = 16
 
 
 @uncompiled
@@ -79,10 +81,9 @@ class _Group(NamedTuple):
     def rows(self) -> slice:
         return slice(self.bound[0], self.bound[-1])
 
-    @property
-    def parts(self) -> list[slice]:
-        """Each expert's rows, counted from the group's first."""
-        return [slice(a - self.bound[0], b - self.bound[0]) for a, b in itertools.pairwise(self.bound)]
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's part of the group's rows."""
+        return (rows,) if len(self.experts) == 1 else rows.split([b - a for a, b in itertools.pairwise(self.bound)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R = routing.token_R, None
     step = max(_GROUP // weights.hidden, 1)
-    if x_TD.dtype.itemsize == 2 and x_TD.device.type == "cpu":
+    if x_TD.dtype.itemsize == 2 and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
         groups = _batches(load, weights.width * weights.hidden, step)
         token_P, place_R = _rounded(routing, groups)
     else:
@@ -211,33 +212,36 @@ _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 def _products(group: _Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
-    first, count = group.experts[0], len(group.experts)
+    first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     if group.batched:
-        matrices = stack[first : first + count].to(rows.dtype)
+        matrices = stack[first : first + count]
+        matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
-        for expert, part in zip(group.experts, group.parts, strict=True):
-            torch.mm(rows[part], stack[expert].to(rows.dtype), out=out[part])
+        for expert, left, into in zip(group.experts, group.split(rows), group.split(out), strict=True):
+            torch.mm(left, stack[expert].to(rows.dtype) if cast else stack[expert], out=into)
     if bias is not None:
-        for expert, part in zip(group.experts, group.parts, strict=True):
-            out[part] += bias[expert].to(rows.dtype)
+        for expert, into in zip(group.experts, group.split(out), strict=True):
+            into.add_(bias[expert])
 
 
 def _outer(group: _Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Each expert's left^T right over its rows, written to its place in ``grad`` (E, I, O) in that dtype."""
-    first, count = group.experts[0], len(group.experts)
+    if grad.stride(1) == 1 and grad.stride(2) != 1:  # stored (E, O, I): make it there directly
+        left, right, grad = right, left, grad.transpose(1, 2)
+    first, count, cast = group.experts[0], len(group.experts), grad.dtype != left.dtype
     if group.batched:
         pair = left.view(count, -1, left.shape[1]).transpose(1, 2), right.view(count, -1, right.shape[1])
-        if grad.dtype == left.dtype:
-            torch.bmm(*pair, out=grad[first : first + count])
-        else:
+        if cast:
             grad[first : first + count] = torch.bmm(*pair)
-        return
-    for expert, part in zip(group.experts, group.parts, strict=True):
-        if grad.dtype == left.dtype:
-            torch.mm(left[part].t(), right[part], out=grad[expert])
         else:
-            grad[expert] = left[part].t() @ right[part]
+            torch.bmm(*pair, out=grad[first : first + count])
+        return
+    for expert, a, b in zip(group.experts, group.split(left), group.split(right), strict=True):
+        if cast:
+            grad[expert] = a.t() @ b
+        else:
+            torch.mm(a.t(), b, out=grad[expert])
 
 
 def _forward(
@@ -330,14 +334,16 @@ class _Backward:
             self._take_biases(group, g, dh, weight, dweight)
 
     def _take_biases(self, group: _Group, g: Tensor, dh: Tensor, weight: Tensor, dweight: Tensor | None) -> None:
-        bias_ED = self.weights[3]
-        for expert, part in zip(group.experts, group.parts, strict=True):
+        bias_ED, rows = self.weights[3], group.split
+        dweights = group.split(dweight) if dweight is not None else [None] * len(group.experts)
+        parts = zip(group.experts, rows(g), rows(dh), rows(weight), dweights, strict=True)
+        for expert, g_ND, dh_NH, weight_N1, dweight_N in parts:
             if self.up_bias is not None:
-                self.up_bias[expert] = dh[part].sum(0)
+                self.up_bias[expert] = dh_NH.sum(0)
             if self.down_bias is not None:
-                self.down_bias[expert] = g[part].t() @ weight[part, 0]
-            if bias_ED is not None and dweight is not None:
-                dweight[part] += g[part] @ bias_ED[expert].to(g.dtype)
+                self.down_bias[expert] = g_ND.t() @ weight_N1[:, 0]
+            if bias_ED is not None and dweight_N is not None:
+                dweight_N.add_(g_ND @ bias_ED[expert].to(g_ND.dtype))
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients of x, the combine weights, and the four stacks."""
