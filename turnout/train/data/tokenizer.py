@@ -1,0 +1,234 @@
+"""Byte-level BPE: trained on the spot, or loaded; every token stands for a known number of bytes."""
+
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from turnout.errors import CheckpointError, DataError, UsageError, word
+
+__all__ = ["SEPARATOR", "byte_lengths", "check_tokenizer", "load_tokenizer", "separator_id", "train_tokenizer"]
+
+SEPARATOR = "<|endoftext|>"
+_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "<|begin_of_text|>", "<|im_end|>", "</s>", "<eos>", "<s>", "[SEP]")
+_SMALLEST = 257  # every byte, and the separator
+_PROBE = "Hello  there,\n\tit's 42 <s> – déjà vu 例え 🙂 \r\n  <|endoftext|> x\u00a0y "
+_WHERE = "turnout.train.data"
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with exactly ``vocab_size`` tokens, the same for the same texts in any order.
+
+    Token 0 is ``<|endoftext|>``, tokens 1 to 256 are the bytes, the others pairs merged by frequency (at least 2).
+    Text is cut into words by GPT-2's pattern first; nothing is normalised, so decoding gives the bytes back.
+
+    Args:
+        texts: the sample; all of it is held in memory as word counts.
+        vocab_size: V, at least 257.
+
+    Raises:
+        UsageError: vocab_size below 257.
+        DataError: the texts do not hold enough repeated pairs; says how many tokens they support.
+
+    >>> tokenizer = train_tokenizer(["the cat, the dog"] * 2, vocab_size=260)
+    >>> tokenizer.encode("the").tokens, tokenizer.token_to_id("<|endoftext|>")
+    (['the'], 0)
+
+    Source: Sennrich et al., 2016, "Neural Machine Translation of Rare Words with Subword Units"; on bytes as in Radford
+    et al., 2019, "Language Models are Unsupervised Multitask Learners". The ``tokenizers`` library does the work.
+    """
+    if vocab_size < _SMALLEST:
+        raise UsageError(
+            word(
+                "vocab_size",
+                got=vocab_size,
+                allowed=f"be at least {_SMALLEST} (256 bytes and the separator)",
+                where=_WHERE,
+                fix=f"pass vocab_size={_SMALLEST}",
+            )
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    _guard_forks()
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise DataError(
+            word(
+                "vocab_size",
+                got=vocab_size,
+                allowed=f"be at most {found}, which is what so little text supports,",
+                where=_WHERE,
+                fix=f"pass vocab_size={found}, or give more text",
+            )
+        )
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json``; special tokens that stand in a text are read as plain text.
+
+    Args:
+        path: the file, or a folder that holds a ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a tokenizer.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "tokenizer.json"
+    >>> train_tokenizer(["a cat, a cat"], vocab_size=258).save(str(path))
+    >>> load_tokenizer(path).get_vocab_size()
+    258
+
+    Source: none; the file format of the ``tokenizers`` library.
+    """
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+        raise CheckpointError(
+            word(
+                "the tokenizer",
+                got=f"{path} ({error})",
+                allowed="be a tokenizer.json of the tokenizers library",
+                where=_WHERE,
+                fix="check the path, or leave tokenizer out to train one",
+            )
+        ) from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """(V,) int64, the UTF-8 bytes that each token of a byte-level tokenizer stands for; special tokens 0.
+
+    A byte-level token is written with one character of GPT-2's alphabet for each byte, so its length says it.
+
+    >>> byte_lengths(train_tokenizer(["a cat, a cat"], vocab_size=258)).tolist()[:3]
+    [0, 1, 1]
+
+    Source: the alphabet of Radford et al., 2019, "Language Models are Unsupervised Multitask Learners".
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    length_V = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
+    added = tokenizer.get_added_tokens_decoder()
+    for token, number in vocabulary.items():
+        if number not in added:
+            length_V[number] = len(token)
+        elif not added[number].special:
+            length_V[number] = len(token.encode())
+    return length_V
+
+
+def separator_id(tokenizer: Tokenizer) -> int:
+    """The special token that stands at the start of every document: ``<|endoftext|>``, or what else there is.
+
+    Raises:
+        DataError: it has none of the known ones.
+
+    >>> separator_id(train_tokenizer(["a cat, a cat"], vocab_size=258))
+    0
+
+    Source: none; the names that published tokenizers use.
+    """
+    for name in _SEPARATORS:
+        if (number := tokenizer.token_to_id(name)) is not None:
+            return number
+    raise DataError(
+        word(
+            "the tokenizer",
+            got="one with none of them",
+            allowed=f"have one of the tokens {', '.join(_SEPARATORS)} to separate documents",
+            where=_WHERE,
+            fix=f"add {SEPARATOR} to it with add_special_tokens, and save it",
+        )
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> None:
+    """Sees that the tokenizer is byte-level and keeps every byte, so that bits per byte can be counted, and fits.
+
+    Args:
+        tokenizer: a loaded one.
+        vocab_size: the vocabulary of the model that will read its tokens; None for any.
+
+    Raises:
+        DataError: it changes text, or its tokens do not say how many bytes they stand for.
+        UsageError: it has more tokens than ``vocab_size``.
+
+    >>> check_tokenizer(train_tokenizer(["a cat, a cat"], vocab_size=258), vocab_size=300)
+
+    Source: none; plain bookkeeping.
+    """
+    separator_id(tokenizer)
+    length_V = byte_lengths(tokenizer)
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer.decode(ids, skip_special_tokens=False) != _PROBE or length_V[ids].sum() != len(_PROBE.encode()):
+        raise DataError(
+            word(
+                "the tokenizer",
+                got="one that adds, drops or changes bytes of a test sentence",
+                allowed="be byte-level and lossless, or bits per byte would be wrong,",
+                where=_WHERE,
+                fix="choose a byte-level BPE without normalizer and prefix space, or leave tokenizer out to train one",
+            )
+        )
+    if vocab_size is not None and len(length_V) > vocab_size:
+        raise UsageError(
+            word(
+                "vocab_size",
+                got=vocab_size,
+                allowed=f"be at least the {len(length_V)} tokens of the tokenizer",
+                where=_WHERE,
+                fix=f"pass vocab_size={len(length_V)}",
+            )
+        )
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, on all cores.
+
+    >>> tokenizer = train_tokenizer(["a cat, a cat"], vocab_size=258)
+    >>> [len(ids) for ids in encode(tokenizer, ["a", "<|endoftext|>"])]
+    [1, 13]
+
+    Source: none; the ``tokenizers`` library does the work.
+    """
+    _guard_forks()
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class _QuietFork:
+    """A process that forks after parallel tokenisation gets a child that tokenises on one core, without a warning.
+
+    The library warns in every such child unless TOKENIZERS_PARALLELISM says what is wanted; it is set for the moment
+    of the fork only, and only where the user has not set it.
+    """
+
+    def __init__(self) -> None:
+        self._was_set = True
+        os.register_at_fork(before=self._before, after_in_parent=self._after_in_parent)
+
+    def _before(self) -> None:
+        self._was_set = "TOKENIZERS_PARALLELISM" in os.environ
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def _after_in_parent(self) -> None:
+        if not self._was_set:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+_guard_forks = functools.cache(_QuietFork)
