@@ -341,3 +341,28 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     code, error = end(child)
     assert code == -signal.SIGINT or "KeyboardInterrupt" in error
     assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+# ---- with the language model
+
+
+@pytest.mark.parametrize(("router", "dtype"), [("LossFree", "fp32"), ("NoisyTopK", "fp32"), ("TopK", "bf16")])
+def test_the_language_model_resumes_exactly(tmp_path, monkeypatch, router, dtype):
+    from turnout.models.lm import LM, LMConfig, MoEConfig
+
+    moe = MoEConfig(num_experts=4, top_k=2, hidden=16, router=router)
+    network = LMConfig(vocab_size=32, width=16, layers=2, heads=2, hidden=32, max_seq=16, tie_embeddings=True, moe=moe)
+    config = tiny_config(dtype=dtype, aux_weight=0.0 if router == "LossFree" else 0.01, steps=6, checkpoint_every=2)
+
+    def go(out, **options):
+        return train(LM(network, seed=0), tiny_tokens(), config, out, quiet=True, **options)
+
+    go(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "run")
+    go(tmp_path / "run", resume=True)
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+    last = "checkpoints/step-00000006/model.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()

@@ -193,3 +193,32 @@ def test_what_a_step_draws_depends_on_the_step_alone():
         work = stepped(model, tiny_config(), *(batch(n) for n in range(4)), steps=2)
         draws.append(work.window.means())
     assert draws[0] == draws[1]
+
+
+def test_where_looking_would_wait_the_weights_freeze_until_the_check():
+    """What an accelerator does, on the CPU: the step that went wrong is found later, the weights are from before it."""
+
+    class Bad(Tiny):
+        def forward(self, id_BS, *, generator=None):
+            output = super().forward(id_BS, generator=generator)
+            if int(id_BS[0, 0]) == 31:
+                output.logits_BSV = output.logits_BSV * float("inf")
+            return output
+
+    batches = [batch(n) for n in range(5)]
+    for number, one in enumerate(batches):
+        one.id_BS[0, 0] = 31 if number == 2 else 0
+    config = tiny_config(accumulate=1)
+    model, twin = Bad(), Tiny()
+    stepped(twin, config, *batches, steps=2)
+    work = Step(model.train(), config, Fixed(*batches))
+    work._lazy = True
+    for step in range(2):
+        work.run(step, config.lr_at(step))
+    work.check()
+    for step in range(2, 5):
+        work.run(step, config.lr_at(step))
+    for (name, p), q in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+    with pytest.raises(TrainingError, match=r"at step 3 with lr 0.01: .*first non-finite gradient expert_ED"):
+        work.check()

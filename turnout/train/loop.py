@@ -231,7 +231,7 @@ class _Run:
             evaluates = last or self.step % config.eval_every == 0
             saves = last or self.step % config.checkpoint_every == 0 or stop.asked is not None
             if logs or evaluates or saves:
-                self._guard(lambda lr=lr: self.work.check(lr))
+                self._guard(self.work.check)
             self.lap_s, self.lap_steps = self.lap_s + time.monotonic() - started, self.lap_steps + 1
             self.teller.advance(self.step)
             if logs:

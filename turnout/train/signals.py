@@ -31,7 +31,9 @@ def listening(say: Callable[[str], None]) -> Iterator[Stop]:
         if stop.asked is not None:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
-        say(f"{stop.asked}: finishing this step, then saving. Once more to stop at once, without saving.")
+        # The signal may have come in the middle of a print to the same stream, which Python does not allow to nest.
+        with contextlib.suppress(RuntimeError):
+            say(f"{stop.asked}: finishing this step, then saving. Once more to stop at once, without saving.")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

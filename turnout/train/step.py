@@ -148,7 +148,7 @@ class Step:
         self._after_step(sums.load_L)
         self.window.add(sums.losses_3, sums.load_L)
 
-    def check(self, lr: float) -> None:
+    def check(self) -> None:
         """Waits for the accelerator and stops if any step since the last check was not finite.
 
         Raises:
@@ -161,7 +161,7 @@ class Step:
             # The weights are still those of before that step: run it again, to see what went wrong.
             self.optimizer.zero_grad(set_to_none=True)
             sums = self._backward(step)
-            raise self._failure(step, lr, float(sums.losses_3[0]))
+            raise self._failure(step, self.config.lr_at(step), float(sums.losses_3[0]))
 
     def _backward(self, step: int) -> _Sums:
         config = self.config
