@@ -25,8 +25,8 @@ from turnout.measure import bits_per_byte, max_vio
 from turnout.storage import write_whole
 from turnout.train import state as checkpoints
 from turnout.train.config import TrainConfig, TrainResult
+from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
-from turnout.train.heldout import HeldOutBatch, held_out_batches
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.progress import Progress, progress_for
 from turnout.train.signals import Stop, listening
@@ -42,7 +42,7 @@ _FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "l
 
 def train(
     model: nn.Module,
-    tokens: Any,
+    tokens: TokenSet,
     config: TrainConfig,
     out: str | Path,
     *,
@@ -96,7 +96,7 @@ def train(
 class _Run:
     """One run while it is going."""
 
-    def __init__(self, model: nn.Module, tokens: Any, config: TrainConfig, out: Path, teller: Progress) -> None:
+    def __init__(self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress) -> None:
         self.model, self.tokens, self.config, self.out, self.teller = model, tokens, config, out, teller
         self.step = 0  # optimizer steps done
         self.folder = out / "checkpoints"
@@ -130,8 +130,6 @@ class _Run:
 
     def open(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> None:
         """Makes or reopens the folder, and puts everything where the last checkpoint has it."""
-        from turnout.train.data.stream import Stream
-
         config = self.config
         # What can be wrong with the input is found before anything is written.
         if tensorboard:
@@ -292,7 +290,7 @@ class _Run:
                 found = bits_per_byte(
                     lambda id_BS: self.model(id_BS.to(device)),
                     self._held_out(),
-                    self.tokens.byte_length_V,
+                    torch.as_tensor(self.tokens.byte_length_V),
                     domains=self.tokens.domains,
                 )
         finally:
@@ -307,9 +305,9 @@ class _Run:
         self.evaluations.append(record)
         self.teller.evaluated(record)
 
-    def _held_out(self) -> Iterator[HeldOutBatch]:
+    def _held_out(self) -> Iterator[Batch]:
         config = self.config
-        return held_out_batches(self.tokens, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
+        return windows(self.tokens.held_out, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
 
     def _save(self) -> None:
         self._metrics().sync()
