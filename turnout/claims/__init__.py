@@ -1,0 +1,38 @@
+"""Published results reproduced small, each measured against its own ablation; ``turnout verify`` runs them."""
+
+import statistics
+from collections.abc import Callable
+
+from turnout.claims.backends import backends
+from turnout.claims.claim import Claim
+from turnout.claims.expert_choice import expert_choice
+from turnout.claims.loss_free import loss_free
+from turnout.claims.moe_beats_dense import moe_beats_dense
+from turnout.errors import nearest
+
+__all__ = ["backends", "expert_choice", "loss_free", "moe_beats_dense"]
+
+
+def find(name: str) -> Callable[..., Claim]:
+    """The claim of this name.
+
+    Raises:
+        UnknownNameError: there is no such claim; the nearest is offered.
+    """
+    if name not in __all__:
+        raise nearest(name, __all__, kind="claim", where="turnout verify")
+    return globals()[name]
+
+
+def show(claim: Claim) -> str:
+    """The claim and its evidence as a few lines of text."""
+    lines = [
+        f"{claim.name}: {'holds' if claim.holds else 'DOES NOT HOLD'} ({claim.seconds:.0f} s)",
+        f"  {claim.statement}",
+    ]
+    for row in claim.evidence:
+        measured, control = (statistics.fmean(values) for values in (row.measured, row.control))
+        limit = f"bound {row.bound:g}" if row.bound is not None else f"spread {row.spread:.4f}"
+        verdict = "ok" if row.holds else "NO"
+        lines.append(f"  {verdict}  {row.metric}: {measured:.4g} against {control:.4g} ({row.control_name}), {limit}")
+    return "\n".join([*lines, f"  {claim.source}. {claim.note}"])

@@ -1,0 +1,39 @@
+"""Measure a trained model on held-out text: bits per byte, overall and per domain, and its load balance.
+
+examples:
+  turnout eval runs/x                            on the run's own held-out documents
+  turnout eval runs/x --data other_folder        on all of another text
+  turnout eval runs/x --json
+"""
+
+import argparse
+
+HELP = "bits per byte and load balance of a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``turnout eval`` takes."""
+    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train")
+    parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="text to measure on")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N tokens")
+    parser.add_argument("--trace", metavar="DIR", help="also record a Trace of all routings here")
+    parser.add_argument(
+        "--token-ids", action="store_true", help="put token ids into the trace: they give the text away"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints."""
+    from turnout.recipes.inspect import evaluate_run
+    from turnout.recipes.run import named_domains
+
+    report = evaluate_run(
+        arguments.run_folder,
+        domains=named_domains(arguments.data),
+        limit=arguments.limit,
+        trace=arguments.trace,
+        token_ids=arguments.token_ids,
+    )
+    print(report.to_json() if arguments.json else report)
+    return 0

@@ -1,0 +1,88 @@
+"""``turnout``: reads the command line, runs one subcommand, turns expected errors into one line and an exit code."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from turnout import __version__
+from turnout.errors import Interrupted, TurnoutError
+
+# Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+# None of them imports torch before ``run``, so that help is instant.
+COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "verify", "methods", "doctor")
+
+_EXAMPLES = """\
+examples:
+  turnout demo                                   dense against sparse, on this machine's own text, with a report
+  turnout train tiny --data my_folder --out runs/x
+  turnout train tiny width=192 top_k=1 --data code=src --data prose=docs --out runs/y
+  turnout train --resume --out runs/x            go on after a crash, bit for bit
+  turnout run runs/x/run.json --out runs/again   repeat a run
+  turnout sample runs/x --prompt "def main("
+  turnout verify loss_free                       see a published result reproduced
+  turnout COMMAND --help                         what a command takes, with examples
+
+exit codes: 0 done, 1 a claim or check failed, 2 a mistake in the input, 130 interrupted (everything saved)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    >>> build_parser().parse_args(["methods"]).command
+    'methods'
+
+    Source: none; argparse.
+    """
+    parser = argparse.ArgumentParser(
+        prog="turnout",
+        description="Networks that run only part of themselves: train, measure, verify and ship them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"turnout {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"turnout.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a user's mistake is one line on stderr, never a traceback.
+
+    Args:
+        argv: the arguments after the program's name; default the process's own.
+
+    Returns:
+        0 done, 1 a claim or check failed, 2 a mistake in the input, 130 interrupted.
+
+    >>> main(["sample", "no/such/run"])
+    2
+
+    Source: none; argparse.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except Interrupted as stop:
+        print(f"turnout: {stop}", file=sys.stderr)
+        return 130
+    except TurnoutError as error:
+        print(f"turnout {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("turnout: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say.
+        sys.stderr.close()
+        return 0

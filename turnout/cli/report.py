@@ -1,0 +1,24 @@
+"""Write the report.html of one or more runs; it opens without a network. A run still going is fine.
+
+examples:
+  turnout report runs/x
+  turnout report runs/x runs/y --out compare.html
+"""
+
+import argparse
+
+HELP = "write the report.html of one or more runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``turnout report`` takes."""
+    parser.add_argument("run_folders", nargs="+", metavar="RUN", help="output folders of turnout train")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first folder)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the page and says where."""
+    from turnout.recipes.inspect import write_report
+
+    print(write_report(arguments.run_folders, arguments.out))
+    return 0

@@ -1,0 +1,31 @@
+"""Repeat a run exactly from its run.json.
+
+examples:
+  turnout run runs/x/run.json --out runs/again
+  turnout run runs/x/run.json seed=1 --out runs/seed1
+"""
+
+import argparse
+
+HELP = "repeat a run from its run.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``turnout run`` takes."""
+    parser.add_argument("run_json", metavar="RUN.JSON", help="a run.json, or the output folder that holds one")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="fields to change")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new output folder")
+    parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs it again in a new folder."""
+    from turnout.recipes.execute import execute
+    from turnout.recipes.run import Run
+
+    plan = Run.open(arguments.run_json).override(arguments.overrides)
+    done = execute(plan, arguments.out, tokens_folder=arguments.tokens, quiet=arguments.quiet)
+    print(done.table())
+    print(f"report: {done.report}")
+    return 0

@@ -1,0 +1,36 @@
+"""Let a trained model continue a prompt.
+
+examples:
+  turnout sample runs/x --prompt "def main("
+  turnout sample runs/x --prompt "import" --tokens 200 --temperature 0.7 --seed 1
+"""
+
+import argparse
+
+HELP = "let a trained model continue a prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``turnout sample`` takes."""
+    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train")
+    parser.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to generate (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the prompt and its continuation."""
+    from turnout.recipes.inspect import sample_run
+
+    text = sample_run(
+        arguments.run_folder,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    print(text)
+    return 0

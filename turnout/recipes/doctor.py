@@ -1,0 +1,69 @@
+"""What ``turnout doctor`` prints: what is installed, and which backend each device would use and why."""
+
+import importlib.metadata
+from collections.abc import Iterator
+
+import torch
+
+from turnout.measure import hardware
+from turnout.run import choose
+from turnout.types import ExpertWeights, Routing
+
+# Distribution -> the extra that installs it (None: always needed) and what it is for.
+_PARTS = {
+    "torch": (None, "everything"),
+    "numpy": (None, "token shards and traces"),
+    "safetensors": (None, "checkpoints"),
+    "tokenizers": (None, "byte-level BPE"),
+    "rich": (None, "progress"),
+    "transformers": ("hf", "models people already have"),
+    "pyarrow": ("parquet", "parquet files"),
+    "datasets": ("datasets", "hf:NAME data sets"),
+    "tensorboard": ("tensorboard", "TensorBoard events"),
+    "triton": ("triton", "GPU kernels"),
+}
+# Tokens, experts, top-k, width, hidden: training, serving and decoding.
+_SHAPES = ((4096, 8, 2, 256, 512), (4096, 64, 8, 1024, 256), (1, 64, 8, 1024, 256))
+
+
+def examine(*, calibrate: bool = False) -> Iterator[str]:
+    """The findings, line by line.
+
+    Args:
+        calibrate: first measure the backends on this machine and remember the result.
+
+    Source: none; plain bookkeeping.
+    """
+    yield "hardware"
+    for name, value in hardware().items():
+        yield f"  {name:<12} {value}"
+    yield "installed"
+    for name, (extra, purpose) in _PARTS.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = f"missing: pip install 'turnout[{extra}]'" if extra else "MISSING: pip install turnout"
+        yield f"  {name:<12} {found:<40} {purpose}"
+    if calibrate:
+        from turnout.run.choose import calibrate as measure_backends
+
+        yield f"calibrated    {measure_backends()}"
+    yield "backends"
+    devices = ["cpu"] + [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in _SHAPES:
+                yield from _choice(device, dtype, *shape)
+
+
+def _choice(
+    device: str, dtype: torch.dtype, tokens: int, experts: int, top_k: int, width: int, hidden: int
+) -> Iterator[str]:
+    index_TK = torch.arange(tokens * top_k, device=device).reshape(tokens, top_k) % experts
+    routing = Routing.from_topk(index_TK, torch.ones(tokens, top_k, device=device) / top_k, num_experts=experts)
+    up_EDH = torch.empty(1, dtype=dtype, device=device).expand(experts, width, 2 * hidden)
+    down_EFD = torch.empty(1, dtype=dtype, device=device).expand(experts, hidden, width)
+    x_TD = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
+    choice = choose(x_TD, routing, ExpertWeights(up_EDH, down_EFD))
+    case = f"{tokens} tokens, top {top_k} of {experts} experts, {width} -> {hidden}"
+    yield f"  {device} {str(dtype).removeprefix('torch.')}: {choice.name} for {case}: {'; '.join(choice.reasons)}"

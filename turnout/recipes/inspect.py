@@ -1,0 +1,212 @@
+"""Look at finished or running runs: measure them, sample from them, and write the page."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from turnout.errors import CheckpointError, UsageError, word
+from turnout.measure import Evaluation, Passage, ReportData, bits_per_byte, hardware, read_run, report_html
+from turnout.models import LM, checkpoint
+from turnout.recipes.run import Run
+from turnout.storage import write_whole
+from turnout.train.data import TokenSet, prepare, windows
+from turnout.types import Report, TraceWriter
+
+_EVAL_BATCH = 16
+
+
+def measure_model(
+    model: LM,
+    tokens: TokenSet,
+    *,
+    seq: int,
+    limit: int | None = None,
+    trace: str | Path | None = None,
+    token_ids: bool = False,
+) -> Evaluation:
+    """The model's bits per byte on the held-out documents, and the load of its experts there.
+
+    Args:
+        model: the network.
+        tokens: the text; its held-out side is read.
+        seq: tokens of context per row.
+        limit: about how many tokens to predict; None takes all.
+        trace: a new folder to record every routing in; needs a routed layer.
+        token_ids: put the token ids into the trace too, which gives the text away.
+
+    Raises:
+        UsageError: a trace of a model without routed layers.
+
+    Source: Gao et al., 2020, "The Pile", for bits per byte.
+    """
+    model.eval()
+    if trace is not None and not model.routers:
+        raise UsageError(
+            word(
+                "--trace",
+                got=str(trace),
+                allowed="be asked of a model with routed layers",
+                where="turnout eval",
+                fix="leave it out: a dense model decides nothing",
+            )
+        )
+    batches = windows(tokens.held_out, batch=_EVAL_BATCH, seq=seq, limit=limit)
+    if trace is None:
+        return bits_per_byte(model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains)
+    config = model.config.moe
+    assert config is not None  # it has routers
+    context = {"tokens_digest": tokens.digest}
+    writer = TraceWriter(
+        trace,
+        num_experts_L=[config.num_experts] * len(model.routers),
+        domains=tokens.domains,
+        token_ids=token_ids,
+        context=context,
+    )
+    with writer:
+        return bits_per_byte(
+            model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains, trace=writer
+        )
+
+
+def passage(model: LM, tokens: TokenSet, *, length: int) -> Passage:
+    """A held-out passage of up to ``length`` tokens with the experts of each: the start of a middle-sized document."""
+    split = tokens.held_out
+    sizes = torch.from_numpy(split.document_N[1:] - split.document_N[:-1])
+    wanted = int(sizes.clamp(max=length).argmax())
+    first = int(split.document_N[wanted])
+    ids = torch.from_numpy(split.token_T[first : first + min(length, int(sizes[wanted]))].astype("int64"))
+    with torch.no_grad():
+        output = model.eval()(ids[None])
+    texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
+    return Passage.from_routings(texts, output.routings, domain=tokens.domains[int(split.domain_N[wanted])])
+
+
+def load_run(folder: str | Path) -> tuple[Run, LM]:
+    """The run in an output folder and its trained model.
+
+    Raises:
+        CheckpointError: the run is not finished, or a file is damaged.
+    """
+    folder = Path(folder)
+    run = Run.open(folder)
+    if not (folder / "model").is_dir():
+        raise CheckpointError(
+            word(
+                "the run",
+                got=f"{folder}, which has no model folder",
+                allowed="be finished",
+                where="turnout",
+                fix=f"finish it with: turnout train --resume --out {folder}",
+            )
+        )
+    return run, checkpoint.load(folder / "model")
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    domains: Mapping[str, tuple[str, ...]],
+    limit: int | None = None,
+    trace: str | Path | None = None,
+    token_ids: bool = False,
+) -> Report:
+    """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
+
+    Args:
+        folder: the output folder.
+        domains: other text, by domain; empty for the run's own held-out documents.
+        limit: about how many tokens to predict; None takes all.
+        trace: a new folder to record every routing in.
+        token_ids: put the token ids into the trace too, which gives the text away.
+
+    Source: none; ``measure_model``, with the file reading around it.
+    """
+    folder = Path(folder)
+    run, model = load_run(folder)
+    if domains:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
+            tokens = prepare(domains, place, tokenizer=folder / "model" / "tokenizer.json", held_out=1.0, quiet=True)
+            found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    else:
+        tokens = TokenSet.open(_tokens_folder(folder))
+        found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    values: dict = {"bits_per_byte": found.bits_per_byte}
+    values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
+    values |= {"tokens": found.tokens, "bytes": found.bytes}
+    if found.load_LE:
+        values |= {"max_vio": found.max_vio, "entropy": found.entropy, "dropped": found.dropped}
+    context = {"run": str(folder), "hardware": hardware()}
+    return Report(f"{run.recipe} in {folder}", values, (), context)
+
+
+def _tokens_folder(folder: Path) -> Path:
+    """Where the run's tokens are: run.json remembers, since runs may share them."""
+    import json
+
+    beside = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return Path(beside.get("tokens_folder") or folder / "tokens")
+
+
+def sample_run(
+    folder: str | Path, *, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
+) -> str:
+    """The prompt and the model's continuation.
+
+    Args:
+        folder: the output folder of a finished run.
+        prompt: the text to continue; empty starts a new document.
+        tokens: how many tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among this many likeliest tokens; None among all.
+        seed: of the draw.
+
+    Source: none; ``LM.generate``.
+    """
+    from tokenizers import Tokenizer
+
+    if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise UsageError(
+            word(
+                "tokens, temperature and top-k",
+                got=f"{tokens}, {temperature} and {top_k}",
+                allowed="be at least 1, at least 0, and at least 1",
+                where="turnout sample",
+                fix="pass --tokens 100 --temperature 0.8",
+            )
+        )
+    _, model = load_run(folder)
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "model" / "tokenizer.json"))
+    ids = tokenizer.encode(prompt).ids or [0]
+    generator = torch.Generator().manual_seed(seed)
+    made = model.eval().generate(
+        torch.tensor([ids]), tokens=tokens, temperature=temperature, top_k=top_k, generator=generator
+    )
+    return tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:
+    """Writes the self-contained page of one or more runs, finished or still going, and says where.
+
+    Args:
+        folders: output folders.
+        out: the page; default report.html in the first folder.
+        title: the heading; default the names of the runs.
+
+    Source: none; ``measure.report_html``.
+    """
+    runs = [read_run(folder) for folder in folders]
+    path = Path(out) if out else Path(folders[0]) / "report.html"
+    write_whole(path, report_html(ReportData(title or " against ".join(run.name for run in runs), runs)))
+    return path
+
+
+def result_json(model: LM, tokens: TokenSet, found: Evaluation, *, seq: int) -> dict[str, object]:
+    """What result.json holds: the evaluation, the model's cost and a passage with its routes."""
+    cost = {key: value for key, value in dataclasses.asdict(model.cost(seq=seq)).items() if value is not None}
+    shown = passage(model, tokens, length=seq).to_json_dict() if model.routers else None
+    return found.to_json_dict(domains=True) | {"cost": cost, "passage": shown}

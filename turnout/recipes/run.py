@@ -1,0 +1,201 @@
+"""Run: everything that one training run is, frozen, named and repeatable from its run.json."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.fields import build, fit, plain
+from turnout.models.lm import LMConfig
+from turnout.storage import write_whole
+from turnout.train.loop import TrainConfig
+
+_FORMAT = "turnout.run/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run learns from.
+
+    Args:
+        domains: name -> sources (files, folders, ``hf:`` names). Empty: the text that this Python carries, as
+            three domains (library, manual, headers).
+        held_out: share of the documents, chosen by content hash, that is never trained on.
+        limit_mb: at most this many megabytes (10^6 bytes) of each domain; None takes all.
+
+    >>> DataConfig(limit_mb=3.0).held_out
+    0.05
+
+    Source: none; plain configuration.
+    """
+
+    domains: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    held_out: float = 0.05
+    limit_mb: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One complete run: a recipe's result after the overrides, and what run.json holds.
+
+    Args:
+        recipe: the name of the recipe it came from.
+        data: what it learns from.
+        model: the network.
+        train: the optimisation.
+
+    Source: none; plain configuration.
+    """
+
+    recipe: str
+    data: DataConfig
+    model: LMConfig
+    train: TrainConfig
+
+    def override(self, assignments: Sequence[str]) -> Self:
+        """This run with fields replaced by ``name=value`` texts.
+
+        A name is a field of data, model, model.moe or train, dotted (``model.width``) or bare (``width``) where
+        only one of them has it. Values are JSON, or plain text for text fields.
+
+        Raises:
+            UsageError: an assignment without ``=``, a value of the wrong type, or a bare name that several have.
+            UnknownNameError: no such field.
+        """
+        run = self
+        for assignment in assignments:
+            name, equals, text = assignment.partition("=")
+            if not equals:
+                raise UsageError(
+                    word(
+                        "an override",
+                        got=assignment,
+                        allowed="read field=value",
+                        where="the command line",
+                        fix=f"write {name}=VALUE, or give a path with --data or --out",
+                    )
+                )
+            run = _replace(run, run._locate(name), text, assignment)
+        return run
+
+    def with_domains(self, domains: Mapping[str, tuple[str, ...]]) -> Self:
+        """This run on other text; all of it, since a limit suits only the text it was chosen for."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, domains=dict(domains), limit_mb=None))
+
+    def fields(self) -> dict[str, object]:
+        """Every field by its dotted name, with its value."""
+        return dict(_leaves(self, ""))
+
+    def _locate(self, name: str) -> str:
+        known = self.fields()
+        if name in known:
+            return name
+        hits = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            raise UsageError(
+                word(
+                    "the field",
+                    got=name,
+                    allowed=f"be unambiguous; {', '.join(hits)} share that name",
+                    where="the command line",
+                    fix=f"write {hits[0]}=VALUE",
+                )
+            )
+        bare = {dotted.rpartition(".")[2] for dotted in known}
+        raise nearest(name, bare | set(known) if "." in name else bare, kind="field", where=f"recipe {self.recipe!r}")
+
+    def to_json_dict(self) -> dict[str, object]:
+        """The run as plain JSON values."""
+        return {"format": _FORMAT, **plain(self)}
+
+    @classmethod
+    def from_json_dict(cls, body: Mapping[str, object]) -> Self:
+        """The run that ``to_json_dict`` wrote; unknown keys beside the run itself are ignored.
+
+        Raises:
+            CheckpointError: the values are not a run.
+        """
+        if body.get("format") != _FORMAT:
+            raise CheckpointError(
+                word(
+                    "run.json",
+                    got=f"format {body.get('format')!r}",
+                    allowed=f"have format {_FORMAT!r}",
+                    where="Run.from_json_dict",
+                    fix="name the run.json of an output folder",
+                )
+            )
+        fields = {field.name: body[field.name] for field in dataclasses.fields(cls) if field.name in body}
+        return build(cls, fields, "run.json")
+
+    def save(self, path: str | Path, **beside: object) -> None:
+        """Writes run.json; ``beside`` holds what is worth knowing but is not part of the run (versions, hardware)."""
+        write_whole(path, json.dumps(self.to_json_dict() | beside, indent=2) + "\n")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The run in a run.json, or in the output folder that holds one.
+
+        Raises:
+            CheckpointError: there is none, or it is not readable JSON.
+        """
+        path = Path(path)
+        path = path / "run.json" if path.is_dir() else path
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                word(
+                    "the run",
+                    got=f"{path} ({error})",
+                    allowed="be a run.json or an output folder that holds one",
+                    where="Run.open",
+                    fix="name a folder that turnout train wrote",
+                )
+            ) from error
+        return cls.from_json_dict(body if isinstance(body, dict) else {})
+
+
+def _leaves(value: object, prefix: str) -> list[tuple[str, object]]:
+    found = []
+    for field in dataclasses.fields(value):  # pyrefly: ignore[bad-argument-type]
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            found += _leaves(item, f"{prefix}{field.name}.")
+        elif prefix:
+            found.append((prefix + field.name, item))
+    return found
+
+
+def _replace(value: typing.Any, dotted: str, text: str, assignment: str) -> typing.Any:
+    head, _, rest = dotted.partition(".")
+    if rest:
+        return dataclasses.replace(value, **{head: _replace(getattr(value, head), rest, text, assignment)})
+    kind = typing.get_type_hints(type(value))[head]
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = {"True": True, "False": False, "None": None}.get(text, text)
+    return dataclasses.replace(value, **{head: fit(parsed, kind, assignment)})
+
+
+def named_domains(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The domains that ``--data [NAME=]PATH`` texts name; without a name, the path's last part is the name.
+
+    >>> named_domains(["code=src", "code=lib", "docs/prose"])
+    {'code': ('src', 'lib'), 'prose': ('docs/prose',)}
+
+    Source: none; plain configuration.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():
+            name, path = Path(text.removeprefix("hf:")).name or "text", text
+        found[name] = (*found.get(name, ()), path)
+    return found
