@@ -192,14 +192,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for a dated table (markdown) and all times (JSON)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    record: dict = {"about": about() | {"threads": options.threads, "rounds": options.rounds}, "cases": [], "decoding": []}
+    record: dict = {
+        "about": about() | {"threads": options.threads, "rounds": options.rounds},
+        "cases": [],
+        "decoding": [],
+    }
     lines = [
         "# Expert layer: time as a multiple of the dense layer of equal active FLOPs",
         "",
         f"{datetime.date.today()}; " + ", ".join(f"{k} {v}" for k, v in record["about"].items()),
         "",
-        "Median over interleaved rounds (least-most) of CPU time, a new decision every round; kept is what is saved for",
-        "the backward pass. Cases are dtype and T,D,E,K,F.",
+        "Median over interleaved rounds (least-most) of CPU time, a new decision every round; kept is what is saved",
+        "for the backward pass. Cases are dtype and T,D,E,K,F.",
         "",
         "| case | layer | forward | ms | forward+backward | ms | kept |",
         "|---|---|---|---|---|---|---|",

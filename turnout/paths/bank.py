@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from turnout.errors import UsageError, word
 from turnout.run import activate, execute
+from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
 from turnout.types.weights import GATED, Activation
 
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) from (..., D)."""
-        return F.linear(activate(F.linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
+        return linear(activate(linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""

@@ -1,6 +1,11 @@
 """Which executor runs, and why."""
 
 import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,13 +16,19 @@ from turnout.run.reference import Executor, reference
 from turnout.run.sort import sort
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["EXECUTORS", "Choice", "choose", "execute"]
+__all__ = ["EXECUTORS", "Choice", "choose", "constants_path", "execute", "features"]
 
 EXECUTORS: dict[str, Executor] = {
     "reference": reference,
     "sort": sort,
     "grouped": grouped,
 }
+
+# Seconds per unit of each feature, by device, dtype, pass and executor; turnout.run.calibrate fits them, these on one
+# thread of an AMD EPYC 9005 (AVX-512, no AMX) with torch 2.13.
+_CONSTANTS: dict[str, dict[str, list[float]]] = {}
+# Where nothing was measured: the first that takes the dtype.
+_UNMEASURED = {"cpu": ("sort",), "cuda": ("grouped", "sort")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +45,64 @@ class Choice:
     reasons: tuple[str, ...]
 
 
+def constants_path() -> Path:
+    """Where ``turnout.run.calibrate`` keeps this machine's constants: in $TURNOUT_CACHE, or ~/.cache/turnout."""
+    home = (
+        os.environ.get("TURNOUT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turnout"
+    )
+    return Path(home) / "executors.json"
+
+
+@functools.cache
+def _constants(path: Path) -> Mapping[str, Mapping[str, list[float]]]:
+    """The shipped constants, overlaid by this machine's own where it was calibrated with this version of torch."""
+    try:
+        own = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return _CONSTANTS
+    return {**_CONSTANTS, **own["seconds"]} if own.get("torch") == torch.__version__ else _CONSTANTS
+
+
+def features(entries: int, experts: int, width: int, hidden: int, gated: bool) -> tuple[float, float, float, float]:
+    """What time is made of: one call, experts with entries (at most), multiply-adds, and numbers moved per entry."""
+    return (
+        1.0,
+        min(experts, entries),
+        entries * width * hidden * (3.0 if gated else 2.0),
+        entries * (2.0 * width + hidden),
+    )
+
+
+def _situation(x_TD: Tensor, weights: ExpertWeights, routing: Routing) -> str:
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    tensors = (x_TD, weights.up_EDH, weights.down_EFD, routing.weight_R)
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return f"{device} {str(dtype).removeprefix('torch.')} {'training' if train else 'forward'}"
+
+
+def _predict(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[str, dict[str, float]]:
+    """The situation, and the predicted seconds of each executor measured in it, the fastest first."""
+    situation = _situation(x_TD, weights, routing)
+    measured = _constants(constants_path()).get(situation, {})
+    sizes = features(routing.num_entries, routing.num_experts, weights.width, weights.hidden, weights.gated)
+    seconds = {name: sum(a * b for a, b in zip(each, sizes, strict=True)) for name, each in measured.items()}
+    return situation, dict(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def _pick(situation: str, seconds: dict[str, float]) -> str:
+    if seconds:
+        return next(iter(seconds))
+    device, dtype, _ = situation.split()
+    able = [name for name in _UNMEASURED.get(device, ("sort",)) if name == "sort" or dtype in ("bfloat16", "float16")]
+    return able[0]
+
+
 def choose(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Choice:
     """The executor that should be fastest for these inputs, with the reasons.
+
+    Predicted seconds = fixed + a * experts + b * multiply-adds + c * numbers moved, with the constants measured for
+    this device, dtype and pass; ``turnout.run.calibrate`` measures them again on this machine.
 
     Args:
         x_TD: (T, D), the tokens.
@@ -47,13 +114,15 @@ def choose(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Choice:
     >>> choose(torch.ones(1, 3), routing, ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3))).name
     'sort'
 
-    Source: none; a small cost model of our own.
+    Source: none; a linear cost model of our own.
     """
-    if x_TD.device.type == "cpu":
-        return Choice("sort", ("the device is a CPU",))
-    if x_TD.dtype in (torch.bfloat16, torch.float16):
-        return Choice("grouped", (f"the device is {x_TD.device.type} and the dtype is {x_TD.dtype}",))
-    return Choice("sort", (f"torch's grouped product does not take {x_TD.dtype} on {x_TD.device.type}",))
+    situation, seconds = _predict(x_TD, routing, weights)
+    name = _pick(situation, seconds)
+    if not seconds:
+        return Choice(name, (f"nothing was measured for {situation}", f"{name} is the default there"))
+    shape = f"T={routing.num_tokens}, R={routing.num_entries}, E={routing.num_experts}"
+    sizes = f"{shape}, D={weights.width}, F={weights.hidden}, {situation}"
+    return Choice(name, (sizes, *(f"{each} would take {value * 1e3:.3g} ms" for each, value in seconds.items())))
 
 
 def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: str = "auto") -> Tensor:
@@ -63,7 +132,7 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
         x_TD: (T, D), the tokens.
         routing: which experts each takes, and with what weight.
         weights: the experts.
-        backend: the name of an executor in ``EXECUTORS``, or "auto" to let ``choose`` pick.
+        backend: the name of an executor in ``EXECUTORS``, or "auto" for the one that ``choose`` picks.
 
     Returns:
         (T, D) in x's dtype; tokens without entries are zero.
@@ -80,7 +149,7 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
 
     Source: none; a lookup by name.
     """
-    name = choose(x_TD, routing, weights).name if backend == "auto" else backend
+    name = _pick(*_predict(x_TD, routing, weights)) if backend == "auto" else backend
     if name not in EXECUTORS:
         raise nearest(name, [*EXECUTORS, "auto"], kind="backend", where="turnout.run.execute")
     return EXECUTORS[name](x_TD, routing, weights)

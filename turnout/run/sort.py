@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnout.run.pointwise import activate_into, activation_gradient
+from turnout.run.product import onednn_is_faster, product
 from turnout.run.reference import prepare, uncompiled
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
@@ -22,13 +23,14 @@ __all__ = ["sort"]
 
 # Numbers per intermediate tensor of a group of experts: 512 KiB in fp32, which leaves several of them in cache.
 _GROUP = 1 << 17
-# In 16-bit dtypes every new row count makes oneDNN compile a new kernel, so counts are rounded up to this ...
-_ROUND = 16
-# ... and a call costs as much as this many multiply-adds, so neighbours of about equal load share a batched product.
-_CALL = 3_000_000
-_BATCHES = (8, 4, 2)
+# oneDNN compiles a kernel for every new row count, which in training is every one. Counts are rounded up to five or six
+# significant bits, and to 8, so that there are few.
+_BITS, _LEAST = 5, 8
 # Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
 _FEW = 16
+# A call of a 16-bit product costs as much as this many multiply-adds, so neighbours of about equal load share one.
+_CALL = 3_000_000
+_BATCHES = (8, 4, 2)
 
 
 @uncompiled
@@ -133,9 +135,12 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R = routing.token_R, None
     step = max(_GROUP // weights.hidden, 1)
-    if x_TD.dtype.itemsize == 2 and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
-        groups = _batches(load, weights.width * weights.hidden, step)
-        token_P, place_R = _rounded(routing, groups)
+    short = x_TD.dtype.itemsize == 2
+    compiled = x_TD.device.type == "cpu" and (short or (x_TD.dtype == torch.float32 and onednn_is_faster()))
+    if compiled and routing.num_tokens > _FEW:
+        load = [_rounded(count) for count in load]
+        groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
+        token_P, place_R = _spread_rows(routing, groups)
     else:
         groups = _neighbours(load, step)
     order_R, start_T = routing.by_token
@@ -150,6 +155,11 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
         start_T=None if routing.top_k is not None else start_T,
         groups=groups,
     )
+
+
+def _rounded(count: int) -> int:
+    unit = max(_LEAST, 1 << count.bit_length() >> _BITS + 1)
+    return -(-count // unit) * unit
 
 
 def _neighbours(load: list[int], step: int) -> list[_Group]:
@@ -168,8 +178,7 @@ def _neighbours(load: list[int], step: int) -> list[_Group]:
 
 
 def _batches(load: list[int], size: int, step: int) -> list[_Group]:
-    """The same with rounded counts; neighbours share one where the rows that adds cost less than a call each."""
-    load = [-(-count // _ROUND) * _ROUND for count in load]
+    """Experts alone, or neighbours with the same count where the rows that adds cost less than a call each."""
     groups: list[_Group] = []
     expert, end = 0, 0
     while expert < len(load):
@@ -189,7 +198,7 @@ def _batches(load: list[int], size: int, step: int) -> list[_Group]:
     return groups
 
 
-def _rounded(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor]:
+def _spread_rows(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor]:
     """Tokens of the rows and rows of the entries, with each expert's last row repeated up to its count."""
     device, offset_E = routing.offset_E.device, routing.offset_E
     first = [0] * routing.num_experts
@@ -219,7 +228,7 @@ def _products(group: _Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Ten
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
         for expert, left, into in zip(group.experts, group.split(rows), group.split(out), strict=True):
-            torch.mm(left, stack[expert].to(rows.dtype) if cast else stack[expert], out=into)
+            product(left, stack[expert].to(rows.dtype) if cast else stack[expert], out_MN=into)
     if bias is not None:
         for expert, into in zip(group.experts, group.split(out), strict=True):
             into.add_(bias[expert])
@@ -241,7 +250,7 @@ def _outer(group: _Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
         if cast:
             grad[expert] = a.t() @ b
         else:
-            torch.mm(a.t(), b, out=grad[expert])
+            product(a.t(), b, out_MN=grad[expert])
 
 
 def _forward(
