@@ -138,7 +138,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_width, self.qk_norm, self.window = config.head_width, config.qk_norm, config.window_of(layer)
         q, kv = self.heads * self.head_width, self.key_heads * self.head_width
-        self.sizes = (q, kv, kv)
+        self.sizes, self.scale = (q, kv, kv), attention_scale(config)
         start = {"std": config.init_std, "generator": generator}
         self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
         self.out = Projection(q, config.width, bias=config.out_bias, **start)
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
         if cache is not None:
             k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
-        y_BSD = attend(q_BHSP, k_BHSP, v_BHSP, scale=self.head_width**-0.5, window=self.window)
+        y_BSD = attend(q_BHSP, k_BHSP, v_BHSP, scale=self.scale, window=self.window)
         return self.out(y_BSD)
 
     def _heads(self, qkv_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

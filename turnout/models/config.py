@@ -124,6 +124,10 @@ class LMConfig:
         window: each token sees this many positions, itself included; None for all earlier ones.
         window_layers: the layers that ``window`` holds in.
         activation: of the dense feed-forward layers.
+        embedding_scale: what embeddings are multiplied with.
+        attention_scale: what products of queries and keys are multiplied with; None for head_width^-1/2.
+        residual_scale: what attention and feed-forward are multiplied with before they are added.
+        logit_divisor: what logits are divided by.
         moe: the routed layers; None for a dense model.
         init_std: standard deviation of the starting weights.
 
@@ -158,6 +162,10 @@ class LMConfig:
     window: int | None = None
     window_layers: Literal["all"] | tuple[int, ...] = "all"
     activation: Activation = "swiglu"
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     moe: MoEConfig | None = None
     init_std: float = 0.02
 
@@ -167,7 +175,7 @@ class LMConfig:
         for name in ("kv_heads", "head_dim", "hidden", "window"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name), "LMConfig")
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in ("rope_theta", "norm_eps", "init_std", "logit_divisor"):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
         for name, allowed in (("qk_norm", ("none", "head", "full")), ("attention", ("gqa", "mla"))):

@@ -46,6 +46,7 @@ class Block(nn.Module):
     def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
         super().__init__()
         start = {"std": config.init_std, "generator": generator}
+        self.scale = config.residual_scale
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = (
             Attention(config, layer, generator)
@@ -81,12 +82,15 @@ class Block(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Routing | None]:
         """The tokens after this layer, and where they went."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), angles, cache)
+        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache))
         normed_BSD = self.ff_norm(x_BSD)
         if isinstance(self.ff, FeedForward):
-            return x_BSD + self.ff(normed_BSD), None
+            return self._add(x_BSD, self.ff(normed_BSD)), None
         routed = self.ff(normed_BSD, token_id=token_id_BS, generator=generator, backend=backend)
-        return x_BSD + routed.output, routed.routing
+        return self._add(x_BSD, routed.output), routed.routing
+
+    def _add(self, x_BSD: Tensor, change_BSD: Tensor) -> Tensor:
+        return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
 
 
 def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:
@@ -178,6 +182,8 @@ class LM(nn.Module):
         start = 0 if cache is None else cache.length
         self._check(id_BS, start)
         x_BSD = nn.functional.embedding(id_BS, self.embedding)
+        if self.config.embedding_scale != 1:
+            x_BSD = x_BSD * self.config.embedding_scale
         angles = self.rope(start, id_BS.shape[1], x_BSD.dtype)
         routings = []
         for block in self.blocks:
@@ -188,6 +194,8 @@ class LM(nn.Module):
             cache.advance(id_BS.shape[1])
         hidden_BSD = self.norm(x_BSD)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
+        if self.config.logit_divisor != 1:
+            logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(logits_BSV, tuple(routings), hidden_BSD)
 
     def _check(self, id_BS: Tensor, start: int) -> None:

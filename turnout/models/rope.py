@@ -78,6 +78,8 @@ def rotate_neighbours(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
 
 def attention_scale(config: LMConfig) -> float:
     """What the products of queries and keys are multiplied with: head_width^-1/2; more for latent YaRN models."""
+    if config.attention_scale is not None:
+        return config.attention_scale
     scale = config.head_width**-0.5
     scaling: Mapping[str, Any] = config.rope_scaling or {}
     all_dim = scaling.get("mscale_all_dim", 0)

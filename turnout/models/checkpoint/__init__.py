@@ -1,5 +1,6 @@
 """Models on disk: our own folder format, and the folders of transformers, in and out. Only safetensors and json."""
 
+from turnout.models.checkpoint.huggingface import from_hf, to_hf
 from turnout.models.checkpoint.own import load, save
 
-__all__ = ["load", "save"]
+__all__ = ["from_hf", "load", "save", "to_hf"]

@@ -1,0 +1,474 @@
+"""Folders of transformers: its own models are the judges, in both directions."""
+
+import dataclasses
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from turnout.errors import CheckpointError, StorageError, UnknownNameError, UsageError
+from turnout.models import LM, Cache, LMConfig, MLAConfig, MoEConfig, checkpoint
+
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 14,
+    "q_lora_rank": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "qk_nope_head_dim": 8,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 5e3,
+}
+# name -> model type in transformers, keys.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rms_norm_eps": 1e-5}),
+    "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama tied, llama3 rope": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    "llama yarn, gelu": ("llama", {"rope_parameters": YARN, "hidden_act": "gelu"}),
+    "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    "mistral windowed": ("mistral", {"sliding_window": 6}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3 biased": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 5}),
+    "mixtral windowed": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 18,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "head_dim": 12,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 12}),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK | {"n_group": 4, "topk_group": 2}),
+    "deepseek_v3 yarn": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "n_shared_experts": 2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK | {"topk_method": "greedy"}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 4,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+MOE = MoEConfig(6, 2, 12)
+MLA = MLAConfig(kv_rank=14, rope_dim=6, nope_dim=8, v_dim=12, q_rank=10)
+OURS = LMConfig(vocab_size=67, width=32, layers=3, heads=4, kv_heads=2, hidden=40, max_seq=64, init_std=0.1)
+# What ours is, and the architecture that it must be given.
+EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("LlamaForCausalLM", {}),
+    "biased": ("LlamaForCausalLM", {"qkv_bias": True, "out_bias": True, "ff_bias": True, "tie_embeddings": True}),
+    "reglu": ("LlamaForCausalLM", {"activation": "reglu"}),
+    "odd heads": ("MistralForCausalLM", {"heads": 5, "kv_heads": 1, "head_dim": 6}),
+    "window": ("MistralForCausalLM", {"window": 6}),
+    "window above": ("Qwen2ForCausalLM", {"window": 6, "window_layers": (2,), "qkv_bias": True}),
+    "qkv bias": ("Qwen2ForCausalLM", {"qkv_bias": True, "head_dim": 12}),
+    "head norm": ("Qwen3ForCausalLM", {"qk_norm": "head"}),
+    "mixtral": ("MixtralForCausalLM", {"moe": MOE}),
+    "gshard": ("MixtralForCausalLM", {"moe": dataclasses.replace(MOE, router="GShard")}),
+    "one expert": ("MixtralForCausalLM", {"moe": MoEConfig(1, 1, 12)}),
+    "scaled": ("GraniteMoeForCausalLM", {"moe": MOE, "residual_scale": 0.5, "attention_scale": 0.25}),
+    "head norm, sparse": ("Qwen3MoeForCausalLM", {"qk_norm": "head", "moe": dataclasses.replace(MOE, layers=(0, 2))}),
+    "switch": (
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": "head", "moe": MoEConfig(6, 1, 12, router="Switch", router_options={"jitter": 0.1})},
+    ),
+    "full norm": (
+        "OlmoeForCausalLM",
+        {"qk_norm": "full", "kv_heads": 4, "moe": dataclasses.replace(MOE, router_options={"renormalize": False})},
+    ),
+    "shared": (
+        "Qwen2MoeForCausalLM",
+        {"moe": dataclasses.replace(MOE, shared_hidden=10, shared_gate=True), "qkv_bias": True},
+    ),
+    "latent, loss-free": (
+        "DeepseekV3ForCausalLM",
+        {
+            "attention": "mla",
+            "kv_heads": None,
+            "mla": MLA,
+            "moe": dataclasses.replace(MOE, router="LossFree", shared_hidden=24, layers=(1, 2)),
+        },
+    ),
+    "latent, groups": (
+        "DeepseekV3ForCausalLM",
+        {
+            "attention": "mla",
+            "kv_heads": None,
+            "mla": dataclasses.replace(MLA, q_rank=None, interleaved=False),
+            "moe": MoEConfig(
+                8, 2, 12, router="GroupLimited", shared_hidden=12,
+                router_options={"num_groups": 4, "top_groups": 2, "scale": 2.5, "renormalize": False},
+            ),
+        },
+    ),
+    "latent, softmax": (
+        "DeepseekV2ForCausalLM",
+        {
+            "attention": "mla",
+            "kv_heads": None,
+            "mla": MLA,
+            "moe": dataclasses.replace(MOE, shared_hidden=12, router_options={"renormalize": False}),
+        },
+    ),
+}  # fmt: skip
+every_expressible = pytest.mark.parametrize("name", EXPRESSIBLE)
+
+
+@functools.cache
+def transformers() -> Any:
+    """The library, silent: it is slow to import and talks a lot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pytest.importorskip("transformers")
+    found.logging.set_verbosity_error()
+    found.logging.disable_progress_bar()
+    return found
+
+
+def theirs(name: str) -> Any:
+    """A random model of transformers, none of its parameters at a neutral value."""
+    kind, keys = CASES[name]
+    config = transformers().AutoConfig.for_model(kind, **(SIZES | keys))
+    torch.manual_seed(len(name))
+    model = transformers().AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))]:
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def ours(name: str) -> LM:
+    lm = LM(dataclasses.replace(OURS, **EXPRESSIBLE[name][1]), seed=2).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in lm.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return lm
+
+
+@torch.no_grad()
+def assert_same(hf: Any, lm: LM, atol: float = 1e-4) -> None:
+    """Equal logits at every position, whole and token by token through both caches."""
+    id_BS = torch.randint(lm.config.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
+    want = hf(id_BS).logits
+    assert want.std() > 0.01
+    torch.testing.assert_close(lm(id_BS).logits_BSV, want, rtol=0, atol=atol)
+    cache, past = Cache(), None
+    for piece in id_BS.split((9, 1, 1, 4, 8), dim=1):
+        out = hf(piece, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        got = lm(piece, cache=cache).logits_BSV
+        torch.testing.assert_close(got, out.logits, rtol=0, atol=atol)
+        end = cache.length
+        torch.testing.assert_close(got, want[:, end - piece.shape[1] : end], rtol=0, atol=atol)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@every_case
+def test_in_and_out_again(name: str, tmp_path: Path) -> None:
+    hf = theirs(name)
+    hf.save_pretrained(tmp_path / "a", max_shard_size="30KB" if "moe" in name else "1GB")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    lm = checkpoint.from_hf(tmp_path / "a")
+    assert_same(hf, lm)
+    architecture = checkpoint.to_hf(lm, tmp_path / "b")
+    assert architecture == hf.config.architectures[0]
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    # Through our own format and out again: still the same, bit for bit.
+    checkpoint.save(tmp_path / "own", lm)
+    checkpoint.to_hf(checkpoint.load(tmp_path / "own"), tmp_path / "c", shard_bytes=30_000 if "moe" in name else 10**9)
+    again = checkpoint.from_hf(tmp_path / "c").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in lm.state_dict().items())
+    assert json.loads((tmp_path / "c" / "config.json").read_text()) == json.loads(
+        (tmp_path / "a" / "config.json").read_text()
+    )
+    assert (tmp_path / "c" / "tokenizer.json").exists()
+
+
+@every_expressible
+def test_out_and_in_again(name: str, tmp_path: Path) -> None:
+    lm = ours(name)
+    assert checkpoint.to_hf(lm, tmp_path / "a", shard_bytes=40_000) == EXPRESSIBLE[name][0]
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        hf, notes = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not noted and not any(notes.values()), notes
+    assert type(hf).__name__ == EXPRESSIBLE[name][0]
+    assert_same(hf.eval(), lm)
+    read = checkpoint.from_hf(tmp_path / "a").state_dict()
+    state = lm.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in read.items()) and set(read) == set(state)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "granitemoe"])
+def test_experts_in_one_tensor(name: str, tmp_path: Path) -> None:
+    hf = theirs(name)
+    hf.save_pretrained(tmp_path / "a", save_original_format=False)
+    lm = checkpoint.from_hf(tmp_path / "a")
+    assert_same(hf, lm)
+    checkpoint.to_hf(lm, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "mixtral"])
+def test_bf16(name: str, tmp_path: Path) -> None:
+    hf = theirs(name).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path / "a")
+    lm = checkpoint.from_hf(tmp_path / "a")
+    assert lm.embedding.dtype == torch.bfloat16
+    assert all(getattr(router, "bias_E", torch.zeros(1)).dtype == torch.float32 for router in lm.routers)
+    wide = checkpoint.from_hf(tmp_path / "a", dtype=torch.float32)
+    assert_same(theirs_from(tmp_path / "a"), wide)
+    if name != "deepseek_v3":  # there our correction bias stays in fp32, the cast model's did not
+        checkpoint.to_hf(lm, tmp_path / "b")
+        assert files(tmp_path / "a") == files(tmp_path / "b")
+    checkpoint.to_hf(wide, tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["dtype"] == "float32"
+
+
+def theirs_from(folder: Path) -> Any:
+    return transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_keys_of_old_configurations(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta and rope_scaling, torch_dtype, and left out what was the default."""
+    hf = theirs("llama tied, llama3 rope")
+    hf.save_pretrained(tmp_path)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    scaling = keys.pop("rope_parameters")
+    keys["rope_theta"] = scaling.pop("rope_theta")
+    keys |= {"rope_scaling": scaling | {"type": scaling["rope_type"]}, "torch_dtype": keys.pop("dtype")}
+    for name in ("attention_bias", "mlp_bias", "head_dim", "hidden_act", "initializer_range"):
+        keys.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert_same(hf, checkpoint.from_hf(tmp_path))
+
+
+def test_a_changed_model_keeps_what_still_holds(tmp_path: Path) -> None:
+    theirs("qwen3").save_pretrained(tmp_path / "a")
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(keys | {"pad_token_id": 5, "colour": "red"}))
+    (tmp_path / "a" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "a" / "modeling.py").write_text("raise SystemExit")
+    lm = checkpoint.from_hf(tmp_path / "a")
+    longer = LM(dataclasses.replace(lm.config, max_seq=128))
+    checkpoint.to_hf(longer, tmp_path / "b", like=tmp_path / "a")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (written["max_position_embeddings"], written["pad_token_id"], written["colour"]) == (128, 5, "red")
+    sparse = LM(dataclasses.replace(lm.config, moe=MOE))
+    assert checkpoint.to_hf(sparse, tmp_path / "c", like=tmp_path / "a") == "Qwen3MoeForCausalLM"
+    written = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert written["pad_token_id"] == 5 and "colour" not in written
+    for folder in "bc":
+        assert (tmp_path / folder / "tokenizer_config.json").exists() and not (
+            tmp_path / folder / "modeling.py"
+        ).exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({"qk_norm": "head", "qkv_bias": True}, ["Qwen2ForCausalLM", "qk_norm is 'head'"]),
+        ({"activation": "gelu"}, ["activation is 'gelu'", "set activation='swiglu'"]),
+        ({"moe": dataclasses.replace(MOE, router="Hash")}, ["moe.router is 'Hash'", "'TopK'"]),
+        ({"moe": dataclasses.replace(MOE, router_options={"capacity_factor": 1.0})}, ["capacity_factor is 1.0"]),
+        ({"moe": dataclasses.replace(MOE, layers=(1,))}, ["Qwen3MoeForCausalLM", "set qk_norm='head'"]),
+        ({"moe": dataclasses.replace(MOE, router="LossFree")}, ["moe.router is 'GroupLimited'", "'TopK'"]),
+        (
+            {"moe": dataclasses.replace(MOE, shared_hidden=10, shared_gate=True), "qk_norm": "head"},
+            ["Qwen2MoeForCausalLM", "qk_norm is 'head'", "set qk_norm='none'"],
+        ),
+        (
+            {"attention": "mla", "kv_heads": None, "mla": MLA, "moe": MOE},
+            ["moe.shared_hidden is None", "renormalize", "Deepseek"],
+        ),
+    ],
+)
+def test_what_keeps_a_model_from_an_architecture_is_said(fields: dict, reasons: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        checkpoint.to_hf(LM(dataclasses.replace(OURS, **fields)), tmp_path / "a")
+    assert [reason for reason in reasons if reason not in str(caught.value)] == [], str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_can_be_asked_for(tmp_path: Path) -> None:
+    lm = ours("default")
+    assert checkpoint.to_hf(lm, tmp_path / "a", architecture="MistralForCausalLM") == "MistralForCausalLM"
+    assert_same(transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval(), lm)
+    with pytest.raises(UsageError, match="qk_norm is 'none', there it would be 'head'"):
+        checkpoint.to_hf(lm, tmp_path / "b", architecture="Qwen3ForCausalLM")
+    with pytest.raises(UnknownNameError, match="'MixtralForCausalLM'"):
+        checkpoint.to_hf(lm, tmp_path / "b", architecture="MixtralForCausal")
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sharded folder of a small model, written by us."""
+    checkpoint.to_hf(ours("mixtral"), tmp_path / "hf", shard_bytes=40_000)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    return tmp_path / "hf"
+
+
+def change(folder: Path, **keys: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | keys).items() if v is not ...}))
+
+
+def test_missing_and_damaged_shards_are_named(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    body = shard.read_bytes()
+    for damaged in (body[:-8], body[:20], b"", body[:8] + b"x" * 40 + body[48:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{shard.name}.*truncated or damaged"):
+            checkpoint.from_hf(folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"1 of .* missing in .*{shard.name}"):
+        checkpoint.from_hf(folder)
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is pickled and never read"):
+        checkpoint.from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}, "attention sinks"),
+        ({"model_type": "mixtrl", "architectures": ["MixtrlForCausalLM"]}, "Did you mean 'MixtralForCausalLM'"),
+        ({"architectures": ["MixtralForSequenceClassification"]}, "unknown architecture"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act"),
+        ({"hidden_size": 48}, r"shape \(67, 32\)"),
+        ({"num_hidden_layers": 2}, r"left over \(model\.layers\.2"),
+        ({"num_hidden_layers": 4}, r"missing \(model\.layers\.3"),
+        ({"num_local_experts": 4}, "left over"),
+        ({"num_attention_heads": 5}, "heads"),
+        ({"num_attention_heads": "four"}, r"config\.json"),
+        ({"num_experts_per_tok": 1}, "renormalised"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(folder: Path, keys: dict, match: str) -> None:
+    change(folder, **({"rope_theta": ..., "rope_scaling": ...} | keys))
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint.from_hf(folder)
+
+
+def test_deepseek_v2_with_groups_is_refused(tmp_path: Path) -> None:
+    checkpoint.to_hf(ours("latent, softmax"), tmp_path / "a")
+    change(tmp_path / "a", topk_method="group_limited_greedy")
+    with pytest.raises(CheckpointError, match="topk_method"):
+        checkpoint.from_hf(tmp_path / "a")
+
+
+def test_mixed_dtypes_are_refused_or_converted(tmp_path: Path) -> None:
+    lm = ours("default")
+    lm.norm.to(torch.bfloat16)
+    checkpoint.to_hf(lm, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"BF16 \(model\.norm\.weight\)"):
+        checkpoint.from_hf(tmp_path / "a")
+    assert checkpoint.from_hf(tmp_path / "a", dtype=torch.float32).norm.weight.dtype == torch.float32
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    checkpoint.to_hf(ours("default"), tmp_path / "a")
+    before = files(tmp_path / "a")
+    with pytest.raises(StorageError, match="be new or empty"):
+        checkpoint.to_hf(ours("default"), tmp_path / "a")
+    assert files(tmp_path / "a") == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("turnout.models.checkpoint.huggingface.save_file", full)
+    with pytest.raises(StorageError, match="free some space"):
+        checkpoint.to_hf(ours("default"), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_for_later_tokens_are_left_out_loudly(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lm = ours("latent, groups")
+    checkpoint.to_hf(lm, tmp_path / "a")
+    change(tmp_path / "a", num_nextn_predict_layers=1)
+    file = tmp_path / "a" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="multi-token"):
+        read = checkpoint.from_hf(tmp_path / "a")
+    assert torch.equal(read.embedding, lm.embedding)

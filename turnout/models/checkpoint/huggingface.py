@@ -1,0 +1,311 @@
+"""Folders of transformers, in and out: config.json, sharded safetensors, and the small files beside them."""
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turnout.errors import CheckpointError, StorageError, TurnoutError, UsageError, nearest, word
+from turnout.models.checkpoint.own import carry, check_names, empty, fill, opened, read_json
+from turnout.models.families import FAMILIES
+from turnout.models.families.express import architecture_of, family_of
+from turnout.models.families.family import Family, Keys, Names
+from turnout.models.families.meaning import meaning
+from turnout.models.families.tensors import slots
+from turnout.models.lm import LM
+from turnout.storage import read_error, write_whole
+
+__all__ = ["from_hf", "to_hf"]
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_CORRECTION = ".e_score_correction_bias"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What would have to be built for well-known architectures that are not among ours.
+_NEEDS = {
+    "gpt_oss": "attention sinks, clamped and interleaved expert activations, and biases of experts and router",
+    "gemma2": "logit soft-capping and norms after attention and feed-forward",
+    "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
+    "glm4_moe": "rotation of half of each head",
+    "phi3": "one tensor for queries, keys and values, and long RoPE",
+    "jamba": "state-space layers",
+    "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
+}
+
+
+def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
+    """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
+
+    Shards are read one after the other, each tensor straight into its place: memory peaks at the model and one shard.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or its shards and their index.
+        dtype: of the weights; None for the one they are stored in, which must then be one for all.
+
+    Raises:
+        CheckpointError: an architecture that is not supported, or a file that is missing, damaged, pickled, quantised
+            or of another model; the message names it.
+
+    >>> import tempfile
+    >>> from turnout.models.lm import LMConfig
+    >>> lm = LM(LMConfig(vocab_size=8, width=8, layers=1, heads=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     to_hf(lm, folder + "/out")
+    ...     torch.equal(from_hf(folder + "/out").embedding, lm.embedding)
+    'LlamaForCausalLM'
+    True
+
+    Source: none; the file formats of transformers 4 and 5.
+    """
+    path = Path(path)
+    keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
+    family = _family(path, keys)
+    try:
+        config = family.read(Keys(keys, family.defaults))
+    except TurnoutError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    where, dtypes = _survey(path)
+    if keys.get("num_nextn_predict_layers") and any(_layer(name) >= config.layers for name in where):
+        warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=2)
+        where = {name: file for name, file in where.items() if _layer(name) < config.layers}
+    lm = empty(config, dtype or _common_dtype(path, {name: dtypes[name] for name in where}))
+    target = slots(lm, _layout(family, where))
+    tied = config.tie_embeddings and "lm_head.weight" in where
+    check_names(path / (_INDEX if len(set(where.values())) > 1 else _SINGLE), set(target), set(where) - _also(tied))
+    with torch.no_grad():
+        for shard in sorted(set(where.values())):
+            with opened(path / shard) as file:
+                for name in sorted(name for name, its in where.items() if its == shard):
+                    if name in target:
+                        fill(target[name], file.get_tensor(name), f"{name} in {path / shard}")
+        if tied:
+            _check_tied(path, where, lm)
+    lm.origin = path
+    return lm.eval()
+
+
+def to_hf(
+    lm: LM,
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    like: str | Path | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> str:
+    """Writes the model as a folder that transformers, and what builds on it, loads without turnout.
+
+    The folder appears whole or not at all. A model that was read from such a folder and still has its configuration
+    is written back bit for bit, with its tokenizer and generation configuration.
+
+    Args:
+        lm: the model.
+        path: the folder; must not exist, or be empty.
+        architecture: the class in transformers (``"MixtralForCausalLM"``); None for the plainest that fits.
+        like: a folder whose tokenizer, token ids and shards to take over; None for the one the model came from.
+        shard_bytes: the most that one file of weights holds.
+
+    Returns:
+        The name of the architecture.
+
+    Raises:
+        UsageError: no architecture computes what the model does; the message lists every reason.
+        StorageError: the folder is not empty, not writable, or the disk is full.
+
+    >>> from turnout.models.lm import LMConfig, MoEConfig
+    >>> moe = MoEConfig(num_experts=2, top_k=1, hidden=8, router="Hash")
+    >>> to_hf(LM(LMConfig(vocab_size=8, width=8, layers=1, heads=2, moe=moe)), "unused")
+    Traceback (most recent call last):
+    turnout.errors.UsageError: the model cannot be written as any architecture of transformers...
+
+    Source: none; the file formats of transformers 4 and 5.
+    """
+    path, like = Path(path), lm.origin if like is None else Path(like)
+    old = _old_keys(like)
+    family = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        fix = "choose a new folder"
+        raise StorageError(word("the folder", got=str(path), allowed="be new or empty", where="to_hf", fix=fix))
+    aside = path.with_name(path.name + ".part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_weights(lm, family, aside, like if like and family_of(old) is family else None, shard_bytes)
+        if like is not None:
+            carry(like, aside)
+        _write_config(lm, family, aside, like, old)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise read_error(error, path, "to_hf") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return family.architecture
+
+
+# ---- reading
+
+
+def _family(path: Path, keys: Mapping[str, Any]) -> Family:
+    family = family_of(keys)
+    names = keys.get("architectures") or []
+    if family is None:
+        kind = str(names[0] if names else keys.get("model_type"))
+        known = {each.architecture: each for each in FAMILIES}
+        needs = _NEEDS.get(str(keys.get("model_type")), "a file in turnout/models/families that reads its config.json")
+        unknown = nearest(kind, known, kind="architecture", where=str(path / "config.json"))
+        raise CheckpointError(f"{unknown} It would need {needs}.")
+    if keys.get("quantization_config"):
+        method = keys["quantization_config"].get("quant_method")
+        fix = "load it with transformers, dequantise it, and save it in bfloat16"
+        raise CheckpointError(
+            word("the weights", got=f"{method!r}", allowed="not be quantised", where=f"{path / 'config.json'}", fix=fix)
+        )
+    return family
+
+
+def _survey(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The shard and the stored dtype of every tensor, from the headers alone; every shard must be there."""
+    if (path / _INDEX).is_file():
+        listed: dict[str, str] = read_json(path / _INDEX, "from_hf").get("weight_map") or {}
+        shards = sorted(set(listed.values()))
+    else:
+        listed, shards = {}, [_SINGLE]
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        pickled = sorted(file.name for file in path.glob("*.bin"))
+        fix = "copy or download the missing files again"
+        if pickled and missing == [_SINGLE]:
+            fix = f"{pickled[0]} is pickled and never read: save the model again with transformers, as safetensors"
+        got = f"{len(missing)} of {len(shards)} missing in {path}: {', '.join(missing[:3])}"
+        raise CheckpointError(word("the weights", got=got, allowed="be complete", where="from_hf", fix=fix))
+    where, dtypes = {}, {}
+    for shard in shards:
+        with opened(path / shard) as file:
+            for name in file.keys():
+                if listed and listed.get(name) != shard:
+                    got, fix = f"{name} in {path / shard}", "use the index that belongs to these shards"
+                    raise CheckpointError(
+                        word("a tensor", got=got, allowed=f"be where {_INDEX} says", where="from_hf", fix=fix)
+                    )
+                where[name], dtypes[name] = shard, file.get_slice(name).get_dtype()
+    if listed:
+        check_names(path / _INDEX, set(listed), set(where))
+    return where, dtypes
+
+
+def _layout(family: Family, names: Iterable[str]) -> Names:
+    """How a folder with these tensors names those of its experts."""
+    on_disk, in_memory = family.layouts
+    fused = in_memory.fused is not None and any(name.endswith(in_memory.fused[0]) for name in names)
+    return in_memory if fused else on_disk
+
+
+def _common_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
+    kinds = {kind for name, kind in dtypes.items() if not name.endswith(_CORRECTION)}
+    if len(kinds) == 1 and kinds <= set(_DTYPES):
+        return _DTYPES[kinds.pop()]
+    example = {kind: next(name for name in dtypes if dtypes[name] == kind) for kind in sorted(kinds)}
+    got = ", ".join(f"{kind} ({name})" for kind, name in example.items())
+    allowed, fix = f"all be one of {', '.join(_DTYPES)}", "pass dtype=torch.float32 to convert them all"
+    raise CheckpointError(word("the dtypes", got=got, allowed=allowed, where=str(path), fix=fix))
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def _also(tied: bool) -> set[str]:
+    return {"lm_head.weight"} if tied else set()
+
+
+def _check_tied(path: Path, where: Mapping[str, str], lm: LM) -> None:
+    with opened(path / where["lm_head.weight"]) as file:
+        if not torch.equal(file.get_tensor("lm_head.weight").to(lm.embedding.dtype), lm.embedding):
+            got, fix = "other numbers", "set tie_word_embeddings to false in config.json"
+            raise CheckpointError(
+                word("lm_head.weight", got=got, allowed="be the embedding, which tie_word_embeddings says it is",
+                     where=str(path), fix=fix)
+            )  # fmt: skip
+
+
+# ---- writing
+
+
+def _old_keys(like: Path | None) -> dict[str, Any]:
+    if like is None or not (like / "config.json").is_file():
+        return {}
+    keys = read_json(like / "config.json", "to_hf")
+    return keys if "model_type" in keys else {}
+
+
+def _write_weights(lm: LM, family: Family, path: Path, like: Path | None, shard_bytes: int) -> None:
+    plan: dict[str, str] = {}
+    if like is not None:
+        with contextlib.suppress(CheckpointError):  # a folder with the small files only
+            plan = _survey(like)[0]
+    tensors = slots(lm, _layout(family, plan))
+    if lm.head is None and "lm_head.weight" in plan:
+        tensors["lm_head.weight"] = lm.embedding.detach()
+    if set(plan) != set(tensors):
+        plan = _plan(tensors, shard_bytes)
+    for shard in sorted(set(plan.values())):
+        pieces = {name: _alone(tensors[name]) for name in plan if plan[name] == shard}
+        write_whole(path / shard, lambda aside, pieces=pieces: save_file(pieces, aside, metadata={"format": "pt"}))
+        del pieces
+    if set(plan.values()) != {_SINGLE}:
+        total = {
+            "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "total_size": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        }
+        index = {"metadata": total, "weight_map": plan}
+        write_whole(path / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor with storage of its own, which safetensors asks for."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _plan(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, str]:
+    """Tensor name -> file name, in the order of the layers, each file filled up to ``shard_bytes``."""
+    if shard_bytes < 1:
+        fix = "pass shard_bytes=5_000_000_000"
+        raise UsageError(word("shard_bytes", got=shard_bytes, allowed="be at least 1", where="to_hf", fix=fix))
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(tensors, key=lambda name: (_layer(name), name)):
+        its = tensors[name].numel() * tensors[name].element_size()
+        if size + its > shard_bytes and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += its
+    if len(groups) == 1:
+        return dict.fromkeys(groups[0], _SINGLE)
+    files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return {name: file for file, names in zip(files, groups, strict=True) for name in names}
+
+
+def _write_config(lm: LM, family: Family, path: Path, like: Path | None, old: Mapping[str, Any]) -> None:
+    dtype = str(lm.embedding.dtype).removeprefix("torch.")
+    if like is not None and family_of(old) is family:
+        same = meaning(family.read(Keys(old, family.defaults))) == meaning(lm.config)
+        if same and dtype in (old.get("dtype"), old.get("torch_dtype")):
+            write_whole(path / "config.json", (like / "config.json").read_bytes())
+            return
+    keys = {"use_cache": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    keys |= {name: old[name] for name in old if name in keys or family_of(old) is family}
+    keys |= family.write(lm.config)
+    # transformers 5 reads dtype, 4 torch_dtype.
+    keys |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
+    write_whole(path / "config.json", json.dumps(keys | {"torch_dtype": dtype}, indent=2, sort_keys=True) + "\n")

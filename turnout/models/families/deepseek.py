@@ -1,0 +1,159 @@
+"""DeepseekV3ForCausalLM and the DeepseekV2ForCausalLM without groups: latent attention, shared experts."""
+
+from typing import Any
+
+from turnout.models.config import LMConfig, MLAConfig, MoEConfig
+from turnout.models.families.family import (
+    Family,
+    Keys,
+    Names,
+    moe_of,
+    read_backbone,
+    softmax_router,
+    write_backbone,
+)
+from turnout.models.families.meaning import router_meaning
+
+
+def _read_body(keys: Keys, router: dict[str, Any], *, interleaved: bool) -> LMConfig:
+    fields, bias = read_backbone(keys), bool(keys.get("attention_bias"))
+    hidden = keys["moe_intermediate_size"]
+    moe = MoEConfig(
+        keys["n_routed_experts"],
+        keys["num_experts_per_tok"],
+        hidden,
+        **router,
+        shared_hidden=hidden * keys["n_shared_experts"],
+        layers=tuple(range(keys.get("first_k_dense_replace") or 0, fields["layers"])),
+        activation=fields["activation"],
+    )
+    mla = MLAConfig(
+        kv_rank=keys["kv_lora_rank"],
+        rope_dim=keys["qk_rope_head_dim"],
+        nope_dim=keys["qk_nope_head_dim"],
+        v_dim=keys["v_head_dim"],
+        q_rank=keys.get("q_lora_rank"),
+        interleaved=interleaved,
+    )
+    fields |= {"head_dim": None, "kv_heads": None, "attention": "mla", "mla": mla}
+    return LMConfig(**fields, qkv_bias=bias, out_bias=bias, moe=moe)
+
+
+def _write_body(config: LMConfig) -> dict[str, object]:
+    moe, mla = moe_of(config), config.mla or MLAConfig(1, 2, 1, 1)
+    dense = [n for n in range(config.layers) if not config.is_routed(n)]
+    return write_backbone(config) | {
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "n_shared_experts": max(1, (moe.shared_hidden or 0) // moe.hidden),
+        "first_k_dense_replace": len(dense),
+        "kv_lora_rank": mla.kv_rank,
+        "q_lora_rank": mla.q_rank,
+        "qk_rope_head_dim": mla.rope_dim,
+        "qk_nope_head_dim": mla.nope_dim,
+        "v_head_dim": mla.v_dim,
+        "attention_bias": config.qkv_bias,
+    }
+
+
+def _read_v3(keys: Keys) -> LMConfig:
+    options = {
+        "num_groups": keys.get("n_group") or 1,
+        "top_groups": keys.get("topk_group") or 1,
+        "renormalize": bool(keys.get("norm_topk_prob", True)),
+        "scale": float(keys["routed_scaling_factor"]),
+    }
+    router = {"router": "GroupLimited", "router_options": options}
+    return _read_body(keys, router, interleaved=bool(keys.get("rope_interleave", True)))
+
+
+def _write_v3(config: LMConfig) -> dict[str, object]:
+    options = router_meaning(moe_of(config))[1]
+    return _write_body(config) | {
+        "n_group": options.get("num_groups", 1),
+        "topk_group": options.get("top_groups", 1),
+        "norm_topk_prob": options.get("renormalize", True),
+        "routed_scaling_factor": options.get("scale", 1.0),
+        "rope_interleave": config.mla is None or config.mla.interleaved,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _limits_v3(config: LMConfig) -> list[str]:
+    moe = moe_of(config)
+    groups = router_meaning(moe)[1].get("num_groups", 1)
+    if moe.num_experts // groups < 2:
+        return [f"groups of one expert (num_groups={groups}); its router adds the two best of a group"]
+    return []
+
+
+def _read_v2(keys: Keys) -> LMConfig:
+    keys.fixed(topk_method="greedy", routed_scaling_factor=1.0)
+    top_k, num_experts = keys["num_experts_per_tok"], keys["n_routed_experts"]
+    router = softmax_router(keys, renormalize=False, top_k=top_k, num_experts=num_experts)
+    return _read_body(keys, router, interleaved=True)
+
+
+def _write_v2(config: LMConfig) -> dict[str, object]:
+    own: dict[str, object] = {"topk_method": "greedy", "routed_scaling_factor": 1.0, "norm_topk_prob": False}
+    return _write_body(config) | own
+
+
+def _limits_v2(config: LMConfig) -> list[str]:
+    if config.width % config.heads == 0:
+        return []
+    return [f"width={config.width} is not a multiple of heads={config.heads}; transformers refuses that in it"]
+
+
+_NAMES = Names(shared="shared_experts")
+_SIZES = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "first_k_dense_replace": 3}
+_RANKS = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128}
+V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    routed=True,
+    defaults={
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        **_SIZES,
+        **_RANKS,
+    },
+    read=_read_v3,
+    write=_write_v3,
+    layouts=(_NAMES, _NAMES.in_memory),
+    limits=_limits_v3,
+)
+V2 = Family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    routed=True,
+    defaults={
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1407,
+        **_SIZES,
+        **_RANKS,
+        "max_position_embeddings": 2048,
+        "first_k_dense_replace": 0,
+    },
+    read=_read_v2,
+    write=_write_v2,
+    layouts=(_NAMES, _NAMES.in_memory),
+    limits=_limits_v2,
+)

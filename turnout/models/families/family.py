@@ -1,0 +1,222 @@
+"""What a transformers architecture is to us: its keys in config.json, its tensor names, both ways."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from turnout.errors import CheckpointError, word
+from turnout.models.config import LMConfig, MoEConfig
+from turnout.models.families.meaning import router_meaning
+from turnout.types.weights import Activation
+
+_ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
+_WINDOWED = "sliding_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How an architecture names the tensors of its experts, below ``model.layers.N.``."""
+
+    routed: str = "mlp"
+    router: str = "gate.weight"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_expert"
+    # One tensor for all experts, gate and up together, and one for all down; None where each expert has its own.
+    fused: tuple[str, str] | None = None
+
+    @property
+    def in_memory(self) -> "Names":
+        """The names that transformers 5 has in memory, and writes when told not to convert them."""
+        return dataclasses.replace(self, routed="mlp", fused=("experts.gate_up_proj", "experts.down_proj"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Args:
+        model_type: of config.json.
+        architecture: the class in transformers.
+        routed: whether it has experts.
+        defaults: what transformers takes for a key that config.json leaves out.
+        read: from the keys of config.json to our configuration.
+        write: the keys for a configuration; what the architecture has no key for is lost, and ``express`` notices.
+        layouts: the names of its tensors: as folders have them, and as transformers 5 has them in memory.
+        limits: further reasons why a configuration cannot be of this architecture.
+    """
+
+    model_type: str
+    architecture: str
+    routed: bool
+    defaults: Mapping[str, object]
+    read: Callable[["Keys"], LMConfig]
+    write: Callable[[LMConfig], dict[str, object]]
+    layouts: tuple[Names, Names] = (Names(), Names().in_memory)
+    limits: Callable[[LMConfig], list[str]] = lambda config: []
+
+
+class Keys:
+    """The keys of a config.json, with the architecture's defaults behind them."""
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
+        self._given, self._defaults = given, defaults
+
+    def get(self, name: str, default: object = None) -> Any:
+        """The value of a key; where it is missing the architecture's default, else ``default``."""
+        return self._given.get(name, self._defaults.get(name, default))
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise refusal(f"the key {name!r}", "nothing", "be given", f"add {name!r} to config.json")
+        return value
+
+    def fixed(self, **wanted: object) -> None:
+        """Refuses keys that ask for what our model does not do."""
+        for name, value in wanted.items():
+            got = self.get(name, value)
+            if got not in (value, None):
+                fix = "convert the model with transformers first, or leave this part out of it"
+                raise refusal(f"the key {name!r}", repr(got), f"be {value!r}", fix)
+
+
+def refusal(what: str, got: str, allowed: str, fix: str) -> CheckpointError:
+    """The error for a config.json that cannot be read."""
+    return CheckpointError(word(what, got=got, allowed=allowed, where="config.json", fix=fix))
+
+
+def read_backbone(keys: Keys) -> dict[str, Any]:
+    """The fields of LMConfig that nearly all architectures have."""
+    keys.fixed(partial_rotary_factor=1.0)
+    theta, scaling = read_rope(keys)
+    heads = keys["num_attention_heads"]
+    return {
+        "vocab_size": keys["vocab_size"],
+        "width": keys["hidden_size"],
+        "layers": keys["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": keys.get("num_key_value_heads") or heads,
+        "head_dim": keys.get("head_dim"),
+        "hidden": keys["intermediate_size"],
+        "max_seq": keys["max_position_embeddings"],
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": keys["rms_norm_eps"],
+        "tie_embeddings": bool(keys.get("tie_word_embeddings", False)),
+        "activation": read_activation(keys),
+        "init_std": float(keys.get("initializer_range") or 0.02),
+    }
+
+
+def write_backbone(config: LMConfig) -> dict[str, object]:
+    """The keys of ``read_backbone``; the RoPE in both the old and the new spelling."""
+    scaling = dict(config.rope_scaling) if config.rope_scaling else None
+    keys: dict[str, object] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "intermediate_size": config.dense_hidden,
+        "max_position_embeddings": config.max_seq,
+        # transformers 5 reads rope_parameters, 4 the two others; either alone would be a silent default elsewhere.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": write_activation(config.activation),
+        "initializer_range": config.init_std,
+        "attention_dropout": 0.0,
+    }
+    if config.mla is None and config.head_width * config.heads != config.width:
+        keys["head_dim"] = config.head_width
+    return keys
+
+
+def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None]:
+    """Theta, and how the frequencies are stretched."""
+    given = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
+    theta = given.pop("rope_theta", None) or keys.get("rope_theta") or 1e4
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise refusal("partial_rotary_factor", "less than 1", "be 1", "nothing here turns a part of a head only")
+    if kind == "default":
+        return float(theta), None
+    if kind not in ("linear", "llama3", "yarn"):
+        allowed = "be 'default', 'linear', 'llama3' or 'yarn'"
+        raise refusal("rope_type", repr(kind), allowed, "use a model whose frequencies do not change with the length")
+    if kind != "linear":
+        before = keys.get("original_max_position_embeddings") or keys["max_position_embeddings"]
+        given.setdefault("original_max_position_embeddings", before)
+    stretched = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
+    return float(theta), stretched
+
+
+def read_activation(keys: Keys) -> Activation:
+    """The gated activation."""
+    name = keys.get("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        raise refusal(
+            "hidden_act", repr(name), f"be one of {', '.join(_ACTIVATIONS)}", "nothing: it is the model's own"
+        )
+    return _ACTIVATIONS[name]
+
+
+def write_activation(activation: Activation) -> str:
+    """Its name in transformers; "silu" where it has none, which ``express`` notices."""
+    return {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}.get(activation, "silu")
+
+
+def moe_of(config: LMConfig) -> MoEConfig:
+    """The routed layers; stand-ins for a dense model, which ``express`` refuses before anything is written."""
+    return config.moe or MoEConfig(num_experts=1, top_k=1, hidden=1)
+
+
+def softmax_router(keys: Keys, *, renormalize: bool, top_k: int, num_experts: int) -> dict[str, Any]:
+    """Softmax over all experts, then the k largest."""
+    if top_k == 1 and renormalize and num_experts > 1:
+        allowed = "be at least 2 where weights are renormalised: with one expert every weight is 1"
+        raise refusal("num_experts_per_tok", "1", allowed, "set norm_topk_prob to false, or num_experts_per_tok to 2")
+    return {"router": "TopK", "router_options": {"renormalize": renormalize and num_experts > 1}}
+
+
+def renormalizes(config: LMConfig) -> bool:
+    """Whether a TopK router's weights sum to 1."""
+    return bool(router_meaning(moe_of(config))[1].get("renormalize"))
+
+
+def read_window(keys: Keys, is_windowed: Callable[[int], bool]) -> dict[str, Any]:
+    """A window that some layers have, where ``use_sliding_window`` says so."""
+    window = keys.get("sliding_window") if keys.get("use_sliding_window", False) else None
+    if not window:
+        return {}
+    count = keys["num_hidden_layers"]
+    kinds = keys.get("layer_types") or [_WINDOWED if is_windowed(layer) else "" for layer in range(count)]
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == _WINDOWED)
+    return {"window": window, "window_layers": layers} if layers else {}
+
+
+def write_window(config: LMConfig) -> dict[str, object]:
+    """The keys of ``read_window``."""
+    kinds = ["full_attention" if config.window_of(n) is None else _WINDOWED for n in range(config.layers)]
+    return {
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "max_window_layers": config.layers,
+        "layer_types": kinds,
+    }
+
+
+def read_routed_layers(keys: Keys) -> tuple[int, ...]:
+    """The routed layers of a Qwen model."""
+    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers") or []
+    return tuple(n for n in range(keys["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
+
+
+def write_routed_layers(config: LMConfig) -> dict[str, object]:
+    """The keys of ``read_routed_layers``."""
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [n for n in range(config.layers) if not config.is_routed(n)]}

@@ -1,0 +1,105 @@
+"""Where each tensor of a transformers folder lies in our model: its name there, and a view of our parameter."""
+
+from torch import Tensor
+
+from turnout.layers import MoE
+from turnout.models.attention import Attention, LatentAttention, Projection
+from turnout.models.families.family import Names
+from turnout.models.lm import LM, Block
+from turnout.paths import FeedForward
+from turnout.types.weights import GATED
+
+Slots = dict[str, Tensor]
+
+
+def slots(lm: LM, names: Names) -> Slots:
+    """Every tensor that the folder of this model holds, by name, as a view of ours of the shape it has there.
+
+    Reading copies into the views, writing copies out of them. No two overlap and together they are all parameters.
+
+    Args:
+        lm: the model.
+        names: how the architecture names its experts.
+    """
+    found: Slots = {"model.embed_tokens.weight": lm.embedding, "model.norm.weight": lm.norm.weight}
+    if lm.head is not None:
+        found["lm_head.weight"] = lm.head.weight
+    for layer, block in enumerate(lm.blocks):
+        assert isinstance(block, Block)
+        prefix = f"model.layers.{layer}."
+        found[f"{prefix}input_layernorm.weight"] = block.attention_norm.weight
+        found[f"{prefix}post_attention_layernorm.weight"] = block.ff_norm.weight
+        if isinstance(block.attention, Attention):
+            found |= _grouped(f"{prefix}self_attn.", block.attention)
+        else:
+            found |= _latent(f"{prefix}self_attn.", block.attention)
+        if isinstance(block.ff, MoE):
+            found |= _routed(f"{prefix}{names.routed}.", block.ff, names)
+        else:
+            found |= _dense(f"{prefix}mlp.", block.ff)
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _projection(name: str, projection: Projection) -> Slots:
+    bias = {} if projection.bias is None else {f"{name}.bias": projection.bias}
+    return {f"{name}.weight": projection.weight, **bias}
+
+
+def _grouped(prefix: str, attention: Attention) -> Slots:
+    found = _projection(f"{prefix}o_proj", attention.out)
+    for kind, tensor in (("weight", attention.qkv.weight), ("bias", attention.qkv.bias)):
+        if tensor is not None:
+            parts = zip("qkv", tensor.split(attention.sizes), strict=True)
+            found |= {f"{prefix}{letter}_proj.{kind}": part for letter, part in parts}
+    if attention.q_norm is not None and attention.k_norm is not None:
+        found |= {f"{prefix}q_norm.weight": attention.q_norm.weight, f"{prefix}k_norm.weight": attention.k_norm.weight}
+    return found
+
+
+def _latent(prefix: str, attention: LatentAttention) -> Slots:
+    found = _projection(f"{prefix}kv_a_proj_with_mqa", attention.kv_down)
+    found |= _projection(f"{prefix}kv_b_proj", attention.kv_up) | _projection(f"{prefix}o_proj", attention.out)
+    found[f"{prefix}kv_a_layernorm.weight"] = attention.kv_norm.weight
+    if attention.q_down is None or attention.q_norm is None:
+        return found | _projection(f"{prefix}q_proj", attention.q_up)
+    found[f"{prefix}q_a_layernorm.weight"] = attention.q_norm.weight
+    return found | _projection(f"{prefix}q_a_proj", attention.q_down) | _projection(f"{prefix}q_b_proj", attention.q_up)
+
+
+def _dense(prefix: str, ff: FeedForward) -> Slots:
+    found: Slots = {f"{prefix}down_proj.weight": ff.down}
+    if ff.down_bias is not None:
+        found[f"{prefix}down_proj.bias"] = ff.down_bias
+    for kind, tensor in (("weight", ff.up), ("bias", ff.up_bias)):
+        if tensor is None:
+            continue
+        if ff.activation not in GATED:
+            found[f"{prefix}up_proj.{kind}"] = tensor
+            continue
+        gate, up = tensor.chunk(2)
+        found |= {f"{prefix}gate_proj.{kind}": gate, f"{prefix}up_proj.{kind}": up}
+    return found
+
+
+def _routed(prefix: str, moe: MoE, names: Names) -> Slots:
+    found: Slots = {}
+    router = dict(moe.router.named_parameters()) | dict(moe.router.named_buffers())
+    found[f"{prefix}{names.router}"] = router["weight"]
+    if "bias_E" in router:
+        found[f"{prefix}gate.e_score_correction_bias"] = router["bias_E"]
+    bank = moe.bank
+    if names.fused is not None:
+        fused_up, fused_down = names.fused
+        found[f"{prefix}{fused_up}"] = bank.up_EDH.transpose(1, 2)
+        found[f"{prefix}{fused_down}"] = bank.down_EFD.transpose(1, 2)
+    else:
+        for expert, (up_DH, down_FD) in enumerate(zip(bank.up_EDH.unbind(), bank.down_EFD.unbind(), strict=True)):
+            gate_FD, value_FD = up_DH.t().chunk(2)
+            found[f"{prefix}experts.{expert}.{names.gate}.weight"] = gate_FD
+            found[f"{prefix}experts.{expert}.{names.up}.weight"] = value_FD
+            found[f"{prefix}experts.{expert}.{names.down}.weight"] = down_FD.t()
+    if moe.shared is not None:
+        found |= _dense(f"{prefix}{names.shared}.", moe.shared)
+    if moe.shared_gate is not None:
+        found[f"{prefix}{names.shared}_gate.weight"] = moe.shared_gate
+    return found
