@@ -30,7 +30,7 @@ def text() -> TokenSet:
     """The demo's three domains, a megabyte of each, as tokens of a 512-word vocabulary; prepared once a process."""
     folder = tempfile.TemporaryDirectory(prefix="turnout-claims-")
     text.folder = folder  # type: ignore[attr-defined]  # lives as long as the process, then is removed
-    return prepare(python_text(limit_bytes=1_000_000), Path(folder.name), vocab_size=VOCAB, progress=None)
+    return prepare(python_text(limit_bytes=1_000_000), Path(folder.name), vocab_size=VOCAB, held_out=0.1, quiet=True)
 
 
 def small(moe: MoEConfig | None, *, hidden: int) -> LMConfig:
@@ -54,20 +54,19 @@ def trial(model: LMConfig, *, seed: int, steps: int, note: Note, name: str, **tr
     Args:
         model: the network.
         seed: of the weights and of the order of the data.
-        steps: optimiser steps of 16 x 128 tokens.
+        steps: optimiser steps of 8 x 128 tokens.
         note: told one line when the run is done.
         name: what to call the run in that line.
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
     config = TrainConfig(
         steps=steps,
-        batch=16,
+        batch=8,
         seq=SEQ,
         lr=3e-3,
         min_lr=3e-4,
         warmup=steps // 10,
         eval_every=steps,
-        eval_tokens=49_152,
         checkpoint_every=steps,
         log_every=steps,
         seed=seed,
@@ -75,7 +74,7 @@ def trial(model: LMConfig, *, seed: int, steps: int, note: Note, name: str, **tr
     )
     with tempfile.TemporaryDirectory(prefix="turnout-trial-") as out:
         network = LM(model, seed=seed)
-        result = train(network, text(), config, Path(out) / "run", run_json={}, progress=None)
+        result = train(network, text(), config, Path(out) / "run", quiet=True)
     last = result.evaluations[-1]
     done = Trial(last["bits_per_byte"], last.get("max_vio") or 0.0)
     if note:

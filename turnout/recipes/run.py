@@ -65,7 +65,7 @@ class Run:
             UsageError: an assignment without ``=``, a value of the wrong type, or a bare name that several have.
             UnknownNameError: no such field.
         """
-        run = self
+        changes: dict[str, tuple[str, str]] = {}
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
             if not equals:
@@ -78,8 +78,9 @@ class Run:
                         fix=f"write {name}=VALUE, or give a path with --data or --out",
                     )
                 )
-            run = _replace(run, run._locate(name), text, assignment)
-        return run
+            changes[self._locate(name)] = text, assignment
+        # All at once: width=96 heads=4 may fit together where neither fits alone.
+        return _replace(self, changes)
 
     def with_domains(self, domains: Mapping[str, tuple[str, ...]]) -> Self:
         """This run on other text; all of it, since a limit suits only the text it was chosen for."""
@@ -172,16 +173,24 @@ def _leaves(value: object, prefix: str) -> list[tuple[str, object]]:
     return found
 
 
-def _replace(value: typing.Any, dotted: str, text: str, assignment: str) -> typing.Any:
-    head, _, rest = dotted.partition(".")
-    if rest:
-        return dataclasses.replace(value, **{head: _replace(getattr(value, head), rest, text, assignment)})
-    kind = typing.get_type_hints(type(value))[head]
+def _replace(value: typing.Any, changes: Mapping[str, tuple[str, str]]) -> typing.Any:
+    """The dataclass with the changes, dotted name -> (text, whole assignment), made in one step on every level."""
+    hints, made, below = typing.get_type_hints(type(value)), {}, {}
+    for dotted, change in changes.items():
+        head, _, rest = dotted.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = change
+        else:
+            made[head] = fit(_parse(change[0]), hints[head], change[1])
+    made |= {head: _replace(getattr(value, head), inner) for head, inner in below.items()}
+    return dataclasses.replace(value, **made)
+
+
+def _parse(text: str) -> object:
     try:
-        parsed = json.loads(text)
+        return json.loads(text)
     except ValueError:
-        parsed = {"True": True, "False": False, "None": None}.get(text, text)
-    return dataclasses.replace(value, **{head: fit(parsed, kind, assignment)})
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def named_domains(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,169 @@
+"""The command line on a real, very small run: every command, and what a user gets wrong, without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turnout.cli.main import COMMANDS, main
+
+SMALL = (
+    "width=16 model.layers=2 heads=2 kv_heads=1 model.hidden=16 model.moe.hidden=8 num_experts=4 vocab_size=300 "
+    "max_seq=32 seq=32 batch=4 steps=4 warmup=1 eval_every=2 checkpoint_every=2 log_every=1 eval_tokens=512"
+).split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(40):
+        (folder / f"{n}.txt").write_text(f"document {n}: " + " ".join(str(n * k) for k in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "x"
+    code = main(["train", "tiny", *SMALL, "--data", f"numbers={text}", "--out", str(out), "--quiet"])
+    assert code == 0
+    return out
+
+
+def test_train_leaves_a_whole_folder(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"run.json", "metrics.jsonl", "checkpoints", "model", "trace", "result.json", "report.html"} <= names
+    result = json.loads((run / "result.json").read_text())
+    assert 0 < result["bits_per_byte"] < 10
+    assert set(result["by_domain"]) == {"numbers"}
+
+
+def test_eval(run, capsys, tmp_path):
+    assert main(["eval", str(run), "--json", "--trace", str(tmp_path / "trace")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    result = json.loads((run / "result.json").read_text())
+    assert report["values"]["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert (tmp_path / "trace" / "trace.json").exists()
+    assert not (tmp_path / "trace" / "token_id.bin").exists(), "routes give the text away only when asked to"
+
+
+def test_eval_on_other_text(run, text, capsys):
+    assert main(["eval", str(run), "--data", f"a={text}", "--data", f"b={text / '3.txt'}", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    assert {"bits_per_byte/a", "bits_per_byte/b"} <= set(values)
+
+
+def test_sample_is_repeatable(run, capsys):
+    said = []
+    for _ in range(2):
+        assert main(["sample", str(run), "--prompt", "document", "--tokens", "8", "--seed", "5"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("document")
+
+
+def test_report_of_two_runs(run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), str(run), "--out", str(page)]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert "<svg" in page.read_text()
+
+
+def test_a_run_repeats_from_its_run_json(run, tmp_path):
+    again = tmp_path / "again"
+    assert main(["run", str(run / "run.json"), "--out", str(again), "--quiet"]) == 0
+    losses = [_losses(folder) for folder in (run, again)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_goes_on_from_the_last_checkpoint(run, tmp_path, text):
+    out = tmp_path / "r"
+    assert main(["train", "tiny", *SMALL, "steps=2", "--data", f"numbers={text}", "--out", str(out), "--quiet"]) == 0
+    assert main(["train", "--resume", "--out", str(out), "steps=4", "--quiet"]) == 0
+    assert [step for step, _ in _losses(out)] == [1, 2, 3, 4]
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def test_methods_lists_papers(capsys):
+    assert main(["methods", "lossfree"]) == 0
+    assert "Auxiliary-Loss-Free" in capsys.readouterr().out
+
+
+def test_doctor_explains_its_choice(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "torch" in said
+    assert "cpu float32:" in said
+
+
+def test_lists(capsys):
+    assert main(["train"]) == 0
+    assert main(["verify"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny_dense" in said
+    assert "loss_free" in said
+
+
+def test_verify_writes_what_it_saw(tmp_path, capsys):
+    assert main(["verify", "expert_choice", "--quiet", "--json", str(tmp_path / "c.json")]) == 0
+    (claim,) = json.loads((tmp_path / "c.json").read_text())
+    assert claim["holds"] is True
+    assert len(claim["evidence"][0]["measured"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "tyni", "--out", "x"], "Did you mean 'tiny'?"),
+        (["train", "tiny", "widht=3", "--out", "x"], "Did you mean 'width'?"),
+        (["train", "tiny"], "add --out"),
+        (["train", "tiny", "--data", "no/such/folder", "--out", "x"], "no/such/folder"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere"),
+        (["sample", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["run", "nowhere/run.json", "--out", "x"], "nowhere"),
+        (["verify", "los_free"], "Did you mean 'loss_free'?"),
+        (["methods", "nothing-like-it"], "unknown method"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_holds_another_run_is_refused(run, text, capsys):
+    assert main(["train", "tiny", *SMALL, "--data", f"numbers={text}", "--out", str(run), "--quiet"]) == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01binary\x00"])
+def test_empty_or_binary_text_is_refused(content, tmp_path, capsys):
+    (tmp_path / "odd.txt").write_bytes(content)
+    code = main(["train", "tiny", *SMALL, "--data", str(tmp_path / "odd.txt"), "--out", str(tmp_path / "o"), "--quiet"])
+    assert code == 2
+    assert "odd.txt" in capsys.readouterr().err
+
+
+def test_a_pipe_that_closes_early_is_not_an_error():
+    command = f"{sys.executable} -m turnout methods | head -1"
+    done = subprocess.run(command, check=False, shell=True, capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"turnout {command}" in capsys.readouterr().out
