@@ -30,15 +30,18 @@ class Display(Protocol):
 class Silent:
     """Tells nobody but the given function, if any.
 
+    Args:
+        tell: a function (stage, done, total), an object with a method ``say(text)``, or both in one.
+
     Source: none; plain bookkeeping.
     """
 
-    def __init__(self, tell: Callable[[str, int, int], object] | None = None) -> None:
+    def __init__(self, tell: Any = None) -> None:
         self._tell = tell
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Passes it on."""
-        if self._tell is not None:
+        if callable(self._tell):
             self._tell(stage, done, total)
 
     def say(self, text: str) -> None:
@@ -131,7 +134,7 @@ def _clock_time(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def display(progress: Callable[[str, int, int], object] | None = None, *, quiet: bool = False) -> Iterator[Display]:
+def display(progress: Any = None, *, quiet: bool = False) -> Iterator[Display]:
     """What suits: the given function; else nothing when ``quiet``, a bar on a terminal, plain lines elsewhere.
 
     Source: none; plain bookkeeping.

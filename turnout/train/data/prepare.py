@@ -6,8 +6,9 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -45,7 +46,7 @@ def prepare(
     part_bytes: int | None = None,
     field: str = "text",
     sample_bytes: int = 4_000_000,
-    progress: Callable[[str, int, int], object] | None = None,
+    progress: Any = None,
     quiet: bool = False,
 ) -> TokenSet:
     """Text into tokens on disk, trained and held-out documents apart; what is already there is used again.
@@ -65,8 +66,8 @@ def prepare(
             of a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
         sample_bytes: how much text the tokenizer is trained on.
-        progress: called with (stage, bytes done, bytes in all), in place of a bar or lines on stderr; if it has a
-            method ``say(text)``, that gets the notes.
+        progress: called with (stage, bytes done, bytes in all), in place of a bar or lines on stderr; its method
+            ``say(text)``, if it has one, gets the notes.
         quiet: say nothing; notes are still in ``TokenSet.notes``.
 
     Returns:
@@ -87,25 +88,30 @@ def prepare(
 
     Source: none; the content hash follows the habit of Kiela et al., 2021, "Dynabench", of splits that data decides.
     """
-    out = Path(out)
     settings = Settings(vocab_size, held_out, limit_bytes, part_bytes, field, sample_bytes)
     with display(progress, quiet=quiet) as tell:
-        try:
-            loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-            if loaded is not None:
-                check_tokenizer(loaded, vocab_size=vocab_size)
-            reader = Reader(domains, settings)
-            _check_folder(out, reader)
-            fingerprint = reader.fingerprint(loaded)
-            if found := _found(out, fingerprint):
-                return found
-            with _locked(out, tell):
-                # Another process may have prepared it meanwhile.
-                return _found(out, fingerprint, tell) or _build(reader, loaded, out, fingerprint, tell)
-        except OSError as error:
-            if isinstance(error, TurnoutError):
-                raise
-            raise read_error(error, error.filename or out, _WHERE) from error
+        return _prepare(domains, Path(out), tokenizer, settings, tell)
+
+
+def _prepare(
+    domains: Mapping[str, Source], out: Path, tokenizer: str | Path | None, settings: Settings, tell: Display
+) -> TokenSet:
+    try:
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+        if loaded is not None:
+            check_tokenizer(loaded, vocab_size=settings.vocab_size)
+        reader = Reader(domains, settings)
+        _check_folder(out, reader)
+        fingerprint = reader.fingerprint(loaded)
+        if found := _found(out, fingerprint):
+            return found
+        with _locked(out, tell):
+            # Another process may have prepared it meanwhile.
+            return _found(out, fingerprint, tell) or _build(reader, loaded, out, fingerprint, tell)
+    except OSError as error:
+        if isinstance(error, TurnoutError):
+            raise
+        raise read_error(error, error.filename or out, _WHERE) from error
 
 
 def _check_folder(out: Path, reader: Reader) -> None:

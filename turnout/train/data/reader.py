@@ -5,7 +5,7 @@ import hashlib
 import heapq
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +153,9 @@ class Reader:
 
     # ---- going through
 
-    def _texts(self) -> Iterator[Text]:
+    def _texts(self, tell: Callable[[int], object] = lambda seen: None) -> Iterator[Text]:
         """All texts; those that are empty, or found in a folder and not text, are left out and remembered."""
-        self.seen_bytes, self._skipped = 0, {}
+        self.seen_bytes, self._skipped, self._tell = 0, {}, tell
         for domain, parts in enumerate(self._parts):
             for part in parts:
                 for document in read_documents(part, field=self.settings.field):
@@ -164,9 +164,7 @@ class Reader:
     def _read(self, document: Document, domain: int) -> Iterator[Text]:
         try:
             for part in self._cut(document):
-                text = _hash(part, domain)
-                if text.size:
-                    self.seen_bytes += text.size
+                if (text := self._hash(part, domain)).size:
                     yield text
                 else:
                     self._skipped.setdefault("empty texts", []).append(document.name)
@@ -174,6 +172,18 @@ class Reader:
             if not document.optional:
                 raise
             self._skipped.setdefault("files that are not UTF-8 text", []).append(document.name)
+
+    def _hash(self, document: Document, domain: int) -> Text:
+        """The text with its hash; a short one keeps its pieces, a long one will be read again."""
+        total, size, held = hashlib.sha256(), 0, []
+        for piece in document.pieces():
+            total.update(piece)
+            size += len(piece)
+            if size <= _HELD_BYTES:
+                held.append(piece)
+            self.seen_bytes += len(piece)
+            self._tell(self.seen_bytes)
+        return Text(domain, total.digest(), size, held if size <= _HELD_BYTES else document.pieces())
 
     def _cut(self, document: Document) -> Iterator[Document]:
         """The document, or its parts of about ``part_bytes``."""
@@ -200,9 +210,8 @@ class Reader:
         survey = Survey()
         total = sum(_size(part) for parts in self._parts for part in parts)
         tallies = [_Tally(self.settings.held_out, self.settings.limit_bytes) for _ in self.names]
-        for text in self._texts():
+        for text in self._texts(lambda seen: tell("reading", seen, total)):
             tallies[text.domain].add(text)
-            tell("reading", self.seen_bytes, total)
         survey.seen_bytes = self.seen_bytes
         for reason, names in self._skipped.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -235,17 +244,20 @@ class Reader:
     def chosen(self, survey: Survey, stage: str, tell: Display) -> Iterator[Text]:
         """The texts that the survey takes, each once."""
         done = 0
+
+        def told(pieces: Iterable[bytes]) -> Iterator[bytes]:
+            nonlocal done
+            for piece in pieces:
+                yield piece
+                done += len(piece)
+                tell(stage, done, survey.chosen_bytes)
+
         for text in self._texts():
             highest, rest = survey.last[text.domain]
-            if text.limit_key > highest:
-                continue
-            if text.limit_key == highest and rest is not None and rest < text.size:
-                yield dataclasses.replace(text, size=rest, pieces=_first(text.pieces, rest))
-                done += rest
-            else:
-                yield text
-                done += text.size
-            tell(stage, done, survey.chosen_bytes)
+            if text.limit_key < highest or (text.limit_key == highest and (rest is None or text.size <= rest)):
+                yield dataclasses.replace(text, pieces=told(text.pieces))
+            elif text.limit_key == highest and rest is not None:
+                yield dataclasses.replace(text, size=rest, pieces=told(_first(text.pieces, rest)))
 
 
 class _Tally:
@@ -312,17 +324,6 @@ def _empty_side(share: float, documents: int, all_held: bool, lowest: int, highe
             fix=f"pass held_out={fits}, or {parts}" if useful else f"{parts}, or give more documents",
         )
     )
-
-
-def _hash(document: Document, domain: int) -> Text:
-    """The text with its hash; a short one keeps its pieces, a long one will be read again."""
-    sum_, size, held = hashlib.sha256(), 0, []
-    for piece in document.pieces():
-        sum_.update(piece)
-        size += len(piece)
-        if size <= _HELD_BYTES:
-            held.append(piece)
-    return Text(domain, sum_.digest(), size, held if size <= _HELD_BYTES else document.pieces())
 
 
 def _first(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
