@@ -26,6 +26,8 @@ _GROUP = 1 << 17
 # oneDNN compiles a kernel for every new row count, which in training is every one. Counts are rounded up to five or six
 # significant bits, and to 8, so that there are few.
 _BITS, _LEAST = 5, 8
+# fp32 products of fewer multiply-adds go to MKL, which compiles nothing.
+_SMALL = 1 << 20
 # Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
 _FEW = 16
 # A call of a 16-bit product costs as much as this many multiply-adds, so neighbours of about equal load share one.
@@ -136,8 +138,9 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     token_P, place_R = routing.token_R, None
     step = max(_GROUP // weights.hidden, 1)
     short = x_TD.dtype.itemsize == 2
-    compiled = x_TD.device.type == "cpu" and (short or (x_TD.dtype == torch.float32 and onednn_is_faster()))
-    if compiled and routing.num_tokens > _FEW:
+    each = routing.num_entries * weights.width * weights.hidden // max(len(load) - load.count(0), 1)
+    compiled = short or (x_TD.dtype == torch.float32 and each >= _SMALL and onednn_is_faster())
+    if compiled and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
         load = [_rounded(count) for count in load]
         groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
         token_P, place_R = _spread_rows(routing, groups)

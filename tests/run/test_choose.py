@@ -1,0 +1,80 @@
+"""The choice of an executor, its reasons, and the refit of its constants."""
+
+import json
+
+import pytest
+import torch
+
+from turnout.errors import UnknownNameError
+from turnout.run import EXECUTORS, calibrate, choose, execute
+from turnout.run.calibrate import _fit
+from turnout.types import ExpertWeights, Routing
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for this machine's constants."""
+    monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path))
+    return tmp_path / "executors.json"
+
+
+def case(dtype=torch.float32, device="cpu"):
+    weights = ExpertWeights(
+        torch.ones(2, 3, 4, dtype=dtype, device=device), torch.ones(2, 2, 3, dtype=dtype, device=device)
+    )
+    routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    return torch.ones(1, 3, dtype=dtype, device=device), routing, weights
+
+
+def write(path, **seconds):
+    path.write_text(json.dumps({"torch": torch.__version__, "seconds": {"cpu float32 forward": seconds}}))
+
+
+def test_says_why(cache):
+    choice = choose(*case())
+    assert choice.name in EXECUTORS
+    assert choice.reasons and all(isinstance(reason, str) for reason in choice.reasons)
+
+
+def test_takes_the_cheapest_by_this_machines_constants(cache):
+    write(cache, sort=[2.0, 0, 0, 0], grouped=[1.0, 0, 0, 0])
+    choice = choose(*case())
+    assert choice.name == "grouped"
+    assert any("grouped would take 1e+03 ms" in reason for reason in choice.reasons)
+    assert any("T=1, R=1, E=2" in reason for reason in choice.reasons)
+
+
+def test_other_versions_constants_are_not_used(cache):
+    cache.write_text(json.dumps({"torch": "0.1", "seconds": {"cpu float32 forward": {"grouped": [0, 0, 0, 0]}}}))
+    assert choose(*case()).name == "sort"
+
+
+def test_damaged_constants_are_not_used(cache):
+    cache.write_text("{")
+    assert choose(*case()).name == "sort"
+
+
+def test_double_precision_never_goes_to_a_product_that_lacks_it(cache):
+    assert choose(*case(dtype=torch.float64)).name == "sort"
+
+
+def test_choice_can_be_overridden(cache):
+    write(cache, sort=[1.0, 0, 0, 0], grouped=[2.0, 0, 0, 0])
+    expected = execute(*case(), backend="reference")
+    for name in [*EXECUTORS, "auto"]:
+        torch.testing.assert_close(execute(*case(), backend=name), expected)
+    with pytest.raises(UnknownNameError, match="Did you mean 'grouped'"):
+        execute(*case(), backend="group")
+
+
+def test_calibrate_writes_what_choose_reads(cache):
+    shapes = [(4, 8, 2, 1, 8), (8, 16, 2, 1, 8), (16, 8, 4, 2, 8), (32, 16, 4, 2, 8)]
+    assert calibrate(dtypes=(torch.float32,), shapes=shapes) == cache
+    assert any("would take" in reason for reason in choose(*case()).reasons)
+
+
+def test_fit_finds_the_constants_it_was_made_from():
+    rows = [(1.0, e, m * 1e6, n * 1e3) for e, m, n in [(2, 1, 5), (8, 2, 1), (64, 3, 9), (4, 40, 7), (1, 9, 80)]]
+    values = [sum(a * b for a, b in zip((1e-4, 2e-5, 1e-11, 3e-9), row, strict=True)) for row in rows]
+    assert _fit(rows, values) == pytest.approx([1e-4, 2e-5, 1e-11, 3e-9], rel=1e-3)
+    assert min(_fit(rows, [1.0 / (1 + i) for i in range(5)])) >= 0
