@@ -79,9 +79,15 @@ def test_truncation_is_that_of_a_loop_over_experts(seed, priority):
     assert torch.equal(again.before.token_R, routing.token_R)
 
 
-def test_equal_weights_keep_the_earlier_token():
-    routing = Routing.from_topk(torch.zeros(5, 1, dtype=torch.long), torch.ones(5, 1), num_experts=2)
-    assert routing.truncate(2, priority="weight").token_R.tolist() == [0, 1]
+@pytest.mark.parametrize("num_tokens", [5, 3000])
+def test_equal_weights_keep_the_earlier_token(num_tokens):
+    generator = torch.Generator().manual_seed(0)
+    weight_T1 = torch.randint(1, 4, (num_tokens, 1), generator=generator) / 4  # three weights, many ties
+    routing = Routing.from_topk(torch.zeros(num_tokens, 1, dtype=torch.long), weight_T1, num_experts=2)
+    order = sorted(range(num_tokens), key=lambda t: (-weight_T1[t].item(), t))
+    for capacity in (1, num_tokens // 2, num_tokens - 1):
+        kept = routing.truncate(capacity, priority="weight")
+        assert kept.token_R.tolist() == sorted(order[:capacity])
 
 
 @pytest.mark.parametrize(("capacity", "priority"), [(0, "weight"), (-3, "weight"), (2, "first")])
