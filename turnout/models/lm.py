@@ -157,7 +157,10 @@ class LM(nn.Module):
     @property
     def routers(self) -> list[nn.Module]:
         """The routers of the routed layers, in layer order."""
-        return [block.ff.router for block in self.blocks if isinstance(block.ff, MoE)]
+        return [block.ff.router for block in self._blocks() if isinstance(block.ff, MoE)]
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # pyrefly: ignore[bad-return] - nn.ModuleList knows only Modules
 
     def forward(
         self,
@@ -186,7 +189,7 @@ class LM(nn.Module):
             x_BSD = x_BSD * self.config.embedding_scale
         angles = self.rope(start, id_BS.shape[1], x_BSD.dtype)
         routings = []
-        for block in self.blocks:
+        for block in self._blocks():
             x_BSD, routing = block(x_BSD, angles, cache, token_id_BS=id_BS, backend=backend, generator=generator)
             if routing is not None:
                 routings.append(routing)
@@ -275,7 +278,7 @@ class LM(nn.Module):
         params = sum(parameter.numel() for parameter in self.parameters())
         active, products = params, float(config.width * config.vocab_size)
         value_width = config.head_width if config.mla is None else config.mla.v_dim
-        for block in self.blocks:
+        for block in self._blocks():
             products += sum(p.weight.numel() for p in block.attention.modules() if isinstance(p, Projection))
             products += seq * config.heads * (config.head_width + value_width)
             if isinstance(block.ff, FeedForward):
@@ -285,7 +288,7 @@ class LM(nn.Module):
             idle = bank.num_experts - _experts_per_token(config)
             active -= round(sum(p[0].numel() for p in bank.parameters()) * idle)
             products += (bank.up[0].numel() + bank.down[0].numel()) * _experts_per_token(config)
-            always = [moe.shared_gate, getattr(moe.router, "weight", None)]
+            always = [getattr(moe.router, "weight", None), moe.shared_gate]
             always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
             products += sum(p.numel() for p in always if p is not None)
         return Cost(params=params, params_active=active, flops=2.0 * products)
