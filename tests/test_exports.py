@@ -55,7 +55,7 @@ def test_names_are_importable(module: Module) -> None:
 
 def test_package_names_are_the_rooms_names() -> None:
     """The names that ``turnout`` loads on first use are public where they live, and all of them are listed."""
-    assert turnout.__all__ == [*sorted(turnout._HOME), "__version__"]
+    assert turnout.__all__ == sorted([*turnout._HOME, "__version__"])
     for name, home in turnout._HOME.items():
         room = importlib.import_module(home)
         assert name in room.__all__

@@ -17,9 +17,22 @@ _HOME = {
     "Routing": "turnout.types",
     "Trace": "turnout.types",
     "TurnoutError": "turnout.errors",
+    "adopt": "turnout.reshape",
+    "release": "turnout.reshape",
 }
 
-__all__ = ["Budget", "Cost", "ExpertWeights", "Report", "Routing", "Trace", "TurnoutError", "__version__"]
+__all__ = [
+    "Budget",
+    "Cost",
+    "ExpertWeights",
+    "Report",
+    "Routing",
+    "Trace",
+    "TurnoutError",
+    "__version__",
+    "adopt",
+    "release",
+]
 
 
 def __getattr__(name: str) -> object:
