@@ -106,24 +106,20 @@ FORK = """
 import os, warnings
 from turnout.train.data.tokenizer import encode, train_tokenizer
 tokenizer = train_tokenizer(["a cat, a cat"] * 50, vocab_size=258)
-encode(tokenizer, ["a cat"] * 50)
+encode(tokenizer, ["a cat"] * 5000)
 warnings.simplefilter("ignore")
 child = os.fork()
 if child == 0:
-    print("child", len(encode(tokenizer, ["a cat"] * 50)), os.environ["TOKENIZERS_PARALLELISM"], flush=True)
+    print("child", len(encode(tokenizer, ["a cat"] * 5000)), flush=True)
     os._exit(0)
 os.waitpid(child, 0)
-print("parent", os.environ.get("TOKENIZERS_PARALLELISM"), flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", [None, "false"])
-def test_a_fork_after_tokenising_is_quiet(setting) -> None:
+def test_a_fork_after_tokenising_works_and_is_quiet() -> None:
+    """Older versions of the tokenizers library warned in every such child."""
     environ = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    environ |= {} if setting is None else {"TOKENIZERS_PARALLELISM": setting}
-    done = subprocess.run(
-        [sys.executable, "-c", FORK], env=environ, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stderr == ""
-    assert done.stdout == f"child 50 {setting or 'false'}\nparent {setting}\n"
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("child 5000\n", "")

@@ -1,7 +1,5 @@
 """Byte-level BPE: trained on the spot, or loaded; every token stands for a known number of bytes."""
 
-import functools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,7 +58,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    _guard_forks()
     tokenizer.train_from_iterator(texts, trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
@@ -207,28 +204,4 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
     Source: none; the ``tokenizers`` library does the work.
     """
-    _guard_forks()
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class _QuietFork:
-    """A process that forks after parallel tokenisation gets a child that tokenises on one core, without a warning.
-
-    The library warns in every such child unless TOKENIZERS_PARALLELISM says what is wanted; it is set for the moment
-    of the fork only, and only where the user has not set it.
-    """
-
-    def __init__(self) -> None:
-        self._was_set = True
-        os.register_at_fork(before=self._before, after_in_parent=self._after_in_parent)
-
-    def _before(self) -> None:
-        self._was_set = "TOKENIZERS_PARALLELISM" in os.environ
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    def _after_in_parent(self) -> None:
-        if not self._was_set:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-
-
-_guard_forks = functools.cache(_QuietFork)
