@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.models.config import LMConfig, MLAConfig
-from turnout.models.rope import attention_scale, rotate, rotate_neighbours
+from turnout.models.fused import rms_norm, turn
+from turnout.models.rope import attention_scale, rotate_neighbours
 from turnout.run.product import linear
 
 __all__ = ["Attention", "Cache", "LatentAttention", "Projection", "RMSNorm"]
@@ -28,9 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype as x."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
@@ -150,7 +149,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
         """(B, S, D)."""
         q_BSHP, k_BSHP, v_BSHP = self._heads(self.qkv(x_BSD))
-        q_BSHP, k_BSHP = rotate(q_BSHP, *angles), rotate(k_BSHP, *angles)
+        q_BSHP, k_BSHP = turn(q_BSHP, *angles), turn(k_BSHP, *angles)
         q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
         if cache is not None:
             k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
@@ -192,14 +191,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
         """(B, S, D)."""
-        mla, turn = self.mla, rotate_neighbours if self.mla.interleaved else rotate
+        mla, rotate = self.mla, rotate_neighbours if self.mla.interleaved else turn
         q = x_BSD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BSD))
         q_BSHP = self.q_up(q).unflatten(-1, (self.heads, -1))
         fixed_BSHP, turned_BSHP = q_BSHP.split((mla.nope_dim, mla.rope_dim), dim=-1)
-        q_BHSP = torch.cat((fixed_BSHP, turn(turned_BSHP, *angles)), dim=-1).transpose(1, 2)
+        q_BHSP = torch.cat((fixed_BSHP, rotate(turned_BSHP, *angles)), dim=-1).transpose(1, 2)
         latent_BSP, key_BSP = self.kv_down(x_BSD).split((mla.kv_rank, mla.rope_dim), dim=-1)
         latent_B1TP = self.kv_norm(latent_BSP).unsqueeze(1)
-        key_B1TP = turn(key_BSP.unsqueeze(2), *angles).transpose(1, 2)
+        key_B1TP = rotate(key_BSP.unsqueeze(2), *angles).transpose(1, 2)
         if cache is not None:
             latent_B1TP, key_B1TP = cache.update(self.layer, latent_B1TP, key_B1TP)
         kv_BHTP = self.kv_up(latent_B1TP.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from turnout.models.config import LMConfig
 
-__all__ = ["Rope", "attention_scale", "rotate", "rotate_neighbours"]
+__all__ = ["Rope", "attention_scale", "rotate_neighbours"]
 
 
 class Rope(nn.Module):
@@ -60,13 +60,6 @@ class Rope(nn.Module):
             with torch.device("cpu"):
                 self.frequency_P = self._frequencies()[0].to(self.frequency_P.device)
         return self
-
-
-def rotate(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """The heads turned, pair i being positions i and i + P of each head (2P wide)."""
-    cos_S1P, sin_S1P = cos_SP.unsqueeze(1), sin_SP.unsqueeze(1)
-    a, b = x_BSHP.chunk(2, dim=-1)
-    return torch.cat((a * cos_S1P - b * sin_S1P, b * cos_S1P + a * sin_S1P), dim=-1)
 
 
 def rotate_neighbours(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from turnout.errors import TrainingError, word
+from turnout.models import token_loss
 from turnout.train.balance import load_balance_loss, router_z_loss
 
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
@@ -179,10 +179,7 @@ class Step:
             target_BS = batch.target_BS.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = self.model(id_BS, generator=self._generator) if self._draws else self.model(id_BS)
-            logits_BSV = output.logits_BSV
-            nats = F.cross_entropy(
-                logits_BSV.flatten(0, 1).float(), target_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-            )
+            nats = token_loss(output.logits_BSV, target_BS)
             loss, aux, z = self._objective(nats / predicted, output.routings)
             loss.backward()
             with torch.no_grad():
