@@ -51,6 +51,8 @@ def tokens_for(run: Run, folder: Path, *, quiet: bool) -> TokenSet:
         vocab_size=run.model.vocab_size,
         held_out=run.data.held_out,
         limit_bytes=limit,
+        part_bytes=run.data.part_bytes,
+        field=run.data.field,
         quiet=quiet,
     )
 

@@ -25,6 +25,8 @@ class DataConfig:
             three domains (library, manual, headers).
         held_out: share of the documents, chosen by content hash, that is never trained on.
         limit_mb: at most this many megabytes (10^6 bytes) of each domain; None takes all.
+        part_bytes: cut documents into parts of about this size, each held out or not by itself: for a single long file.
+        field: the field of jsonl, parquet and data set rows that holds the text.
 
     >>> DataConfig(limit_mb=3.0).held_out
     0.05
@@ -35,6 +37,8 @@ class DataConfig:
     domains: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     held_out: float = 0.05
     limit_mb: float | None = None
+    part_bytes: int | None = None
+    field: str = "text"
 
 
 @dataclasses.dataclass(frozen=True)
