@@ -101,6 +101,7 @@ def layer(case: argparse.Namespace) -> None:
     token_R, offset_E = torch.zeros(rows, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     kind = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(case.activation, case.activation)
     tiled = dispatch.tiles(offset_E, rows, case.block_m)
+    forward.up(x_TD, token_R, weight_R, weights, offset_E, tiled, kind=kind, keep=False)
     active, hidden = forward.up(x_TD, token_R, weight_R, weights, offset_E, tiled, kind=kind, keep=True)
     out = forward.product(active, weights.down_EFD, offset_E, tiled, bias_EO=bias[1], weight_R=weight_R)
     dispatch.combine(out, token_R, offset_E, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_layer
 from turnout.run import reference
 from turnout.run.kernels import dispatch, tune
 from turnout.run.kernels.executor import _near, kernels
@@ -185,7 +186,9 @@ def test_heights_of_tiles(block_m, monkeypatch):
 
 
 def test_many_experts_and_many_of_them_a_token():
-    same(*make(top(26, 2, 512, 16), width=4, hidden=2, activation="silu"))
+    x, routing, weights = make(top(26, 2, 512, 16), width=4, hidden=2, activation="silu")
+    same(x, routing, dataclasses.replace(weights, **_detached(weights)))  # 1024 matrices take the interpreter long
+    same(*make(top(26, 2, 90, 16), width=4, hidden=2, activation="silu"))
 
 
 def test_tables_of_tiles():
@@ -194,7 +197,7 @@ def test_tables_of_tiles():
         table, height = dispatch.tiles(routing.offset_E, routing.num_entries, block_m)
         bounds = routing.offset_E.tolist()
         wanted = [(e, r) for e in range(9) for r in range(bounds[e], bounds[e + 1], block_m)]
-        assert height == block_m and table.shape[1] >= len(wanted)
+        assert height == block_m and table.shape[1] >= len(wanted) and table.shape[1] % 16 == 0
         assert list(zip(*table[:, : len(wanted)].tolist(), strict=True)) == wanted, seed
         assert table[0, len(wanted) :].tolist() == [-1] * (table.shape[1] - len(wanted))
 
@@ -303,3 +306,12 @@ def test_a_nan_stays_with_its_token():
         y, wanted = kernels(bad, routing, weights), reference(bad, routing, weights)
         assert wanted.isnan().any() and torch.equal(y.isnan(), wanted.isnan())
         torch.testing.assert_close(y[1:], reference(x, routing, weights)[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_times_nothing_that_is_wrong(monkeypatch):
+    case = gpu_layer.Case(24, 16, 4, 2, 8, "fp32", 1.5)
+    given, decision = gpu_layer.tensors(case, DEVICE), gpu_layer.decide(case, DEVICE, 0)
+    assert gpu_layer.check(case, given, decision) == {}
+    monkeypatch.setitem(gpu_layer.CONTESTANTS, "twice", lambda *case: 2 * reference(*case))
+    monkeypatch.setitem(gpu_layer.CONTESTANTS, "nan", lambda *case: torch.nan * reference(*case))
+    assert set(gpu_layer.check(case, given, decision)) == {"twice", "nan"}

@@ -116,6 +116,13 @@ def test_without_triton(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_device():
+    with pytest.raises(AssertionError, match="needs a CUDA device"):
+        python("-m", "benchmarks.gpu_layer")
+
+
+@pytest.mark.slow
 def test_triton_is_not_imported_before_it_is_needed():
     program = "import sys, turnout.run, turnout.run.kernels; print('triton' in sys.modules)"
     assert python("-c", program).strip() == "False"

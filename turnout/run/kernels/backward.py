@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turnout.run.kernels.dispatch import Tiles, place
-from turnout.run.kernels.forward import activated, multiply
+from turnout.run.kernels.forward import activated
 from turnout.run.kernels.tune import INTERPRETED, configs, precision, pruned
 from turnout.types import ExpertWeights
 
@@ -20,7 +20,7 @@ _STACK = configs((256, 64, 8, 3), (256, 32, 8, 4), (128, 64, 8, 3), (128, 64, 4,
 def _slope(h, KIND: tl.constexpr):
     """g'(h) in fp32; that of relu is 0 at 0."""
     if KIND == "silu":
-        s = tl.sigmoid(h)
+        s = 1.0 / (1.0 + tl.exp(-h))
         out = s * (1.0 + h * (1.0 - s))
     elif KIND == "gelu":
         out = 0.5 * (1.0 + tl.math.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
@@ -51,7 +51,7 @@ def _through(
 
 
 @triton.autotune(_HIDDEN, key=["IN", "OUT", "BLOCK_M", "GATED", "stride_di"], prune_configs_by=pruned())
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _hidden_kernel(
     left_ptr, token_ptr, weight_ptr, down_ptr, hidden_ptr, slope_ptr, active_ptr, dots_ptr,
     tile_ptr, row_ptr, offset_ptr, count, rows, stride_yt, stride_de, stride_di, stride_do,
@@ -59,7 +59,7 @@ def _hidden_kernel(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, tl.cdiv(OUT, BLOCK_N), BLOCK_M, 8)
+    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, (OUT + BLOCK_N - 1) // BLOCK_N, BLOCK_M, 8)
     if e < 0:
         return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +69,7 @@ def _hidden_kernel(
     token = tl.load(token_ptr + row + i, mask=inside, other=0)
     left_ptrs = left_ptr + token[:, None] * stride_yt + k[None, :]
     right_ptrs = down_ptr + e * stride_de + k[:, None] * stride_di + n[None, :] * stride_do
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     for k0 in range(0, IN, BLOCK_K):
         if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
             a = tl.load(left_ptrs)
@@ -77,7 +77,9 @@ def _hidden_kernel(
         else:
             a = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
             b = tl.load(right_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        total = multiply(a, b, total, PRECISION, WIDEN)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         left_ptrs += BLOCK_K
         right_ptrs += BLOCK_K * stride_di
     weight = tl.load(weight_ptr + row + i, mask=inside, other=0.0).to(tl.float32)
@@ -139,7 +141,7 @@ def _stack_kernel(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    high, columns = tl.cdiv(HIGH, BLOCK_M), tl.cdiv(OUT, BLOCK_N)
+    high, columns = (HIGH + BLOCK_M - 1) // BLOCK_M, (OUT + BLOCK_N - 1) // BLOCK_N
     e = tl.program_id(0) // (high * columns)
     within = tl.program_id(0) % (high * columns)
     # Eight tiles down, then one across, so that programs that run together share operands in the L2 cache.
@@ -149,7 +151,7 @@ def _stack_kernel(
     n = within % (8 * columns) // size * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.load(offset_ptr + e).to(tl.int32)
     end = tl.load(offset_ptr + e + 1).to(tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     for r in range(begin, end, BLOCK_K):
         row = r + tl.arange(0, BLOCK_K)
         inside = row < end
@@ -161,7 +163,9 @@ def _stack_kernel(
             right_row = tl.load(token_ptr + row, mask=inside, other=0)
         a = tl.load(left_ptr + left_row[:, None] * stride_l + m, mask=inside[:, None] & (m < HIGH), other=0.0)
         b = tl.load(right_ptr + right_row[:, None] * stride_r + n, mask=inside[:, None] & (n < OUT), other=0.0)
-        total = multiply(tl.trans(a), b, total, PRECISION, WIDEN)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     out_ptrs = out_ptr + e.to(tl.int64) * stride_oe + m[:, None] * stride_om + n[None, :] * stride_oo
     tl.store(out_ptrs, total, mask=(m < HIGH)[:, None] & (n < OUT)[None, :])
 

@@ -92,7 +92,7 @@ def kernels(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     tensors = (x_TD, routing.weight_R, *stacks)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     with torch.autocast(x_TD.device.type, enabled=False), torch.cuda.device_of(x_TD):
-        return _Layer.apply(*tensors, routing.detach(), weights.activation, keep).to(dtype)
+        return _Layer.apply(*tensors, routing, weights.activation, keep).to(dtype)
 
 
 def _near(stack: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from turnout.run.kernels.dispatch import Tiles, place
 from turnout.run.kernels.tune import INTERPRETED, configs, precision, pruned
 from turnout.types import ExpertWeights
 
-__all__ = ["activated", "multiply", "product", "up"]
+__all__ = ["activated", "product", "up"]
 
 # TODO: tensor descriptors (TMA) for the weights and for rows that need no gather, and a persistent grid: when
 # benchmarks/gpu_layer.py, on a GPU, puts a layer below 70 % of the dense rate. Hopper's copy engine cannot gather.
@@ -24,22 +24,12 @@ _ROWS = configs(
 def activated(h, KIND: tl.constexpr):
     """g(h) in fp32; a NaN stays one."""
     if KIND == "silu":
-        out = h * tl.sigmoid(h)
+        out = h / (1.0 + tl.exp(-h))
     elif KIND == "gelu":
         out = 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
     else:
         out = tl.where(h < 0, 0.0, h)
     return out
-
-
-@triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """Total + a @ b in fp32. The interpreter keeps bf16 as integers and would multiply those: it widens first."""
-    if WIDEN:
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-    else:
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
 
 
 @triton.autotune(_UP, key=["IN", "OUT", "BLOCK_M", "GATED", "KEEP", "stride_ui"], prune_configs_by=pruned(products=2))
@@ -51,7 +41,7 @@ def _up_kernel(
     KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, tl.cdiv(OUT, BLOCK_N), BLOCK_M, 8)
+    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, (OUT + BLOCK_N - 1) // BLOCK_N, BLOCK_M, 8)
     if e < 0:
         return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,8 +52,8 @@ def _up_kernel(
     left_ptrs = left_ptr + token[:, None] * stride_xt + k[None, :]
     gate_ptrs = up_ptr + e * stride_ue + k[:, None] * stride_ui + n[None, :] * stride_uo
     value_ptrs = up_ptr + e * stride_ue + k[:, None] * stride_ui + (n + OUT)[None, :] * stride_uo
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    gate = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
+    value = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     for k0 in range(0, IN, BLOCK_K):
         if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
             x = tl.load(left_ptrs)
@@ -71,13 +61,17 @@ def _up_kernel(
         else:
             x = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
             w = tl.load(gate_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        gate = multiply(x, w, gate, PRECISION, WIDEN)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        gate = tl.dot(x, w, gate, input_precision=PRECISION)
         if GATED:
             if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
                 v = tl.load(value_ptrs)
             else:
                 v = tl.load(value_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-            value = multiply(x, v, value, PRECISION, WIDEN)
+            if WIDEN:
+                v = v.to(tl.float32)
+            value = tl.dot(x, v, value, input_precision=PRECISION)
             value_ptrs += BLOCK_K * stride_ui
         left_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K * stride_ui
@@ -87,16 +81,16 @@ def _up_kernel(
         if GATED:
             value += tl.load(bias_ptrs + OUT * stride_bo, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
     written = inside[:, None] & (n < OUT)[None, :]
-    weight = tl.load(weight_ptr + row + i, mask=inside, other=0.0).to(tl.float32)
-    active = activated(gate, KIND)
     if KEEP:
         wide = 2 * OUT if GATED else OUT
         hidden_ptrs = hidden_ptr + row * wide + i[:, None] * wide + n[None, :]
         tl.store(hidden_ptrs, gate, mask=written)
         if GATED:
             tl.store(hidden_ptrs + OUT, value, mask=written)
+    active = activated(gate, KIND)
     if GATED:
         active *= value
+    weight = tl.load(weight_ptr + row + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(active_ptr + row * OUT + i[:, None] * OUT + n[None, :], active * weight[:, None], mask=written)
 
 
@@ -139,7 +133,7 @@ def _rows_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, tl.cdiv(OUT, BLOCK_N), BLOCK_M, 8)
+    e, row, inside, column = place(tile_ptr, row_ptr, offset_ptr, count, (OUT + BLOCK_N - 1) // BLOCK_N, BLOCK_M, 8)
     if e < 0:
         return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,7 +142,7 @@ def _rows_kernel(
     # Rows past the expert's end read its first one, which is valid memory, and are not written.
     left_ptrs = left_ptr + row * IN + tl.where(inside, i, 0)[:, None] * IN + k[None, :]
     right_ptrs = stack_ptr + e * stride_se + k[:, None] * stride_si + n[None, :] * stride_so
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     for k0 in range(0, IN, BLOCK_K):
         if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
             a = tl.load(left_ptrs)
@@ -156,7 +150,9 @@ def _rows_kernel(
         else:
             a = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
             b = tl.load(right_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        total = multiply(a, b, total, PRECISION, WIDEN)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         left_ptrs += BLOCK_K
         right_ptrs += BLOCK_K * stride_si
     if HAS_BIAS:

@@ -8,7 +8,8 @@ import triton
 
 __all__ = ["INTERPRETED", "configs", "precision", "pruned", "tile_rows"]
 
-# Triton reads this when it decorates a kernel; a later change has no effect.
+# Triton reads this when it decorates a kernel; a later change has no effect. The interpreter keeps bf16 as integers and
+# would multiply those, so there the kernels widen what they multiply (WIDEN).
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 # What one block may use of a Hopper multiprocessor's shared memory.
