@@ -6,7 +6,7 @@ from turnout.claims.claim import Claim, Evidence
 from turnout.claims.trial import SEEDS, Note, Trial, small, trial
 from turnout.models.lm import MoEConfig
 
-_STEPS, _TOP_K, _HIDDEN, _EXPERTS = 300, 2, 96, 16
+_STEPS, _TOP_K, _HIDDEN, _EXPERTS = 300, 2, 96, 8
 # The paper's update rate 0.001 is for 10^5 steps; over 300 the bias could move by 0.3 of a score at most.
 # 0.01 keeps rate x steps within the range of a sigmoid score, as the paper's own sweep does.
 _RATE, _AUX = 0.01, 0.001

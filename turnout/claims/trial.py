@@ -48,32 +48,22 @@ def small(moe: MoEConfig | None, *, hidden: int) -> LMConfig:
     )
 
 
-def trial(model: LMConfig, *, seed: int, steps: int, note: Note, name: str, **train_fields: float) -> Trial:
+def trial(model: LMConfig | LM, *, seed: int, steps: int, note: Note, name: str, **train_fields: float) -> Trial:
     """Trains ``model`` from ``seed`` and measures it on the held-out documents at the end.
 
     Args:
-        model: the network.
+        model: the network, or one that exists, which is trained in place.
         seed: of the weights and of the order of the data.
         steps: optimiser steps of 8 x 128 tokens.
         note: told one line when the run is done.
         name: what to call the run in that line.
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
-    config = TrainConfig(
-        steps=steps,
-        batch=8,
-        seq=SEQ,
-        lr=3e-3,
-        min_lr=3e-4,
-        warmup=steps // 10,
-        eval_every=steps,
-        checkpoint_every=steps,
-        log_every=steps,
-        seed=seed,
-        **train_fields,  # pyrefly: ignore[bad-argument-type]
-    )
+    fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10} | train_fields
+    every = {"eval_every": steps, "checkpoint_every": steps, "log_every": steps}
+    config = TrainConfig(steps=steps, seed=seed, **every, **fields)  # pyrefly: ignore[bad-argument-type]
     with tempfile.TemporaryDirectory(prefix="turnout-trial-") as out:
-        network = LM(model, seed=seed)
+        network = LM(model, seed=seed) if isinstance(model, LMConfig) else model
         result = train(network, text(), config, Path(out) / "run", quiet=True)
     last = result.evaluations[-1]
     done = Trial(last["bits_per_byte"], last.get("max_vio") or 0.0)
