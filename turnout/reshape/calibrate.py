@@ -1,0 +1,108 @@
+"""Text through a model that is being changed: what its layers see, and what the change does to its output."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from turnout.errors import DataError, UsageError, word
+from turnout.layers import Routed
+from turnout.models import LM
+from turnout.models.lm import Block
+from turnout.types import Routing
+
+__all__ = ["blocks", "checked", "difference", "evaluating", "probe", "refuse_no_text", "watch"]
+
+Look = Callable[[int, Tensor, Routing | None], None]
+
+
+def blocks(lm: LM) -> list[Block]:
+    """The layers of a model, as what they are."""
+    return cast(list[Block], list(lm.blocks))
+
+
+def checked(batches: Iterable[Tensor] | None, lm: LM, where: str) -> tuple[Tensor, ...]:
+    """The batches as a tuple of (B, S) ids on the model's device; () for None.
+
+    Raises:
+        DataError: no batch at all, or something that is not a tensor of (B, S) ids.
+    """
+    if batches is None:
+        return ()
+    found = (batches,) if isinstance(batches, Tensor) else tuple(batches)
+    wrong = [item for item in found if not isinstance(item, Tensor) or item.ndim != 2 or item.is_floating_point()]
+    if wrong or not found:
+        got = f"a {type(wrong[0]).__name__}" + _shape(wrong[0]) if wrong else "none"
+        fix = "pass [batch.id_BS for batch in ...], at least one, or batches=None"
+        raise DataError(word("batches", got=got, allowed="be tensors (B, S) of token ids", where=where, fix=fix))
+    return tuple(item.to(lm.embedding.device) for item in found)
+
+
+def _shape(item: object) -> str:
+    return f" of shape {tuple(item.shape)}" if isinstance(item, Tensor) else ""
+
+
+def refuse_no_text(batches: tuple[Tensor, ...], why: str, where: str) -> None:
+    """Refuses to go on without calibration text.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not batches:
+        fix = "pass batches=[id_BS, ...], a few thousand tokens of text"
+        raise UsageError(word("batches", got=None, allowed=f"be given: {why}", where=where, fix=fix))
+
+
+def probe(lm: LM, seed: int) -> tuple[Tensor, ...]:
+    """Random token ids, to compare outputs on where the caller gives no text."""
+    generator = torch.Generator().manual_seed(seed)
+    id_BS = torch.randint(lm.config.vocab_size, (4, min(64, lm.config.max_seq)), generator=generator)
+    return (id_BS.to(lm.embedding.device),)
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the mode before again."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.train(training)
+
+
+def watch(lm: LM, batches: Iterable[Tensor], look: Look) -> None:
+    """Runs the batches and shows ``look`` each feed-forward layer's input: (layer, x_TD, routing or None)."""
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def show(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            routing = output.routing if isinstance(output, Routed) else None
+            look(layer, args[0].detach().flatten(0, -2), routing)
+
+        return show
+
+    handles = [block.ff.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks(lm))]
+    try:
+        with torch.no_grad(), evaluating(lm):
+            for id_BS in batches:
+                lm(id_BS)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def difference(before: LM, after: LM, batches: Iterable[Tensor]) -> dict[str, float | int]:
+    """How far the logits moved: the largest over batches of |after - before| / |before|, and of any one logit."""
+    relative, largest, tokens = 0.0, 0.0, 0
+    with evaluating(before, after):
+        for id_BS in batches:
+            old, new = before(id_BS).logits_BSV.double(), after(id_BS).logits_BSV.double()
+            relative = max(relative, float((new - old).norm() / old.norm().clamp_min(1e-300)))
+            largest = max(largest, float((new - old).abs().max()))
+            tokens += id_BS.numel()
+    return {"relative_difference": relative, "largest_difference": largest, "compared_tokens": tokens}
