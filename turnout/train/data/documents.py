@@ -139,5 +139,9 @@ def _missing(path: Path) -> UsageError:
         folder, lost = folder.parent, folder.name
     names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     close = difflib.get_close_matches(lost, names, n=1, cutoff=0.5)
-    fix = f"did you mean {folder / close[0]}?" if close else f"{folder.resolve()} has no {lost!r}: check the spelling"
-    return UsageError(word("the data path", got=str(path), allowed="exist", where=_WHERE, fix=fix.rstrip(".")))
+    fix = (
+        f"pass {folder / close[0]}, which is there"
+        if close
+        else f"{folder.resolve()} has no {lost!r}: check the spelling"
+    )
+    return UsageError(word("the data path", got=str(path), allowed="exist", where=_WHERE, fix=fix))
