@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_layer
-from turnout.run import reference
+from turnout.run import execute, reference
 from turnout.run.kernels import dispatch, tune
 from turnout.run.kernels.executor import _near, kernels
 from turnout.types import ExpertWeights, Routing
@@ -234,6 +234,7 @@ def test_inputs_of_any_strides():
     same(x.detach().repeat(1, 2)[:, : x.shape[1]].requires_grad_(), routing, weights)
     weight_R = routing.weight_R.detach().repeat_interleave(2)[::2].requires_grad_()
     same(x, dataclasses.replace(routing, weight_R=weight_R), weights)
+    torch.testing.assert_close(execute(x, routing, weights, backend="kernels"), kernels(x, routing, weights))
     for through in (torch.sum, lambda y: y.t().contiguous().mean()):  # an expanded and a transposed slope
         got, wanted = (torch.autograd.grad(through(f(x, routing, weights)), x)[0] for f in (kernels, reference))
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from turnout.errors import MissingExtraError, ShapeError, UsageError
-from turnout.run.kernels import kernels
+from turnout.run import execute, kernels
 from turnout.types import ExpertWeights, Routing
 
 HERE = Path(__file__).parent
@@ -100,6 +100,8 @@ def test_user_mistakes(monkeypatch):
     x, routing, weights = case()
     with pytest.raises(UsageError, match=r"the device must be cuda.*got cpu.*backend='sort'"):
         kernels(x, routing, weights)
+    with pytest.raises(UsageError, match="the device must be cuda"):
+        execute(x, routing, weights, backend="kernels")
     with pytest.raises(ShapeError, match="agree in T, D, E and F"):
         kernels(x[:1], routing, weights)
     with pytest.raises(UsageError, match="autocast"):

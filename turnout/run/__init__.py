@@ -6,7 +6,19 @@ All of them give the same values and gradients as ``reference``; they differ in 
 from turnout.run.calibrate import calibrate
 from turnout.run.choose import EXECUTORS, Choice, choose, execute
 from turnout.run.grouped import grouped
+from turnout.run.kernels import kernels
 from turnout.run.reference import activate, reference
 from turnout.run.sort import sort
 
-__all__ = ["EXECUTORS", "Choice", "activate", "calibrate", "choose", "execute", "grouped", "reference", "sort"]
+__all__ = [
+    "EXECUTORS",
+    "Choice",
+    "activate",
+    "calibrate",
+    "choose",
+    "execute",
+    "grouped",
+    "kernels",
+    "reference",
+    "sort",
+]

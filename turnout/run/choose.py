@@ -12,6 +12,7 @@ from torch import Tensor
 
 from turnout.errors import nearest
 from turnout.run.grouped import grouped
+from turnout.run.kernels import kernels
 from turnout.run.reference import Executor, reference
 from turnout.run.sort import sort
 from turnout.types import ExpertWeights, Routing
@@ -23,6 +24,8 @@ EXECUTORS: dict[str, Executor] = {
     "sort": sort,
     "grouped": grouped,
 }
+# By name alone, and not on a CPU. TODO: let "auto" take it on CUDA once benchmarks.gpu_layer has been run on a GPU.
+_ON_CUDA: dict[str, Executor] = {"kernels": kernels}
 
 # Seconds per unit of each feature, by device, dtype, pass and executor; turnout.run.calibrate fits them, these on one
 # thread of an AMD EPYC 9005 (AVX-512, no AMX) with torch 2.13.
@@ -132,7 +135,8 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
         x_TD: (T, D), the tokens.
         routing: which experts each takes, and with what weight.
         weights: the experts.
-        backend: the name of an executor in ``EXECUTORS``, or "auto" for the one that ``choose`` picks.
+        backend: the name of an executor in ``EXECUTORS``, "auto" for the one that ``choose`` picks, or on a CUDA
+            device "kernels".
 
     Returns:
         (T, D) in x's dtype; tokens without entries are zero.
@@ -150,6 +154,7 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
     Source: none; a lookup by name.
     """
     name = _pick(*_predict(x_TD, routing, weights)) if backend == "auto" else backend
-    if name not in EXECUTORS:
-        raise nearest(name, [*EXECUTORS, "auto"], kind="backend", where="turnout.run.execute")
-    return EXECUTORS[name](x_TD, routing, weights)
+    executors = EXECUTORS | _ON_CUDA
+    if name not in executors:
+        raise nearest(name, [*executors, "auto"], kind="backend", where="turnout.run.execute")
+    return executors[name](x_TD, routing, weights)
