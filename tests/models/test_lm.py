@@ -127,6 +127,13 @@ def test_the_cost_is_what_is_counted(name: str) -> None:
     assert cost.params_active == cost.params - inactive
 
 
+@torch.no_grad()
+def test_the_cost_is_what_is_counted_where_faster_products_run() -> None:
+    lm = LM(LMConfig(vocab_size=512, width=128, layers=1, heads=4, moe=MoEConfig(4, 2, 96), max_seq=256)).eval()
+    counted = count_flops(lambda: lm(torch.zeros(1, 256, dtype=torch.long), backend="reference")).flops
+    assert lm.cost().flops == counted / 256
+
+
 @every_variant
 def test_every_parameter_learns(name: str) -> None:
     lm = make(name).train()

@@ -128,6 +128,14 @@ def _grouped(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1] * (a_shape[0] if len(b_shape) == 3 else 1)
 
 
+def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    # (M, I) by (O, I); rows in more than two dimensions are rows all the same.
+    rows = 1
+    for length in x_shape[:-1]:
+        rows *= length
+    return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
 def _dot(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     size = 2
     for length in a_shape:
@@ -142,3 +150,5 @@ _EXTRA = {
     _aten.mv: _dot,
     _aten.dot: _dot,
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _EXTRA[torch.ops.mkldnn._linear_pointwise] = _linear

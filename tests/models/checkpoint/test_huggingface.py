@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -472,3 +474,39 @@ def test_layers_for_later_tokens_are_left_out_loudly(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="multi-token"):
         read = checkpoint.from_hf(tmp_path / "a")
     assert torch.equal(read.embedding, lm.embedding)
+
+
+_PEAK = """
+import resource, sys
+from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+moe = MoEConfig(num_experts=8, top_k=2, hidden=1024)
+config = LMConfig(vocab_size=64, width=512, layers=6, heads=4, moe=moe)
+if sys.argv[1] == "write":
+    lm = LM(config)
+    act = lambda: checkpoint.to_hf(lm, sys.argv[2], shard_bytes=8_000_000)
+    size = 0
+else:
+    LM(LMConfig(vocab_size=64, width=64, layers=1, heads=4, moe=MoEConfig(8, 2, 8)))
+    act = lambda: checkpoint.from_hf(sys.argv[2])
+    size = 6 * 8 * 3 * 1024 * 512 * 4 / 2**20
+before = peak_mb()
+act()
+print(peak_mb() - before - size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["write", "read"])
+def test_memory_peaks_at_one_shard_above_the_model(act: str, tmp_path: Path) -> None:
+    """A model of 300 MB in shards of 8 MB: anything that held it twice would show."""
+    if act == "read":
+        run_alone("write", tmp_path / "a")
+    assert run_alone(act, tmp_path / "a") < 40
+
+
+def run_alone(act: str, folder: Path) -> float:
+    done = subprocess.run([sys.executable, "-c", _PEAK, act, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
