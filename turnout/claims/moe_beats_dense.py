@@ -22,9 +22,7 @@ def moe_beats_dense(*, note: Note = None) -> Claim:
     Efficient Sparsity", figure 1 and table 1. We compare at 2 layers of width 64 and 0.6 million tokens.
     """
     began = time.perf_counter()
-    moe = MoEConfig(
-        num_experts=_EXPERTS, top_k=_TOP_K, hidden=_HIDDEN, router="TopK"
-    )
+    moe = MoEConfig(num_experts=_EXPERTS, top_k=_TOP_K, hidden=_HIDDEN, router="TopK")
     sparse_model = small(moe, hidden=_TOP_K * _HIDDEN)
     dense_model = small(None, hidden=_TOP_K * _HIDDEN + -(-_EXPERTS // 3))
     sparse, dense = [], []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from turnout.measure import hardware
+from turnout.run import calibrate as measure_backends
 from turnout.run import choose
 from turnout.types import ExpertWeights, Routing
 
@@ -45,9 +46,7 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
             found = f"missing: pip install 'turnout[{extra}]'" if extra else "MISSING: pip install turnout"
         yield f"  {name:<12} {found:<40} {purpose}"
     if calibrate:
-        from turnout.run.choose import calibrate as measure_backends
-
-        yield f"calibrated    {measure_backends()}"
+        yield f"calibrated    the constants are in {measure_backends()}"
     yield "backends"
     devices = ["cpu"] + [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     for device in devices:
