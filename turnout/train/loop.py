@@ -24,6 +24,7 @@ from turnout.fields import plain
 from turnout.measure import bits_per_byte, max_vio
 from turnout.storage import write_whole
 from turnout.train import state as checkpoints
+from turnout.train.allocator import keep_freed_memory
 from turnout.train.config import TrainConfig, TrainResult
 from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
@@ -109,6 +110,8 @@ class _Run:
     def whole(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> TrainResult:
         """From the lock on the folder to the result; the caller's random numbers and training mode stay as they are."""
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        if not devices:
+            keep_freed_memory()
         with locked(self.out), torch.random.fork_rng(devices=devices):
             if wanted is None:
                 refuse_other_run(self.out)
