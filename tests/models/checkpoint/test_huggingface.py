@@ -331,6 +331,28 @@ def test_a_changed_model_keeps_what_still_holds(tmp_path: Path) -> None:
         ).exists()
 
 
+def test_our_tokenizer_goes_along(tmp_path: Path) -> None:
+    from turnout.train.data import train_tokenizer
+
+    text = "the cat sat on the mat; the dog did not, and the cat <|endoftext|> told the dog so"
+    tokenizer = train_tokenizer([text] * 2, vocab_size=270)
+    lm = LM(dataclasses.replace(OURS, vocab_size=270))
+    checkpoint.save(tmp_path / "own", lm)
+    tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+    checkpoint.to_hf(checkpoint.load(tmp_path / "own"), tmp_path / "hf")
+    read = transformers().AutoTokenizer.from_pretrained(tmp_path / "hf")
+    plain = "the dog sat;  on\nthe mat"
+    assert read(plain)["input_ids"] == tokenizer.encode(plain).ids and read.decode(read(plain)["input_ids"]) == plain
+    assert (read.eos_token, read.eos_token_id, read.model_max_length) == ("<|endoftext|>", 0, 64)
+    model = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.eos_token_id == 0 and model.config.bos_token_id is None
+    out = model.generate(**read("the", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert (
+        out[0].tolist()
+        == lm.eval().generate(torch.tensor([read("the")["input_ids"]]), tokens=3, temperature=0)[0].tolist()
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "reasons"),
     [

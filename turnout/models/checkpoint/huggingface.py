@@ -25,6 +25,7 @@ from turnout.storage import read_error, write_whole
 __all__ = ["from_hf", "to_hf"]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_END = "<|endoftext|>"
 _CORRECTION = ".e_score_correction_bias"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What would have to be built for well-known architectures that are not among ours.
@@ -138,6 +139,7 @@ def to_hf(
         _write_weights(lm, family, aside, like if like and family_of(old) is family else None, shard_bytes)
         if like is not None:
             carry(like, aside)
+        old = old or _describe_tokenizer(aside, lm.config.max_seq)
         _write_config(lm, family, aside, like, old)
         if path.exists():
             path.rmdir()
@@ -294,6 +296,18 @@ def _plan(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, str]:
         return dict.fromkeys(groups[0], _SINGLE)
     files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return {name: file for file, names in zip(files, groups, strict=True) for name in names}
+
+
+def _describe_tokenizer(path: Path, max_seq: int) -> dict[str, Any]:
+    """Says what a tokenizer of ours is, for AutoTokenizer; the id that ends a text, for config.json."""
+    if not (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").exists():
+        return {}
+    added = read_json(path / "tokenizer.json", "to_hf").get("added_tokens") or []
+    ends = {token["content"]: token["id"] for token in added if token["content"] == _END and token.get("special")}
+    keys = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq}
+    keys |= {"clean_up_tokenization_spaces": False, **({"eos_token": _END} if ends else {})}
+    write_whole(path / "tokenizer_config.json", json.dumps(keys, indent=2) + "\n")
+    return {"eos_token_id": ends[_END]} if ends else {}
 
 
 def _write_config(lm: LM, family: Family, path: Path, like: Path | None, old: Mapping[str, Any]) -> None:
