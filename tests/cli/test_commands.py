@@ -78,6 +78,14 @@ def test_a_run_repeats_from_its_run_json(run, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_fields_may_stand_behind_the_options(tmp_path, text):
+    out = tmp_path / "late"
+    assert main(["train", "tiny", *SMALL, "--data", f"numbers={text}", "--out", str(out), "--quiet", "seed=9"]) == 0
+    assert json.loads((out / "run.json").read_text())["train"]["seed"] == 9
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--otu", "x"])
+
+
 def test_resume_goes_on_from_the_last_checkpoint(run, tmp_path, text):
     out = tmp_path / "r"
     assert main(["train", "tiny", *SMALL, "steps=2", "--data", f"numbers={text}", "--out", str(out), "--quiet"]) == 0

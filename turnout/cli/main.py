@@ -70,7 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Source: none; argparse.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one go; field=value may also stand behind the options.
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if late != rest or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides += late
     try:
         return arguments.run(arguments)
     except Interrupted as stop:

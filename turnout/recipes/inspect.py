@@ -11,7 +11,8 @@ from turnout.measure import Evaluation, Passage, ReportData, bits_per_byte, hard
 from turnout.models import LM, checkpoint
 from turnout.recipes.run import Run
 from turnout.storage import write_whole
-from turnout.train.data import TokenSet, prepare, windows
+from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
+from turnout.train.data.tokenizer import separator_id
 from turnout.types import Report, TraceWriter
 
 _EVAL_BATCH = 16
@@ -167,8 +168,6 @@ def sample_run(
 
     Source: none; ``LM.generate``.
     """
-    from tokenizers import Tokenizer
-
     if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise UsageError(
             word(
@@ -180,8 +179,9 @@ def sample_run(
             )
         )
     _, model = load_run(folder)
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "model" / "tokenizer.json"))
-    ids = tokenizer.encode(prompt).ids or [0]
+    tokenizer = load_tokenizer(Path(folder) / "model" / "tokenizer.json")
+    # Every document that the model has seen begins with the separator.
+    ids = [separator_id(tokenizer), *tokenizer.encode(prompt).ids]
     generator = torch.Generator().manual_seed(seed)
     made = model.eval().generate(
         torch.tensor([ids]), tokens=tokens, temperature=temperature, top_k=top_k, generator=generator

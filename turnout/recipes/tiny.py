@@ -41,7 +41,7 @@ def tiny() -> Run:
     """
     return Run(
         recipe="tiny",
-        data=DataConfig(limit_mb=3.0),
+        data=DataConfig(held_out=0.1, limit_mb=3.0),
         model=LMConfig(
             vocab_size=_VOCAB,
             width=_WIDTH,
@@ -68,7 +68,7 @@ def tiny_dense() -> Run:
     """
     return Run(
         recipe="tiny_dense",
-        data=DataConfig(limit_mb=3.0),
+        data=DataConfig(held_out=0.1, limit_mb=3.0),
         model=LMConfig(
             vocab_size=_VOCAB,
             width=_WIDTH,
