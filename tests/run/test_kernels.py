@@ -78,9 +78,8 @@ def test_machine_code_for_hopper(layout, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        "--dtype float32 --bias --width 64 --hidden 32 --block-m 16",
+        "--dtype float32 --activation reglu --bias --width 7 --hidden 3 --block-m 16",
         "--dtype float16 --activation gelu --bias --width 100 --hidden 36 --block-m 16",
-        "--activation reglu --width 7 --hidden 3 --block-m 16",
     ],
 )
 def test_compiles(options, tmp_path):
