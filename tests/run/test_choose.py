@@ -8,6 +8,7 @@ import torch
 from turnout.errors import UnknownNameError
 from turnout.run import EXECUTORS, calibrate, choose, execute
 from turnout.run.calibrate import _fit
+from turnout.run.choose import _constants
 from turnout.types import ExpertWeights, Routing
 
 
@@ -20,13 +21,14 @@ def cache(tmp_path, monkeypatch):
 
 def case(dtype=torch.float32, device="cpu"):
     weights = ExpertWeights(
-        torch.ones(2, 3, 4, dtype=dtype, device=device), torch.ones(2, 2, 3, dtype=dtype, device=device)
+        torch.ones(2, 8, 32, dtype=dtype, device=device), torch.ones(2, 16, 8, dtype=dtype, device=device)
     )
     routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
-    return torch.ones(1, 3, dtype=dtype, device=device), routing, weights
+    return torch.ones(1, 8, dtype=dtype, device=device), routing, weights
 
 
 def write(path, **seconds):
+    _constants.cache_clear()
     path.write_text(json.dumps({"torch": torch.__version__, "seconds": {"cpu float32 forward": seconds}}))
 
 
@@ -44,14 +46,22 @@ def test_takes_the_cheapest_by_this_machines_constants(cache):
     assert any("T=1, R=1, E=2" in reason for reason in choice.reasons)
 
 
-def test_other_versions_constants_are_not_used(cache):
-    cache.write_text(json.dumps({"torch": "0.1", "seconds": {"cpu float32 forward": {"grouped": [0, 0, 0, 0]}}}))
+def test_sort_wins_when_it_is_close_and_where_grouped_would_pad(cache):
+    write(cache, sort=[1.2, 0, 0, 0], grouped=[1.0, 0, 0, 0])
     assert choose(*case()).name == "sort"
+    write(cache, sort=[9.0, 0, 0, 0], grouped=[1.0, 0, 0, 0])
+    odd = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3))
+    assert choose(torch.ones(1, 3), case()[1], odd).name == "sort"
+
+
+def test_other_versions_constants_are_not_used(cache):
+    cache.write_text(json.dumps({"torch": "0.1", "seconds": {"cpu float32 forward": {"reference": [0, 0, 0, 0]}}}))
+    assert choose(*case()).name in ("sort", "grouped")
 
 
 def test_damaged_constants_are_not_used(cache):
     cache.write_text("{")
-    assert choose(*case()).name == "sort"
+    assert choose(*case()).name in ("sort", "grouped")
 
 
 def test_double_precision_never_goes_to_a_product_that_lacks_it(cache):

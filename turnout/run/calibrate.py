@@ -1,14 +1,13 @@
 """Measures the executors on this machine, for ``choose``."""
 
 import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turnout.run.choose import EXECUTORS, constants_path, features
+from turnout.run.choose import EXECUTORS, _constants, constants_path, features
 from turnout.storage import write_whole
 from turnout.types import ExpertWeights, Routing
 
@@ -26,7 +25,7 @@ _SHAPES = [
     (1024, 256, 64, 8, 128),
     (2048, 256, 8, 2, 256),
 ]
-_PATIENCE_S = 0.25
+_PATIENCE_S = 0.4
 
 
 def calibrate(
@@ -73,6 +72,7 @@ def calibrate(
     path = constants_path() if path is None else path
     kept = json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": seconds}, indent=1)
     write_whole(path, kept)
+    _constants.cache_clear()
     return path
 
 
@@ -101,7 +101,8 @@ def _measure(
             if device == "cuda":
                 torch.cuda.synchronize()
             taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+    # The least is the time without what else the machine was doing.
+    return {name: min(values[1:]) for name, values in taken.items()}
 
 
 def _fit(rows: list[tuple[float, ...]], values: list[float]) -> list[float]:
