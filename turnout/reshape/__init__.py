@@ -1,6 +1,7 @@
 """Changing models that exist: every function takes a model and gives ``(model, Report)``, which says what changed."""
 
 from turnout.reshape.adopt import adopt, register_backend, release
+from turnout.reshape.drop_experts import drop_experts
 from turnout.reshape.upcycle import upcycle
 
-__all__ = ["adopt", "register_backend", "release", "upcycle"]
+__all__ = ["adopt", "drop_experts", "register_backend", "release", "upcycle"]

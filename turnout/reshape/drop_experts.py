@@ -1,0 +1,196 @@
+"""Expert pruning in one shot: the experts that matter least on given text go, their router rows with them."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turnout.errors import UsageError, nearest, word
+from turnout.layers import MoE
+from turnout.models import LM, MoEConfig
+from turnout.paths import Bank
+from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text, watch
+from turnout.reshape.rebuild import bill, rebuild
+from turnout.types import Report, Routing
+
+__all__ = ["drop_experts", "entry_outputs"]
+
+_WHERE = "turnout.reshape.drop_experts"
+_BY = ("reap", "frequency", "random")
+
+
+def drop_experts(
+    lm: LM,
+    *,
+    keep: int | None = None,
+    share: float | None = None,
+    by: Literal["reap", "frequency", "random"] = "reap",
+    batches: Iterable[Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[LM, Report]:
+    """The model without the experts that score lowest on the text, equally many in every routed layer.
+
+    REAP's score of expert j is the mean over the tokens X_j routed to it of g_j(t) * |f_j(t)|: its gate, renormalised
+    over the token's K experts, times the length of its output. Experts that no token chose score 0; without them the
+    text's outputs stay the same to the bit, or to the last one where BLAS rounds products of fewer rows differently.
+
+    Args:
+        lm: a model with experts; it is left as it is.
+        keep: experts left in each layer, at least K; a multiple of a router's groups.
+        share: instead of ``keep``, the share that goes, in [0, 1); rounded down to whole experts in every group.
+        by: "reap", "frequency" (tokens routed there), or "random".
+        batches: (B, S) token ids to score on; not needed for "random".
+        seed: of "random", and of ids to compare on without text.
+
+    Returns:
+        The smaller model; and kept ids and scores per layer, the share of the text that went to dropped experts,
+        parameters, and the difference on the text.
+
+    Raises:
+        UsageError: fewer experts than K, uneven groups, no text, or a router that has no rows.
+
+    >>> from turnout.models import LMConfig
+    >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, moe=MoEConfig(4, 2, hidden=8)))
+    >>> smaller, report = drop_experts(lm, keep=3, batches=[torch.arange(16)[None]])
+    >>> smaller.config.moe.num_experts, len(report["kept"]["0"])
+    (3, 3)
+
+    Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". Gates are those
+    without a correction bias, which only takes part in the choice; groups of experts are pruned equally.
+    """
+    moe, text = _routed(lm), checked(batches, lm, _WHERE)
+    left = _left(moe, keep, share)
+    if by not in _BY:
+        raise nearest(by, _BY, kind="score", where=_WHERE)
+    if left < moe.num_experts and by != "random":
+        refuse_no_text(text, f"{by!r} scores experts on it", _WHERE)
+    scores, loads = _scores(lm, text, by, seed)
+    kept = {layer: _best(score_E, left, _groups(moe)) for layer, score_E in scores.items()}
+    new = _without(lm, dataclasses.replace(moe, num_experts=left), kept)
+    lost = sum(int(load_E.sum() - load_E[kept[layer]].sum()) for layer, load_E in loads.items())
+    values = {
+        "by": by,
+        "num_experts": [moe.num_experts, left],
+        "kept": {str(layer): index_K.tolist() for layer, index_K in kept.items()},
+        "scores": {str(layer): score_E.tolist() for layer, score_E in scores.items()},
+        "routed_share_dropped": lost / max(1, sum(int(load_E.sum()) for load_E in loads.values())),
+        **bill(lm, new),
+        **difference(lm, new, text or probe(lm, seed)),
+    }
+    return new, Report("drop_experts", values, _notes(moe, left))
+
+
+def entry_outputs(bank: Bank, x_TD: Tensor, routing: Routing) -> Tensor:
+    """(R, D), for each entry of the routing what its expert makes of its token, unweighted."""
+    alone = Routing(
+        token_R=torch.arange(routing.num_entries, device=x_TD.device),
+        weight_R=torch.ones_like(routing.weight_R),
+        offset_E=routing.offset_E,
+        num_tokens=routing.num_entries,
+    )
+    return bank(x_TD[routing.token_R], alone)
+
+
+def _without(lm: LM, moe: MoEConfig, kept: Mapping[int, Tensor]) -> LM:
+    """The model with the kept experts' tensors only: those of the bank, and whatever the router holds for each."""
+    changed = dict[str, Tensor]()
+    for layer, kept_K in kept.items():
+        ff, name = blocks(lm)[layer].ff, f"blocks.{layer}.ff"
+        assert isinstance(ff, MoE)
+        index_K = kept_K.to(ff.bank.up.device)
+        changed |= {f"{name}.bank.up": ff.bank.up_EDH[index_K], f"{name}.bank.down": ff.bank.down_EFD[index_K]}
+        changed |= {f"{name}.router.{part}": tensor[index_K] for part, tensor in ff.router.state_dict().items()}
+    return rebuild(lm, dataclasses.replace(lm.config, moe=moe), changed)
+
+
+def _scores(lm: LM, text: tuple[Tensor, ...], by: str, seed: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By layer: the score of each expert, and how many tokens it got."""
+    layers = [layer for layer, block in enumerate(blocks(lm)) if isinstance(block.ff, MoE)]
+    count = _routed(lm).num_experts
+    sums = {layer: torch.zeros(count, dtype=torch.float64) for layer in layers}
+    loads = {layer: torch.zeros(count, dtype=torch.int64) for layer in layers}
+
+    def look(layer: int, x_TD: Tensor, routing: Routing | None) -> None:
+        ff = blocks(lm)[layer].ff
+        if routing is None or not isinstance(ff, MoE):
+            return
+        loads[layer] += routing.load_E.cpu()
+        if by == "reap":
+            weight_R = routing.weight_R.double()
+            total_T = weight_R.new_zeros(routing.num_tokens).index_add_(0, routing.token_R, weight_R)
+            gate_R = weight_R / total_T[routing.token_R].clamp_min(1e-300)
+            value_R = gate_R * entry_outputs(ff.bank, x_TD, routing).double().norm(dim=1)
+            sums[layer].index_add_(0, routing.expert_R.cpu(), value_R.cpu())
+
+    watch(lm, text, look)
+    if by == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {layer: torch.rand(count, dtype=torch.float64, generator=generator) for layer in layers}, loads
+    if by == "frequency":
+        return {layer: load_E.double() for layer, load_E in loads.items()}, loads
+    return {layer: sums[layer] / loads[layer].clamp_min(1) for layer in layers}, loads
+
+
+def _best(score_E: Tensor, left: int, groups: int) -> Tensor:
+    """The ids with the highest scores, equally many of each group, ascending; of equal ones the lower id stays."""
+    score_GM = score_E.unflatten(0, (groups, -1))
+    order_GM = score_GM.sort(dim=1, descending=True, stable=True)[1][:, : left // groups]
+    return (order_GM + torch.arange(groups)[:, None] * score_GM.shape[1]).flatten().sort()[0]
+
+
+def _routed(lm: LM) -> MoEConfig:
+    if lm.config.moe is None:
+        fix = "upcycle or split it first"
+        raise UsageError(word("the model", got="a dense one", allowed="have experts", where=_WHERE, fix=fix))
+    if lm.config.moe.router == "Hash":
+        allowed, fix = "choose experts by rows that can be left out", "train with another router"
+        raise UsageError(word("the router", got="Hash", allowed=allowed, where=_WHERE, fix=fix))
+    return lm.config.moe
+
+
+def _groups(moe: MoEConfig) -> int:
+    groups = moe.router_options.get("num_groups", 1)
+    return groups if isinstance(groups, int) else 1
+
+
+def _least(moe: MoEConfig) -> int:
+    """The fewest experts that the router still works with."""
+    groups, open_groups = _groups(moe), moe.router_options.get("top_groups", 1)
+    least = max(moe.top_k, 2 if moe.router == "GShard" else 1)
+    if groups == 1 or not isinstance(open_groups, int):
+        return least
+    return -(-least // open_groups) * groups
+
+
+def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
+    """How many experts stay in each layer."""
+    groups, least = _groups(moe), _least(moe)
+    if (keep is None) == (share is None) or (share is not None and not 0 <= share < 1):
+        got = f"keep={keep}, share={share}"
+        allowed, fix = "be one of the two, share in [0, 1)", "pass keep=... or share=0.25"
+        raise UsageError(word("keep and share", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if keep is None:
+        dropped = math.floor((share or 0.0) * moe.num_experts + 1e-9)
+        keep = moe.num_experts - dropped // groups * groups
+    if least <= keep <= moe.num_experts and keep % groups == 0:
+        return keep
+    near = min(max(-(-keep // groups) * groups, least), moe.num_experts)
+    allowed = f"leave from {least} experts (top_k={moe.top_k}) to num_experts={moe.num_experts}"
+    if groups > 1:
+        allowed += f", a multiple of num_groups={groups}"
+    fix = f"pass keep={near}" + ("" if near > least else ", or lower top_k first")
+    raise UsageError(word("keep", got=keep, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _notes(moe: MoEConfig, left: int) -> tuple[str, ...]:
+    softmax = moe.router in ("TopK", "Switch") or moe.router_options.get("scores") == "softmax"
+    given = moe.router_options.get("renormalize")
+    renormalized = given if given is not None else moe.router == "TopK" and moe.top_k > 1
+    if left == moe.num_experts:
+        return ("nothing was dropped",)
+    if softmax and not renormalized:
+        return ("weights are probabilities over all experts: those of the kept ones grow by what the others had",)
+    return ()
