@@ -137,6 +137,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_width, self.qk_norm, self.window = config.head_width, config.qk_norm, config.window_of(layer)
         q, kv = self.heads * self.head_width, self.key_heads * self.head_width
+        self.rotated = config.rotated_width
         self.sizes, self.scale = (q, kv, kv), attention_scale(config)
         start = {"std": config.init_std, "generator": generator}
         self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
@@ -149,12 +150,18 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
         """(B, S, D)."""
         q_BSHP, k_BSHP, v_BSHP = self._heads(self.qkv(x_BSD))
-        q_BSHP, k_BSHP = turn(q_BSHP, *angles), turn(k_BSHP, *angles)
+        q_BSHP, k_BSHP = self._turned(q_BSHP, angles), self._turned(k_BSHP, angles)
         q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
         if cache is not None:
             k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
         y_BSD = attend(q_BHSP, k_BHSP, v_BHSP, scale=self.scale, window=self.window)
         return self.out(y_BSD)
+
+    def _turned(self, x_BSHP: Tensor, angles: Angles) -> Tensor:
+        if self.rotated == self.head_width:
+            return turn(x_BSHP, *angles)
+        turned_BSHP, fixed_BSHP = x_BSHP.tensor_split((self.rotated,), dim=-1)
+        return torch.cat((turn(turned_BSHP, *angles), fixed_BSHP), dim=-1)
 
     def _heads(self, qkv_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv_BSD.split(self.sizes, dim=-1)

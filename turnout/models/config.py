@@ -113,6 +113,7 @@ class LMConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched, in the words of transformers' ``rope_parameters``
             (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; None leaves them.
+        rope_share: how much of each head is rotated, from its start; above 0, at most 1. Not used by "mla".
         norm_eps: of every RMSNorm.
         tie_embeddings: whether the output layer is the embedding.
         qk_norm: RMSNorm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
@@ -151,6 +152,7 @@ class LMConfig:
     max_seq: int = 1024
     rope_theta: float = 1e4
     rope_scaling: Mapping[str, object] | None = None
+    rope_share: float = 1.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -207,7 +209,7 @@ class LMConfig:
     @property
     def rotated_width(self) -> int:
         """How many of a head's positions RoPE turns."""
-        return self.head_width if self.mla is None else self.mla.rope_dim
+        return int(self.head_width * self.rope_share) if self.mla is None else self.mla.rope_dim
 
     def is_routed(self, layer: int) -> bool:
         """Whether this layer, counted from 0, has experts."""
@@ -268,6 +270,11 @@ def _check_heads(config: LMConfig) -> None:
     if config.head_width % 2:
         _refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
                 f"head_dim={config.head_width + 1}")  # fmt: skip
+    if not 0 < config.rope_share <= 1 or config.rotated_width < 2 or config.rotated_width % 2:
+        got, allowed = config.rope_share, f"be an even part of the {config.head_width} positions of a head"
+        _refuse(
+            "rope_share", got, allowed, "LMConfig", f"rope_share={2 / config.head_width:g} or a multiple of it, to 1"
+        )
 
 
 def _check_rope(scaling: Mapping[str, object] | None) -> None:

@@ -54,7 +54,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope_BSHP: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
-        return _turned(slope_BSHP, *ctx.saved_tensors, -1), None, None
+        cos_SP, sin_SP = ctx.saved_tensors
+        return _turned(slope_BSHP, cos_SP, sin_SP, -1), None, None
 
 
 def _turned(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor, way: int) -> Tensor:

@@ -39,6 +39,13 @@ DEEPSEEK = {
     "v_head_dim": 12,
     "qk_nope_head_dim": 8,
 }
+GLM = {
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -101,6 +108,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v2": ("deepseek_v2", DEEPSEEK | {"topk_method": "greedy"}),
+    "glm4_moe": ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe whole": ("glm4_moe", GLM | {"partial_rotary_factor": 1.0, "n_shared_experts": 2}),
     "granitemoe": (
         "granitemoe",
         {
@@ -150,6 +159,16 @@ EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
             "kv_heads": None,
             "mla": MLA,
             "moe": dataclasses.replace(MOE, router="LossFree", shared_hidden=24, layers=(1, 2)),
+        },
+    ),
+    "loss-free": ("Glm4MoeForCausalLM", {"moe": dataclasses.replace(MOE, router="LossFree", shared_hidden=12)}),
+    "partly turned": (
+        "Glm4MoeForCausalLM",
+        {
+            "rope_share": 0.5,
+            "head_dim": 12,
+            "qk_norm": "head",
+            "moe": MoEConfig(6, 2, 12, router="GroupLimited", shared_hidden=24, layers=(2,)),
         },
     ),
     "latent, groups": (
@@ -361,7 +380,7 @@ def test_our_tokenizer_goes_along(tmp_path: Path) -> None:
         ({"moe": dataclasses.replace(MOE, router="Hash")}, ["moe.router is 'Hash'", "'TopK'"]),
         ({"moe": dataclasses.replace(MOE, router_options={"capacity_factor": 1.0})}, ["capacity_factor is 1.0"]),
         ({"moe": dataclasses.replace(MOE, layers=(1,))}, ["Qwen3MoeForCausalLM", "set qk_norm='head'"]),
-        ({"moe": dataclasses.replace(MOE, router="LossFree")}, ["moe.router is 'GroupLimited'", "'TopK'"]),
+        ({"moe": dataclasses.replace(MOE, router="LossFree")}, ["Glm4MoeForCausalLM", "moe.shared_hidden is None"]),
         (
             {"moe": dataclasses.replace(MOE, shared_hidden=10, shared_gate=True), "qk_norm": "head"},
             ["Qwen2MoeForCausalLM", "qk_norm is 'head'", "set qk_norm='none'"],
@@ -441,7 +460,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
         ({"num_attention_heads": "four"}, r"config\.json"),
         ({"num_experts_per_tok": 1}, "renormalised"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "what MixtralForCausalLM is not: rope_share"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(folder: Path, keys: dict, match: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, StorageError, TurnoutError, UsageError, nearest, word
 from turnout.models.checkpoint.own import carry, check_names, empty, fill, opened, read_json
 from turnout.models.families import FAMILIES
-from turnout.models.families.express import architecture_of, family_of
+from turnout.models.families.express import architecture_of, family_of, obstacles
 from turnout.models.families.family import Family, Keys, Names
 from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import slots
@@ -33,7 +33,6 @@ _NEEDS = {
     "gpt_oss": "attention sinks, clamped and interleaved expert activations, and biases of experts and router",
     "gemma2": "logit soft-capping and norms after attention and feed-forward",
     "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
-    "glm4_moe": "rotation of half of each head",
     "phi3": "one tensor for queries, keys and values, and long RoPE",
     "jamba": "state-space layers",
     "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
@@ -71,6 +70,9 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
         config = family.read(Keys(keys, family.defaults))
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
+    if doubts := obstacles(config, family):
+        raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
     where, dtypes = _survey(path)
     if keys.get("num_nextn_predict_layers") and any(_layer(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=2)
@@ -129,6 +131,18 @@ def to_hf(
     path, like = Path(path), lm.origin if like is None else Path(like)
     old = _old_keys(like)
     family = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
+    with _whole_folder(path) as aside:
+        _write_weights(lm, family, aside, like if like and family_of(old) is family else None, shard_bytes)
+        if like is not None:
+            carry(like, aside)
+        old = old or _describe_tokenizer(aside, lm.config.max_seq)
+        _write_config(lm, family, aside, like, old)
+    return family.architecture
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the name ``path`` at the end if all went well, and is removed if not."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         fix = "choose a new folder"
         raise StorageError(word("the folder", got=str(path), allowed="be new or empty", where="to_hf", fix=fix))
@@ -136,21 +150,16 @@ def to_hf(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_weights(lm, family, aside, like if like and family_of(old) is family else None, shard_bytes)
-        if like is not None:
-            carry(like, aside)
-        old = old or _describe_tokenizer(aside, lm.config.max_seq)
-        _write_config(lm, family, aside, like, old)
+        yield aside
         if path.exists():
             path.rmdir()
         aside.rename(path)
+    except StorageError:
+        raise
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
         raise read_error(error, path, "to_hf") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return family.architecture
 
 
 # ---- reading
@@ -265,10 +274,14 @@ def _write_weights(lm: LM, family: Family, path: Path, like: Path | None, shard_
         del pieces
     if set(plan.values()) != {_SINGLE}:
         total = {
-            "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "total_parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith(_CORRECTION)),
             "total_size": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         }
         index = {"metadata": total, "weight_map": plan}
+        if like is not None and (like / _INDEX).is_file():
+            old = read_json(like / _INDEX, "to_hf")
+            same = old["weight_map"] == plan and (old.get("metadata") or total).get("total_size") == total["total_size"]
+            index = old if same else index
         write_whole(path / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from turnout.models.families import (
     deepseek,
+    glm4_moe,
     granitemoe,
     llama,
     mistral,
@@ -16,6 +17,7 @@ from turnout.models.families import (
 __all__ = [
     "FAMILIES",
     "deepseek",
+    "glm4_moe",
     "granitemoe",
     "llama",
     "mistral",
@@ -39,5 +41,6 @@ FAMILIES = (
     qwen2_moe.FAMILY,
     deepseek.V3,
     deepseek.V2,
+    glm4_moe.FAMILY,
     granitemoe.FAMILY,
 )

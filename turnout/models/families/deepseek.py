@@ -57,30 +57,42 @@ def _write_body(config: LMConfig) -> dict[str, object]:
     }
 
 
-def _read_v3(keys: Keys) -> LMConfig:
+def read_groups(keys: Keys) -> dict[str, Any]:
+    """The router of DeepSeek-V3, which others took over."""
     options = {
         "num_groups": keys.get("n_group") or 1,
         "top_groups": keys.get("topk_group") or 1,
         "renormalize": bool(keys.get("norm_topk_prob", True)),
         "scale": float(keys["routed_scaling_factor"]),
     }
-    router = {"router": "GroupLimited", "router_options": options}
-    return _read_body(keys, router, interleaved=bool(keys.get("rope_interleave", True)))
+    return {"router": "GroupLimited", "router_options": options}
 
 
-def _write_v3(config: LMConfig) -> dict[str, object]:
+def write_groups(config: LMConfig) -> dict[str, object]:
+    """The keys of ``read_groups``."""
     options = router_meaning(moe_of(config))[1]
-    return _write_body(config) | {
+    return {
         "n_group": options.get("num_groups", 1),
         "topk_group": options.get("top_groups", 1),
         "norm_topk_prob": options.get("renormalize", True),
         "routed_scaling_factor": options.get("scale", 1.0),
-        "rope_interleave": config.mla is None or config.mla.interleaved,
-        "num_nextn_predict_layers": 0,
     }
 
 
-def _limits_v3(config: LMConfig) -> list[str]:
+def _read_v3(keys: Keys) -> LMConfig:
+    return _read_body(keys, read_groups(keys), interleaved=bool(keys.get("rope_interleave", True)))
+
+
+def _write_v3(config: LMConfig) -> dict[str, object]:
+    own: dict[str, object] = {
+        "rope_interleave": config.mla is None or config.mla.interleaved,
+        "num_nextn_predict_layers": 0,
+    }
+    return _write_body(config) | write_groups(config) | own
+
+
+def group_limits(config: LMConfig) -> list[str]:
+    """Why transformers' group scores would fail."""
     moe = moe_of(config)
     groups = router_meaning(moe)[1].get("num_groups", 1)
     if moe.num_experts // groups < 2:
@@ -132,7 +144,7 @@ V3 = Family(
     read=_read_v3,
     write=_write_v3,
     layouts=(_NAMES, _NAMES.in_memory),
-    limits=_limits_v3,
+    limits=group_limits,
 )
 V2 = Family(
     "deepseek_v2",

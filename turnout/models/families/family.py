@@ -89,8 +89,7 @@ def refusal(what: str, got: str, allowed: str, fix: str) -> CheckpointError:
 
 def read_backbone(keys: Keys) -> dict[str, Any]:
     """The fields of LMConfig that nearly all architectures have."""
-    keys.fixed(partial_rotary_factor=1.0)
-    theta, scaling = read_rope(keys)
+    theta, scaling, share = read_rope(keys)
     heads = keys["num_attention_heads"]
     return {
         "vocab_size": keys["vocab_size"],
@@ -103,6 +102,7 @@ def read_backbone(keys: Keys) -> dict[str, Any]:
         "max_seq": keys["max_position_embeddings"],
         "rope_theta": theta,
         "rope_scaling": scaling,
+        "rope_share": share,
         "norm_eps": keys["rms_norm_eps"],
         "tie_embeddings": bool(keys.get("tie_word_embeddings", False)),
         "activation": read_activation(keys),
@@ -136,16 +136,15 @@ def write_backbone(config: LMConfig) -> dict[str, object]:
     return keys
 
 
-def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None]:
-    """Theta, and how the frequencies are stretched."""
+def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None, float]:
+    """Theta, how the frequencies are stretched, and how much of a head turns."""
     given = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
     theta = given.pop("rope_theta", None) or keys.get("rope_theta") or 1e4
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise refusal("partial_rotary_factor", "less than 1", "be 1", "nothing here turns a part of a head only")
+    share = float(given.pop("partial_rotary_factor", None) or keys.get("partial_rotary_factor") or 1.0)
     if kind == "default":
-        return float(theta), None
+        return float(theta), None, share
     if kind not in ("linear", "llama3", "yarn"):
         allowed = "be 'default', 'linear', 'llama3' or 'yarn'"
         raise refusal("rope_type", repr(kind), allowed, "use a model whose frequencies do not change with the length")
@@ -153,7 +152,7 @@ def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None]:
         before = keys.get("original_max_position_embeddings") or keys["max_position_embeddings"]
         given.setdefault("original_max_position_embeddings", before)
     stretched = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
-    return float(theta), stretched
+    return float(theta), stretched, share
 
 
 def read_activation(keys: Keys) -> Activation:

@@ -26,6 +26,7 @@ def meaning(config: LMConfig) -> dict[str, Any]:
         "attention_scale": attention_scale(config),
     }
     del fields["window_layers"]
+    fields["rope_share"] = config.rotated_width
     if len(routed) == config.layers:
         for name in ("hidden", "activation", "ff_bias"):
             del fields[name]
