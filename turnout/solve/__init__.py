@@ -1,0 +1,7 @@
+"""Pure functions from arrays to a ``Solution``: the mathematics under the decisions of every other room."""
+
+from turnout.solve.assignment import assignment
+from turnout.solve.solution import Solution
+from turnout.solve.transport import transport
+
+__all__ = ["Solution", "assignment", "transport"]
