@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
+    # Before torch loads: threads that wait for each other sleep instead of spinning, which on a machine that does
+    # anything else besides is up to ten times as fast (docs/log.md). A setting of the user's own stands.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # argparse takes positional arguments in one go; field=value may also stand behind the options.
     late = [text for text in rest if "=" in text and not text.startswith("-")]
     if late != rest or (late and not hasattr(arguments, "overrides")):

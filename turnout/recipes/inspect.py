@@ -1,6 +1,8 @@
 """Look at finished or running runs: measure them, sample from them, and write the page."""
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -128,8 +130,6 @@ def evaluate_run(
     folder = Path(folder)
     run, model = load_run(folder)
     if domains:
-        import tempfile
-
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
             tokens = prepare(domains, place, tokenizer=folder / "model" / "tokenizer.json", held_out=1.0, quiet=True)
             found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
@@ -146,11 +146,10 @@ def evaluate_run(
 
 
 def _tokens_folder(folder: Path) -> Path:
-    """Where the run's tokens are: run.json remembers, since runs may share them."""
-    import json
-
+    """Where the run's tokens are: in it, or where run.json remembers, since runs may share them."""
     beside = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Path(beside.get("tokens_folder") or folder / "tokens")
+    inside = folder / "tokens"
+    return inside if inside.exists() else Path(beside.get("tokens_folder", inside))
 
 
 def sample_run(
