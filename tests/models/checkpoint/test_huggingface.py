@@ -14,6 +14,7 @@ import torch
 
 from turnout.errors import CheckpointError, StorageError, UnknownNameError, UsageError
 from turnout.models import LM, Cache, LMConfig, MLAConfig, MoEConfig, checkpoint
+from turnout.models.families import FAMILIES
 
 SIZES = {
     "vocab_size": 67,
@@ -23,6 +24,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    # So large that an eps in the wrong place shows.
+    "rms_norm_eps": 0.03,
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -57,7 +60,7 @@ LLAMA3 = {
 }
 # name -> model type in transformers, keys.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"rms_norm_eps": 1e-5}),
+    "llama": ("llama", {}),
     "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "llama tied, llama3 rope": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
@@ -124,7 +127,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 every_case = pytest.mark.parametrize("name", CASES)
 MOE = MoEConfig(6, 2, 12)
 MLA = MLAConfig(kv_rank=14, rope_dim=6, nope_dim=8, v_dim=12, q_rank=10)
-OURS = LMConfig(vocab_size=67, width=32, layers=3, heads=4, kv_heads=2, hidden=40, max_seq=64, init_std=0.1)
+OURS = LMConfig(
+    vocab_size=67, width=32, layers=3, heads=4, kv_heads=2, hidden=40, max_seq=64, init_std=0.1, norm_eps=0.03
+)
 # What ours is, and the architecture that it must be given.
 EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("LlamaForCausalLM", {}),
@@ -268,6 +273,11 @@ def test_in_and_out_again(name: str, tmp_path: Path) -> None:
         (tmp_path / "a" / "config.json").read_text()
     )
     assert (tmp_path / "c" / "tokenizer.json").exists()
+
+
+def test_every_architecture_has_its_case() -> None:
+    assert {kind for kind, _ in CASES.values()} == {family.model_type for family in FAMILIES}
+    assert {name for name, _ in EXPRESSIBLE.values()} == {family.architecture for family in FAMILIES}
 
 
 @every_expressible
