@@ -39,7 +39,7 @@ PLANTED = {
         ),
     ],
     "imports_are_declared": [
-        ({"run/sort.py": "import scipy.optimize"}, "imports scipy, which pyproject.toml does not declare"),
+        ({"run/sort.py": "import pandas.io"}, "imports pandas, which pyproject.toml does not declare"),
         ({"run/sort.py": "import pytest"}, "imports pytest, which"),
         ({"models/lm.py": "try:\n    import transformers\nexcept ImportError:\n    pass"}, "transformers at the top"),
         ({"run/sort.py": "import triton"}, "loads triton"),
