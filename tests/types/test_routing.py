@@ -271,3 +271,16 @@ def test_a_folder_cannot_be_overwritten_by_a_file(tmp_path):
     (tmp_path / "r").mkdir()
     with pytest.raises(StorageError, match="be a file"):
         whole().save(tmp_path / "r")
+
+
+@seeds
+def test_relabelled_it_is_the_product_with_the_labels(seed):
+    routing, dense_TE = drawn(seed)
+    generator = torch.Generator().manual_seed(seed)
+    label_E = torch.randint(3, (routing.num_experts,), generator=generator)
+    found = routing.relabel(label_E, 3).validate()
+    one_hot_EN = torch.nn.functional.one_hot(label_E, 3).to(dense_TE.dtype)
+    torch.testing.assert_close(found.dense(), dense_TE @ one_hot_EN)
+    assert found.num_experts == 3
+    with pytest.raises(ShapeError, match="one label for each"):
+        routing.relabel(label_E[1:], 3)

@@ -24,6 +24,8 @@ class MoE(nn.Module):
         activation: as in ``turnout.paths.Bank``.
         shared_hidden: F of the shared expert, or None for no shared expert.
         shared_gate: whether the shared expert is scaled by a learned sigmoid.
+        distinct: how many different experts the bank holds, where several of the router's share their weights: expert e
+            of the router is expert ``label_E[e]`` of the bank. None for num_experts.
         backend: the name of an executor in ``turnout.run``, or "auto".
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the starting weights' chance comes from; torch's default when None.
@@ -45,6 +47,8 @@ class MoE(nn.Module):
     "DeepSeekMoE"; the sigmoid on them as Qwen Team, 2024, "Qwen1.5-MoE".
     """
 
+    label_E: Tensor | None
+
     def __init__(
         self,
         width: int,
@@ -55,6 +59,7 @@ class MoE(nn.Module):
         activation: Activation = "swiglu",
         shared_hidden: int | None = None,
         shared_gate: bool = False,
+        distinct: int | None = None,
         backend: str = "auto",
         std: float = 0.02,
         generator: torch.Generator | None = None,
@@ -82,7 +87,9 @@ class MoE(nn.Module):
                 )
             )
         self.router, self.backend = router, backend
-        self.bank = Bank(num_experts, width, hidden, activation=activation, std=std, generator=generator)
+        held = num_experts if distinct is None else distinct
+        self.bank = Bank(held, width, hidden, activation=activation, std=std, generator=generator)
+        self.register_buffer("label_E", None if distinct is None else torch.arange(num_experts) % distinct)
         self.shared = self.shared_gate = None
         if shared_hidden is not None:
             self.shared = FeedForward(width, shared_hidden, activation=activation, std=std, generator=generator)
@@ -109,9 +116,9 @@ class MoE(nn.Module):
             ShapeError: token_id does not fit x.
         """
         routing = decide(self.router, x, token_id, generator)
-        y = self.bank(x.reshape(-1, x.shape[-1]), routing, backend=self.backend if backend == "auto" else backend).view(
-            x.shape
-        )
+        held = routing if self.label_E is None else routing.relabel(self.label_E, self.bank.num_experts)
+        y = self.bank(x.reshape(-1, x.shape[-1]), held, backend=self.backend if backend == "auto" else backend)
+        y = y.view(x.shape)
         if self.shared is None:
             return Routed(y, routing)
         always = self.shared(x)

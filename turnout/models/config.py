@@ -32,6 +32,8 @@ class MoEConfig:
         shared_gate: whether the shared expert is scaled by a learned sigmoid.
         layers: which layers are routed, counted from 0; all the others are dense.
         activation: of routed and shared experts.
+        distinct: how many different experts each routed layer holds, in layer order, where several of the router's E
+            share their weights (merged experts); None for E.
 
     >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
     'TopK'
@@ -48,6 +50,7 @@ class MoEConfig:
     shared_gate: bool = False
     layers: Literal["all"] | tuple[int, ...] = "all"
     activation: Activation = "swiglu"
+    distinct: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden"):
@@ -188,6 +191,7 @@ class LMConfig:
         _check_layers("window_layers", self.window_layers, self.layers)
         if self.moe is not None:
             _check_layers("moe.layers", self.moe.layers, self.layers)
+            _check_distinct(self.moe, sum(self.is_routed(layer) for layer in range(self.layers)))
 
     @property
     def head_width(self) -> int:
@@ -214,6 +218,12 @@ class LMConfig:
     def is_routed(self, layer: int) -> bool:
         """Whether this layer, counted from 0, has experts."""
         return self.moe is not None and (self.moe.layers == "all" or layer in self.moe.layers)
+
+    def experts_held(self, layer: int) -> int | None:
+        """How many different experts this routed layer holds; None for as many as its router chooses among."""
+        if self.moe is None or self.moe.distinct is None or not self.is_routed(layer):
+            return None
+        return self.moe.distinct[sum(self.is_routed(before) for before in range(layer))]
 
     def window_of(self, layer: int) -> int | None:
         """How many positions a token of this layer sees; None for all."""
@@ -296,3 +306,11 @@ def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: in
     wrong = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
     if isinstance(layers, str) or wrong or len(set(layers)) < len(layers):
         _refuse(name, layers, f"be 'all' or different layers from 0 to {count - 1}", "LMConfig", f"{name}='all'")
+
+
+def _check_distinct(moe: MoEConfig, routed: int) -> None:
+    held = moe.distinct
+    if held is None or (len(held) == routed and all(isinstance(n, int) and 1 <= n <= moe.num_experts for n in held)):
+        return
+    allowed = f"give each of the {routed} routed layers 1 to num_experts={moe.num_experts} experts, or be None"
+    _refuse("moe.distinct", held, allowed, "LMConfig", "distinct=None")

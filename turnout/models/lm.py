@@ -68,6 +68,7 @@ class Block(nn.Module):
                 activation=moe.activation,
                 shared_hidden=moe.shared_hidden,
                 shared_gate=moe.shared_gate,
+                distinct=config.experts_held(layer),
                 **start,
             )
 
@@ -285,9 +286,9 @@ class LM(nn.Module):
                 products += block.ff.up.numel() + block.ff.down.numel()
                 continue
             moe, bank = block.ff, block.ff.bank
-            idle = bank.num_experts - _experts_per_token(config)
-            active -= round(sum(p[0].numel() for p in bank.parameters()) * idle)
-            products += (bank.up[0].numel() + bank.down[0].numel()) * _experts_per_token(config)
+            used = min(_experts_per_token(config), bank.num_experts)
+            active -= round(sum(p[0].numel() for p in bank.parameters()) * (bank.num_experts - used))
+            products += (bank.up[0].numel() + bank.down[0].numel()) * used
             always = [getattr(moe.router, "weight", None), moe.shared_gate]
             always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
             products += sum(p.numel() for p in always if p is not None)

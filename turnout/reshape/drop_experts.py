@@ -145,6 +145,9 @@ def _routed(lm: LM) -> MoEConfig:
     if lm.config.moe is None:
         fix = "upcycle or split it first"
         raise UsageError(word("the model", got="a dense one", allowed="have experts", where=_WHERE, fix=fix))
+    if lm.config.moe.distinct is not None:
+        got, fix = "one with merged experts", "drop experts first, then merge"
+        raise UsageError(word("the model", got=got, allowed="have none merged yet", where=_WHERE, fix=fix))
     if lm.config.moe.router == "Hash":
         allowed, fix = "choose experts by rows that can be left out", "train with another router"
         raise UsageError(word("the router", got="Hash", allowed=allowed, where=_WHERE, fix=fix))

@@ -221,6 +221,30 @@ class Routing:
             before=self.detach() if self.before is None and self.wanted_E is None else self.before,
         )
 
+    def relabel(self, label_E: Tensor, num_experts: int) -> Self:
+        """The routing over other experts, expert e being ``label_E[e]`` there; entries that meet there are summed.
+
+        Args:
+            label_E: (E,) int64, each in [0, num_experts).
+            num_experts: how many there are then.
+
+        Raises:
+            ShapeError: not one label for each expert.
+        """
+        if label_E.shape != (self.num_experts,):
+            got, allowed = f"shape {tuple(label_E.shape)}", f"have one label for each of {self.num_experts} experts"
+            fix = "pass a tensor (E,)"
+            raise ShapeError(word("label_E", got=got, allowed=allowed, where="Routing.relabel", fix=fix))
+        tokens = max(self.num_tokens, 1)
+        key_N, place_R = torch.unique(label_E[self.expert_R] * tokens + self.token_R, return_inverse=True)
+        border_E = torch.arange(num_experts + 1, device=key_N.device) * tokens
+        return type(self)(
+            token_R=key_N % tokens,
+            weight_R=self.weight_R.new_zeros(len(key_N)).index_add(0, place_R, self.weight_R),
+            offset_E=torch.searchsorted(key_N, border_E),
+            num_tokens=self.num_tokens,
+        )
+
     def truncate(self, capacity: int, *, priority: Literal["weight", "position"] = "weight") -> Self:
         """The routing in which no expert receives more than ``capacity`` tokens.
 

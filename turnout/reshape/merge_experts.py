@@ -1,0 +1,168 @@
+"""Merging experts: the seldom used join the often used that the router treats alike, neuron by matching neuron."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from turnout.errors import UsageError, word
+from turnout.layers import MoE
+from turnout.models import LM, MoEConfig
+from turnout.paths import Bank
+from turnout.reshape.calibrate import blocks, checked, difference, refuse_no_text, watch
+from turnout.reshape.rebuild import bill, rebuild
+from turnout.solve import assignment
+from turnout.types import Report, Routing
+from turnout.types.weights import GATED
+
+__all__ = ["merge_experts"]
+
+_WHERE = "turnout.reshape.merge_experts"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Group:
+    """The groups of one layer: the ids of the dominant experts, ascending, and for each expert which of them leads."""
+
+    dominant_G: Tensor
+    label_E: Tensor
+
+
+def merge_experts(
+    lm: LM, *, keep: int, batches: Iterable[Tensor] | None = None, align: bool = True
+) -> tuple[LM, Report]:
+    """The model in which groups of experts became one expert each; the router still chooses among all E.
+
+    The keep * L experts with the highest frequency f over all L layers (at least one in each) are dominant. Every other
+    expert joins the dominant one of its layer whose router logits over the text have the highest cosine to its own, has
+    its neurons permuted to match (the permutation P that maximises the inner product of all weights), and then
+
+        W_group = sum_e f_e P_e W_e / sum_e f_e.
+
+    Entries of a token that meet in one group are summed, as if every expert of the group held W_group.
+
+    Args:
+        lm: a model with experts and a router with logits; it is left as it is.
+        keep: experts left per layer on average, 1 to E; how many each layer keeps follows from the frequencies.
+        batches: (B, S) token ids to count and compare on.
+        align: False merges neurons as they lie, the ablation.
+
+    Returns:
+        The smaller model; and per layer the dominant experts, the leader of each expert and the frequencies; the bill,
+        and the difference on the text.
+
+    Raises:
+        UsageError: no text, no experts, experts merged before, a router without logits, or ``keep`` out of range.
+
+    >>> from turnout.models import LMConfig
+    >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=2, heads=2, moe=MoEConfig(4, 2, hidden=8)))
+    >>> merged, report = merge_experts(lm, keep=2, batches=[torch.arange(16)[None]])
+    >>> sum(merged.config.moe.distinct), len(report["leader"]["0"])
+    (4, 4)
+
+    Source: Li et al., 2024, "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy"
+    (M-SMoE). Members are matched to their group's leader, not to the layer's first expert, with gate, value and down
+    weights; MC-SMoE's low-rank and sparse compression of the result is not part of it.
+    """
+    moe, text = _routed(lm, keep), checked(batches, lm, _WHERE)
+    refuse_no_text(text, "frequencies and similarities are measured on it", _WHERE)
+    load_LE, like_LE = _statistics(lm, text)
+    groups = _groups(load_LE, like_LE, keep)
+    changed = dict[str, Tensor]()
+    for layer, group in groups.items() if keep < moe.num_experts else ():
+        ff, name = blocks(lm)[layer].ff, f"blocks.{layer}.ff"
+        assert isinstance(ff, MoE)
+        up_GDH, down_GFD = _merged(ff.bank, group, load_LE[layer], align=align)
+        changed |= {f"{name}.bank.up": up_GDH, f"{name}.bank.down": down_GFD, f"{name}.label_E": group.label_E}
+    distinct = tuple(len(group.dominant_G) for group in groups.values()) if changed else None
+    new = rebuild(lm, dataclasses.replace(lm.config, moe=dataclasses.replace(moe, distinct=distinct)), changed)
+    values = {
+        "num_experts": moe.num_experts,
+        "distinct": list(distinct or [moe.num_experts] * len(groups)),
+        "dominant": {str(layer): group.dominant_G.tolist() for layer, group in groups.items()},
+        "leader": {str(layer): group.dominant_G[group.label_E].tolist() for layer, group in groups.items()},
+        "frequency": {str(layer): (load_E / load_E.sum()).tolist() for layer, load_E in load_LE.items()},
+        "aligned": align,
+        **bill(lm, new),
+        **difference(lm, new, text),
+    }
+    return new, Report("merge_experts", values, () if changed else ("nothing was merged",))
+
+
+def _statistics(lm: LM, text: tuple[Tensor, ...]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By layer: how many tokens each expert got (E,), and the cosines of the experts' router logits (E, E)."""
+    load_LE, gram_LE = dict[int, Tensor](), dict[int, Tensor]()
+
+    def look(layer: int, _: Tensor, routing: Routing | None) -> None:
+        if routing is None:
+            return
+        if routing.logit_TE is None:
+            fix = "use drop_experts, which needs none"
+            raise UsageError(word("the router", got="one without", allowed="give logits", where=_WHERE, fix=fix))
+        logit_TE = routing.logit_TE.double().cpu()
+        gram_LE[layer] = gram_LE.get(layer, 0) + logit_TE.t() @ logit_TE
+        load_LE[layer] = load_LE.get(layer, 0) + routing.load_E.cpu()
+
+    watch(lm, text, look)
+    length_LE = {layer: gram_EE.diagonal().sqrt().clamp_min(1e-300) for layer, gram_EE in gram_LE.items()}
+    return load_LE, {n: gram_EE / length_LE[n][:, None] / length_LE[n] for n, gram_EE in gram_LE.items()}
+
+
+def _groups(load_LE: Mapping[int, Tensor], like_LE: Mapping[int, Tensor], keep: int) -> dict[int, _Group]:
+    """The dominant experts of all layers together, and whom every other one joins; ties go to the lower index."""
+    layers = sorted(load_LE)
+    share = torch.stack([load_LE[layer].double() / load_LE[layer].sum() for layer in layers])
+    share[torch.arange(len(layers)), share.argmax(1)] += 1  # one of each layer, whatever its frequency
+    order_N = share.flatten().sort(descending=True, stable=True)[1][: keep * len(layers)]
+    is_dominant = torch.zeros(share.numel(), dtype=torch.bool)
+    is_dominant[order_N] = True
+    found = {}
+    for layer, dominant_E in zip(layers, is_dominant.view_as(share), strict=True):
+        dominant_G = dominant_E.nonzero().flatten()
+        label_E = like_LE[layer][:, dominant_G].argmax(1)
+        label_E[dominant_G] = torch.arange(len(dominant_G))
+        found[layer] = _Group(dominant_G, label_E)
+    return found
+
+
+def _merged(bank: Bank, group: _Group, load_E: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
+    """The up (G, D, H) and down (G, F, D) of one layer's groups."""
+    parts = 2 if bank.activation in GATED else 1
+    # Each neuron's weights in a row: those into it, gate before value, then those out of it.
+    into_EFX = bank.up.detach().unflatten(1, (parts, -1)).transpose(1, 2).flatten(2)
+    neuron_EFX = torch.cat((into_EFX, bank.down.detach().transpose(1, 2)), 2)
+    sums = []
+    for place, leader in enumerate(group.dominant_G.tolist()):
+        members = (group.label_E == place).nonzero().flatten().tolist()
+        weight_M = load_E[members].double()
+        weight_M = weight_M / weight_M.sum() if weight_M.sum() > 0 else torch.full_like(weight_M, 1 / len(members))
+        total_FX = torch.zeros_like(neuron_EFX[leader], dtype=torch.float64)
+        for member, weight in zip(members, weight_M.tolist(), strict=True):
+            neuron_FX = neuron_EFX[member].double()
+            if align and member != leader:
+                neuron_FX = neuron_FX[_matching(neuron_EFX[leader].double(), neuron_FX)]
+            total_FX += weight * neuron_FX
+        sums.append(total_FX)
+    merged_GFX = torch.stack(sums).to(bank.up.dtype)
+    into_GFX, down_GFD = merged_GFX.split([parts * bank.width, bank.width], dim=2)
+    up_GHD = into_GFX.unflatten(2, (parts, -1)).transpose(1, 2).flatten(1, 2)
+    return up_GHD.transpose(1, 2), down_GFD
+
+
+def _matching(leader_FX: Tensor, member_FX: Tensor) -> Tensor:
+    """For each neuron of the leader the member's that takes its place: the largest sum of inner products."""
+    gain_FF = leader_FX @ member_FX.t()
+    return torch.from_numpy(assignment(gain_FF.cpu().numpy(), maximize=True).column_M).to(leader_FX.device)
+
+
+def _routed(lm: LM, keep: int) -> MoEConfig:
+    moe = lm.config.moe
+    if moe is None or moe.distinct is not None or moe.router == "Hash":
+        got = "a dense one" if moe is None else f"router={moe.router!r}, distinct={moe.distinct}"
+        allowed, fix = "have experts, none merged yet, and a router with logits", "start from the model before"
+        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if not 1 <= keep <= moe.num_experts:
+        allowed, fix = f"be from 1 to num_experts={moe.num_experts}", f"pass keep={min(max(keep, 1), moe.num_experts)}"
+        raise UsageError(word("keep", got=keep, allowed=allowed, where=_WHERE, fix=fix))
+    return moe
