@@ -495,6 +495,23 @@ def test_mixed_dtypes_are_refused_or_converted(tmp_path: Path) -> None:
     assert checkpoint.from_hf(tmp_path / "a", dtype=torch.float32).norm.weight.dtype == torch.float32
 
 
+def test_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lm = ours("biased")
+    checkpoint.to_hf(lm, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": lm.embedding.detach()}, file, metadata={"format": "pt"})
+    read = checkpoint.from_hf(tmp_path / "a")
+    assert read.head is None and torch.equal(read.embedding, lm.embedding)
+    checkpoint.to_hf(read, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    save_file(tensors | {"lm_head.weight": lm.embedding.detach() + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight must be the embedding"):
+        checkpoint.from_hf(tmp_path / "a")
+
+
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     checkpoint.to_hf(ours("default"), tmp_path / "a")

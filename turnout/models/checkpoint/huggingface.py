@@ -265,7 +265,7 @@ def _write_weights(lm: LM, family: Family, path: Path, like: Path | None, shard_
             plan = _survey(like)[0]
     tensors = slots(lm, _layout(family, plan))
     if lm.head is None and "lm_head.weight" in plan:
-        tensors["lm_head.weight"] = lm.embedding.detach()
+        tensors["lm_head.weight"] = lm.embedding.detach().clone()  # safetensors refuses to store one twice
     if set(plan) != set(tensors):
         plan = _plan(tensors, shard_bytes)
     for shard in sorted(set(plan.values())):
