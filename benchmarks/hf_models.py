@@ -1,0 +1,197 @@
+"""Times whole transformers models with their own experts and with turnout's: training steps, prompts and decoding.
+
+    python -m benchmarks.hf_models [--rounds 9] [--threads 1] [--dtype fp32 bf16] [--out benchmarks/results]
+
+Mixtral, Qwen3-MoE and DeepSeek-V3 are built from their configurations with small widths and random weights, so the
+share of the experts is smaller than in the published models. The contestants are one model whose experts are
+switched: transformers' eager loop, its default (grouped_mm), and ``turnout.adopt``. They take turns in shuffled order
+in every round, and every round has new tokens, thus new decisions. Logits and gradients are compared with the eager
+ones before any time is printed. Times are CPU time of the process; wall time is in the JSON file.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.tables import heading, provenance, spread, write
+from turnout import adopt, release
+
+CONTESTANTS = ("eager", "grouped_mm", "turnout")
+JOBS = ("forward+backward", "forward", "decoding")
+SHARED = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+          "max_position_embeddings": 1024, "pad_token_id": 0}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Mixtral": {
+        "num_key_value_heads": 2, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "Qwen3Moe": {
+        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024, "moe_intermediate_size": 192,
+        "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
+    "DeepseekV3": {
+        "num_key_value_heads": 8, "intermediate_size": 1024, "moe_intermediate_size": 256, "n_routed_experts": 32,
+        "num_experts_per_tok": 4, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "kv_lora_rank": 128, "q_lora_rank": 192, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
+    },
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(family: str, dtype: str, layers: int) -> Any:
+    """The model as transformers builds it, with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = SHARED | {"num_hidden_layers": layers} | MODELS[family]
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+    return model.to(DTYPES[dtype])
+
+
+def switch(model: Any, contestant: str) -> None:
+    """The experts of this contestant."""
+    if contestant == "turnout":
+        adopt(model)
+    else:
+        release(model)
+        model.set_experts_implementation(contestant)
+
+
+def work(model: Any, job: str, ids: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+    """What is timed."""
+
+    def train() -> Tensor:
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    def decode() -> Tensor:
+        prompt = ids[:1, :8]
+        ask = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **ask)
+
+    return {"forward+backward": train, "forward": forward, "decoding": decode}[job]
+
+
+def check(model: Any, ids: Tensor, dtype: str) -> None:
+    """Ends the run if any contestant's logits or gradients are not those of the eager loop."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for contestant in CONTESTANTS:
+        switch(model, contestant)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        tensors = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[contestant] = {"logits": output.logits.detach()} | tensors
+    model.zero_grad()
+    # In bf16 a token whose experts are nearly tied may take another one in a later layer.
+    allowed = 1e-4 if dtype == "fp32" else 2e-1
+    for contestant, tensors in found.items():
+        for name, tensor in tensors.items():
+            exact = found["eager"][name].float()
+            error = float((tensor.float() - exact).norm() / exact.norm().clamp_min(1e-20))
+            if not error <= allowed:
+                raise SystemExit(f"no times for wrong answers: {contestant}, {name} is off by {error:.1e}")
+
+
+def draw(options: argparse.Namespace, turn: int) -> Tensor:
+    g = torch.Generator().manual_seed(1000 + turn)
+    return torch.randint(1, SHARED["vocab_size"], (options.batch, options.seq), generator=g)
+
+
+def measure(model: Any, job: str, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """CPU and wall seconds of every contestant in every round."""
+    order = random.Random(0)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
+    model.train(job == "forward+backward")
+    for turn in range(-1, options.rounds):
+        ids = draw(options, turn)
+        for contestant in order.sample(CONTESTANTS, len(CONTESTANTS)):
+            switch(model, contestant)
+            model.zero_grad()
+            run = work(model, job, ids, options)
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if turn >= 0:
+                times[contestant].append((cpu, wall))
+    model.zero_grad()
+    return times
+
+
+def rows(case: str, job: str, times: dict[str, list[tuple[float, float]]], tokens: int) -> list[str]:
+    """One line a contestant."""
+    lines = []
+    for name, seconds in times.items():
+        cells = [case, job, name, spread([tokens / cpu for cpu, _ in seconds], ".0f")]
+        for other in ("eager", "grouped_mm"):
+            ratios = [theirs[0] / mine[0] for mine, theirs in zip(seconds, times[other], strict=True)]
+            cells.append("" if other == name else f"{spread(ratios)} x")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sizes(model: nn.Module) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return f"{total / 1e6:.0f} M parameters, {experts / total:.0%} of them in experts"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=["fp32", "bf16"])
+    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded, one row, after a prompt of 8")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = heading("transformers models with their own experts and with turnout's", provenance())
+    lines += [
+        f"Models of {options.layers} layers, width {SHARED['hidden_size']}, random weights; {options.batch} x "
+        f"{options.seq} tokens to train and to read, {options.tokens} to decode for one row. Medians over "
+        f"{options.rounds} interleaved rounds (least-most), CPU time; the ratios are of the same round.",
+        "",
+        "| model | job | experts | tokens/s | times eager | times grouped_mm |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    record: dict[str, Any] = {"about": provenance(), "cases": []}
+    notes = []
+    for family in options.models:
+        for dtype in options.dtype:
+            model = build(family, dtype, options.layers)
+            if dtype == options.dtype[0]:
+                config = model.config
+                experts = getattr(config, "num_local_experts", None) or config.num_experts
+                notes.append(f"- {family}: top {config.num_experts_per_tok} of {experts} experts, {sizes(model)}.")
+            check(model, draw(options, 0)[:, :128], dtype)
+            for job in options.jobs:
+                times = measure(model, job, options)
+                count = options.tokens if job == "decoding" else options.batch * options.seq
+                new = rows(f"{family} {dtype}", job, times, count)
+                lines += new
+                print("\n".join(new), flush=True)
+                record["cases"].append({"model": family, "dtype": dtype, "job": job, "seconds": times})
+    lines += ["", *notes]
+    print("\n".join(["", *notes]), file=sys.stderr)
+    write(options.out, "hf_models", lines, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What every dated table says about itself, and where it goes."""
+
+import datetime
+import importlib.metadata
+import json
+import statistics
+from pathlib import Path
+
+from turnout.measure import hardware
+
+LIBRARIES = ("torch", "transformers", "accelerate")
+
+
+def provenance() -> dict[str, object]:
+    """Hardware, versions and commit."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return hardware() | versions
+
+
+def heading(title: str, about: dict[str, object]) -> list[str]:
+    """The first lines of a page: title, date, and what the numbers must be read with."""
+    features = "/".join(str(feature) for feature in about["cpu_features"])  # type: ignore[attr-defined]
+    said = [f"{about['cpu']} ({features}), {about['cores']} cores, {about['threads']} torch thread(s)"]
+    said += [f"{name} {about[name]}" for name in ("system", "python", *LIBRARIES, "turnout")]
+    return [f"# {title}", "", f"{datetime.date.today()}; {', '.join(said)}; commit {about['commit']}.", ""]
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """The median with the least and the most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+
+
+def write(folder: Path | None, name: str, lines: list[str], record: object) -> None:
+    """The page and its raw numbers, dated; nothing without a folder."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"{name}-{datetime.date.today()}"
+        stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
