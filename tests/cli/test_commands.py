@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,67 @@ def test_every_command_has_help_with_examples(command, capsys):
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"turnout {command}" in capsys.readouterr().out
+
+
+def test_a_refused_run_leaves_the_one_that_is_there_untouched(run, text, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "other").mkdir()
+    for n in range(40):
+        (tmp_path / "other" / f"{n}.txt").write_text(f"other words {n} " * 30)
+    argv = ["train", "tiny", *SMALL, "--data", str(tmp_path / "other"), "--out", str(run), "--quiet"]
+    assert main(argv) == 2
+    assert main([*argv, "--resume"]) == 2
+    assert "data.domains must stay" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_when_its_text_has_gone(text, tmp_path):
+    source, out = tmp_path / "text", tmp_path / "out"
+    shutil.copytree(text, source)
+    assert main(["train", "tiny", *SMALL, "steps=2", "--data", str(source), "--out", str(out), "--quiet"]) == 0
+    shutil.rmtree(source)
+    assert main(["train", "--resume", "--out", str(out), "steps=4", "--quiet"]) == 0
+    assert [step for step, _ in _losses(out)] == [1, 2, 3, 4]
+
+
+def test_a_run_stopped_while_its_text_is_prepared_can_be_resumed(text, tmp_path, monkeypatch, capsys):
+    from turnout.recipes import execute
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    argv = ["train", "tiny", *SMALL, "--data", str(text), "--out", str(out), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "prepare", stopped)
+        assert main(argv) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().err
+    shutil.copytree(out, tmp_path / "again")
+    assert main(["train", "--resume", "--out", str(out), "--quiet"]) == 0
+    assert main([*argv[:-2], str(tmp_path / "again"), "--quiet"]) == 0, "the same command starts the same run"
+    assert _losses(out) == _losses(tmp_path / "again")
+
+
+def test_text_at_fault_leaves_the_folder_free(text, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["train", "tiny", *SMALL, "--data", str(tmp_path / "none"), "--out", out, "--quiet"]) == 2
+    assert main(["train", "tiny", *SMALL, "--data", str(text), "--out", out, "--quiet"]) == 0
+
+
+def test_eval_wants_the_text_the_run_was_trained_on(run, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    body = json.loads((moved / "run.json").read_text())
+    (moved / "run.json").write_text(json.dumps(body | {"tokens_folder": str(tmp_path / "gone")}))
+    assert main(["eval", str(moved)]) == 0, "a folder that was moved brings its tokens"
+    (moved / "run.json").write_text(json.dumps(body | {"tokens_digest": "0" * 64}))
+    assert main(["eval", str(moved)]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_a_run_repeats_from_another_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    assert main(["train", "tiny", *SMALL, "--data", text.name, "--out", str(tmp_path / "a"), "--quiet"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "a", "--out", "b", "--quiet"]) == 0
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")

@@ -63,6 +63,9 @@ def test_run_json_there_and_back(name, tmp_path):
         ("schedule=cosinus", UsageError, "cosine"),
         ("router=TopJ", UnknownNameError, "Did you mean 'TopK'?"),
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
+        ("seq=512", UsageError, "pass seq=256, or max_seq=512"),
+        ("held_out=1", UsageError, "held_out=0.05"),
+        ("held_out=0", UsageError, "held_out=0.05"),
     ],
 )
 def test_mistakes_are_worded(run, override, kind, words):

@@ -45,6 +45,17 @@ def test_a_run_is_not_written_over(tmp_path):
         refuse_other_run(tmp_path)
 
 
+def test_a_run_stopped_before_its_first_step_may_start(tmp_path):
+    (tmp_path / "run.json").write_text('{"recipe": "tiny", "train": {"steps": 3}}')
+    begun = {"recipe": "tiny", "train": {"steps": 3}, "command": "turnout train"}
+    refuse_other_run(tmp_path, begun)
+    with pytest.raises(UsageError, match="recipe tiny"):
+        refuse_other_run(tmp_path, begun | {"train": {"steps": 4}})
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match="recipe tiny"):
+        refuse_other_run(tmp_path, begun)
+
+
 def test_nothing_to_resume_is_said(tmp_path):
     refuse_missing_run(tmp_path, None)
     with pytest.raises(UsageError, match="leave out --resume"):

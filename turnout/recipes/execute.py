@@ -7,12 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
 from turnout.models import LM, checkpoint
-from turnout.recipes.inspect import measure_model, result_json, write_report
+from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
 from turnout.recipes.run import Run
 from turnout.storage import write_whole
 from turnout.train.data import TokenSet, prepare, python_text
+from turnout.train.folder import read_run_json, refuse_missing_run, refuse_other_run
 from turnout.train.loop import train
 
 
@@ -83,8 +85,8 @@ def execute(
         TurnoutError: the input, the folder or the training is at fault; the message says what to do.
     """
     out = Path(out)
-    tokens = tokens_for(run, Path(tokens_folder) if tokens_folder else out / "tokens", quiet=quiet)
     model = LM(run.model, seed=run.train.seed)
+    tokens = _claim(run, out, resume) or _prepare(run, out, Path(tokens_folder or out / "tokens"), quiet=quiet)
     beside = {
         "tokens_digest": tokens.digest,
         "tokens_folder": str(tokens.path.resolve()),
@@ -102,6 +104,48 @@ def execute(
         quiet=quiet,
     )
     return finish(run, model, tokens, out, quiet=quiet)
+
+
+def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
+    """Refuses a folder of another run before anything in it is touched; a resumed run has its tokens already."""
+    if resume is None:
+        refuse_other_run(out, run.to_json_dict())
+        return None
+    refuse_missing_run(out, resume)
+    body = read_run_json(out)
+    if not body:
+        return None
+    began = Run.from_json_dict(body)
+    if (began.data, began.model.vocab_size) != (run.data, run.model.vocab_size):
+        now, then = ({**run.fields()} for run in (run, began))
+        name = next(name for name in now if name.startswith(("data.", "model.vocab")) and now[name] != then[name])
+        raise UsageError(
+            word(
+                name,
+                got=now[name],
+                allowed=f"stay {then[name]!r}, as the run in {out} began",
+                where="turnout train --resume",
+                fix=f"go on with: turnout train --resume --out {out}, or start a new run in another --out",
+            )
+        )
+    return run_tokens(out, body)
+
+
+def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
+    """The tokens of a run whose run.json is there first, so that it can be resumed whatever stops it."""
+    begun = not (out / "run.json").exists()
+    if begun:
+        run.save(out / "run.json")
+    try:
+        return tokens_for(run, folder, quiet=quiet)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped while the text was prepared; nothing is trained yet. To go on: turnout train --resume --out {out}"
+        ) from None
+    except BaseException:
+        if begun:
+            (out / "run.json").unlink(missing_ok=True)
+        raise
 
 
 def finish(run: Run, model: LM, tokens: TokenSet, out: Path, *, quiet: bool) -> Done:

@@ -1,10 +1,11 @@
 """Look at finished or running runs: measure them, sample from them, and write the page."""
 
+import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from turnout.recipes.run import Run
 from turnout.storage import write_whole
 from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
 from turnout.train.data.tokenizer import separator_id
+from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
 
 _EVAL_BATCH = 16
@@ -134,7 +136,7 @@ def evaluate_run(
             tokens = prepare(domains, place, tokenizer=folder / "model" / "tokenizer.json", held_out=1.0, quiet=True)
             found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
     else:
-        tokens = TokenSet.open(_tokens_folder(folder))
+        tokens = _own_tokens(folder)
         found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
     values: dict = {"bits_per_byte": found.bits_per_byte}
     values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
@@ -145,11 +147,31 @@ def evaluate_run(
     return Report(f"{run.recipe} in {folder}", values, (), context)
 
 
-def _tokens_folder(folder: Path) -> Path:
-    """Where the run's tokens are: in it, or where run.json remembers, since runs may share them."""
-    beside = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    inside = folder / "tokens"
-    return inside if inside.exists() else Path(beside.get("tokens_folder", inside))
+def run_tokens(folder: Path, body: Mapping[str, Any]) -> TokenSet | None:
+    """The tokens that the run with this run.json is trained on, where they still are; runs may share them."""
+    for place in (Path(body.get("tokens_folder") or folder / "tokens"), folder / "tokens"):
+        with contextlib.suppress(CheckpointError):
+            tokens = TokenSet.open(place)
+            if tokens.digest == body.get("tokens_digest"):
+                return tokens
+    return None
+
+
+def _own_tokens(folder: Path) -> TokenSet:
+    body = read_run_json(folder)
+    tokens = run_tokens(folder, body)
+    if tokens is None:
+        place = body.get("tokens_folder") or folder / "tokens"
+        raise CheckpointError(
+            word(
+                "the run's tokens",
+                got=f"{place}, which is gone, damaged, or was prepared again from other text",
+                allowed="be those that the run was trained on",
+                where="turnout eval",
+                fix="name the text to measure on with --data",
+            )
+        )
+    return tokens
 
 
 def sample_run(

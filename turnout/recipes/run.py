@@ -40,6 +40,18 @@ class DataConfig:
     part_bytes: int | None = None
     field: str = "text"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UsageError(
+                word(
+                    "held_out",
+                    got=self.held_out,
+                    allowed="be between 0 and 1, both excluded: training and measuring need text",
+                    where="DataConfig",
+                    fix="pass held_out=0.05",
+                )
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -58,6 +70,18 @@ class Run:
     data: DataConfig
     model: LMConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.train.seq > self.model.max_seq:
+            raise UsageError(
+                word(
+                    "seq",
+                    got=self.train.seq,
+                    allowed=f"be at most max_seq={self.model.max_seq}",
+                    where=f"recipe {self.recipe!r}",
+                    fix=f"pass seq={self.model.max_seq}, or max_seq={self.train.seq}",
+                )
+            )
 
     def override(self, assignments: Sequence[str]) -> Self:
         """This run with fields replaced by ``name=value`` texts.
@@ -87,7 +111,14 @@ class Run:
         return _replace(self, changes)
 
     def with_domains(self, domains: Mapping[str, tuple[str, ...]]) -> Self:
-        """This run on other text; all of it, since a limit suits only the text it was chosen for."""
+        """This run on other text; all of it, since a limit suits only the text it was chosen for.
+
+        Paths become absolute, so that run.json can be repeated from any folder.
+        """
+        domains = {
+            name: tuple(path if path.startswith("hf:") else str(Path(path).absolute()) for path in paths)
+            for name, paths in domains.items()
+        }
         return dataclasses.replace(self, data=dataclasses.replace(self.data, domains=dict(domains), limit_mb=None))
 
     def fields(self) -> dict[str, object]:
@@ -112,7 +143,7 @@ class Run:
                 )
             )
         bare = {dotted.rpartition(".")[2] for dotted in known}
-        raise nearest(name, bare | set(known) if "." in name else bare, kind="field", where=f"recipe {self.recipe!r}")
+        raise nearest(name, set(known) if "." in name else bare, kind="field", where=f"recipe {self.recipe!r}")
 
     def to_json_dict(self) -> dict[str, object]:
         """The run as plain JSON values."""

@@ -77,8 +77,13 @@ def refuse_missing_run(out: Path, wanted: str | None) -> None:
         )
 
 
-def refuse_other_run(out: Path) -> None:
+def refuse_other_run(out: Path, begun: Mapping[str, Any] | None = None) -> None:
     """Stops a new run from writing over one that is there.
+
+    Args:
+        out: the output folder.
+        begun: what the new run's run.json will hold. A folder with a run.json that says nothing else, and no trace
+            of training, holds this very run, stopped before its first step.
 
     Raises:
         UsageError: the folder holds a run; says which, and how far it is.
@@ -87,6 +92,8 @@ def refuse_other_run(out: Path) -> None:
     if not found:
         return
     body = read_run_json(out)
+    if found == ["run.json"] and begun and body and all(begun.get(name) == body[name] for name in body):
+        return
     about = f"recipe {body['recipe']}, " if "recipe" in body else ""
     steps = sorted(path.name for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit())
     about += f"last checkpoint {steps[-1]}" if steps else f"{', '.join(found)}, no checkpoint yet"

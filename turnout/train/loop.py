@@ -114,7 +114,7 @@ class _Run:
             keep_freed_memory()
         with locked(self.out), torch.random.fork_rng(devices=devices):
             if wanted is None:
-                refuse_other_run(self.out)
+                refuse_other_run(self.out, run_json)
             training = self.model.training
             try:
                 self.open(wanted, run_json, tensorboard=tensorboard)
