@@ -20,11 +20,13 @@ LIVE = ("adopt", "register_backend", "release")
 NOTHING = {
     "drop_experts": lambda text: (sparse(), {"keep": 6, "batches": text}),
     "merge_experts": lambda text: (sparse(), {"keep": 6, "batches": text}),
+    "split": lambda text: (make(), {"num_experts": 1, "top_k": 1, "batches": text}),
     "upcycle": lambda text: (make(), {"num_experts": 8, "top_k": 2, "layers": (), "batches": text}),
 }
 SOMETHING = {
     "drop_experts": lambda text: (sparse(), {"keep": 3, "batches": text}),
     "merge_experts": lambda text: (sparse(), {"keep": 2, "batches": text}),
+    "split": lambda text: (make(), {"num_experts": 4, "top_k": 2, "batches": text}),
     "upcycle": lambda text: (make(), {"num_experts": 8, "top_k": 4, "granularity": 2, "batches": text}),
 }
 every_reshape = pytest.mark.parametrize("name", [name for name in reshape.__all__ if name not in LIVE])
