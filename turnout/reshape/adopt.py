@@ -25,6 +25,7 @@ __all__ = ["adopt", "register_backend", "release"]
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+_BACKENDS = (*EXECUTORS, "kernels")  # the last by name alone, on CUDA
 # What adopted modules remember for ``release``: the implementation, or the configuration, that they had before.
 _BEFORE, _CONFIG_BEFORE = "_implementation_before_turnout", "_config_before_turnout"
 
@@ -91,8 +92,8 @@ def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Rep
     Source: none; the experts hook of transformers, with Gale et al., 2022, "MegaBlocks", for the dispatch.
     """
     names = register_backend()
-    if backend not in (*EXECUTORS, "auto"):
-        raise nearest(backend, [*EXECUTORS, "auto"], kind="backend", where="turnout.adopt")
+    if backend not in (*_BACKENDS, "auto"):
+        raise nearest(backend, [*_BACKENDS, "auto"], kind="backend", where="turnout.adopt")
     found = _experts(hf_model)
     if not found:
         raise UsageError(
@@ -197,7 +198,7 @@ def _context() -> dict[str, Any]:
 
 @functools.cache
 def _functions() -> dict[str, Callable[..., Tensor]]:
-    named = {f"turnout:{name}": functools.partial(_forward, backend=name) for name in EXECUTORS}
+    named = {f"turnout:{name}": functools.partial(_forward, backend=name) for name in dict.fromkeys(_BACKENDS)}
     return {"turnout": functools.partial(_forward, backend="auto"), **named}
 
 
@@ -205,7 +206,7 @@ def _forward(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
     """(T, D) the weighted sum of each token's experts, as the implementations of transformers give it."""
-    if reason := _why_not(experts):
+    if reason := _unfit(experts):
         raise UsageError(
             word(
                 "the experts",
@@ -277,6 +278,14 @@ def _why_not(experts: Any) -> str | None:
     kind = type(experts).__name__
     if not all(hasattr(experts, flag) for flag in _FLAGS):
         return f"{kind} does not use the experts hook of transformers"
+    if _implementation(experts) == "deepgemm_megamoe":
+        return "transformers locks deepgemm_megamoe when it loads the model"
+    return _unfit(experts)
+
+
+def _unfit(experts: Any) -> str | None:
+    """The same for a module that the hook has called; asked at every call, so it must cost little."""
+    kind = type(experts).__name__
     if not experts.is_concatenated and experts.has_gate:
         return "gate and value are interleaved, which no view separates"
     if getattr(experts, "has_post_expert_norm", False):
@@ -286,13 +295,12 @@ def _why_not(experts: Any) -> str | None:
         return f"{kind} has a gate of its own (clamped or scaled)"
     if _activation(experts) is None:
         return f"turnout has no activation {type(getattr(experts, 'act_fn', None)).__name__}"
-    if _implementation(experts) == "deepgemm_megamoe":
-        return "transformers locks deepgemm_megamoe when it loads the model"
     names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
     names += [f"{name}_bias" for name in names] if experts.has_bias else []
     for name in names:
-        if not isinstance(getattr(experts, name, None), Tensor):
+        weight = getattr(experts, name, None)
+        if not isinstance(weight, Tensor):
             return f"{kind} has no stacked weight {name}"
-        if getattr(experts, name).dtype not in _FLOATS:
-            return f"{name} is {str(getattr(experts, name).dtype).removeprefix('torch.')}, a quantised weight"
+        if weight.dtype not in _FLOATS:
+            return f"{name} is {str(weight.dtype).removeprefix('torch.')}, a quantised weight"
     return None

@@ -70,10 +70,13 @@ class Choice:
 
 def constants_path() -> Path:
     """Where ``turnout.run.calibrate`` keeps this machine's constants: in $TURNOUT_CACHE, or ~/.cache/turnout."""
-    home = (
-        os.environ.get("TURNOUT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turnout"
-    )
-    return Path(home) / "executors.json"
+    return _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@functools.cache
+def _path(own: str | None, cache: str | None) -> Path:
+    # Kept, because every call of ``execute`` asks: making paths would take a tenth of a decoding step.
+    return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "executors.json"
 
 
 @functools.cache
