@@ -2,5 +2,6 @@
 
 from turnout.models.checkpoint.huggingface import from_hf, to_hf
 from turnout.models.checkpoint.own import load, save
+from turnout.models.checkpoint.peek import Peek, peek
 
-__all__ = ["from_hf", "load", "save", "to_hf"]
+__all__ = ["Peek", "from_hf", "load", "peek", "save", "to_hf"]

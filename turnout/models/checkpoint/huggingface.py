@@ -1,6 +1,7 @@
 """Folders of transformers, in and out: config.json, sharded safetensors, and the small files beside them."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import warnings
@@ -13,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, TurnoutError, UsageError, nearest, word
-from turnout.models.checkpoint.own import carry, check_names, empty, fill, opened, read_json
+from turnout.models.checkpoint.own import carry, check_names, check_shape, empty, fill, opened, read_json
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import architecture_of, family_of, obstacles
 from turnout.models.families.family import Family, Keys, Names
 from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import slots
-from turnout.models.lm import LM
+from turnout.models.lm import LM, LMConfig
 from turnout.storage import read_error, write_whole
 
 __all__ = ["from_hf", "to_hf"]
@@ -64,30 +65,16 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     Source: none; the file formats of transformers 4 and 5.
     """
     path = Path(path)
-    keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
-    family = _family(path, keys)
-    try:
-        config = family.read(Keys(keys, family.defaults))
-    except TurnoutError as error:
-        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
-    if doubts := obstacles(config, family):
-        raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    where, dtypes = _survey(path)
-    if keys.get("num_nextn_predict_layers") and any(_layer(name) >= config.layers for name in where):
-        warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=2)
-        where = {name: file for name, file in where.items() if _layer(name) < config.layers}
-    lm = empty(config, dtype or _common_dtype(path, {name: dtypes[name] for name in where}))
-    target = slots(lm, _layout(family, where))
-    tied = config.tie_embeddings and "lm_head.weight" in where
-    check_names(path / (_INDEX if len(set(where.values())) > 1 else _SINGLE), set(target), set(where) - _also(tied))
+    found = survey(path, dtype)
+    where, lm = found.where, empty(found.config, found.dtype)
+    target = slots(lm, found.names)
     with torch.no_grad():
         for shard in sorted(set(where.values())):
             with opened(path / shard) as file:
                 for name in sorted(name for name, its in where.items() if its == shard):
                     if name in target:
                         fill(target[name], file.get_tensor(name), f"{name} in {path / shard}")
-        if tied:
+        if lm.head is None and "lm_head.weight" in where:
             _check_tied(path, where, lm)
     lm.origin = path
     return lm.eval()
@@ -165,6 +152,55 @@ def _whole_folder(path: Path) -> Iterator[Path]:
 # ---- reading
 
 
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a folder of transformers holds, known before any weight is read.
+
+    Args:
+        family: the architecture.
+        config: ours.
+        dtype: of the weights.
+        names: how its tensors are named.
+        where: tensor name -> file.
+    """
+
+    family: Family
+    config: LMConfig
+    dtype: torch.dtype
+    names: Names
+    where: Mapping[str, str]
+
+
+def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
+    """Reads config.json and the headers of the weights: every file whole, every tensor there, of the right shape.
+
+    Raises:
+        CheckpointError: as ``from_hf``.
+    """
+    keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
+    family = _family(path, keys)
+    try:
+        config = family.read(Keys(keys, family.defaults))
+    except TurnoutError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
+    if doubts := obstacles(config, family):
+        raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
+    where, dtypes, shapes = _headers(path)
+    if keys.get("num_nextn_predict_layers") and any(_layer(name) >= config.layers for name in where):
+        warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
+        where = {name: file for name, file in where.items() if _layer(name) < config.layers}
+    dtype = dtype or _common_dtype(path, {name: dtypes[name] for name in where})
+    names = _layout(family, where)
+    with torch.device("meta"):
+        target = slots(LM(config), names)
+    tied = config.tie_embeddings and "lm_head.weight" in where
+    check_names(path / (_INDEX if len(set(where.values())) > 1 else _SINGLE), set(target), set(where) - _also(tied))
+    for name, tensor in target.items():
+        check_shape(shapes[name], tensor.shape, f"{name} in {path / where[name]}")
+    return Survey(family, config, dtype, names, where)
+
+
 def _family(path: Path, keys: Mapping[str, Any]) -> Family:
     family = family_of(keys)
     names = keys.get("architectures") or []
@@ -183,8 +219,8 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
     return family
 
 
-def _survey(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The shard and the stored dtype of every tensor, from the headers alone; every shard must be there."""
+def _headers(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]]:
+    """The shard, stored dtype and shape of every tensor, from the headers alone; every shard must be there."""
     if (path / _INDEX).is_file():
         listed: dict[str, str] = read_json(path / _INDEX, "from_hf").get("weight_map") or {}
         shards = sorted(set(listed.values()))
@@ -198,7 +234,7 @@ def _survey(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             fix = f"{pickled[0]} is pickled and never read: save the model again with transformers, as safetensors"
         got = f"{len(missing)} of {len(shards)} missing in {path}: {', '.join(missing[:3])}"
         raise CheckpointError(word("the weights", got=got, allowed="be complete", where="from_hf", fix=fix))
-    where, dtypes = {}, {}
+    where, dtypes, shapes = {}, {}, {}
     for shard in shards:
         with opened(path / shard) as file:
             for name in file.keys():
@@ -207,10 +243,11 @@ def _survey(path: Path) -> tuple[dict[str, str], dict[str, str]]:
                     raise CheckpointError(
                         word("a tensor", got=got, allowed=f"be where {_INDEX} says", where="from_hf", fix=fix)
                     )
-                where[name], dtypes[name] = shard, file.get_slice(name).get_dtype()
+                stored = file.get_slice(name)
+                where[name], dtypes[name], shapes[name] = shard, stored.get_dtype(), stored.get_shape()
     if listed:
         check_names(path / _INDEX, set(listed), set(where))
-    return where, dtypes
+    return where, dtypes, shapes
 
 
 def _layout(family: Family, names: Iterable[str]) -> Names:
@@ -262,7 +299,7 @@ def _write_weights(lm: LM, family: Family, path: Path, like: Path | None, shard_
     plan: dict[str, str] = {}
     if like is not None:
         with contextlib.suppress(CheckpointError):  # a folder with the small files only
-            plan = _survey(like)[0]
+            plan = _headers(like)[0]
     tensors = slots(lm, _layout(family, plan))
     if lm.head is None and "lm_head.weight" in plan:
         tensors["lm_head.weight"] = lm.embedding.detach().clone()  # safetensors refuses to store one twice

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _FORMAT = "turnout.lm/1"
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
 ORIGIN = "origin"
+_RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
 def save(path: str | Path, lm: LM) -> None:
@@ -74,6 +75,31 @@ def load(path: str | Path) -> LM:
     Source: none; safetensors and json.
     """
     path = Path(path)
+    config, dtype, sha256 = _described(path)
+    if digest(path / _WEIGHTS) != sha256:
+        raise _refusal("the weights", f"{path / _WEIGHTS} with another SHA-256", "be as they were written", _RESTORE)
+    _check_header(path / _WEIGHTS, config)
+    lm = empty(config, dtype)
+    with opened(path / _WEIGHTS) as file, torch.no_grad():
+        for name, slot in stored(lm).items():
+            fill(slot, file.get_tensor(name), f"{name} in {path / _WEIGHTS}")
+    lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
+    return lm.eval()
+
+
+def describe(path: Path) -> tuple[LMConfig, torch.dtype]:
+    """The configuration and dtype of the model in a folder; of the weights, the size and the header are read.
+
+    Raises:
+        CheckpointError: as ``load``, save for what only their digest tells.
+    """
+    config, dtype, _ = _described(path)
+    _check_header(path / _WEIGHTS, config)
+    return config, dtype
+
+
+def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
+    """The configuration, the dtype, and the digest that the weights must have; their size is right."""
     body = read_json(path / "config.json", "turnout.models.checkpoint.load")
     if body.get("format") != _FORMAT:
         foreign = "model_type" in body or "architectures" in body
@@ -92,15 +118,21 @@ def load(path: str | Path) -> LM:
         raise _refusal("config.json", f"{path / 'config.json'} ({error!r})", "be whole", "restore it") from error
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    _check_file(path / _WEIGHTS, size, sha256)
-    lm = empty(config, dtype)
-    with opened(path / _WEIGHTS) as file, torch.no_grad():
-        slots = stored(lm)
-        check_names(path / _WEIGHTS, set(slots), set(file.keys()))
+    weights = path / _WEIGHTS
+    if not weights.is_file():
+        raise _refusal("the weights", f"{weights}, which does not exist", "be there", _RESTORE)
+    if weights.stat().st_size != size:
+        raise _refusal("the weights", f"{weights} of {weights.stat().st_size} bytes", f"have {size} bytes", _RESTORE)
+    return config, dtype, sha256
+
+
+def _check_header(weights: Path, config: LMConfig) -> None:
+    """Refuses weights whose names or shapes are not those of the configuration."""
+    with opened(weights) as file, torch.device("meta"):
+        slots = stored(LM(config))
+        check_names(weights, set(slots), set(file.keys()))
         for name, slot in slots.items():
-            fill(slot, file.get_tensor(name), f"{name} in {path / _WEIGHTS}")
-    lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
-    return lm.eval()
+            check_shape(file.get_slice(name).get_shape(), slot.shape, f"{name} in {weights}")
 
 
 def stored(lm: LM) -> dict[str, Tensor]:
@@ -191,20 +223,15 @@ def fill(slot: Tensor, tensor: Tensor, name: str) -> None:
     Raises:
         CheckpointError: another shape.
     """
-    if slot.shape != tensor.shape:
-        got, allowed = f"shape {tuple(tensor.shape)} for {name}", f"have the shape {tuple(slot.shape)} of config.json"
-        raise _refusal("a tensor", got, allowed, "use the config.json that belongs to these weights")
+    check_shape(tensor.shape, slot.shape, name)
     slot.copy_(tensor)
 
 
-def _check_file(path: Path, size: int, sha256: str) -> None:
-    fix = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
-    if not path.is_file():
-        raise _refusal("the weights", f"{path}, which does not exist", "be there", fix)
-    if path.stat().st_size != size:
-        raise _refusal("the weights", f"{path} of {path.stat().st_size} bytes", f"have {size} bytes", fix)
-    if digest(path) != sha256:
-        raise _refusal("the weights", f"{path} with another SHA-256", "be as they were written", fix)
+def check_shape(found: Sequence[int], wanted: Sequence[int], name: str) -> None:
+    """Refuses a tensor of another shape."""
+    if tuple(found) != tuple(wanted):
+        got, allowed = f"shape {tuple(found)} for {name}", f"have the shape {tuple(wanted)} of config.json"
+        raise _refusal("a tensor", got, allowed, "use the config.json that belongs to these weights")
 
 
 def _refusal(what: str, got: str, allowed: str, fix: str, where: str = "turnout.models.checkpoint") -> CheckpointError:

@@ -1,0 +1,64 @@
+"""What a model's folder holds, known before any weight is read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from turnout.models.checkpoint.huggingface import survey
+from turnout.models.checkpoint.own import describe, read_json
+from turnout.models.config import LMConfig
+
+__all__ = ["Peek", "peek"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peek:
+    """A model on disk.
+
+    Args:
+        kind: who wrote the folder: "transformers", or "turnout" with ``save``.
+        architecture: the class in transformers, else "LM".
+        config: of the model.
+        dtype: of its weights.
+
+    >>> config = LMConfig(vocab_size=8, width=8, layers=1, heads=2)
+    >>> Peek("turnout", "LM", config, torch.float32).kind
+    'turnout'
+
+    Source: none; plain bookkeeping.
+    """
+
+    kind: Literal["transformers", "turnout"]
+    architecture: str
+    config: LMConfig
+    dtype: torch.dtype
+
+
+def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
+    """The configuration of the model in a folder, with the headers of all weights checked against it.
+
+    Args:
+        path: a folder of transformers, or one that ``save`` wrote.
+        dtype: that the weights will be read in, where they are stored in several; None for the one they are stored in.
+
+    Raises:
+        CheckpointError: as ``from_hf`` and ``load``; what only the bytes of the weights tell is not seen.
+
+    >>> import tempfile
+    >>> from turnout.models import LM, checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save(folder, LM(LMConfig(vocab_size=8, width=8, layers=1, heads=2)))
+    ...     peek(folder).config.width
+    8
+
+    Source: none; the headers of safetensors.
+    """
+    path = Path(path)
+    keys = read_json(path / "config.json", "turnout.models.checkpoint.peek")
+    if "model_type" in keys or "architectures" in keys:
+        found = survey(path, dtype)
+        return Peek("transformers", found.family.architecture, found.config, found.dtype)
+    config, stored = describe(path)
+    return Peek("turnout", "LM", config, dtype or stored)
