@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnout.errors import UsageError, nearest, word
 from turnout.layers import MoE
-from turnout.models import LM, MoEConfig
+from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
 from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text, watch
 from turnout.reshape.rebuild import bill, rebuild
@@ -61,7 +61,7 @@ def drop_experts(
     Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". Gates are those
     without a correction bias, which only takes part in the choice; groups of experts are pruned equally.
     """
-    moe, text = _routed(lm), checked(batches, lm, _WHERE)
+    moe, text = _routed(lm.config), checked(batches, lm, _WHERE)
     left = _left(moe, keep, share)
     if by not in _BY:
         raise nearest(by, _BY, kind="score", where=_WHERE)
@@ -81,6 +81,16 @@ def drop_experts(
         **difference(lm, new, text or probe(lm, seed)),
     }
     return new, Report("drop_experts", values, _notes(moe, left))
+
+
+def planned(config: LMConfig, *, keep: int | None = None, share: float | None = None) -> LMConfig:
+    """The configuration that ``drop_experts`` makes of this one.
+
+    Raises:
+        UsageError: as ``drop_experts``.
+    """
+    moe = _routed(config)
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, num_experts=_left(moe, keep, share)))
 
 
 def entry_outputs(bank: Bank, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -109,7 +119,7 @@ def _without(lm: LM, moe: MoEConfig, kept: Mapping[int, Tensor]) -> LM:
 def _scores(lm: LM, text: tuple[Tensor, ...], by: str, seed: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """By layer: the score of each expert, and how many tokens it got."""
     layers = [layer for layer, block in enumerate(blocks(lm)) if isinstance(block.ff, MoE)]
-    count = _routed(lm).num_experts
+    count = _routed(lm.config).num_experts
     sums = {layer: torch.zeros(count, dtype=torch.float64) for layer in layers}
     loads = {layer: torch.zeros(count, dtype=torch.int64) for layer in layers}
 
@@ -141,17 +151,17 @@ def _best(score_E: Tensor, left: int, groups: int) -> Tensor:
     return (order_GM + torch.arange(groups)[:, None] * score_GM.shape[1]).flatten().sort()[0]
 
 
-def _routed(lm: LM) -> MoEConfig:
-    if lm.config.moe is None:
+def _routed(config: LMConfig) -> MoEConfig:
+    if config.moe is None:
         fix = "upcycle or split it first"
         raise UsageError(word("the model", got="a dense one", allowed="have experts", where=_WHERE, fix=fix))
-    if lm.config.moe.distinct is not None:
+    if config.moe.distinct is not None:
         got, fix = "one with merged experts", "drop experts first, then merge"
         raise UsageError(word("the model", got=got, allowed="have none merged yet", where=_WHERE, fix=fix))
-    if lm.config.moe.router == "Hash":
+    if config.moe.router == "Hash":
         allowed, fix = "choose experts by rows that can be left out", "train with another router"
         raise UsageError(word("the router", got="Hash", allowed=allowed, where=_WHERE, fix=fix))
-    return lm.config.moe
+    return config.moe
 
 
 def _groups(moe: MoEConfig) -> int:

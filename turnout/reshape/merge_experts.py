@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
-from turnout.models import LM, MoEConfig
+from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
 from turnout.reshape.calibrate import blocks, checked, difference, refuse_no_text, watch
 from turnout.reshape.rebuild import bill, rebuild
@@ -65,7 +65,7 @@ def merge_experts(
     (M-SMoE). Members are matched to their group's leader, not to the layer's first expert, with gate, value and down
     weights; MC-SMoE's low-rank and sparse compression of the result is not part of it.
     """
-    moe, text = _routed(lm, keep), checked(batches, lm, _WHERE)
+    moe, text = _routed(lm.config, keep), checked(batches, lm, _WHERE)
     refuse_no_text(text, "frequencies and similarities are measured on it", _WHERE)
     load_LE, like_LE = _statistics(lm, text)
     groups = _groups(load_LE, like_LE, keep)
@@ -88,6 +88,20 @@ def merge_experts(
         **difference(lm, new, text),
     }
     return new, Report("merge_experts", values, () if changed else ("nothing was merged",))
+
+
+def planned(config: LMConfig, *, keep: int) -> LMConfig:
+    """The configuration that ``merge_experts`` makes of this one, if every layer keeps as many experts.
+
+    How many each layer really keeps depends on the text; their sum does not.
+
+    Raises:
+        UsageError: as ``merge_experts``.
+    """
+    moe = _routed(config, keep)
+    layers = sum(config.is_routed(layer) for layer in range(config.layers))
+    distinct = (keep,) * layers if keep < moe.num_experts else None
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, distinct=distinct))
 
 
 def _statistics(lm: LM, text: tuple[Tensor, ...]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -156,8 +170,8 @@ def _matching(leader_FX: Tensor, member_FX: Tensor) -> Tensor:
     return torch.from_numpy(assignment(gain_FF.cpu().numpy(), maximize=True).column_M).to(leader_FX.device)
 
 
-def _routed(lm: LM, keep: int) -> MoEConfig:
-    moe = lm.config.moe
+def _routed(config: LMConfig, keep: int) -> MoEConfig:
+    moe = config.moe
     if moe is None or moe.distinct is not None or moe.router == "Hash":
         got = "a dense one" if moe is None else f"router={moe.router!r}, distinct={moe.distinct}"
         allowed, fix = "have experts, none merged yet, and a router with logits", "start from the model before"

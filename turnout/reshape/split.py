@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, nearest, word
-from turnout.models import LM, MoEConfig
+from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
 from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text
 from turnout.reshape.neurons import Deal, cluster, coactivation, gradient
@@ -67,27 +67,25 @@ def split(
     cut with METIS; the chosen experts are not scaled up.
     """
     text = checked(batches, lm, _WHERE)
-    _check(lm, num_experts, top_k, by)
+    if by not in _BY:
+        raise nearest(by, _BY, kind="way to split", where=_WHERE)
+    config = planned(lm.config, num_experts=num_experts, top_k=top_k)
     if by in ("coactivation", "gradient"):
         refuse_no_text(text, f"{by!r} looks at the neurons on it", _WHERE)
-    if num_experts == 1:  # the one expert is the dense layer
+    if config.moe is None:  # one expert is the dense layer
         new = rebuild(lm, lm.config, {})
         values = {"num_experts": 1, **bill(lm, new), **difference(lm, new, text or probe(lm, seed))}
         return new, Report("split", values, ("one expert: the model stays dense",))
     find = {"coactivation": coactivation, "gradient": gradient}.get(by)
     dealt = find(lm, text, num_experts, seed) if find else cluster(lm, num_experts, seed, at_random=by == "random")
-    new = _sparse(lm, dealt, num_experts, top_k)
+    new = _sparse(lm, config, dealt)
     return new, _report(lm, new, by, dealt, text or probe(lm, seed))
 
 
-def _sparse(lm: LM, dealt: list[Deal], num_experts: int, top_k: int) -> LM:
-    moe = MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden=lm.config.dense_hidden // num_experts,
-        router_options={"renormalize": True},
-        activation=lm.config.activation,
-    )
+def _sparse(lm: LM, config: LMConfig, dealt: list[Deal]) -> LM:
+    moe = config.moe
+    assert moe is not None
+    num_experts, top_k = moe.num_experts, moe.top_k
     changed = dict[str, Tensor]()
     for layer, deal in enumerate(dealt):
         block, name = blocks(lm)[layer], f"blocks.{layer}.ff"
@@ -97,7 +95,26 @@ def _sparse(lm: LM, dealt: list[Deal], num_experts: int, top_k: int) -> LM:
         gain = float(block.ff_norm.weight.detach().abs().max())
         size = (_ALL if top_k == num_experts else _SPREAD) / max(gain, 1e-12)
         changed[f"{name}.router.weight"] = (F.normalize(deal.centre_ED, dim=1) * size).to(lm.embedding.dtype)
-    return rebuild(lm, dataclasses.replace(lm.config, moe=moe), changed)
+    return rebuild(lm, config, changed)
+
+
+def planned(config: LMConfig, *, num_experts: int, top_k: int) -> LMConfig:
+    """The configuration that ``split`` makes of this one.
+
+    Raises:
+        UsageError: as ``split``.
+    """
+    _check(config, num_experts, top_k)
+    if num_experts == 1:  # the one expert is the dense layer
+        return config
+    moe = MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden=config.dense_hidden // num_experts,
+        router_options={"renormalize": True},
+        activation=config.activation,
+    )
+    return dataclasses.replace(config, moe=moe)
 
 
 def _experts(ff: FeedForward, expert_F: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -124,14 +141,12 @@ def _report(before: LM, after: LM, by: str, dealt: list[Deal], text: tuple[Tenso
     return Report("split", values, notes if moe.top_k < moe.num_experts else ())
 
 
-def _check(lm: LM, num_experts: int, top_k: int, by: str) -> None:
-    if by not in _BY:
-        raise nearest(by, _BY, kind="way to split", where=_WHERE)
-    if lm.config.moe is not None or lm.config.ff_bias:
-        got = "one with experts" if lm.config.moe is not None else "one with ff_bias=True"
+def _check(config: LMConfig, num_experts: int, top_k: int) -> None:
+    if config.moe is not None or config.ff_bias:
+        got = "one with experts" if config.moe is not None else "one with ff_bias=True"
         allowed, fix = "be dense, without feed-forward biases", "split the dense model that it came from"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    hidden = lm.config.dense_hidden
+    hidden = config.dense_hidden
     if num_experts < 1 or hidden % num_experts:
         near = min((e for e in range(1, hidden + 1) if hidden % e == 0), key=lambda e: abs(e - num_experts))
         fix = f"pass num_experts={near}"

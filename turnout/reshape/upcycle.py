@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
-from turnout.models import LM, MoEConfig
+from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
 from turnout.reshape.calibrate import blocks, checked, difference, probe
 from turnout.reshape.rebuild import bill, rebuild
@@ -68,31 +68,50 @@ def upcycle(
     of an expert, which is exact for linear layers only; we scale the down product alone, which always is.
     """
     text = checked(batches, lm, _WHERE) or probe(lm, seed)
-    _check_model(lm)
-    _check_sizes(num_experts, top_k, granularity, lm.config.dense_hidden)
+    config = planned(lm.config, num_experts=num_experts, top_k=top_k, granularity=granularity, layers=layers)
     _check_std(router_std, top_k)
-    chosen = tuple(range(lm.config.layers)) if layers == "all" else tuple(layers)
+    chosen = tuple(layer for layer in range(lm.config.layers) if config.is_routed(layer))
     if not chosen:
         new = rebuild(lm, lm.config, {})
         return new, Report("upcycle", {"layers": [], **bill(lm, new), **difference(lm, new, text)})
     std = lm.config.init_std if router_std is None else router_std
-    new = _sparse(lm, chosen, (num_experts, top_k, granularity), std, seed)
+    new = _sparse(lm, config, granularity, std, seed)
     return new, _report(lm, new, chosen, granularity, text)
 
 
-def _sparse(lm: LM, chosen: tuple[int, ...], sizes: tuple[int, int, int], std: float, seed: int) -> LM:
-    num_experts, top_k, shards = sizes
+def planned(
+    config: LMConfig,
+    *,
+    num_experts: int,
+    top_k: int,
+    granularity: int = 1,
+    layers: Literal["all"] | tuple[int, ...] = "all",
+) -> LMConfig:
+    """The configuration that ``upcycle`` makes of this one; the same where no layer is chosen.
+
+    Raises:
+        UsageError: as ``upcycle``.
+    """
+    _check_model(config)
+    _check_sizes(num_experts, top_k, granularity, config.dense_hidden)
+    chosen = tuple(range(config.layers)) if layers == "all" else tuple(layers)
     moe = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
-        hidden=lm.config.dense_hidden // shards,
+        hidden=config.dense_hidden // granularity,
         router_options={"renormalize": top_k > 1},
-        layers="all" if len(chosen) == lm.config.layers else chosen,
-        activation=lm.config.activation,
+        layers="all" if len(chosen) == config.layers else chosen,
+        activation=config.activation,
     )
-    config = dataclasses.replace(lm.config, moe=moe)  # refuses layers that do not exist
+    return dataclasses.replace(config, moe=moe) if chosen else config  # refuses layers that do not exist
+
+
+def _sparse(lm: LM, config: LMConfig, shards: int, std: float, seed: int) -> LM:
+    moe = config.moe
+    assert moe is not None
+    num_experts, top_k = moe.num_experts, moe.top_k
     generator, changed = torch.Generator().manual_seed(seed), dict[str, Tensor]()
-    for layer in chosen:
+    for layer in filter(config.is_routed, range(config.layers)):
         ff, name = blocks(lm)[layer].ff, f"blocks.{layer}.ff"
         assert isinstance(ff, FeedForward)
         up_EDH, down_EFD = _experts(ff, num_experts, shards, _down_scale(moe, shards))
@@ -151,11 +170,11 @@ def _check_std(std: float | None, top_k: int) -> None:
         raise UsageError(word("router_std", got=std, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _check_model(lm: LM) -> None:
-    if lm.config.moe is not None:
+def _check_model(config: LMConfig) -> None:
+    if config.moe is not None:
         fix = "upcycle the dense model that it came from"
         raise UsageError(word("the model", got="one with experts", allowed="be dense", where=_WHERE, fix=fix))
-    if lm.config.ff_bias:
+    if config.ff_bias:
         allowed, fix = "have no feed-forward biases, since experts have none", "train or load one with ff_bias=False"
         raise UsageError(word("the model", got="one with ff_bias=True", allowed=allowed, where=_WHERE, fix=fix))
 
