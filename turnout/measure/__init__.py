@@ -1,5 +1,7 @@
 """Meters: what a decision costs, how even it is, how well the network does, and the page that shows it all."""
 
+from turnout.measure.certificate import Certificate, weights_digest
+from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
@@ -9,11 +11,13 @@ from turnout.measure.report import compare, markdown, quantity, results_rows, re
 from turnout.measure.runs import Passage, ReportData, RunData, read_run
 
 __all__ = [
+    "Certificate",
     "Evaluation",
     "Passage",
     "ReportData",
     "RunData",
     "bits_per_byte",
+    "certify",
     "coefficient_of_variation",
     "compare",
     "count_flops",
@@ -30,4 +34,5 @@ __all__ = [
     "report_html",
     "results_rows",
     "results_table",
+    "weights_digest",
 ]

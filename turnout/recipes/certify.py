@@ -1,0 +1,269 @@
+"""Certify the models in two folders, and check an older certificate of them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turnout.errors import CheckpointError, DataError, UsageError, word
+from turnout.measure import Certificate, certify
+from turnout.measure.certificate import Side
+from turnout.measure.certify import describe, measured
+from turnout.models import LM, checkpoint
+from turnout.storage import digest, read_error
+
+__all__ = ["certify_folders", "check_certificate", "model_folder", "open_model", "read_map"]
+
+_WHERE = "turnout certify"
+# Without prompts: so many rows of so many random tokens. Small models route them to every expert.
+_ROWS, _LENGTH = 8, 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Two models, the inputs for both, and how those read."""
+
+    a: LM
+    b: LM
+    sides: tuple[Side, Side]
+    items: tuple[Tensor, ...]
+    source: str
+    notes: tuple[str, ...]
+    tokenizer: Path | None
+
+    def worst(self, certificate: Certificate) -> str | None:
+        """The prompt that is furthest apart, as text, its worst token marked; None without a tokenizer."""
+        if self.tokenizer is None or certificate.verdict == "bit-equal" or self.source.startswith("random"):
+            return None
+        from tokenizers import Tokenizer
+
+        rows = [row for item in self.items for row in item]
+        row, at = rows[certificate.logits.prompt].tolist(), certificate.logits.position
+        tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        before = tokenizer.decode(row[max(0, at - 24) : at], skip_special_tokens=False)
+        return f"{before}[{tokenizer.decode([row[at]], skip_special_tokens=False)}]"
+
+
+def certify_folders(
+    a: str | Path,
+    b: str | Path,
+    *,
+    prompts: str | Path | None = None,
+    names: Mapping[str, str | None] | None = None,
+    bound: float | None = None,
+) -> tuple[Certificate, str | None]:
+    """Whether the model in one folder computes what that in another does, and the worst prompt as text.
+
+    Args:
+        a: a run folder, a folder that ``checkpoint.save`` wrote, or one of transformers.
+        b: the other.
+        prompts: a text file with a prompt a line, or a ``.jsonl`` (texts, lists of ids, or objects with ``prompt``,
+            ``text`` or ``ids``); None for random tokens, always the same for a vocabulary.
+        names: modules of A and their counterparts in B, see ``certify``.
+        bound: what counts as equal; None for one that fits the dtypes.
+
+    Raises:
+        TurnoutError: a folder, file or vocabulary that does not fit; nothing is written.
+
+    Source: none; ``measure.certify``, with the file reading around it.
+    """
+    pair = _open(a, b, prompts)
+    return _certify(pair, names, bound)
+
+
+def check_certificate(
+    path: str | Path, a: str | Path, b: str | Path, *, prompts: str | Path | None = None
+) -> tuple[tuple[str, ...], Certificate | None]:
+    """What a certificate says that is no longer so; empty when it holds. The models run only when nothing changed.
+
+    Args:
+        path: the certificate.
+        a: the first model's folder.
+        b: the second's.
+        prompts: the prompts it was made with; needed unless they were random.
+
+    Returns:
+        Sentences, and the comparison made now; None when weights, configurations or inputs are others.
+
+    Raises:
+        TurnoutError: a folder or file that cannot be read, or prompts that are missing.
+
+    Source: none; plain bookkeeping.
+    """
+    old = read_certificate(path)
+    if prompts is None and not old.inputs.source.startswith("random"):
+        fix = "add --prompts FILE, the file it was made with"
+        got = f"a certificate over {old.inputs.source}, and no --prompts"
+        raise UsageError(word("--check", got=got, allowed="be given the same prompts", where=_WHERE, fix=fix))
+    pair = _open(a, b, prompts)
+    broken = old.broken(*pair.sides, measured(pair.items, pair.source))
+    if broken:
+        return broken, None
+    new, _ = _certify(pair, old.names, old.bound)
+    order = ("bit-equal", "within bound", "different")
+    if order.index(new.verdict) <= order.index(old.verdict):
+        return (), new
+    changed = [name for name in ("cpu", "torch", "turnout", "threads") if old.context.get(name) != new.context[name]]
+    why = f"; here {', '.join(changed)} differ" if changed else ""
+    return (f"it says {old.verdict!r}, and now they are {new.verdict!r}{why}",), new
+
+
+def read_certificate(path: str | Path) -> Certificate:
+    """The certificate in a file.
+
+    Raises:
+        TurnoutError: there is none, or it was altered.
+    """
+    try:
+        return Certificate.from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise read_error(error, path, _WHERE) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_map(path: str | Path) -> dict[str, str | None]:
+    """The map of module names in a JSON file: ``{"blocks.1": "blocks.2", "blocks.3": null}``.
+
+    Raises:
+        TurnoutError: there is no such file, or it holds something else.
+    """
+    try:
+        body = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise read_error(error, path, _WHERE) from error
+    except ValueError as error:
+        body = str(error)
+    if isinstance(body, dict) and all(isinstance(item, str | None) for item in body.values()):
+        return body
+    fix = 'write {"blocks.1": "blocks.2"}, the names of modules in A and in B'
+    raise DataError(
+        word("the map", got=f"{path}: {body!r:.80}", allowed="be a JSON object of names", where=_WHERE, fix=fix)
+    )
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the model is: the folder itself, or ``model`` in a run folder.
+
+    Raises:
+        CheckpointError: the folder holds no model; a run may not be finished.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    run = (path / "run.json").is_file()
+    fix = f"finish the run: turnout train --resume --out {path}" if run else "name a run or a model's folder"
+    raise CheckpointError(word("the folder", got=str(path), allowed="hold a model", where=_WHERE, fix=fix))
+
+
+def open_model(path: str | Path) -> tuple[LM, str]:
+    """The model in a folder, ours or of transformers, and the SHA-256 of its configuration."""
+    folder = model_folder(path)
+    try:
+        body: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        body = {}  # load says what is wrong with it
+    foreign = isinstance(body, dict) and ("model_type" in body or "architectures" in body)
+    lm = checkpoint.from_hf(folder) if foreign else checkpoint.load(folder)
+    text = json.dumps(lm.config.to_json_dict(), sort_keys=True)
+    return lm, hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
+    folders = model_folder(a), model_folder(b)
+    models = [open_model(folder) for folder in folders]
+    one, other = models[0][0], models[1][0]
+    if one.config.vocab_size != other.config.vocab_size:
+        got = f"{one.config.vocab_size} and {other.config.vocab_size} tokens"
+        fix = "certify models of one vocabulary"
+        raise UsageError(word("the models", got=got, allowed="have one vocabulary", where=_WHERE, fix=fix))
+    sides = tuple(
+        describe(lm, str(name), config_sha256=config) for (lm, config), name in zip(models, (a, b), strict=True)
+    )
+    files = [found for folder in folders if (found := _tokenizer(folder)) is not None]
+    notes = []
+    if prompts is not None and len(files) == 2 and digest(files[0]) != digest(files[1]):
+        notes.append("the two have other tokenizers; prompts were read with that of A")
+    longest = min(lm.config.max_seq for lm in (one, other))
+    if prompts is None:
+        items, source = _random(one.config.vocab_size, longest)
+    else:
+        items, cut = _prompts(Path(prompts), files[0] if files else None, longest, one.config.vocab_size)
+        source = f"prompts of {Path(prompts).name}"
+        notes += [f"{cut} prompts were cut to the {longest} tokens that both take"] if cut else []
+    return Pair(one, other, (sides[0], sides[1]), items, source, tuple(notes), files[0] if files else None)
+
+
+def _certify(pair: Pair, names: Mapping[str, str | None] | None, bound: float | None) -> tuple[Certificate, str | None]:
+    found = certify(pair.a, pair.b, pair.items, bound=bound, names=names, source=pair.source)
+    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=(*pair.notes, *found.notes))
+    return found, pair.worst(found)
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    places = (folder / "tokenizer.json", folder / "origin" / "tokenizer.json", folder.parent / "tokenizer.json")
+    return next((place for place in places if place.is_file()), None)
+
+
+def _random(vocab: int, longest: int) -> tuple[tuple[Tensor, ...], str]:
+    generator = torch.Generator().manual_seed(0)
+    id_BS = torch.randint(vocab, (_ROWS, min(_LENGTH, longest)), generator=generator)
+    return id_BS.split(1), "random tokens, seed 0"
+
+
+def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tuple[tuple[Tensor, ...], int]:
+    """A row of ids for each prompt, cut to ``longest``, and how many were cut."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise read_error(error, path, _WHERE) from error
+    except UnicodeDecodeError as error:
+        raise _bad_prompts(f"{path} ({error})") from error
+    found = [_ids(_prompt(line, path, number), tokenizer, path) for number, line in enumerate(lines, start=1)]
+    found = [ids for ids in found if ids]
+    if not found:
+        raise _bad_prompts(f"{path}, which holds none")
+    wrong = [token for ids in found for token in ids if not 0 <= token < vocab]
+    if wrong:
+        raise _bad_prompts(f"{path} with the token {wrong[0]} of a vocabulary of {vocab}")
+    return tuple(torch.tensor([ids[:longest]]) for ids in found), sum(len(ids) > longest for ids in found)
+
+
+def _prompt(line: str, path: Path, number: int) -> str | list[int]:
+    if path.suffix != ".jsonl":
+        return line
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise _bad_prompts(f"{path}, line {number} ({error})") from error
+    if isinstance(item, dict):
+        item = next((item[key] for key in ("ids", "prompt", "text") if key in item), None)
+    whole = isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in item)
+    if isinstance(item, str) or whole:
+        return item
+    raise _bad_prompts(f"{path}, line {number}: {line[:40]}")
+
+
+def _ids(prompt: str | list[int], tokenizer: Path | None, path: Path) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    if tokenizer is None:
+        fix = "use a .jsonl of lists of ids, or put tokenizer.json beside the model"
+        raise DataError(
+            word("the prompts", got=f"text in {path}, and no tokenizer.json", allowed="be ids", where=_WHERE, fix=fix)
+        )
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer)).encode(prompt).ids
+
+
+def _bad_prompts(got: str) -> DataError:
+    allowed = "hold prompts: a text a line, or in .jsonl texts, lists of ids, or objects with prompt, text or ids"
+    return DataError(word("the prompts", got=got, allowed=allowed, where=_WHERE, fix="see turnout certify --help"))
