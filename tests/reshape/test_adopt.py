@@ -263,6 +263,20 @@ def test_gradient_checkpointing_recomputes_through_the_executors():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile itself asks after every break
+def test_a_compiled_block_leaves_the_experts_out():
+    block = adopt(make("Mixtral"))[0].model.layers[0].mlp
+    x, slope = (torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = []
+    for call in (block, torch.compile(block, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        found.append([y, *torch.autograd.grad(y, [leaf, *block.parameters()], slope)])
+    for new, old in zip(*found, strict=True):
+        torch.testing.assert_close(new, old)
+
+
+@pytest.mark.slow
 def test_trainer_trains_to_the_same_weights(tmp_path):
     def trained(model):
         ids = tokens(24, 12)

@@ -173,7 +173,7 @@ def _implementation(experts: nn.Module) -> str | None:
 
 def _set(experts: nn.Module, name: str | None) -> None:
     # What set_experts_implementation writes; it offers no way to change one part of a model and not another.
-    experts.config._experts_implementation_internal = name  # pyrefly: ignore[missing-attribute]
+    experts.config._experts_implementation_internal = name  # pyrefly: ignore[missing-attribute, bad-argument-type]
 
 
 def _adopted(modules: list[str], reasons: dict[str, str], backend: str, before: list[str]) -> Report:
@@ -198,8 +198,14 @@ def _context() -> dict[str, Any]:
 
 @functools.cache
 def _functions() -> dict[str, Callable[..., Tensor]]:
-    named = {f"turnout:{name}": functools.partial(_forward, backend=name) for name in dict.fromkeys(_BACKENDS)}
-    return {"turnout": functools.partial(_forward, backend="auto"), **named}
+    named = {f"turnout:{name}": functools.partial(_call, backend=name) for name in dict.fromkeys(_BACKENDS)}
+    return {"turnout": functools.partial(_call, backend="auto"), **named}
+
+
+def _call(experts: nn.Module, *arguments: Tensor, backend: str) -> Tensor:
+    # torch.compile leaves the whole block out: one break in its graph, rather than one at each thing it cannot trace.
+    forward = torch.compiler.disable(_forward) if torch.compiler.is_compiling() else _forward
+    return forward(experts, *arguments, backend=backend)
 
 
 def _forward(
