@@ -17,6 +17,8 @@ from small import ids, make, sparse
 # How each is asked to change nothing, and how to change something. What is listed for live transformers models is
 # tested in tests/reshape/test_adopt.py.
 LIVE = ("adopt", "register_backend", "release")
+# What takes several models has its own contract, test_reshape_many.py.
+MANY = ("Soup", "average", "fisher", "fisher_information", "interpolate", "interpolation_path", "soup", "task_vectors")
 NOTHING = {
     "drop_experts": lambda text: (sparse(), {"keep": 6, "batches": text}),
     "merge_experts": lambda text: (sparse(), {"keep": 6, "batches": text}),
@@ -29,7 +31,7 @@ SOMETHING = {
     "split": lambda text: (make(), {"num_experts": 4, "top_k": 2, "batches": text}),
     "upcycle": lambda text: (make(), {"num_experts": 8, "top_k": 4, "granularity": 2, "batches": text}),
 }
-every_reshape = pytest.mark.parametrize("name", [name for name in reshape.__all__ if name not in LIVE])
+every_reshape = pytest.mark.parametrize("name", [name for name in reshape.__all__ if name not in LIVE + MANY])
 
 
 def text() -> list[torch.Tensor]:

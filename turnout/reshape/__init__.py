@@ -1,9 +1,30 @@
 """Changing models that exist: every function takes a model and gives ``(model, Report)``, which says what changed."""
 
 from turnout.reshape.adopt import adopt, register_backend, release
+from turnout.reshape.average import average
 from turnout.reshape.drop_experts import drop_experts
+from turnout.reshape.fisher import fisher, fisher_information
+from turnout.reshape.interpolate import interpolate, interpolation_path
 from turnout.reshape.merge_experts import merge_experts
+from turnout.reshape.soup import Soup, soup
 from turnout.reshape.split import split
+from turnout.reshape.task_vectors import task_vectors
 from turnout.reshape.upcycle import upcycle
 
-__all__ = ["adopt", "drop_experts", "merge_experts", "register_backend", "release", "split", "upcycle"]
+__all__ = [
+    "Soup",
+    "adopt",
+    "average",
+    "drop_experts",
+    "fisher",
+    "fisher_information",
+    "interpolate",
+    "interpolation_path",
+    "merge_experts",
+    "register_backend",
+    "release",
+    "soup",
+    "split",
+    "task_vectors",
+    "upcycle",
+]
