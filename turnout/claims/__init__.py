@@ -5,12 +5,25 @@ from collections.abc import Callable
 
 from turnout.claims.backends import backends
 from turnout.claims.claim import Claim
+from turnout.claims.drop_experts import drop_experts
 from turnout.claims.expert_choice import expert_choice
 from turnout.claims.loss_free import loss_free
+from turnout.claims.merge_experts import merge_experts
 from turnout.claims.moe_beats_dense import moe_beats_dense
+from turnout.claims.split import split
+from turnout.claims.upcycle import upcycle
 from turnout.errors import nearest
 
-__all__ = ["backends", "expert_choice", "loss_free", "moe_beats_dense"]
+__all__ = [
+    "backends",
+    "drop_experts",
+    "expert_choice",
+    "loss_free",
+    "merge_experts",
+    "moe_beats_dense",
+    "split",
+    "upcycle",
+]
 
 
 def find(name: str) -> Callable[..., Claim]:
