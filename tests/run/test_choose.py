@@ -19,12 +19,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "executors.json"
 
 
-def case(dtype=torch.float32, device="cpu"):
+def case(dtype=torch.float32, device="cpu", tokens=17):
     weights = ExpertWeights(
         torch.ones(2, 8, 32, dtype=dtype, device=device), torch.ones(2, 16, 8, dtype=dtype, device=device)
     )
-    routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
-    return torch.ones(1, 8, dtype=dtype, device=device), routing, weights
+    routing = Routing.from_topk(torch.ones(tokens, 1).long(), torch.full((tokens, 1), 0.5), num_experts=2)
+    return torch.ones(tokens, 8, dtype=dtype, device=device), routing, weights
 
 
 def write(path, **seconds):
@@ -43,7 +43,7 @@ def test_takes_the_cheapest_by_this_machines_constants(cache):
     choice = choose(*case())
     assert choice.name == "grouped"
     assert any("grouped would take 1e+03 ms" in reason for reason in choice.reasons)
-    assert any("T=1, R=1, E=2" in reason for reason in choice.reasons)
+    assert any("T=17, R=17, E=2" in reason for reason in choice.reasons)
 
 
 def test_sort_wins_when_it_is_close_and_where_grouped_would_pad(cache):
@@ -51,7 +51,14 @@ def test_sort_wins_when_it_is_close_and_where_grouped_would_pad(cache):
     assert choose(*case()).name == "sort"
     write(cache, sort=[9.0, 0, 0, 0], grouped=[1.0, 0, 0, 0])
     odd = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3))
-    assert choose(torch.ones(1, 3), case()[1], odd).name == "sort"
+    assert choose(torch.ones(17, 3), case()[1], odd).name == "sort"
+
+
+def test_few_tokens_go_to_sort_whatever_was_measured(cache):
+    write(cache, sort=[2.0, 0, 0, 0], grouped=[1.0, 0, 0, 0])
+    choice = choose(*case(tokens=2))
+    assert choice.name == "sort" and "T=2 without gradients" in choice.reasons
+    torch.testing.assert_close(execute(*case(tokens=2)), execute(*case(tokens=2), backend="reference"))
 
 
 def test_other_versions_constants_are_not_used(cache):

@@ -48,6 +48,29 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
             assert all(torch.equal(optimizer.state[p][key], again.state[q][key]) for key in optimizer.state[p])
 
 
+def test_state_comes_back_in_the_strides_of_its_parameter(tmp_path):
+    """Fused AdamW on the CPU reads the memory of parameter and state side by side."""
+
+    def stepped(model, optimizer):
+        model.weight.grad = torch.empty_like(model.weight).copy_(torch.arange(12.0).view(3, 4) - 5)
+        optimizer.step()
+        return model.weight.detach().clone()
+
+    def fresh():
+        model = nn.Linear(4, 3, bias=False)
+        model.weight = nn.Parameter(torch.arange(12.0).view(4, 3).t())
+        optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer.param_groups[0]["lr"] = 0.1
+        return model, optimizer
+
+    model, optimizer = fresh()
+    stepped(model, optimizer)
+    state.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    other, again = fresh()
+    state.load(tmp_path / "step-00000001", other, again)
+    assert torch.equal(stepped(other, again), stepped(model, optimizer))
+
+
 def test_tied_weights_stay_tied_and_are_kept_once(tmp_path):
     from safetensors import safe_open
 

@@ -13,11 +13,11 @@ from turnout.types import ExpertWeights, Routing
 
 __all__ = ["calibrate"]
 
-# Tokens, width, experts, experts per token, hidden width.
+# Tokens (more than turnout.run.decode takes), width, experts, experts per token, hidden width.
 _SHAPES = [
-    (1, 256, 8, 2, 256),
-    (1, 256, 64, 8, 64),
-    (16, 512, 64, 8, 128),
+    (24, 256, 8, 2, 256),
+    (24, 256, 64, 8, 64),
+    (32, 512, 64, 8, 128),
     (64, 256, 8, 2, 512),
     (256, 256, 64, 8, 64),
     (512, 128, 64, 8, 64),
@@ -86,7 +86,7 @@ def _measure(
         return (torch.randn(shape, generator=g) * 0.1).to(device, dtype).requires_grad_(train)
 
     x_TD, grad_TD = normal(T, D), torch.randn(T, D, generator=g).to(device, dtype)
-    weights = ExpertWeights(normal(E, 2 * F, D).transpose(1, 2), normal(E, D, F).transpose(1, 2))
+    weights = ExpertWeights(normal(E, D, 2 * F), normal(E, F, D))
     taken: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     while len(taken[names[0]]) < 3 or (time.perf_counter() - begin < _PATIENCE_S and len(taken[names[0]]) < 30):

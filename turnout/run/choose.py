@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from turnout.errors import nearest
+from turnout.run.decode import suits_decoding
 from turnout.run.grouped import grouped
 from turnout.run.kernels import kernels
-from turnout.run.reference import Executor, reference
+from turnout.run.reference import Executor, reference, trains
 from turnout.run.sort import sort
 from turnout.types import ExpertWeights, Routing
 
@@ -102,9 +103,13 @@ def features(entries: int, experts: int, width: int, hidden: int, gated: bool) -
 def _situation(x_TD: Tensor, weights: ExpertWeights, routing: Routing) -> str:
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-    tensors = (x_TD, weights.up_EDH, weights.down_EFD, routing.weight_R)
-    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    train = trains(x_TD, routing, weights)
     return f"{device} {str(dtype).removeprefix('torch.')} {'training' if train else 'forward'}"
+
+
+def _decodes(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
+    """Whether sort has its way with few tokens, which no other executor comes near: nothing is to be predicted."""
+    return suits_decoding(x_TD, routing, weights) and not trains(x_TD, routing, weights)
 
 
 def _predict(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[str, dict[str, float]]:
@@ -146,6 +151,8 @@ def choose(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Choice:
 
     Source: none; a linear cost model of our own.
     """
+    if _decodes(x_TD, routing, weights):
+        return Choice("sort", (f"T={routing.num_tokens} without gradients", "sort reads each chosen expert once"))
     situation, seconds = _predict(x_TD, routing, weights)
     name = _pick(situation, seconds)
     if not seconds:
@@ -180,6 +187,8 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
 
     Source: none; a lookup by name.
     """
+    if backend == "auto" and _decodes(x_TD, routing, weights):
+        return sort(x_TD, routing, weights)
     name = _pick(*_predict(x_TD, routing, weights)) if backend == "auto" else backend
     executors = EXECUTORS | _ON_CUDA
     if name not in executors:

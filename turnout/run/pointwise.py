@@ -52,7 +52,7 @@ def activation_gradient(
     out_NF: Tensor,
     grad_NH: Tensor,
     grad_weight_N: Tensor | None,
-    spare: tuple[Tensor, Tensor, Tensor],
+    spare: list[Tensor],
 ) -> None:
     """The backward pass of weight * activation(hidden), which it recomputes.
 

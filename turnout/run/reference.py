@@ -1,6 +1,5 @@
 """The obvious loop over experts: what every other executor must equal, in values and in gradients."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["Executor", "activate", "prepare", "reference", "uncompiled"]
+__all__ = ["Executor", "activate", "prepare", "reference", "trains", "uncompiled"]
 
 Executor = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
@@ -106,12 +105,9 @@ def prepare(
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         if not cast_weights:
             return x_TD.to(dtype), weights
-        changed = {
-            f.name: value.to(dtype)
-            for f in dataclasses.fields(weights)
-            if isinstance(value := getattr(weights, f.name), Tensor)
-        }
-        return x_TD.to(dtype), dataclasses.replace(weights, **changed)
+        up_bias, down_bias = (b if b is None else b.to(dtype) for b in (weights.up_bias_EH, weights.down_bias_ED))
+        up, down = weights.up_EDH.to(dtype), weights.down_EFD.to(dtype)
+        return x_TD.to(dtype), ExpertWeights(up, down, up_bias, down_bias, weights.activation)
     if not x_TD.dtype == weights.up_EDH.dtype == weights.down_EFD.dtype:
         raise UsageError(
             word(
@@ -123,6 +119,12 @@ def prepare(
             )
         )
     return x_TD, weights
+
+
+def trains(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
+    """Whether a gradient will be asked for."""
+    tensors = (x_TD, routing.weight_R, weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @uncompiled

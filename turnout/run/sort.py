@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from turnout.run.decode import decode, suits_decoding
 from turnout.run.pointwise import activate_into, activation_gradient
 from turnout.run.product import onednn_is_faster, product
-from turnout.run.reference import prepare, uncompiled
+from turnout.run.reference import prepare, trains, uncompiled
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
 
@@ -64,12 +65,13 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """
     dtype = x_TD.dtype
     x_TD, weights = prepare(x_TD, routing, weights, cast_weights=False)
+    train = trains(x_TD, routing, weights)
+    if not train and suits_decoding(x_TD, routing, weights):
+        return decode(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
-        plan = _plan(routing, weights, x_TD)
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (x_TD, routing.weight_R, *tensors)
-        ):
+        plan = _plan(routing, weights, x_TD)
+        if train:
             return _Sort.apply(x_TD, routing.weight_R, *tensors, plan).to(dtype)
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
 
@@ -289,7 +291,7 @@ class _Sort(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor):
+    def backward(ctx: Any, grad_TD: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         x_TD, weight_R, *weights, h_PH = ctx.saved_tensors
         with torch.autocast(x_TD.device.type, enabled=False):
             work = _Backward(ctx.plan, x_TD, weight_R, weights, h_PH, grad_TD.contiguous(), ctx.needs_input_grad[:6])
@@ -316,8 +318,9 @@ class _Backward:
         )
         idle = set(range(weights[0].shape[0])).difference(*(group.experts for group in plan.groups))
         for stack in (self.up, self.down):
-            for expert in idle if stack is not None else ():
-                stack[expert].zero_()
+            if stack is not None:
+                for expert in idle:
+                    stack[expert].zero_()
         if plan.groups:
             most, H = plan.most, h_PH.shape[1]
             self.wide = [room((most, D), dtype, device) for _ in range(2)]
@@ -335,7 +338,7 @@ class _Backward:
         dweight = None if self.dweight_P is None else self.dweight_P[rows]
         torch.index_select(self.grad_TD, 0, plan.token_P[rows], out=g)
         _products(group, g, down_EFD.transpose(1, 2), da)
-        activation_gradient(plan.activation, self.h_PH[rows], da, weight, a, dh, dweight, tuple(spare))
+        activation_gradient(plan.activation, self.h_PH[rows], da, weight, a, dh, dweight, spare)
         if self.down is not None:
             _outer(group, a, g, self.down)
         if self.up is not None:

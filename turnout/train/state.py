@@ -195,11 +195,17 @@ def load(
     _check_fit(
         path, {name: tuple(t.shape) for name, t in weights.items()}, {n: tuple(t.shape) for n, t in held.items()}
     )
-    index = {name: i for i, (name, _) in enumerate(_optimized(model, optimizer))}
+    optimized = _optimized(model, optimizer)
+    index = {name: i for i, (name, _) in enumerate(optimized)}
     states: dict[int, dict[str, Any]] = {index[name]: dict(items) for name, items in body["optimizer"].items()}
     for key, tensor in tensors.items():
         name, _, item = key.rpartition("|")
-        states.setdefault(index[name], {})[item] = tensor.clone()
+        parameter = optimized[index[name]][1]
+        # In the parameter's own strides: fused AdamW on the CPU goes through the memory of all four without looking.
+        like = torch.empty_like(
+            parameter if tensor.shape == parameter.shape else tensor, dtype=tensor.dtype, device="cpu"
+        )
+        states.setdefault(index[name], {})[item] = like.detach().copy_(tensor)
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(weights[name])

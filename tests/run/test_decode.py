@@ -1,0 +1,80 @@
+"""Few tokens: the same values as the reference, for every routing and storage that it says it takes."""
+
+import sys
+
+import pytest
+import torch
+
+from turnout.paths import Bank
+from turnout.run import execute, sort
+from turnout.run.decode import decode, suits_decoding
+from turnout.types import ExpertWeights, Routing
+
+
+def case(tokens, experts=8, k=2, dtype=torch.float32, bias=False, activation="swiglu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    weight_TK, index_TK = torch.rand(tokens, experts, generator=g).topk(k)
+    bank = Bank(experts, 24, 20, std=0.3, bias=bias, activation=activation, generator=g)
+    if bias:
+        bank.up_bias.data.normal_(generator=g)
+        bank.down_bias.data.normal_(generator=g)
+    x_TD = torch.randn(tokens, 24, generator=g).to(dtype)
+    return x_TD, Routing.from_topk(index_TK, weight_TK, num_experts=experts), bank.to(dtype)
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
+def test_equals_reference(tokens, dtype, off):
+    for activation, bias in (("swiglu", False), ("gelu", True), ("reglu", True)):
+        x_TD, routing, bank = case(tokens, dtype=dtype, bias=bias, activation=activation)
+        with torch.no_grad():
+            assert suits_decoding(x_TD, routing, bank.weights())
+            got = decode(x_TD, routing, bank.weights())
+            bank = bank.float()
+            expected = execute(x_TD.float(), routing, bank.weights(), backend="reference")
+        assert got.dtype == dtype and got.shape == x_TD.shape
+        assert float((got.float() - expected).norm() / expected.norm()) < off
+
+
+def test_tokens_with_none_one_and_all_experts():
+    mask_TE = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    routing = Routing.from_dense(torch.rand(4, 4, generator=torch.Generator().manual_seed(0)), mask_TE=mask_TE)
+    x_TD, _, bank = case(4, experts=4)
+    with torch.no_grad():
+        got = decode(x_TD, routing, bank.weights())
+        torch.testing.assert_close(got, execute(x_TD, routing, bank.weights(), backend="reference"))
+    assert not got[0].any() and not got[3].any()
+
+
+def test_sort_takes_it_without_gradients_alone(monkeypatch):
+    called = []
+    monkeypatch.setattr(sys.modules["turnout.run.sort"], "decode", lambda *given: called.append(1) or decode(*given))
+    x_TD, routing, bank = case(2)
+    sort(x_TD, routing, bank.weights()).sum().backward()
+    assert not called and bank.up.grad is not None
+    with torch.no_grad():
+        sort(x_TD, routing, bank.weights())
+    assert called
+
+
+def test_what_it_leaves_to_products():
+    with torch.no_grad():
+        x_TD, routing, bank = case(2)
+        weights = bank.weights()
+        stored = ExpertWeights(bank.up.contiguous().transpose(1, 2), bank.down.contiguous().transpose(1, 2))
+        assert suits_decoding(x_TD, routing, weights)
+        assert not suits_decoding(x_TD, routing, stored), "(out, in): the rows of the table are not the inputs"
+        more = case(17)
+        assert not suits_decoding(more[0], more[1], more[2].weights())
+        assert not suits_decoding(x_TD.double(), routing, weights)
+        many = case(16, experts=2, k=2)
+        assert not suits_decoding(many[0], many[1], many[2].weights()), "8 rows an expert"
+
+
+def test_weights_of_experts_without_tokens_are_not_read():
+    x_TD, routing, bank = case(2, experts=16)
+    idle_E = routing.load_E == 0
+    with torch.no_grad():
+        bank.up[idle_E] = torch.nan
+        bank.down[idle_E] = torch.nan
+        assert idle_E.any() and torch.isfinite(decode(x_TD, routing, bank.weights())).all()
