@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
 from turnout.paths import Bank, FeedForward
 from turnout.run import EXECUTORS
@@ -89,13 +90,30 @@ class Contestant:
 
 
 class Dense(Contestant):
-    """A SwiGLU layer of equal active FLOPs."""
+    """A SwiGLU layer of equal active FLOPs as people have it: three products of torch, gate and value apart."""
+
+    exact = False
+
+    def __init__(self, case: Case) -> None:
+        F, D, dtype = case.K * case.F, case.D, DTYPES[case.dtype]
+        gate, value = (torch.empty(F, D).normal_(0, 0.02).to(dtype).requires_grad_() for _ in range(2))
+        down = torch.empty(D, F).normal_(0, 0.02).to(dtype).requires_grad_()
+
+        def call(inputs: Inputs) -> Tensor:
+            x = inputs.x_TD
+            return linear(silu(linear(x, gate)) * linear(x, value), down)
+
+        super().__init__("dense", call, [gate, value, down])
+
+
+class OurDense(Contestant):
+    """turnout's own layer of equal active FLOPs, whose products take this machine's fastest kernel."""
 
     exact = False
 
     def __init__(self, case: Case) -> None:
         layer = FeedForward(case.D, case.K * case.F).to(DTYPES[case.dtype])
-        super().__init__("dense", lambda inputs: layer(inputs.x_TD), list(layer.parameters()))
+        super().__init__("dense, ours", lambda inputs: layer(inputs.x_TD), list(layer.parameters()))
 
 
 class Floor(Contestant):
@@ -141,6 +159,28 @@ def of_turnout(case: Case, bank: Bank, name: str) -> Contestant:
     return Contestant(f"turnout {name}", call, list(bank.parameters()))
 
 
+class Even(Contestant):
+    """turnout's sort on evenly drawn experts beside a skewed case: what the bar for skew is measured against."""
+
+    def __init__(self, case: Case, bank: Bank) -> None:
+        sort = of_turnout(case, bank, "sort")
+        super().__init__("turnout sort, even loads", sort.call, sort.parameters)
+        self.case, self.turn = dataclasses.replace(case, skew=0.0), 0
+        self.even = draw(self.case, seed=0)
+
+    exact = False
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Draws a decision with even loads."""
+        self.turn += 1
+        self.even = draw(self.case, seed=self.turn)
+        super().prepare(self.even)
+
+    def run(self, inputs: Inputs, train: bool) -> Tensor:
+        """One step on them."""
+        return super().run(self.even, train)
+
+
 def of_transformers(case: Case, bank: Bank, name: str) -> Contestant:
     """The experts of transformers' Mixtral with one of its implementations, on copies of the bank's weights."""
     from transformers import MixtralConfig
@@ -160,11 +200,13 @@ def of_transformers(case: Case, bank: Bank, name: str) -> Contestant:
 
 
 def assemble(case: Case, names: list[str] | None = None) -> tuple[list[Contestant], dict[str, str]]:
-    """Every contestant that can run the case, dense first, and why the others cannot."""
+    """Every contestant that can run the case, the dense ones first, and why the others cannot."""
     bank = Bank(case.E, case.D, case.F, generator=torch.Generator().manual_seed(0)).to(DTYPES[case.dtype])
-    made: list[Contestant] = [Dense(case), Floor(case, bank)]
+    made: list[Contestant] = [Dense(case), OurDense(case), Floor(case, bank)]
     absent: dict[str, str] = {}
     made += [of_turnout(case, bank, name) for name in EXECUTORS if name != "reference"]
+    if case.skew:
+        made.append(Even(case, bank))
     for name in ("grouped_mm", "eager", "batched_mm"):
         copies = case.T * case.K * case.D * case.F * 3 * DTYPES[case.dtype].itemsize
         if importlib.util.find_spec("transformers") is None:
@@ -177,5 +219,5 @@ def assemble(case: Case, names: list[str] | None = None) -> tuple[list[Contestan
         if importlib.util.find_spec(package) is None:
             absent[package] = "not installed"
     if names:
-        made = [c for c in made if c.name == "dense" or any(part in c.name for part in names)]
+        made = [c for c in made if c.name.startswith("dense") or any(part in c.name for part in names)]
     return made, absent
