@@ -58,8 +58,8 @@ def upcycle(*, note: Note = None) -> Claim:
             Evidence("held-out bits per byte", "below", tuple(sparse), tuple(dense), "the dense model, trained on"),
         ),
         seconds=time.perf_counter() - began,
-        note=f"2 layers, width 64, 8 copies, top 2, {STEPS} + {_AFTER} steps of 1,024 tokens; {more_flops:.2f} times the "
-        "dense FLOPs a token. At equal FLOPs (16 experts of half the width) the difference was within the spread: "
+        note=f"2 layers, width 64, 8 copies, top 2, {STEPS} + {_AFTER} steps of 1,024 tokens; {more_flops:.2f} times "
+        "the dense FLOPs a token. At equal FLOPs (16 experts of half the width) the difference was within the spread: "
         "2.583 against 2.592",
     )
 
