@@ -11,7 +11,7 @@ from turnout.errors import Interrupted, TurnoutError
 
 # Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 # None of them imports torch before ``run``, so that help is instant.
-COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "certify", "verify", "methods", "doctor")
+COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "convert", "certify", "verify", "methods", "doctor")
 
 _EXAMPLES = """\
 examples:
@@ -21,6 +21,7 @@ examples:
   turnout train --resume --out runs/x            go on after a crash, bit for bit
   turnout run runs/x/run.json --out runs/again   repeat a run
   turnout sample runs/x --prompt "def main("
+  turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
   turnout certify dense sparse                   does B compute what A does? if not, where they part
   turnout verify loss_free                       see a published result reproduced
   turnout COMMAND --help                         what a command takes, with examples

@@ -1,4 +1,4 @@
-"""Repeat a run exactly from its run.json.
+"""Repeat a run, or a conversion, exactly from its run.json.
 
 examples:
   turnout run runs/x/run.json --out runs/again
@@ -6,6 +6,9 @@ examples:
 """
 
 import argparse
+import sys
+
+from turnout.errors import UsageError, word
 
 HELP = "repeat a run from its run.json"
 
@@ -21,8 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs it again in a new folder."""
+    from turnout.recipes.convert import is_conversion, repeat
     from turnout.recipes.execute import execute
     from turnout.recipes.run import Run
+
+    if is_conversion(arguments.run_json):
+        if arguments.overrides or arguments.tokens:
+            raise UsageError(
+                word(
+                    "fields and --tokens",
+                    got=" ".join([*arguments.overrides, arguments.tokens or ""]).strip(),
+                    allowed="stay out where a conversion is done again",
+                    where="turnout run",
+                    fix="leave them out, or call turnout convert with other options",
+                )
+            )
+        say = (lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+        print(repeat(arguments.run_json, arguments.out, say=say).summary())
+        return 0
 
     plan = Run.open(arguments.run_json).override(arguments.overrides)
     done = execute(plan, arguments.out, tokens_folder=arguments.tokens, quiet=arguments.quiet)

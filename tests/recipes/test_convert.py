@@ -1,0 +1,302 @@
+"""Converting folders, with transformers' own models as the judges."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hf_folders as folders
+import pytest
+import torch
+
+from turnout.errors import CheckpointError, DataError, StorageError, UnknownNameError, UsageError
+from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+from turnout.recipes import plan as planning
+from turnout.recipes.convert import convert, repeat
+from turnout.recipes.plan import make_plan
+from turnout.recipes.steps import Drop, Merge, Split, Upcycle
+from turnout.types import Report
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return folders.make(tmp_path_factory.mktemp("hf") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    return folders.make(tmp_path_factory.mktemp("hf") / "mixtral", "mixtral", num_local_experts=8)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text(folders.TEXT)
+    (folder / "binary.bin").write_bytes(b"\0\1\2")
+    return folder
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())["conversion"]
+
+
+def only(out: Path) -> None:
+    """Nothing but the result is left beside it."""
+    assert not out.with_name(out.name + ".part").exists()
+
+
+@pytest.mark.parametrize(("experts", "top_k", "shards"), [(8, 2, 1), (8, 4, 2), (6, 6, 3)])
+def test_llama_becomes_a_mixtral_that_computes_the_same(llama, tmp_path, experts, top_k, shards):
+    out = tmp_path / "out"
+    done = convert(llama, [Upcycle(experts, top_k, shards)], out)
+    assert done.plan.architecture == "MixtralForCausalLM"
+    before, after = folders.logits(llama), folders.logits(out)
+    assert before.std() > 0.1
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert done.certificate.verdict == "within bound"
+    only(out)
+
+
+def test_the_small_files_go_along(llama, tmp_path):
+    out = tmp_path / "out"
+    convert(llama, [Upcycle(4, 2)], out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (llama / name).read_bytes()
+    tokenizer = folders.transformers().AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("line 3: 0 3 6")["input_ids"]) == "line 3: 0 3 6"
+
+
+@pytest.mark.parametrize("by", ["reap", "frequency", "random"])
+def test_experts_of_a_mixtral_are_dropped(mixtral, text, tmp_path, by):
+    out = tmp_path / "out"
+    done = convert(mixtral, [Drop(share=0.25, by=by)], out, text=text)
+    keys = json.loads((out / "config.json").read_text())
+    assert (keys["model_type"], keys["num_local_experts"]) == ("mixtral", 6)
+    kept = done.reports[0]["kept"]["0"]
+    theirs = folders.transformers().AutoModelForCausalLM.from_pretrained(mixtral).state_dict()
+    mine = folders.transformers().AutoModelForCausalLM.from_pretrained(out).state_dict()
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(mine[name], theirs[name][kept])
+    assert folders.logits(out).isfinite().all()
+    gap = (folders.logits(out) - folders.logits(mixtral)).abs().max()
+    assert gap > 1e-4 and done.certificate.verdict == "different"
+    assert record(out)["calibration"]["skipped"] == 1 and record(out)["calibration"]["tokens"] > 1000
+
+
+def test_a_chain_is_taken_in_its_order_and_recorded(llama, text, tmp_path):
+    out = tmp_path / "out"
+    heard = []
+    done = convert(llama, [Upcycle(8, 2), Drop(count=2), Drop(share=0.5)], out, text=text, say=heard.append)
+    assert done.plan.rows[-1].config.moe.num_experts == 3
+    body = record(out)
+    assert [step["step"] for step in body["steps"]] == ["upcycle", "drop_experts", "drop_experts"]
+    reports = [Report.from_json(json.dumps(step["report"])) for step in body["steps"]]
+    assert [report.title for report in reports] == ["upcycle", "drop_experts", "drop_experts"]
+    assert reports[1]["num_experts"] == [8, 6] and reports[2]["num_experts"] == [6, 3]
+    assert any("step 2 of 3: drop_experts" in line for line in heard)
+    # All experts are copies of one dense layer: dropping some changes nothing.
+    torch.testing.assert_close(folders.logits(out), folders.logits(llama), rtol=0, atol=1e-5)
+
+
+def test_the_plan_is_what_happens(llama, mixtral, text, tmp_path):
+    for path, steps in [
+        (llama, [Upcycle(8, 4, 2), Drop(count=4)]),
+        (llama, [Split(4, 2)]),
+        (mixtral, [Drop(share=0.25)]),
+    ]:
+        out = tmp_path / f"{path.name}-{len(steps)}-{steps[0].name}"
+        plan = make_plan(path, steps, text=text)
+        convert(path, steps, out, text=text)
+        seen = checkpoint.peek(out)
+        lm = checkpoint.from_hf(out)
+        cost = lm.cost(seq=plan.seq)
+        last = plan.rows[-1]
+        assert lm.config == checkpoint.peek(out).config and seen.architecture == plan.architecture
+        assert (last.params, last.params_active, last.flops) == (cost.params, cost.params_active, cost.flops)
+        weights = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        assert last.memory_bytes <= weights <= last.memory_bytes + 20_000
+
+
+def test_planning_reads_no_weights(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "from_hf", lambda *a, **k: pytest.fail("weights were loaded"))
+    plan = make_plan(llama, [Upcycle(8, 2)])
+    assert plan.rows[1].params > 2 * plan.rows[0].params
+    assert plan.rows[1].flops < 2 * plan.rows[0].flops
+    assert "2 experts" not in str(plan) and "8 experts, hidden 48, top 2" in str(plan)
+
+
+def test_all_split_experts_on_are_the_dense_model(llama, tmp_path):
+    convert(llama, [Split(4, 4)], tmp_path / "out")
+    torch.testing.assert_close(folders.logits(tmp_path / "out"), folders.logits(llama), rtol=0, atol=1e-5)
+
+
+def test_merged_experts_go_to_a_folder_of_ours(mixtral, text, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="add --as model"):
+        convert(mixtral, [Merge(4)], out, text=text)
+    assert not out.exists()
+    done = convert(mixtral, [Merge(4)], out, text=text, as_format="model")
+    lm = checkpoint.load(out)
+    assert sum(lm.config.moe.distinct) == 8
+    assert lm.cost().params == done.plan.rows[-1].params
+    assert (out / "tokenizer.json").exists()
+
+
+def test_a_model_folder_in_and_out_and_exported(tmp_path, text, llama):
+    moe = MoEConfig(4, 2, 12)
+    lm = LM(LMConfig(vocab_size=300, width=16, layers=2, heads=2, max_seq=64, moe=moe, init_std=0.2)).eval()
+    checkpoint.save(tmp_path / "own", lm)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        convert(tmp_path / "own", [Drop(count=1)], tmp_path / "smaller", text=text)
+    shutil.copy(llama / "tokenizer.json", tmp_path / "own")
+    convert(tmp_path / "own", [Drop(count=1)], tmp_path / "smaller", text=text)
+    assert checkpoint.load(tmp_path / "smaller").config.moe.num_experts == 3
+    assert (tmp_path / "smaller" / "tokenizer.json").exists()
+    done = convert(tmp_path / "own", [], tmp_path / "hf", as_format="transformers")
+    assert done.certificate.verdict == "bit-equal"
+    id_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(folders.logits(tmp_path / "hf"), lm(id_BS).logits_BSV, rtol=0, atol=1e-4)
+
+
+def test_a_conversion_repeats_from_its_run_json(mixtral, text, tmp_path):
+    convert(mixtral, [Drop(share=0.25)], tmp_path / "a", text=text, text_tokens=500)
+    again = repeat(tmp_path / "a", tmp_path / "b")
+    assert again.certificate.b.weights_sha256 is not None
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_bf16_and_mixed_dtypes(tmp_path, llama):
+    half = folders.make(tmp_path / "half", "llama", torch.bfloat16)
+    convert(half, [Upcycle(4, 2)], tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
+    mixed = shutil.copytree(llama, tmp_path / "mixed")
+    shard = sorted(mixed.glob("*.safetensors"))[0]
+    _rewrite(shard, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="BF16"):
+        convert(mixed, [Upcycle(4, 2)], tmp_path / "b")
+    done = convert(mixed, [Upcycle(4, 2)], tmp_path / "b", dtype=torch.float32)
+    assert done.certificate.equal and checkpoint.peek(tmp_path / "b").dtype == torch.float32
+
+
+def _rewrite(shard: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(shard)), shard, metadata={"format": "pt"})
+
+
+# ---- what is wrong is said before anything is written
+
+
+def _missing_shard(path: Path) -> None:
+    sorted(path.glob("*.safetensors"))[1].unlink()
+
+
+def _truncated(path: Path) -> None:
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-8])
+
+
+def _wrong_shape(path: Path) -> None:
+    shard = next(file for file in path.glob("*.safetensors") if b"model.norm.weight" in file.read_bytes()[:5000])
+    _rewrite(shard, lambda tensors: tensors | {"model.norm.weight": torch.ones(7)})
+
+
+def _unknown_architecture(path: Path) -> None:
+    keys = json.loads((path / "config.json").read_text())
+    keys |= {"model_type": "llamma", "architectures": ["LlammaForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(keys))
+
+
+def _no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_missing_shard, r"1 of \d+ missing in .*model-00002"),
+        (_truncated, "truncated or damaged"),
+        (_wrong_shape, r"shape \(7,\) for model.norm.weight"),
+        (_unknown_architecture, "Did you mean 'LlamaForCausalLM'"),
+        (_no_config, "neither config.json nor run.json"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_anything_is_written(llama, tmp_path, harm, words):
+    path = shutil.copytree(llama, tmp_path / "in")
+    harm(path)
+    with pytest.raises(CheckpointError, match=words):
+        make_plan(path, [Upcycle(8, 2)])
+    with pytest.raises(CheckpointError, match=words):
+        convert(path, [Upcycle(8, 2)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    only(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "words"),
+    [
+        ("llama", [], "the steps"),
+        ("llama", [Upcycle(8, 3, 2)], "granularity"),
+        ("llama", [Upcycle(8, 2), Upcycle(8, 2)], "be dense"),
+        ("llama", [Upcycle(8, 1)], "cannot be written"),
+        ("llama", [Drop(share=0.5, by="random")], "have experts"),
+        ("mixtral", [Drop(share=0.9, by="random")], "top_k=2"),
+        ("mixtral", [Drop(share=0.25)], "--calibration must be given for drop_experts"),
+        ("mixtral", [Merge(4)], "--calibration must be given for merge_experts"),
+        ("llama", [Split(4, 2, by="gradient")], "--by cluster"),
+        ("llama", [Split(7, 2)], "divide the hidden width 48"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused_in_the_plan(llama, mixtral, kind, steps, words):
+    with pytest.raises(UsageError, match=words):
+        make_plan({"llama": llama, "mixtral": mixtral}[kind], steps)
+
+
+@pytest.mark.parametrize(("kind", "by"), [(Split, "clustr"), (Drop, "rep")])
+def test_an_unknown_way_is_refused_at_once(kind, by):
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        kind(4, 2, by=by)
+
+
+def test_an_existing_folder_stays_as_it_is(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StorageError, match="which exists"):
+        convert(llama, [Upcycle(8, 2)], tmp_path / "out")
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "mine.txt").write_text("mine")
+    with pytest.raises(StorageError, match="be free to use"):
+        convert(llama, [Upcycle(8, 2)], tmp_path / "new")
+    assert (tmp_path / "new.part" / "mine.txt").read_text() == "mine"
+
+
+def test_what_a_killed_conversion_left_is_removed(llama, tmp_path):
+    part = tmp_path / "out.part"
+    (part / "result").mkdir(parents=True)
+    (part / "turnout-convert.json").write_text("{}")
+    convert(llama, [Upcycle(4, 2)], tmp_path / "out")
+    assert not part.exists() and (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_full_disk_and_a_small_memory_are_seen_early(llama, tmp_path, monkeypatch):
+    plan = make_plan(llama, [Upcycle(8, 2)])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="1 kB free"):
+        convert(llama, [Upcycle(8, 2)], tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "_free_memory", lambda: plan.peak_bytes - 1)
+    with pytest.raises(UsageError, match="the memory"):
+        convert(llama, [Upcycle(8, 2)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), KeyboardInterrupt()])
+def test_nothing_is_left_half_written(llama, tmp_path, monkeypatch, error):
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("turnout.recipes.convert.certify_folders", fail)
+    kinds = {OSError: StorageError, MemoryError: UsageError, KeyboardInterrupt: KeyboardInterrupt}
+    with pytest.raises(kinds[type(error)]):
+        convert(llama, [Upcycle(4, 2)], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+"""Reshape a model on disk and write it in the format it came in: steps in the order given, or another format.
+
+PATH is a folder of transformers, one of turnout's own models, or a run folder. --experts, --top-k, --granularity and
+--by belong to the step before them. What was done is in DIR/run.json, and turnout run DIR/run.json does it again.
+
+examples:
+  turnout convert llama --to moe --experts 8 --top-k 2 --dry-run            what it would cost; writes nothing
+  turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
+  turnout convert llama --to moe --experts 16 --top-k 4 --granularity 2 --out fine
+  turnout convert llama --split 16 --top-k 4 --out split
+  turnout convert mixtral --drop-experts 25% --calibration text --out smaller
+  turnout convert runs/x --merge-experts 4 --calibration text --out merged
+  turnout convert runs/x --as transformers --out exported
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from turnout.errors import UsageError, word
+
+if TYPE_CHECKING:
+    from turnout.recipes.steps import Step
+
+HELP = "reshape a model on disk, and write it in the format it came in"
+
+_DTYPES = ("float32", "float16", "bfloat16")
+# What each step's own options may be, the first being the step's argument.
+_TAKES = {
+    "--to": ("--experts", "--top-k", "--granularity"),
+    "--split": ("--top-k", "--by"),
+    "--drop-experts": ("--by",),
+    "--merge-experts": (),
+}
+
+
+class _InOrder(argparse.Action):
+    """Keeps options and their values in the order of the command line."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.given = [*namespace.given, (self.option_strings[0], values)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``turnout convert`` takes."""
+    parser.add_argument("path", metavar="PATH", help="the model's folder")
+    parser.set_defaults(given=[])
+    steps = parser.add_argument_group("steps, any number, in this order")
+    steps.add_argument("--to", action=_InOrder, choices=["moe"], help="dense to sparse, by copies (upcycling)")
+    steps.add_argument("--split", action=_InOrder, type=int, metavar="E", help="dense to sparse: deal out the neurons")
+    steps.add_argument("--drop-experts", action=_InOrder, metavar="N|P%", help="so many experts of each layer go")
+    steps.add_argument(
+        "--merge-experts", action=_InOrder, type=int, metavar="N", help="so many experts are left, on average"
+    )
+    of = parser.add_argument_group("of the step before")
+    of.add_argument("--experts", action=_InOrder, type=int, metavar="E", help="of --to: how many")
+    of.add_argument("--top-k", action=_InOrder, type=int, metavar="K", help="of --to and --split: experts per token")
+    of.add_argument("--granularity", action=_InOrder, type=int, metavar="G", help="of --to: shards a layer (default 1)")
+    of.add_argument(
+        "--by",
+        action=_InOrder,
+        metavar="HOW",
+        help="of --drop-experts: reap (default), frequency, random; of --split: cluster (default), coactivation, "
+        "gradient, random",
+    )
+    parser.add_argument("--calibration", metavar="PATH", help="a file or folder of text, for steps that look at text")
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=65_536, metavar="N", help="how much of it (default 65536 tokens)"
+    )
+    parser.add_argument("--as", dest="as_format", choices=["transformers", "model"], help="write another format")
+    parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
+    parser.add_argument("--seed", type=int, default=0, help="of whatever a step draws (default 0)")
+    parser.add_argument("--out", metavar="DIR", help="the new folder")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan; load no weights, write nothing")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plans, converts, and says how far the model moved."""
+    import torch
+
+    from turnout.recipes.convert import convert
+    from turnout.recipes.plan import make_plan
+
+    steps = read_steps(arguments.given)
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    if arguments.calibration_tokens < 1:
+        raise _refusal("--calibration-tokens", str(arguments.calibration_tokens), "be at least 1", "leave it out")
+    if arguments.dry_run:
+        plan = make_plan(arguments.path, steps, as_format=arguments.as_format, text=arguments.calibration, dtype=dtype)
+        print(plan)
+        return 0
+    if arguments.out is None:
+        raise _refusal("--out", "nothing", "name the output folder", "add --out DIR, or --dry-run to see the plan only")
+    done = convert(
+        arguments.path,
+        steps,
+        arguments.out,
+        as_format=arguments.as_format,
+        text=arguments.calibration,
+        text_tokens=arguments.calibration_tokens,
+        dtype=dtype,
+        seed=arguments.seed,
+        say=lambda text: None if arguments.quiet else print(text, file=sys.stderr, flush=True),
+    )
+    print(done.summary())
+    return 0
+
+
+def read_steps(given: Sequence[tuple[str, Any]]) -> list["Step"]:
+    """The steps that options in the order of the command line describe.
+
+    Raises:
+        UsageError: an option that belongs to no step before it, comes twice, or is missing.
+    """
+    found: list[tuple[str, Any, dict[str, Any]]] = []
+    for option, value in given:
+        if option in _TAKES:
+            found.append((option, value, {}))
+            continue
+        owners = [name for name, takes in _TAKES.items() if option in takes]
+        if not found or option not in _TAKES[found[-1][0]]:
+            after = f"after {found[-1][0]}" if found else "before any step"
+            raise _refusal(
+                option, after, f"come after {' or '.join(owners)}", f"put {option} behind the step it belongs to"
+            )
+        if option in found[-1][2]:
+            raise _refusal(option, f"two for {found[-1][0]}", "come once a step", "leave one of them out")
+        found[-1][2][option] = value
+    return [_step(name, value, options) for name, value, options in found]
+
+
+def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
+    from turnout.recipes import steps
+
+    by = {"by": options["--by"]} if "--by" in options else {}
+    if name == "--to":
+        _need(name, options, "--experts", "--top-k")
+        return steps.Upcycle(options["--experts"], options["--top-k"], options.get("--granularity", 1))
+    if name == "--split":
+        _need(name, options, "--top-k")
+        return steps.Split(value, options["--top-k"], **by)
+    if name == "--merge-experts":
+        return steps.Merge(value)
+    number, is_share = value.removesuffix("%"), value.endswith("%")
+    try:
+        return steps.Drop(share=float(number) / 100, **by) if is_share else steps.Drop(count=int(number), **by)
+    except ValueError as error:
+        fix = "write --drop-experts 25% or --drop-experts 2"
+        raise UsageError(
+            word(name, got=value, allowed="be a share or a number", where="turnout convert", fix=fix)
+        ) from error
+
+
+def _need(step: str, options: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if name not in options:
+            example = {"--experts": "--experts 8", "--top-k": "--top-k 2"}[name]
+            raise _refusal(step, f"no {name}", f"be followed by {' and '.join(names)}", f"add {example} behind it")
+
+
+def _refusal(what: str, got: str, allowed: str, fix: str) -> UsageError:
+    return UsageError(word(what, got=got, allowed=allowed, where="turnout convert", fix=fix))

@@ -1,0 +1,243 @@
+"""What a conversion would do, from config.json and the headers of the weights alone."""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.fields import plain
+from turnout.models import LM, LMConfig, checkpoint
+from turnout.models.checkpoint.own import ORIGIN, read_json
+from turnout.models.families.express import architecture_of
+from turnout.recipes.calibration import find_tokenizer
+from turnout.recipes.run import Run
+from turnout.recipes.steps import Merge, Step
+
+__all__ = ["Format", "Plan", "Row", "make_plan"]
+
+Format = Literal["transformers", "model"]
+_WHERE = "turnout convert"
+# FLOPs are told for this much context, or for as much as the model takes.
+_SEQ = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The model before the first step, or after one.
+
+    Args:
+        name: "input", or the step's name.
+        config: of the model.
+        params: parameters.
+        params_active: those that one token uses.
+        memory_bytes: of the weights.
+        flops: of one token's forward pass.
+
+    Source: none; plain bookkeeping.
+    """
+
+    name: str
+    config: LMConfig
+    params: int
+    params_active: int
+    memory_bytes: int
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion, not done yet.
+
+    Args:
+        path: as it was given.
+        folder: where the model itself is.
+        source: what kind of folder ``path`` is.
+        target: what kind of folder will be written.
+        architecture: the class in transformers of what will be written; "LM" in our own format.
+        steps: what will be done.
+        rows: the model before, and after each step.
+        dtype: that the weights are read in; None for the one they are stored in.
+        seq: tokens of context that ``flops`` is for.
+
+    Source: none; plain bookkeeping.
+    """
+
+    path: Path
+    folder: Path
+    source: Literal["transformers", "model", "run"]
+    target: Literal["transformers", "model", "run"]
+    architecture: str
+    steps: tuple[Step, ...]
+    rows: tuple[Row, ...]
+    dtype: torch.dtype | None
+    seq: int
+
+    @property
+    def config(self) -> LMConfig:
+        """Of the input."""
+        return self.rows[0].config
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that weights take at once: a step's input and output, or what was read and what was written."""
+        sizes = [row.memory_bytes for row in self.rows]
+        return max([a + b for a, b in itertools.pairwise(sizes)] + [sizes[0] + sizes[-1]])
+
+    def check_room(self, out: Path) -> None:
+        """Refuses a disk or a memory that is too small, before anything is read.
+
+        Raises:
+            StorageError: the disk of ``out``.
+            UsageError: the memory that is free now.
+        """
+        place = out.absolute().parent
+        while not place.exists():
+            place = place.parent
+        need, free = self.rows[-1].memory_bytes + 2**20, shutil.disk_usage(place).free
+        if free < need:
+            fix = f"free {_bytes(need - free)}, or write to another disk"
+            got, allowed = f"{_bytes(free)} free at {place}", f"have room for the {_bytes(need)} of the result"
+            raise StorageError(word("the disk", got=got, allowed=allowed, where=_WHERE, fix=fix))
+        memory = _free_memory()
+        if memory is not None and memory < self.peak_bytes:
+            got, allowed = f"{_bytes(memory)} free", f"hold {_bytes(self.peak_bytes)}: the model before and after"
+            fix = "close other programs, use a larger machine, or read it narrower with --dtype bfloat16"
+            raise UsageError(word("the memory", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+    def to_json_dict(self) -> list[dict[str, Any]]:
+        """The rows as plain JSON values."""
+        return [plain(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        table = [("", "parameters", "active", "memory", "FLOPs/token", "")]
+        for row in self.rows:
+            numbers = (_short(row.params), _short(row.params_active), _bytes(row.memory_bytes), _short(row.flops))
+            table.append((row.name, *numbers, _shape(row.config)))
+        wide = [max(len(line[column]) for line in table) for column in range(5)]
+        lines = [
+            "  ".join([line[0].ljust(wide[0]), *(line[n].rjust(wide[n]) for n in range(1, 5)), line[5]]).rstrip()
+            for line in table
+        ]
+        lines.append(f"writes {self.architecture} ({self.target}); FLOPs with {self.seq} tokens of context; ")
+        lines[-1] += f"weights take up to {_bytes(self.peak_bytes)} of memory on the way"
+        if any(isinstance(step, Merge) for step in self.steps):
+            lines.append("how many experts each layer keeps depends on the text; the table takes equally many")
+        return "\n".join(lines)
+
+
+def make_plan(
+    path: str | Path,
+    steps: Sequence[Step],
+    *,
+    as_format: Format | None = None,
+    text: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """The plan; whatever can be known to be wrong is refused here, before a weight is read or a file is written.
+
+    Raises:
+        TurnoutError: a folder that holds no model or a damaged one, steps that do not fit the model or each other, text
+            that a step needs, or a result that the format cannot hold.
+    """
+    path = Path(path)
+    source, folder = _find(path)
+    target = as_format or source
+    if not steps and target == source:
+        fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
+        raise UsageError(word("the steps", got="none", allowed="be at least one", where=_WHERE, fix=fix))
+    seen = checkpoint.peek(folder, dtype=dtype)
+    seq = min(_SEQ, seen.config.max_seq)
+    rows = [_row("input", seen.config, seen.dtype, seq)]
+    for number, step in enumerate(steps, 1):
+        _check_text(step, rows[-1].config, text)
+        rows.append(_row(f"{number} {step.name}", step.planned(rows[-1].config), seen.dtype, seq))
+    if text is not None:
+        if not Path(text).exists():
+            got, fix = f"{text}, which does not exist", "check the spelling of the path"
+            raise UsageError(word("--calibration", got=got, allowed="be a file or folder", where=_WHERE, fix=fix))
+        find_tokenizer(folder)
+    architecture = _architecture(rows[-1].config, folder) if target == "transformers" else "LM"
+    return Plan(path, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq)
+
+
+def _find(path: Path) -> tuple[Literal["transformers", "model", "run"], Path]:
+    """What kind of folder this is, and where its model is."""
+    if (path / "config.json").is_file():
+        keys = read_json(path / "config.json", _WHERE)
+        return ("transformers" if "model_type" in keys or "architectures" in keys else "model"), path
+    if (path / "run.json").is_file():
+        Run.open(path)
+        if (path / "model" / "config.json").is_file():
+            return "run", path / "model"
+        fix = f"finish it with: turnout train --resume --out {path}"
+        raise CheckpointError(
+            word("the run", got=f"{path}, which has no model", allowed="be finished", where=_WHERE, fix=fix)
+        )
+    there = "which does not exist" if not path.exists() else "which holds neither config.json nor run.json"
+    fix = "name a folder that transformers, checkpoint.save or turnout train wrote"
+    raise CheckpointError(word("the model", got=f"{path}, {there}", allowed="be a folder", where=_WHERE, fix=fix))
+
+
+def _check_text(step: Step, config: LMConfig, text: str | Path | None) -> None:
+    why = step.why_text(config)
+    if why is None or text is not None:
+        return
+    fix = "add --calibration FILE_OR_FOLDER with a few thousand tokens of text like the model's own"
+    if step.name in ("drop_experts", "split"):
+        fix += f", or --by {'random' if step.name == 'drop_experts' else 'cluster'}, which needs none"
+    allowed = f"be given for {step.name}: {why}; random tokens would not do,"
+    raise UsageError(word("--calibration", got="nothing", allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _architecture(config: LMConfig, folder: Path) -> str:
+    if config.moe is not None and config.moe.distinct is not None:
+        got = "merged experts, several of which share their weights"
+        fix = "add --as model to write a folder of turnout's own, or use --drop-experts instead of --merge-experts"
+        allowed = "be what an architecture of transformers can hold"
+        raise UsageError(word("the result", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    like = folder / ORIGIN if (folder / ORIGIN).is_dir() else folder
+    keys = read_json(like / "config.json", _WHERE) if (like / "config.json").is_file() else {}
+    return architecture_of(config, prefer=keys.get("model_type")).architecture
+
+
+def _row(name: str, config: LMConfig, dtype: torch.dtype, seq: int) -> Row:
+    with torch.device("meta"):
+        lm = LM(config).to(dtype)
+    cost = lm.cost(seq=seq)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in lm.state_dict().values())
+    assert cost.params is not None and cost.params_active is not None and cost.flops is not None
+    return Row(name, config, cost.params, cost.params_active, size, cost.flops)
+
+
+def _free_memory() -> int | None:
+    """What Linux says is available, swap included; None elsewhere."""
+    source = Path("/proc/meminfo")
+    if not source.is_file():
+        return None
+    lines = source.read_text(encoding="utf-8").splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+    return sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else None
+
+
+def _shape(config: LMConfig) -> str:
+    moe = config.moe
+    if moe is None:
+        return f"dense, hidden {config.dense_hidden}"
+    held = "" if moe.distinct is None else f", about {sum(moe.distinct) / len(moe.distinct):g} of them different"
+    return f"{moe.num_experts} experts, hidden {moe.hidden}, top {moe.top_k}{held}"
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{_short(value)}B" if value >= 1e3 else f"{value:g} B"

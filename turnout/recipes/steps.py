@@ -1,0 +1,164 @@
+"""The steps of a conversion: what each makes of a configuration, what it needs, and the deed."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.fields import build, plain
+from turnout.models import LM, LMConfig
+from turnout.reshape import drop_experts, merge_experts, split, upcycle
+from turnout.reshape.drop_experts import planned as dropped
+from turnout.reshape.merge_experts import planned as merged
+from turnout.reshape.split import planned as cut
+from turnout.reshape.upcycle import planned as upcycled
+from turnout.types import Report
+
+__all__ = ["Drop", "Merge", "Split", "Step", "Upcycle", "step_from_json", "step_json"]
+
+Batches = Sequence[Tensor] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycle:
+    """Dense to sparse by copies; fields as in ``turnout.reshape.upcycle``.
+
+    Source: see ``turnout.reshape.upcycle``.
+    """
+
+    num_experts: int
+    top_k: int
+    granularity: int = 1
+    name: ClassVar[str] = "upcycle"
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards."""
+        return upcycled(config, num_experts=self.num_experts, top_k=self.top_k, granularity=self.granularity)
+
+    def why_text(self, config: LMConfig) -> str | None:
+        """What it would look at text for; None."""
+        return None
+
+    def run(self, lm: LM, batches: Batches, seed: int) -> tuple[LM, Report]:
+        """The model afterwards, and what changed."""
+        sizes = {"num_experts": self.num_experts, "top_k": self.top_k, "granularity": self.granularity}
+        return upcycle(lm, **sizes, batches=batches, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Dense to sparse by dealing out neurons; fields as in ``turnout.reshape.split``.
+
+    Source: see ``turnout.reshape.split``.
+    """
+
+    num_experts: int
+    top_k: int
+    by: Literal["cluster", "coactivation", "gradient", "random"] = "cluster"
+    name: ClassVar[str] = "split"
+
+    def __post_init__(self) -> None:
+        _check_by(self.by, Split)
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards."""
+        return cut(config, num_experts=self.num_experts, top_k=self.top_k)
+
+    def why_text(self, config: LMConfig) -> str | None:
+        """What it looks at text for."""
+        return f"{self.by!r} looks at the neurons on it" if self.by in ("coactivation", "gradient") else None
+
+    def run(self, lm: LM, batches: Batches, seed: int) -> tuple[LM, Report]:
+        """The model afterwards, and what changed."""
+        return split(lm, num_experts=self.num_experts, top_k=self.top_k, by=self.by, batches=batches, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Fewer experts: ``share`` of each layer's, in [0, 1), or ``count`` of them go.
+
+    Source: see ``turnout.reshape.drop_experts``.
+    """
+
+    share: float | None = None
+    count: int | None = None
+    by: Literal["reap", "frequency", "random"] = "reap"
+    name: ClassVar[str] = "drop_experts"
+
+    def __post_init__(self) -> None:
+        _check_by(self.by, Drop)
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards."""
+        return dropped(config, keep=self._keep(config), share=self.share)
+
+    def why_text(self, config: LMConfig) -> str | None:
+        """What it looks at text for."""
+        return None if self.by == "random" else f"{self.by!r} scores experts on it"
+
+    def run(self, lm: LM, batches: Batches, seed: int) -> tuple[LM, Report]:
+        """The model afterwards, and what changed."""
+        return drop_experts(lm, keep=self._keep(lm.config), share=self.share, by=self.by, batches=batches, seed=seed)
+
+    def _keep(self, config: LMConfig) -> int | None:
+        if self.count is None or config.moe is None:
+            return self.count
+        return config.moe.num_experts - self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Experts that share weights: ``keep`` different ones are left in each layer, on average.
+
+    Source: see ``turnout.reshape.merge_experts``.
+    """
+
+    keep: int
+    name: ClassVar[str] = "merge_experts"
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards, if every layer keeps as many."""
+        return merged(config, keep=self.keep)
+
+    def why_text(self, config: LMConfig) -> str | None:
+        """What it looks at text for."""
+        return "frequencies and similarities of experts are measured on it"
+
+    def run(self, lm: LM, batches: Batches, seed: int) -> tuple[LM, Report]:
+        """The model afterwards, and what changed."""
+        return merge_experts(lm, keep=self.keep, batches=batches)
+
+
+Step = Upcycle | Split | Drop | Merge
+_KINDS: dict[str, type[Step]] = {kind.name: kind for kind in (Upcycle, Split, Drop, Merge)}
+
+
+def _check_by(by: str, kind: type[Step]) -> None:
+    known = typing.get_args(typing.get_type_hints(kind)["by"])
+    if by not in known:
+        raise nearest(by, known, kind=f"--by of {kind.name}", where="turnout convert")
+
+
+def step_json(step: Step) -> dict[str, object]:
+    """The step as plain JSON values."""
+    return {"step": step.name, **plain(step)}
+
+
+def step_from_json(body: Mapping[str, object]) -> Step:
+    """The step that ``step_json`` gave; other keys beside its own are passed over.
+
+    Raises:
+        CheckpointError: no such step, or fields that do not fit.
+    """
+    kind = _KINDS.get(str(body.get("step")))
+    if kind is None:
+        got, allowed, fix = repr(body.get("step")), f"be one of {', '.join(_KINDS)}", "restore run.json from a copy"
+        raise CheckpointError(word("a step", got=got, allowed=allowed, where="run.json", fix=fix))
+    names = {field.name for field in dataclasses.fields(kind)}
+    try:
+        return build(kind, {name: value for name, value in body.items() if name in names}, f"the step {kind.name}")
+    except (UsageError, TypeError) as error:
+        raise CheckpointError(f"run.json: {error}") from error
