@@ -20,6 +20,16 @@ def test_content_of_every_kind(content, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
+def test_what_a_library_writes_is_as_readable_as_the_rest(tmp_path):
+    """safetensors makes files that only their owner may read."""
+    import torch
+    from safetensors.torch import save_file
+
+    write_whole(tmp_path / "text", "text")
+    write_whole(tmp_path / "tensors", lambda path: save_file({"x": torch.zeros(1)}, path))
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
+
+
 def broken(error: Exception):
     def write(aside: Path) -> None:
         aside.write_text("half")

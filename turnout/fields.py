@@ -34,7 +34,7 @@ def build(kind: type, values: object, where: str) -> typing.Any:
     Raises:
         CheckpointError: the values are not a mapping.
         UnknownNameError: a field that ``kind`` does not have.
-        UsageError: a value of the wrong type.
+        UsageError: a value of the wrong type, or a field without one.
 
     >>> from turnout.types import Cost
     >>> build(Cost, {"params": 3}, "the example").params
@@ -51,6 +51,21 @@ def build(kind: type, values: object, where: str) -> typing.Any:
     unknown = [name for name in values if name not in names]
     if unknown:
         raise nearest(unknown[0], names, kind="field", where=f"{where}, written by another version of turnout?")
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values
+    ]
+    if needed:
+        raise UsageError(
+            word(
+                f"the fields of {kind.__name__}",
+                got=f"none for {', '.join(needed)}",
+                allowed="be there, all that have no default",
+                where=repr(where),
+                fix=f"add {', '.join(needed)}",
+            )
+        )
     return kind(**{name: fit(item, hints[name], f"{where}: {name}") for name, item in values.items()})
 
 

@@ -42,7 +42,11 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
         elif isinstance(content, bytes):
             aside.write_bytes(content)
         else:
+            aside.touch()
+            mode = aside.stat().st_mode
             content(aside)
+            # Some libraries make files that nobody else may read.
+            aside.chmod(mode)
         _flush(aside)
         aside.replace(path)
         _flush(path.parent)

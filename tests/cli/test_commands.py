@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from turnout import recipes
 from turnout.cli.main import COMMANDS, main
 
 SMALL = (
@@ -240,3 +241,25 @@ def test_a_run_repeats_from_another_folder(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "a", "--out", "b", "--quiet"]) == 0
     assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+
+
+def test_show_lists_every_field_with_its_meaning(capsys):
+    assert main(["train", "tiny", "width=96", "--show"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    fields = [line for line in said if "=" in line]
+    assert "model.width=96" in next(line for line in fields if "model.width" in line)
+    assert len(fields) == len(recipes.tiny().fields())
+    assert all(len(line.split(maxsplit=1)) == 2 for line in fields), "every field says what it means"
+
+
+def test_a_router_that_sees_later_tokens_is_not_silent(text, tmp_path, capsys):
+    argv = ["train", "tiny", *SMALL, "steps=1", "--data", str(text)]
+    assert main([*argv, "router=ExpertChoice", "--out", str(tmp_path / "a")]) == 0
+    assert "looking at later tokens" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "b")]) == 0
+    assert "looking at later tokens" not in capsys.readouterr().err
+
+
+def test_sample_says_as_much_as_fits_by_default(run, capsys):
+    assert main(["sample", str(run)]) == 0
+    assert capsys.readouterr().out.strip()

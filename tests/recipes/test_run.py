@@ -39,6 +39,7 @@ def test_dotted_fields_and_structured_values(run):
     assert changed.model.moe.layers == (1, 3)
     assert changed.train.clip is None
     assert changed.train.betas == (0.8, 0.9)
+    assert run.override(["moe.hidden=8"]).model.moe.hidden == 8, "as much of the name as only one field has"
 
 
 @pytest.mark.parametrize("name", recipes.__all__)
@@ -63,6 +64,9 @@ def test_run_json_there_and_back(name, tmp_path):
         ("schedule=cosinus", UsageError, "cosine"),
         ("router=TopJ", UnknownNameError, "Did you mean 'TopK'?"),
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
+        ('mla={"kv_rank": 8}', UsageError, "add rope_dim, nope_dim, v_dim"),
+        ("lr=Infinity", UsageError, "finite"),
+        ("warmup=700", UsageError, "pass warmup=600"),
         ("seq=512", UsageError, "pass seq=256, or max_seq=512"),
         ("held_out=1", UsageError, "held_out=0.05"),
         ("held_out=0", UsageError, "held_out=0.05"),

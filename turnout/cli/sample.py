@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout sample`` takes."""
     parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train")
     parser.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to generate (default 100)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default: 100, or what fits)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")

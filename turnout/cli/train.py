@@ -2,6 +2,7 @@
 
 examples:
   turnout train                                    list the recipes
+  turnout train tiny --show                        every field, its value and what it means
   turnout train tiny --out runs/x                  on the text that this Python carries
   turnout train tiny --data my_folder --out runs/x
   turnout train tiny width=192 top_k=1 steps=500 --data code=src --data prose=docs --out runs/y
@@ -9,8 +10,12 @@ examples:
 """
 
 import argparse
+import typing
 
 from turnout.errors import UsageError, word
+
+if typing.TYPE_CHECKING:
+    from turnout.recipes.run import Run
 
 HELP = "train a model by a recipe"
 
@@ -18,7 +23,9 @@ HELP = "train a model by a recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout train`` takes."""
     parser.add_argument("recipe", nargs="?", help="a recipe's name; without one, the recipes are listed")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the recipe, as width=192")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="any field of the recipe, as width=192; --show lists them"
+    )
     parser.add_argument(
         "--data",
         action="append",
@@ -36,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
+    parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -43,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains, and says where everything is."""
     from turnout import recipes
     from turnout.recipes.execute import execute
-    from turnout.recipes.run import Run, named_domains
+    from turnout.recipes.run import Run
 
     if arguments.recipe is not None and "=" in arguments.recipe:
         # `turnout train --resume steps=500`: the first override landed where a recipe's name goes.
@@ -53,6 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("recipes (turnout train NAME):")
         for name in recipes.__all__:
             print(f"  {name:<12} {(getattr(recipes, name).__doc__ or '').splitlines()[0]}")
+        return 0
+    if arguments.show and arguments.recipe is not None:
+        from turnout.recipes.explain import explain
+
+        for line in explain(_planned(arguments)):
+            print(line)
         return 0
     if arguments.out is None:
         raise UsageError(
@@ -73,9 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
     else:
-        plan = recipes.find(arguments.recipe).override(arguments.overrides)
-        if arguments.data:
-            plan = plan.with_domains(named_domains(arguments.data))
+        plan = _planned(arguments)
     done = execute(
         plan,
         arguments.out,
@@ -87,3 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(done.table())
     print(f"report: {done.report}")
     return 0
+
+
+def _planned(arguments: argparse.Namespace) -> "Run":
+    from turnout import recipes
+    from turnout.recipes.run import named_domains
+
+    plan = recipes.find(arguments.recipe).override(arguments.overrides)
+    return plan.with_domains(named_domains(arguments.data)) if arguments.data else plan

@@ -23,7 +23,7 @@ class MoEConfig:
     """The routed feed-forward layers of a language model.
 
     Args:
-        num_experts: E.
+        num_experts: E, of each routed layer.
         top_k: K, experts per token, 1 to E.
         hidden: F, of each routed expert.
         router: the name of a class in ``turnout.decide.token``.
@@ -105,9 +105,9 @@ class LMConfig:
     """A decoder language model.
 
     Args:
-        vocab_size: V.
-        width: D.
-        layers: L.
+        vocab_size: V, how many tokens there are.
+        width: D, of the vector that stands for a token.
+        layers: L, how many there are.
         heads: H, query heads.
         kv_heads: key and value heads, a divisor of ``heads``; None for as many.
         head_dim: width of a head, even; None for width / heads. Not used by "mla".

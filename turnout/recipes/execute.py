@@ -86,6 +86,12 @@ def execute(
     """
     out = Path(out)
     model = LM(run.model, seed=run.train.seed)
+    if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
+        print(
+            f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "
+            "bits per byte of this run are lower than what it can predict.",
+            file=sys.stderr,
+        )
     tokens = _claim(run, out, resume) or _prepare(run, out, Path(tokens_folder or out / "tokens"), quiet=quiet)
     beside = {
         "tokens_digest": tokens.digest,

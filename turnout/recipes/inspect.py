@@ -175,21 +175,21 @@ def _own_tokens(folder: Path) -> TokenSet:
 
 
 def sample_run(
-    folder: str | Path, *, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
+    folder: str | Path, *, prompt: str, tokens: int | None, temperature: float, top_k: int | None, seed: int
 ) -> str:
     """The prompt and the model's continuation.
 
     Args:
         folder: the output folder of a finished run.
         prompt: the text to continue; empty starts a new document.
-        tokens: how many tokens to add.
+        tokens: how many tokens to add; None for 100, or as many as fit into the model's longest sequence.
         temperature: 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; None among all.
         seed: of the draw.
 
     Source: none; ``LM.generate``.
     """
-    if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+    if (tokens is not None and tokens < 1) or temperature < 0 or (top_k is not None and top_k < 1):
         raise UsageError(
             word(
                 "tokens, temperature and top-k",
@@ -203,6 +203,8 @@ def sample_run(
     tokenizer = load_tokenizer(Path(folder) / "model" / "tokenizer.json")
     # Every document that the model has seen begins with the separator.
     ids = [separator_id(tokenizer), *tokenizer.encode(prompt).ids]
+    if tokens is None:
+        tokens = max(1, min(100, model.config.max_seq - len(ids)))
     generator = torch.Generator().manual_seed(seed)
     made = model.eval().generate(
         torch.tensor([ids]), tokens=tokens, temperature=temperature, top_k=top_k, generator=generator

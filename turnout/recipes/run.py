@@ -86,8 +86,8 @@ class Run:
     def override(self, assignments: Sequence[str]) -> Self:
         """This run with fields replaced by ``name=value`` texts.
 
-        A name is a field of data, model, model.moe or train, dotted (``model.width``) or bare (``width``) where
-        only one of them has it. Values are JSON, or plain text for text fields.
+        A name is a field of data, model, model.moe or train, dotted (``model.moe.hidden``), or as much of its end
+        (``moe.hidden``, ``width``) as only one of them has. Values are JSON, or plain text for text fields.
 
         Raises:
             UsageError: an assignment without ``=``, a value of the wrong type, or a bare name that several have.
@@ -129,7 +129,7 @@ class Run:
         known = self.fields()
         if name in known:
             return name
-        hits = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
+        hits = [dotted for dotted in known if dotted.endswith(f".{name}")]
         if len(hits) == 1:
             return hits[0]
         if hits:

@@ -1,6 +1,7 @@
 """TrainConfig and TrainResult: what a training run is told, and what it says at the end."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -86,9 +87,14 @@ class TrainConfig:
         )
         for name in counts:
             self._check(name, getattr(self, name) >= 1, "be 1 or more", 1)
-        self._check("lr", self.lr > 0, "be above 0", 1e-3)
+        self._check("lr", 0 < self.lr < math.inf, "be above 0 and finite", 1e-3)
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"be in [0, lr={self.lr}]", self.lr / 10)
-        self._check("warmup", 0 <= self.warmup <= self.steps, f"be between 0 and steps={self.steps}", self.steps // 10)
+        self._check(
+            "warmup",
+            0 <= self.warmup <= self.steps,
+            f"be between 0 and steps={self.steps}",
+            min(max(self.warmup, 0), self.steps),
+        )
         self._check("decay", 0 <= self.decay <= 1, "be in [0, 1]", 0.2)
         self._check("clip", self.clip is None or self.clip > 0, "be above 0, or None", None)
         self._check("betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)", (0.9, 0.95))

@@ -40,6 +40,8 @@ class ExpertChoice(nn.Module):
     experts per token of section 3.3.
     """
 
+    sees_later_tokens = True
+
     def __init__(
         self,
         width: int,

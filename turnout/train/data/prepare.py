@@ -84,7 +84,7 @@ def prepare(
     >>> texts = [Document(str(n), f"text number {n}, and so on") for n in range(20)]
     >>> tokens = prepare({"notes": texts}, tempfile.mkdtemp(), vocab_size=260, held_out=0.3, quiet=True)
     >>> print(tokens)
-    TokenSet(316 train tokens in 14 documents, 134 held out tokens in 6 documents; 1 domains: notes; vocabulary 260)
+    TokenSet(316 train tokens in 14 documents, 134 held out tokens in 6 documents; 1 domain: notes; vocabulary 260)
 
     Source: none; the content hash follows the habit of Kiela et al., 2021, "Dynabench", of splits that data decides.
     """

@@ -166,9 +166,8 @@ class TokenSet:
             f"{split.num_tokens:,} {split.name.replace('_', ' ')} tokens in {split.num_documents:,} documents"
             for split in (self.train, self.held_out)
         )
-        return (
-            f"TokenSet({sides}; {len(self.domains)} domains: {', '.join(self.domains)}; vocabulary {self.vocab_size:,})"
-        )
+        domains = "1 domain" if len(self.domains) == 1 else f"{len(self.domains)} domains"
+        return f"TokenSet({sides}; {domains}: {', '.join(self.domains)}; vocabulary {self.vocab_size:,})"
 
 
 def content_digest(head: Mapping[str, Any]) -> str:
