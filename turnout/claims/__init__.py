@@ -7,9 +7,11 @@ from turnout.claims.backends import backends
 from turnout.claims.claim import Claim
 from turnout.claims.drop_experts import drop_experts
 from turnout.claims.expert_choice import expert_choice
+from turnout.claims.fisher import fisher
 from turnout.claims.loss_free import loss_free
 from turnout.claims.merge_experts import merge_experts
 from turnout.claims.moe_beats_dense import moe_beats_dense
+from turnout.claims.soup import soup
 from turnout.claims.split import split
 from turnout.claims.upcycle import upcycle
 from turnout.errors import nearest
@@ -18,9 +20,11 @@ __all__ = [
     "backends",
     "drop_experts",
     "expert_choice",
+    "fisher",
     "loss_free",
     "merge_experts",
     "moe_beats_dense",
+    "soup",
     "split",
     "upcycle",
 ]
