@@ -46,6 +46,20 @@ def test_keeps_about_half_of_what_the_dense_layer_keeps(experts, hidden):
     assert sparse <= 0.55 * dense
 
 
+def test_rows_that_round_up_a_count_are_not_kept():
+    tokens, width, k, hidden = 256, 64, 4, 64
+    x, routing, bank = case(tokens, width, 64, k, hidden, dtype=torch.bfloat16)
+    sparse = kept_bytes(lambda: bank(x, routing, backend="sort"), [x, routing.weight_R, *bank.parameters()])
+    assert sparse == 2 * tokens * k * hidden * 2
+    leaves = [x, bank.up, bank.down, routing.weight_R]
+    got, expected = (
+        torch.autograd.grad(bank(x, routing, backend=name).float().square().sum(), leaves)
+        for name in ("sort", "reference")
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 3e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradients_are_taken_without_a_copy(dtype):
     """Autograd keeps the very tensor that the backward pass filled in when its layout is the parameter's."""

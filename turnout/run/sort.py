@@ -34,6 +34,8 @@ _FEW = 16
 # A call of a 16-bit product costs as much as this many multiply-adds, so neighbours of about equal load share one.
 _CALL = 3_000_000
 _BATCHES = (8, 4, 2)
+# Repeated rows are kept for the backward pass up to this many per entry; more are dropped and gathered again.
+_REPEATS = 1 / 16
 
 
 @uncompiled
@@ -102,6 +104,7 @@ class _Plan:
     token_P: Tensor
     # Where each entry's row is (None: row r is entry r), and the rows ordered by token, (T, K) or ragged.
     place_R: Tensor | None
+    entry_P: Tensor | None  # the entry that each row is or repeats, where there are repeats
     order_R: Tensor
     row_R: Tensor
     start_T: Tensor | None
@@ -115,6 +118,11 @@ class _Plan:
     def most(self) -> int:
         """Rows of the largest group."""
         return max(group.bound[-1] - group.bound[0] for group in self.groups)
+
+    @property
+    def packs(self) -> bool:
+        """Whether enough rows are repeats that the up products are kept for the backward pass without them."""
+        return self.place_R is not None and self.rows > self.place_R.numel() * (1 + _REPEATS)
 
     def spread(self, value_R: Tensor) -> Tensor:
         """(P,) the values of the entries, zero on the rows that only round up."""
@@ -137,7 +145,7 @@ class _Plan:
 def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     bound = routing.offset_E.tolist()
     load = [b - a for a, b in itertools.pairwise(bound)]
-    token_P, place_R = routing.token_R, None
+    token_P, place_R, entry_P = routing.token_R, None, None
     step = max(_GROUP // weights.hidden, 1)
     short = x_TD.dtype.itemsize == 2
     each = routing.num_entries * weights.width * weights.hidden // max(len(load) - load.count(0), 1)
@@ -145,7 +153,7 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     if compiled and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
         load = [_rounded(count) for count in load]
         groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
-        token_P, place_R = _spread_rows(routing, groups)
+        token_P, place_R, entry_P = _spread_rows(routing, groups)
     else:
         groups = _neighbours(load, step)
     order_R, start_T = routing.by_token
@@ -155,6 +163,7 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
         num_tokens=routing.num_tokens,
         token_P=token_P,
         place_R=place_R,
+        entry_P=entry_P,
         order_R=order_R,
         row_R=order_R if place_R is None else place_R.index_select(0, order_R),
         start_T=None if routing.top_k is not None else start_T,
@@ -203,8 +212,8 @@ def _batches(load: list[int], size: int, step: int) -> list[_Group]:
     return groups
 
 
-def _spread_rows(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor]:
-    """Tokens of the rows and rows of the entries, with each expert's last row repeated up to its count."""
+def _spread_rows(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the rows, rows of the entries, entries of the rows: each expert's last is repeated up to its count."""
     device, offset_E = routing.offset_E.device, routing.offset_E
     first = [0] * routing.num_experts
     round_ = [0] * routing.num_experts
@@ -218,7 +227,7 @@ def _spread_rows(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor
     entry_P = torch.arange(rows, device=device).sub_(shift_E.index_select(0, expert_P))
     entry_P = torch.minimum(entry_P, (offset_E[1:] - 1).index_select(0, expert_P))
     place_R = torch.arange(routing.num_entries, device=device) + shift_E.index_select(0, routing.expert_R)
-    return routing.token_R.index_select(0, entry_P), place_R
+    return routing.token_R.index_select(0, entry_P), place_R, entry_P
 
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -285,6 +294,8 @@ class _Sort(torch.autograd.Function):
     def forward(ctx: Any, x_TD, weight_R, up_EDH, down_EFD, up_bias_EH, down_bias_ED, plan) -> Tensor:
         weights = (up_EDH, down_EFD, up_bias_EH, down_bias_ED)
         y_TD, h_PH = _forward(plan, x_TD, weight_R, weights, keep=True)
+        if plan.packs:
+            h_PH = torch.index_select(h_PH, 0, plan.place_R)
         ctx.plan = plan
         ctx.save_for_backward(x_TD, weight_R, *weights, h_PH)
         return y_TD
@@ -326,6 +337,7 @@ class _Backward:
             self.wide = [room((most, D), dtype, device) for _ in range(2)]
             self.narrow = [room((most, plan.hidden), dtype, device) for _ in range(5)]
             self.dh_NH = room((most, H), dtype, device)
+            self.h_NH = room((most, H), dtype, device) if plan.packs else None
 
     def take(self, group: _Group) -> None:
         """Fills in what one group of experts contributes."""
@@ -335,10 +347,14 @@ class _Backward:
         x, g = (buffer[:count] for buffer in self.wide)
         da, a, *spare = (buffer[:count] for buffer in self.narrow)
         dh, weight = self.dh_NH[:count], self.weight_P1[rows]
+        if self.h_NH is None or plan.entry_P is None:
+            h = self.h_PH[rows]
+        else:
+            h = torch.index_select(self.h_PH, 0, plan.entry_P[rows], out=self.h_NH[:count])
         dweight = None if self.dweight_P is None else self.dweight_P[rows]
         torch.index_select(self.grad_TD, 0, plan.token_P[rows], out=g)
         _products(group, g, down_EFD.transpose(1, 2), da)
-        activation_gradient(plan.activation, self.h_PH[rows], da, weight, a, dh, dweight, spare)
+        activation_gradient(plan.activation, h, da, weight, a, dh, dweight, spare)
         if self.down is not None:
             _outer(group, a, g, self.down)
         if self.up is not None:
