@@ -33,14 +33,14 @@ def text() -> TokenSet:
     return prepare(python_text(limit_bytes=1_000_000), Path(folder.name), vocab_size=VOCAB, held_out=0.1, quiet=True)
 
 
-def small(moe: MoEConfig | None, *, hidden: int) -> LMConfig:
-    """The network of the trials: 2 layers, width 64."""
+def small(moe: MoEConfig | None, *, hidden: int, width: int = 64) -> LMConfig:
+    """The network of the trials: 2 layers, heads 16 wide."""
     return LMConfig(
         vocab_size=VOCAB,
-        width=64,
+        width=width,
         layers=2,
-        heads=4,
-        kv_heads=2,
+        heads=width // 16,
+        kv_heads=width // 32,
         hidden=hidden,
         max_seq=SEQ,
         tie_embeddings=True,
