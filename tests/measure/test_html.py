@@ -197,3 +197,9 @@ def test_an_error_is_shown(sample) -> None:
 
 def test_it_is_the_same_every_time(sample) -> None:
     assert report_html(sample) == report_html(sample)
+
+
+def test_one_domain_is_not_compared_with_itself(sample):
+    run = dataclasses.replace(sample.runs[1], load_by_domain={"all": sample.runs[1].load})
+    page = report_html(dataclasses.replace(sample, runs=(run,)))
+    assert "their text is of one domain" in page

@@ -72,7 +72,8 @@ def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
     groups, several = [], max(1, sum(1 for run in runs if run.num_experts))
     for run in runs:
         by_domain = {name: load for name, load in run.load_by_domain.items() if load}
-        if not run.load or not by_domain:
+        # One domain is the whole text: there is nothing to compare.
+        if not run.load or len(by_domain) < 2:
             continue
         layers = len(run.load)
         shown = _spread(layers, max(1, min(_LAYERS, _CELLS // several // (len(by_domain) * run.num_experts))))
@@ -87,7 +88,10 @@ def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
         "that they favour."
     )
     legend = '<p class="small">a quarter of its share <span class="scale"></span> four times its share</p>'
-    nothing = "No load by domain was measured: the runs are dense, or no trace was recorded at their end."
+    nothing = (
+        "No load by domain to compare: the runs are dense, their text is of one domain, or no trace was recorded at "
+        "their end."
+    )
     return _section("Who reads what", about, [legend, *groups] if groups else [], nothing)
 
 
