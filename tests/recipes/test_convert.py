@@ -300,3 +300,12 @@ def test_nothing_is_left_half_written(llama, tmp_path, monkeypatch, error):
     with pytest.raises(kinds[type(error)]):
         convert(llama, [Upcycle(4, 2)], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_plan_counts_what_transformers_counts(llama, mixtral, kind):
+    path = {"llama": llama, "mixtral": mixtral}[kind]
+    model = folders.transformers().AutoModelForCausalLM.from_pretrained(path)
+    row = make_plan(path, [], as_format="model").rows[0]
+    assert row.params == sum(parameter.numel() for parameter in model.parameters())
+    assert row.memory_bytes == sum(parameter.numel() * 4 for parameter in model.parameters())

@@ -52,14 +52,14 @@ class Conversion:
     certificate: Certificate
 
     def summary(self) -> str:
-        """Three lines: where it is, and how far it moved."""
+        """Two lines: where it is, and how far the logits moved."""
         gap = self.certificate.logits
-        moved = "the very same logits" if self.certificate.verdict == "bit-equal" else (
-            f"logits at most {_number(gap.max_abs)} apart, {_number(gap.relative)} relative, "
-            f"the same top token at {100 * gap.top1:.4g} % of positions"
-        )  # fmt: skip
-        about = f"{self.certificate.inputs.tokens} fixed random tokens"
-        return f"{self.out}: {self.plan.architecture}\ninput against output on {about}: {moved}"
+        moved = f"logits at most {_number(gap.max_abs)} apart ({_number(gap.relative)} relative)"
+        moved += f", top token the same at {100 * gap.top1:.4g} %"
+        if self.certificate.verdict == "bit-equal":
+            moved = "the very same logits"
+        about = f"input against output, {self.certificate.inputs.tokens} random tokens"
+        return f"{self.out}: {self.plan.architecture}\n{about}: {moved}"
 
 
 def convert(

@@ -123,8 +123,8 @@ class Plan:
             "  ".join([line[0].ljust(wide[0]), *(line[n].rjust(wide[n]) for n in range(1, 5)), line[5]]).rstrip()
             for line in table
         ]
-        lines.append(f"writes {self.architecture} ({self.target}); FLOPs with {self.seq} tokens of context; ")
-        lines[-1] += f"weights take up to {_bytes(self.peak_bytes)} of memory on the way"
+        lines.append(f"FLOPs with {self.seq} tokens of context; up to {_bytes(self.peak_bytes)} of memory on the way")
+        lines.append(f"writes {self.architecture}" + (" (transformers)" if self.target == "transformers" else ""))
         if any(isinstance(step, Merge) for step in self.steps):
             lines.append("how many experts each layer keeps depends on the text; the table takes equally many")
         return "\n".join(lines)
