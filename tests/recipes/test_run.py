@@ -15,10 +15,10 @@ def run() -> Run:
 
 
 def test_a_bare_field_is_found_in_its_section(run):
-    changed = run.override(["width=96", "steps=70", "top_k=1", "held_out=0.2", "lr=1e-3"])
-    assert (changed.model.width, changed.train.steps, changed.model.moe.top_k) == (96, 70, 1)
+    changed = run.override(["width=64", "steps=90", "top_k=1", "held_out=0.2", "lr=1e-3"])
+    assert (changed.model.width, changed.train.steps, changed.model.moe.top_k) == (64, 90, 1)
     assert (changed.data.held_out, changed.train.lr) == (0.2, 1e-3)
-    assert run.model.width == 192, "the run itself is frozen"
+    assert run.model.width == 96, "the run itself is frozen"
 
 
 def test_fields_that_fit_only_together(run):
@@ -66,7 +66,7 @@ def test_run_json_there_and_back(name, tmp_path):
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
         ('mla={"kv_rank": 8}', UsageError, "add rope_dim, nope_dim, v_dim"),
         ("lr=Infinity", UsageError, "finite"),
-        ("warmup=700", UsageError, "pass warmup=600"),
+        ("warmup=900", UsageError, "pass warmup=800"),
         ("seq=512", UsageError, "pass seq=256, or max_seq=512"),
         ("held_out=1", UsageError, "held_out=0.05"),
         ("held_out=0", UsageError, "held_out=0.05"),

@@ -6,26 +6,26 @@ from turnout.models.lm import LMConfig, MoEConfig
 from turnout.recipes.run import DataConfig, Run
 from turnout.train.loop import TrainConfig
 
-_WIDTH, _LAYERS, _HEADS, _VOCAB, _SEQ = 192, 4, 6, 2048, 256
-_EXPERTS, _TOP_K, _EXPERT_HIDDEN = 8, 2, 256
+_WIDTH, _LAYERS, _HEADS, _VOCAB, _SEQ = 96, 4, 4, 2048, 256
+_EXPERTS, _TOP_K, _EXPERT_HIDDEN = 8, 2, 128
 
 
 def _train() -> TrainConfig:
     return TrainConfig(
-        steps=600,
-        batch=8,
+        steps=800,
+        batch=16,
         seq=_SEQ,
-        lr=3e-3,
-        min_lr=3e-4,
-        warmup=60,
+        lr=4e-3,
+        min_lr=4e-4,
+        warmup=80,
         schedule="cosine",
         weight_decay=0.1,
         clip=1.0,
-        aux_weight=0.01,
+        aux_weight=0.01 * _LAYERS,  # Switch adds 0.01 of every layer's; the loop averages over the layers
         z_weight=0.001,
         eval_every=100,
         eval_tokens=32_768,
-        checkpoint_every=100,
+        checkpoint_every=200,
     )
 
 
@@ -37,11 +37,11 @@ def tiny() -> Run:
     >>> tiny().model.moe.num_experts
     8
 
-    Source: Jiang et al., 2024, "Mixtral of Experts", at 1/100,000 of its size.
+    Source: Jiang et al., 2024, "Mixtral of Experts", at a thirty-thousandth of its size.
     """
     return Run(
         recipe="tiny",
-        data=DataConfig(held_out=0.1, limit_mb=3.0),
+        data=DataConfig(held_out=0.1, limit_mb=8.0),
         model=LMConfig(
             vocab_size=_VOCAB,
             width=_WIDTH,
@@ -50,6 +50,7 @@ def tiny() -> Run:
             kv_heads=_HEADS // 2,
             hidden=_TOP_K * _EXPERT_HIDDEN,
             max_seq=_SEQ,
+            tie_embeddings=True,
             moe=MoEConfig(num_experts=_EXPERTS, top_k=_TOP_K, hidden=_EXPERT_HIDDEN, router="TopK"),
         ),
         train=_train(),
@@ -68,7 +69,7 @@ def tiny_dense() -> Run:
     """
     return Run(
         recipe="tiny_dense",
-        data=DataConfig(held_out=0.1, limit_mb=3.0),
+        data=DataConfig(held_out=0.1, limit_mb=8.0),
         model=LMConfig(
             vocab_size=_VOCAB,
             width=_WIDTH,
@@ -77,6 +78,7 @@ def tiny_dense() -> Run:
             kv_heads=_HEADS // 2,
             hidden=_TOP_K * _EXPERT_HIDDEN + math.ceil(_EXPERTS / 3),
             max_seq=_SEQ,
+            tie_embeddings=True,
         ),
         train=_train(),
     )
