@@ -40,7 +40,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _fastest_reader(bank: Bank, rounds: int) -> str:
     """The reduction that reads one expert in the least time."""
-    matrices = [bank.up.detach()[0], bank.down.detach()[0]]
+    matrices = [bank.up_EDH.detach()[0], bank.down_EFD.detach()[0]]
 
     def seconds(read: Callable[[Tensor], object]) -> float:
         return statistics.median(_timed(lambda: [read(w) for w in matrices]) for _ in range(5 * rounds))
@@ -63,6 +63,8 @@ def decode(case: Case, rounds: int, seed: int = 0) -> dict[str, object]:
     denses = [Dense(case) for _ in banks]
     name = _fastest_reader(banks[0], rounds)
     read = READERS[name]
+    # As they lie in memory.
+    stacks = [(bank.up_EDH, bank.down_EFD) for bank in banks]
     found: dict[str, list[float]] = {}
 
     def passes(layers: list[int], prefix: str, inputs: list[Inputs]) -> None:
@@ -71,7 +73,7 @@ def decode(case: Case, rounds: int, seed: int = 0) -> dict[str, object]:
 
         routings = [route(layer) for layer in range(len(layers))]
         matrices = [
-            [stack[e] for e in sorted(set(given.index_TK.flatten().tolist())) for stack in (banks[i].up, banks[i].down)]
+            [stack[e] for e in sorted(set(given.index_TK.flatten().tolist())) for stack in stacks[i]]
             for i, given in zip(layers, inputs, strict=True)
         ]
         works: dict[str, Callable[[], object]] = {
