@@ -22,7 +22,7 @@ from turnout.paths import Bank
 from turnout.types import Routing
 
 SHAPES = [(T, D, E, K, F) for T in (1, 2, 4, 8) for D in (256, 1024) for E, K, F in ((8, 2, D), (64, 8, D // 4))]
-_CACHES_BYTES, _MOST_BYTES = 64 << 20, 512 << 20
+_CACHES_BYTES, _MOST_BYTES = 64 << 20, 256 << 20
 
 READERS: dict[str, Callable[[Tensor], object]] = {
     "sum": lambda w: w.sum(),

@@ -175,7 +175,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--zipf", type=float, default=0.0, help="exponent of the skew of all shapes")
     parser.add_argument("--only", nargs="+", help="contestants whose name contains one of these")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="4 with --bars, else 7")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for a dated table (markdown) and all times (JSON)")
@@ -184,6 +184,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    options.rounds = options.rounds or (4 if options.bars else 7)
     torch.set_num_threads(options.threads)
     record: dict = {"about": provenance() | {"rounds": options.rounds}, "cases": [], "decoding": []}
     lines = heading("Expert layer on the CPU", record["about"]) + HEAD
@@ -202,7 +203,7 @@ def main() -> None:
     absent = record["cases"][-1]["absent"] if record["cases"] else {}
     say(["", "Not timed: " + "; ".join(f"{name} ({why})" for name, why in absent.items()) + ".", *decoding.HEAD])
     for case in [Case(*s, dtype=dtype) for dtype in options.dtype for s in decoding.SHAPES if not options.shape]:
-        record["decoding"].append(decoding.decode(case, options.rounds))
+        record["decoding"].append(decoding.decode(case, min(options.rounds, 3)))
         say([decoding.row(record["decoding"][-1])])
     found = bars.judge(record)
     record["bars"] = [vars(bar) for bar in found]

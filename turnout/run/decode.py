@@ -2,7 +2,7 @@
 
 A matrix-vector product is a weighted sum of the matrix's rows, and so is one with several matrices of a stack: what
 ``torch.embedding_bag`` computes over the stack seen as one table. Its kernels read at the speed of memory, in bf16 as
-well, where torch's products of few rows take three to ten times as long (docs/performance.md).
+well, where torch's products of few rows take two to five times as long (docs/performance.md).
 """
 
 import functools
