@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import ids, make
+from small import ids, make, sparse
 from torch import nn
 
 from turnout.errors import DataError, ShapeError, UnknownNameError, UsageError
@@ -62,7 +62,7 @@ def want_of(model: nn.Module):
 def test_batches_are_only_a_way_to_pass_examples() -> None:
     model, x_ND = mlp(), inputs()
     whole = fisher_information(model, [x_ND])
-    for other in (x_ND.split(1), [(x_ND,)], [{"input": x_ND}]):
+    for other in (x_ND, x_ND.split(1), [(x_ND,)], [{"input": x_ND}]):
         found = fisher_information(model, other)
         assert all(torch.equal(found[name], whole[name]) for name in whole)
 
@@ -94,6 +94,20 @@ def test_a_language_model_counts_every_position_and_the_model_stays_as_it_was() 
                 (slope,) = torch.autograd.grad(log_V[v], parameter, retain_graph=True)
                 want += log_V[v].exp().detach() * slope.double().square() / 6
     torch.testing.assert_close(found[name], want, rtol=1e-5, atol=1e-9)
+
+
+def test_experts_that_no_token_takes_have_no_information() -> None:
+    lm, id_BS = sparse(num_experts=6, top_k=1), ids(1, 2)
+    found = fisher_information(lm, [id_BS], samples=3)
+    for layer, routing in enumerate(lm(id_BS).routings):
+        up = found[f"blocks.{layer}.ff.bank.up"]
+        assert [bool(part.any()) for part in up] == [load > 0 for load in routing.load_E.tolist()]
+
+
+def test_scores_come_from_where_they_are_said_to() -> None:
+    model, x_ND = mlp(), inputs()
+    twice = fisher_information(model, [x_ND], logits=lambda m, x: m(2 * x))
+    assert all(torch.equal(v, twice[n]) for n, v in fisher_information(model, [2 * x_ND]).items())
 
 
 def test_quadratic_losses_with_a_diagonal_hessian_give_the_joint_minimiser() -> None:
@@ -182,5 +196,7 @@ def test_what_gives_no_information_is_refused() -> None:
         fisher_information(nn.Linear(5, 5000), [inputs().float()])
     with pytest.raises(UsageError, match="a batch"):
         fisher_information(mlp(), ["text"])
+    with pytest.raises(ShapeError, match=r"one size B.*\[6, 2\]"):
+        fisher_information(mlp(), [(inputs(), inputs(2))])
     with pytest.raises(UsageError, match="logits"):
         fisher_information(nn.LSTM(5, 3).double(), [inputs()])

@@ -122,9 +122,10 @@ def fisher_information(
         raise UsageError(word("samples", got=samples, allowed="be at least 1", where=_WHERE, fix=fix))
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in model.named_parameters()}
+    several = (batches,) if isinstance(batches, Tensor) else batches
     generator, count = torch.Generator().manual_seed(seed), 0
     with evaluating(model), torch.enable_grad():
-        for example in (item for batch in batches for item in _items(batch)):
+        for example in (item for batch in several for item in _items(batch)):
             for log_V in _log_probabilities(model, example, logits):
                 _refuse_many(len(log_V), samples)
                 _add(total, named, log_V, _labels(log_V.detach(), samples, generator))
@@ -158,17 +159,21 @@ def _labels(log_V: Tensor, samples: int | None, generator: torch.Generator) -> I
 
 def _items(batch: Any) -> Iterator[Any]:
     """The items of a batch, each as a batch of one."""
-    if isinstance(batch, Tensor):
-        yield from batch.split(1)
-    elif isinstance(batch, Mapping):
-        columns = [list(_items(value)) for value in batch.values()]
-        yield from (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
-    elif isinstance(batch, tuple | list) and batch:
-        yield from zip(*(list(_items(value)) for value in batch), strict=True)
-    else:
-        allowed = "be a tensor (B, ...), or a tuple or mapping of such"
-        fix = "pass [x_BD, ...], a list of batches"
-        raise UsageError(word("a batch", got=f"a {type(batch).__name__}", allowed=allowed, where=_WHERE, fix=fix))
+    columns = list(batch.values()) if isinstance(batch, Mapping) else batch
+    columns = list(columns) if isinstance(columns, tuple | list) else [columns]
+    if not columns or not all(isinstance(column, Tensor) and column.ndim for column in columns):
+        kinds = ", ".join(type(column).__name__ for column in columns) or "empty"
+        allowed, fix = "be a tensor (B, ...), or a tuple or mapping of such", "pass [x_BD, ...], a list of batches"
+        raise UsageError(word("a batch", got=kinds, allowed=allowed, where=_WHERE, fix=fix))
+    sizes = [len(column) for column in columns]
+    if len(set(sizes)) > 1:
+        fix = "pass what is the same for all items through logits=lambda model, batch: ..."
+        raise ShapeError(word("the tensors of a batch", got=sizes, allowed="be of one size B", where=_WHERE, fix=fix))
+    for row in zip(*(column.split(1) for column in columns), strict=True):
+        if isinstance(batch, Mapping):
+            yield dict(zip(batch, row, strict=True))
+        else:
+            yield row[0] if isinstance(batch, Tensor) else row
 
 
 def _log_probabilities(model: nn.Module, example: Any, logits: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
