@@ -11,8 +11,8 @@ import torch
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.fields import plain
-from turnout.models import LM, LMConfig, checkpoint
-from turnout.models.checkpoint.own import ORIGIN, read_json
+from turnout.models import LMConfig, checkpoint
+from turnout.models.checkpoint.own import ORIGIN, outline, read_json
 from turnout.models.families.express import architecture_of
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.run import Run
@@ -206,8 +206,7 @@ def _architecture(config: LMConfig, folder: Path) -> str:
 
 
 def _row(name: str, config: LMConfig, dtype: torch.dtype, seq: int) -> Row:
-    with torch.device("meta"):
-        lm = LM(config).to(dtype)
+    lm = outline(config).to(dtype)
     cost = lm.cost(seq=seq)
     size = sum(tensor.numel() * tensor.element_size() for tensor in lm.state_dict().values())
     assert cost.params is not None and cost.params_active is not None and cost.flops is not None

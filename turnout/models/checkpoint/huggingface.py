@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, TurnoutError, UsageError, nearest, word
-from turnout.models.checkpoint.own import carry, check_names, check_shape, empty, fill, opened, read_json
+from turnout.models.checkpoint.own import carry, check_names, check_shape, empty, fill, opened, outline, read_json
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import architecture_of, family_of, obstacles
 from turnout.models.families.family import Family, Keys, Names
@@ -192,8 +192,7 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
         where = {name: file for name, file in where.items() if _layer(name) < config.layers}
     dtype = dtype or _common_dtype(path, {name: dtypes[name] for name in where})
     names = _layout(family, where)
-    with torch.device("meta"):
-        target = slots(LM(config), names)
+    target = slots(outline(config), names)
     tied = config.tie_embeddings and "lm_head.weight" in where
     check_names(path / (_INDEX if len(set(where.values())) > 1 else _SINGLE), set(target), set(where) - _also(tied))
     for name, tensor in target.items():

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.lm import LM, LMConfig
@@ -128,8 +129,8 @@ def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
 
 def _check_header(weights: Path, config: LMConfig) -> None:
     """Refuses weights whose names or shapes are not those of the configuration."""
-    with opened(weights) as file, torch.device("meta"):
-        slots = stored(LM(config))
+    slots = stored(outline(config))
+    with opened(weights) as file:
         check_names(weights, set(slots), set(file.keys()))
         for name, slot in slots.items():
             check_shape(file.get_slice(name).get_shape(), slot.shape, f"{name} in {weights}")
@@ -144,11 +145,22 @@ def stored(lm: LM) -> dict[str, Tensor]:
     return tensors
 
 
+class _Unset(TorchFunctionMode):
+    """Leaves out the drawing of starting weights, which on the meta device would load torch's compiler: 150 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
+def outline(config: LMConfig) -> LM:
+    """The model on the meta device: names, shapes and cost, without memory or time."""
+    with torch.device("meta"), _Unset():
+        return LM(config)
+
+
 def empty(config: LMConfig, dtype: torch.dtype) -> LM:
     """A model whose weights are not set yet, without the time and memory of setting them."""
-    with torch.device("meta"):
-        lm = LM(config).to(dtype)
-    return lm.to_empty(device="cpu")
+    return outline(config).to(dtype).to_empty(device="cpu")
 
 
 def carry(source: Path, target: Path, *, with_config: bool = False) -> None:
