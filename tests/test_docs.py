@@ -38,7 +38,9 @@ SHOWN = {"text", "json", "toml", "yaml", "html", "diff"}
 MEANINGS = {("python",), ("python", "slow"), ("python", "not-run"), ("console",), ("console", "slow"), ("sh",)}
 MEANINGS |= {("sh", "not-run"), *((word,) for word in SHOWN)}
 # Commands of a page that are not ours; another one is probably a slip.
-SHELL = set("cat cd cmp cp curl echo export git head kill ls mkdir mv pip printf rm sh sleep source tail test wc".split())
+SHELL = set(
+    "cat cd cmp cp curl echo export git head kill ls mkdir mv pip printf rm sh sleep source tail test wc".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
