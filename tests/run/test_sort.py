@@ -129,7 +129,7 @@ def test_equals_reference_where_products_and_memory_are_large(dtype):
 def test_groups_hold_every_row_once(seed):
     g = torch.Generator().manual_seed(seed)
     load = (torch.rand(30, generator=g) * 200 * (torch.rand(30, generator=g) < 0.7)).long().tolist()
-    load = [_rounded(count) for count in load]
+    load = [_rounded(count, 5) for count in load]
     for groups in (_neighbours(load, 256), _batches(load, 4096, 256), _batches(load, 1, 10**9)):
         experts = [expert for group in groups for expert in group.experts]
         assert experts == [expert for expert, count in enumerate(load) if count]
@@ -141,11 +141,12 @@ def test_groups_hold_every_row_once(seed):
                 assert len(set(sizes)) == 1 and group.experts == [*range(group.experts[0], group.experts[-1] + 1)]
 
 
-def test_counts_are_rounded_to_few_values():
-    assert _rounded(0) == 0 and _rounded(1) == 8
-    rounded = [_rounded(count) for count in range(1, 1 << 14)]
-    assert all(count <= value < max(count * 17 / 16 + 1, count + 8) for count, value in enumerate(rounded, 1))
-    assert len(set(rounded)) < 350
+@pytest.mark.parametrize(("bits", "most", "few"), [(5, 17 / 16, 350), (3, 9 / 8, 90)])
+def test_counts_are_rounded_to_few_values(bits, most, few):
+    assert _rounded(0, bits) == 0 and _rounded(1, bits) == 8
+    rounded = [_rounded(count, bits) for count in range(1, 1 << 14)]
+    assert all(count <= value < max(count * most + 1, count + 8) for count, value in enumerate(rounded, 1))
+    assert len(set(rounded)) < few
 
 
 def test_neighbours_of_equal_load_share_a_product_when_that_is_cheap():

@@ -24,9 +24,10 @@ __all__ = ["sort"]
 
 # Numbers per intermediate tensor of a group of experts: 512 KiB in fp32, which leaves several of them in cache.
 _GROUP = 1 << 17
-# oneDNN compiles a kernel for every new row count, which in training is every one. Counts are rounded up to five or six
-# significant bits, and to 8, so that there are few.
-_BITS, _LEAST = 5, 8
+# oneDNN compiles a kernel for every new row count, which in training is every one, and keeps it. Counts are rounded up
+# to 8 and to a few significant bits, so that there are few: in fp32 to three or four, where the kernels of a training
+# run took 270 MB at five or six and the additional rows cost nothing that shows; in 16 bits, where they would, to more.
+_BITS, _BITS_SHORT, _LEAST = 3, 5, 8
 # fp32 products of fewer multiply-adds go to MKL, which compiles nothing.
 _SMALL = 1 << 20
 # Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
@@ -151,7 +152,7 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     each = routing.num_entries * weights.width * weights.hidden // max(len(load) - load.count(0), 1)
     compiled = short or (x_TD.dtype == torch.float32 and each >= _SMALL and onednn_is_faster())
     if compiled and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
-        load = [_rounded(count) for count in load]
+        load = [_rounded(count, _BITS_SHORT if short else _BITS) for count in load]
         groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
         token_P, place_R, entry_P = _spread_rows(routing, groups)
     else:
@@ -171,8 +172,8 @@ def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
     )
 
 
-def _rounded(count: int) -> int:
-    unit = max(_LEAST, 1 << count.bit_length() >> _BITS + 1)
+def _rounded(count: int, bits: int) -> int:
+    unit = max(_LEAST, 1 << count.bit_length() >> bits + 1)
     return -(-count // unit) * unit
 
 
