@@ -109,7 +109,7 @@ def execute(
         tensorboard=tensorboard,
         quiet=quiet,
     )
-    return finish(run, model, tokens, out, quiet=quiet)
+    return finish(run, model, tokens, out)
 
 
 def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
@@ -154,7 +154,7 @@ def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
         raise
 
 
-def finish(run: Run, model: LM, tokens: TokenSet, out: Path, *, quiet: bool) -> Done:
+def finish(run: Run, model: LM, tokens: TokenSet, out: Path) -> Done:
     """Measures a trained model on all held-out text and writes model/, trace/, result.json and report.html."""
     checkpoint.save(out / "model", model)
     tokens.tokenizer.save(str(out / "model" / "tokenizer.json"))
