@@ -16,7 +16,7 @@ from turnout.models.checkpoint.own import check_names, check_shape, opened, outl
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
-from turnout.models.families.family import Family, Keys, Names
+from turnout.models.families.family import Family, Names
 from turnout.models.families.tensors import slots
 
 __all__ = ["CORRECTION", "INDEX", "SINGLE", "Survey", "headers", "layer_of", "layout", "survey"]

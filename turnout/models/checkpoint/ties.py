@@ -17,8 +17,8 @@ def refuse_ties(lm: LM, family: Family) -> None:
 
     Different experts with equal router rows score the same and are chosen together, as shards of one layer (upcycling
     with granularity above 1). Our routers, and a few of transformers', work their scores out in fp32. Most of
-    transformers' do so in the dtype of the weights: in bfloat16, with 8 bits of precision, other experts come out at the
-    very same score for a few percent of the tokens, and its top-k then takes some of one group and some of another.
+    transformers' do so in the dtype of the weights: in bfloat16, with 8 bits of precision, experts of other groups come
+    out at the very same score for a few percent of the tokens, and top-k then takes some of one and some of another.
 
     Raises:
         UsageError: with how to do without.
