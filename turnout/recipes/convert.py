@@ -24,6 +24,7 @@ from turnout.recipes.partial import MemoryShortError, Part, Partial, Say, refuse
 from turnout.recipes.plan import Format, Plan, make_plan
 from turnout.recipes.run import Run
 from turnout.recipes.steps import Step, step_from_json, step_json
+from turnout.recipes.stock import check_with_transformers, said
 from turnout.reshape.kept import keeping
 from turnout.storage import digest, write_whole
 from turnout.types import Report
@@ -59,7 +60,7 @@ class Conversion:
         return tuple(Report.from_json(json.dumps(step["report"])) for step in self.record["steps"])
 
     def summary(self) -> str:
-        """Two lines: where it is, and how far the logits moved; with text a third, what that means for it."""
+        """Where it is, how far the logits moved, what transformers says to it; with text, what that means for it."""
         gap = self.certificate.logits
         moved = f"logits at most {_number(gap.max_abs)} apart ({_number(gap.relative)} relative)"
         moved += f", top token the same at {100 * gap.top1:.4g} %"
@@ -67,6 +68,8 @@ class Conversion:
             moved = "the very same logits"
         about = f"input against output, {self.certificate.inputs.tokens} random tokens"
         lines = [f"{self.out}: {self.plan.architecture}", f"{about}: {moved}"]
+        if stock := self.record.get("stock"):
+            lines.append(said(stock))
         if held_out := self.record["held_out"]:
             before, after = (held_out[name]["bits_per_byte"] for name in ("before", "after"))
             lines.append(f"held-out text: {before:.4f} bits per byte before, {after:.4f} after")
@@ -91,6 +94,9 @@ def convert(
 
     What is finished of each step, layer by layer and batch by batch, is kept in ``OUT.part`` until the end. The same
     call goes on from there after the process was stopped, whatever stopped it, and ends with the same bits.
+
+    A folder of transformers is loaded with transformers itself, where that is installed, before it takes its place: no
+    tensor missing or left over, and the logits that turnout computes.
 
     Args:
         path: a folder of transformers, one that ``checkpoint.save`` wrote, or a run folder.
@@ -128,6 +134,9 @@ def convert(
         tell("comparing what was written with what was read")
         certificate = _compare(plan, place.result, out)
         body = _record(plan, done, found, certificate, seed, text_tokens)
+        if plan.target == "transformers":
+            tell("loading what was written with transformers")
+            body["conversion"]["stock"] = check_with_transformers(place.result, params=plan.rows[-1].params)
         _describe(place.result, out.name, body, certificate)
     return Conversion(out, plan, body["conversion"], certificate)
 
