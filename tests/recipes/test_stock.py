@@ -157,7 +157,7 @@ def test_what_transformers_reads_otherwise_is_refused(
 def test_what_transformers_does_not_find_whole_is_refused(made: Path, tmp_path: Path) -> None:
     path, id_BS = shutil.copytree(folder_of(made, "llama"), tmp_path / "a"), torch.zeros(1, 4, dtype=torch.int64)
     change(path, num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match="missing_keys.*be loaded whole|be loaded whole.*missing_keys"):
+    with pytest.raises(CheckpointError, match="missing_keys"):
         stock._theirs(path, id_BS, torch.float32)
     change(path, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match="unexpected_keys"):

@@ -93,10 +93,8 @@ def convert(
     """Reads a model, takes the steps in their order, and writes a folder of the same kind, whole or not at all.
 
     What is finished of each step, layer by layer and batch by batch, is kept in ``OUT.part`` until the end. The same
-    call goes on from there after the process was stopped, whatever stopped it, and ends with the same bits.
-
-    A folder of transformers is loaded with transformers itself, where that is installed, before it takes its place: no
-    tensor missing or left over, and the logits that turnout computes.
+    call goes on from there after the process was stopped, whatever stopped it, and ends with the same bits. Where
+    transformers is installed, it loads a folder of its kind whole, and to the same logits, before that takes its place.
 
     Args:
         path: a folder of transformers, one that ``checkpoint.save`` wrote, or a run folder.
@@ -133,10 +131,7 @@ def convert(
         done = place.written() or _fill(plan, found, seed, place, tell)
         tell("comparing what was written with what was read")
         certificate = _compare(plan, place.result, out)
-        body = _record(plan, done, found, certificate, seed, text_tokens)
-        if plan.target == "transformers":
-            tell("loading what was written with transformers")
-            body["conversion"]["stock"] = check_with_transformers(place.result, params=plan.rows[-1].params)
+        body = _record(plan, done | _judged(plan, place.result, tell), found, certificate, seed, text_tokens)
         _describe(place.result, out.name, body, certificate)
     return Conversion(out, plan, body["conversion"], certificate)
 
@@ -266,6 +261,14 @@ def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
     return dataclasses.replace(found, b=dataclasses.replace(found.b, name=str(out)))
 
 
+def _judged(plan: Plan, result: Path, say: Say) -> dict[str, Any]:
+    """What transformers says to its own kind of folder."""
+    if plan.target != "transformers":
+        return {}
+    say("loading what was written with transformers")
+    return {"stock": check_with_transformers(result, params=plan.rows[-1].params)}
+
+
 def _describe(result: Path, name: str, body: Mapping[str, Any], certificate: Certificate) -> None:
     certificate.save(result / "certificate.json")
     write_whole(result / "report.html", conversion_html(ConversionData(name, body["conversion"], certificate)))
@@ -296,6 +299,7 @@ def _record(
         "compared": {"verdict": certificate.verdict, "max_abs": gap.max_abs, "relative": gap.relative},
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
+        **({"stock": done["stock"]} if "stock" in done else {}),
     }
     if plan.target != "run":
         return {"format": _FORMAT, "conversion": conversion}
