@@ -119,6 +119,8 @@ def headline(data: ConversionData) -> str:
         return f"{data.name} computes what {data.source} does, to the bit, with {size}"
     if verdict == "within bound":
         return f"{data.name} computes what {data.source} does, with {size}"
+    if data.certificate and data.certificate.lost:
+        return f"{data.name} has {size}; {data.certificate.lost} (A is {data.source})"
     if data.held_out:
         before, after = (data.held_out[when]["bits_per_byte"] for when in ("before", "after"))
         return f"{data.name} has {size}, and needs {after:.3f} bits per byte where {data.source} needs {before:.3f}"
@@ -157,7 +159,10 @@ def _sizes(data: ConversionData) -> str:
         bytes_, note = data.held_out["bytes"], "of the text, which no step looked at"
         about = f"Bits per byte are over {bytes_:,} bytes {note}; lower is better."
     else:
-        about = "Bits per byte were not measured: no text was given with --calibration, or too little to hold some out."
+        about = (
+            "Bits per byte were not measured: no text was given with --calibration, or too little to hold some out, or "
+            "a model gives no finite numbers."
+        )
     names = "".join(f"<th>{escape(row['name'])}</th>" for row in data.rows)
     body = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
@@ -194,7 +199,7 @@ def _certificate(data: ConversionData) -> str:
     if shown:
         inside = gap_bars([shown[n] for n in _some(len(shown))], found.bound)
     else:
-        inside = missing("All layers give the same bits." if found.verdict == "bit-equal" else "Layers do not match.")
+        inside = missing("All layers give the same bits." if found.verdict == "bit-equal" else "No layer was compared.")
     kind = "same" if found.equal else "other"
     about = f"A is the input, B the output. {str(found).splitlines()[0].partition(': ')[2]}."
     verdict = f'<p class="verdict {kind}">{escape(_VERDICTS[found.verdict])}</p>'

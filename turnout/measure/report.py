@@ -1,5 +1,6 @@
 """Reports and results as text: markdown, comparisons, and the table of runs side by side."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
@@ -35,6 +36,9 @@ def compare(before: Report, after: Report) -> Report:
     for name in [*before.values, *(name for name in after.values if name not in before.values)]:
         first, second = before.values.get(name), after.values.get(name)
         if _is_number(first) and _is_number(second):
+            if not math.isfinite(first) or not math.isfinite(second):
+                lonely.append(f"{name} is not compared: {first:g} and {second:g} are not both finite")
+                continue
             values[name] = {"before": first, "after": second, "change": second - first}
             if first:
                 values[name]["ratio"] = second / first
