@@ -138,7 +138,10 @@ def convert(
 def _read_text(plan: Plan, text: str | Path, tokens: int, say: Say) -> Calibration:
     say(f"reading {text}")
     sizes = {"vocab_size": plan.config.vocab_size, "max_seq": plan.config.max_seq, "tokens": tokens}
-    return calibration(text, plan.folder, own=plan.source != "transformers", **sizes)
+    found = calibration(text, plan.folder, own=plan.source != "transformers", **sizes)
+    if found.skipped:
+        say(f"left out {found.skipped} files or rows of {text} that cannot be read as text")
+    return found
 
 
 def _settings(plan: Plan, text: Calibration | None, seed: int) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def tokens_for(run: Run, folder: Path, *, quiet: bool) -> TokenSet:
         limit_bytes=limit,
         part_bytes=run.data.part_bytes,
         field=run.data.field,
+        bad=run.data.bad,
         quiet=quiet,
     )
 

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -46,6 +46,7 @@ def prepare(
     part_bytes: int | None = None,
     field: str = "text",
     sample_bytes: int = 4_000_000,
+    bad: Literal["refuse", "skip"] = "refuse",
     progress: Any = None,
     quiet: bool = False,
 ) -> TokenSet:
@@ -66,6 +67,8 @@ def prepare(
             of a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
         sample_bytes: how much text the tokenizer is trained on.
+        bad: what to do with a row that cannot be read (broken JSON, no text in its field, half a surrogate pair) and
+            with a named file that is not UTF-8: "refuse" the source, or "skip" it; notes count what was skipped.
         progress: called with (stage, bytes done, bytes in all), in place of a bar or lines on stderr; its method
             ``say(text)``, if it has one, gets the notes.
         quiet: say nothing; notes are still in ``TokenSet.notes``.
@@ -88,7 +91,7 @@ def prepare(
 
     Source: none; the content hash follows the habit of Kiela et al., 2021, "Dynabench", of splits that data decides.
     """
-    settings = Settings(vocab_size, held_out, limit_bytes, part_bytes, field, sample_bytes)
+    settings = Settings(vocab_size, held_out, limit_bytes, part_bytes, field, sample_bytes, bad)
     with display(progress, quiet=quiet) as tell:
         return _prepare(domains, Path(out), tokenizer, settings, tell)
 
