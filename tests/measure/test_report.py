@@ -1,5 +1,6 @@
 """Reports and results as text."""
 
+import dataclasses
 import math
 
 import pytest
@@ -62,6 +63,7 @@ def test_the_table_lines_up_and_leaves_out_what_nobody_knows() -> None:
         RunData("dense", result={"bits_per_byte": 1.75, "by_domain": {"code": 1.5}}, cost=Cost(params=1000)),
         RunData("a longer name", result={"bits_per_byte": 1.5, "by_domain": {"prose": 2.0}}, tokens_per_s=1234.0),
     ]
+    runs = [dataclasses.replace(run, texts=("one text",)) for run in runs]
     lines = results_table(runs).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("  ")[0].strip() for line in lines if not line.startswith(" ")] == [

@@ -98,18 +98,27 @@ def conversion_html(data: ConversionData) -> str:
 
     Source: none; the drawings are our own.
     """
-    experts = max([_experts(row) for row in data.rows], default=0)
-    sections = [_sizes(data), _certificate(data), _steps(data), _load(data), _setup(data)]
+    experts = most_experts(data)
     title = f"{data.source} → {data.name}"
     head = (
         f'<header>{tracks(experts, [0, 1])}<div class="inner"><p class="eyebrow">{escape(title)}</p>'
-        f'<h1>{escape(headline(data))}.</h1><ul class="lead">{_facts(data)}</ul></div></header>'
+        f'<h1>{escape(conversion_headline(data))}.</h1><ul class="lead">{_facts(data)}</ul></div></header>'
     )
     payload = {"colors": max(1, min(experts, 64)), "charts": [], "passage": None}
-    return frame(title, head, sections, experts=experts, payload=payload)
+    return frame(title, head, conversion_sections(data), experts=experts, payload=payload)
 
 
-def headline(data: ConversionData) -> str:
+def most_experts(data: ConversionData) -> int:
+    """The experts of the model that has most of them, before or after."""
+    return max([_experts(row) for row in data.rows], default=0)
+
+
+def conversion_sections(data: ConversionData) -> list[str]:
+    """What the page shows under its heading."""
+    return [_sizes(data), _certificate(data), _steps(data), _load(data), _setup(data)]
+
+
+def conversion_headline(data: ConversionData) -> str:
     """The key result in one sentence."""
     ratio = data.rows[-1]["params"] / max(1, data.rows[0]["params"])
     size = f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"

@@ -14,7 +14,7 @@ from turnout.types import Cost, Routing, Trace
 __all__ = ["Passage", "ReportData", "RunData", "read_run"]
 
 # Keys of run.json that say where and how it ran, not what it is.
-_BESIDE = ("hardware", "command", "tokens_digest", "versions", "commit", "cost")
+_BESIDE = ("hardware", "command", "tokens_digest", "held_out_text", "versions", "commit", "cost")
 Route = tuple[int, float, float | None]
 Shares = Sequence[Sequence[float]]
 
@@ -130,6 +130,8 @@ class RunData:
         command: the command line that started it.
         error: what it stopped with.
         notes: what is missing from it, in sentences.
+        texts: names of the text that it was measured on: digests of the held-out text, and of the tokens made of it.
+            Runs are ranked only where they share one.
 
     >>> RunData("x", metrics=({"kind": "eval", "step": 1, "bits_per_byte": 2.5},)).bits_per_byte
     2.5
@@ -150,6 +152,7 @@ class RunData:
     command: str = ""
     error: str = ""
     notes: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
         """The metrics of one kind ("train" or "eval"), in order."""
@@ -280,6 +283,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         command=str(run.get("command") or ""),
         error=_text(folder / "error.txt"),
         notes=tuple(notes),
+        texts=tuple(f"{key} {run[key]}" for key in ("held_out_text", "tokens_digest") if isinstance(run.get(key), str)),
     )
 
 

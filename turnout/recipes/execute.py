@@ -96,6 +96,7 @@ def execute(
     tokens = _claim(run, out, resume) or _prepare(run, out, Path(tokens_folder or out / "tokens"), quiet=quiet)
     beside = {
         "tokens_digest": tokens.digest,
+        "held_out_text": tokens.head.get("held_out_text"),
         "tokens_folder": str(tokens.path.resolve()),
         "hardware": hardware(),
         "command": shlex.join(sys.argv),

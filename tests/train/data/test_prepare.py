@@ -262,6 +262,18 @@ def test_what_is_skipped_in_a_folder_is_said(folder, tmp_path) -> None:
     assert len(documents(tokens, "train")) + len(documents(tokens, "held_out")) == 40
 
 
+def test_the_held_out_text_is_known_whatever_the_tokenizer_and_the_order(folder, tmp_path) -> None:
+    def held(name: str, **options) -> str:
+        sources = options.pop("sources", [folder])
+        return make({"a": sources}, tmp_path / name, **options).head["held_out_text"]
+
+    one = held("one")
+    assert one == held("two", vocab_size=261) == held("three", sources=sorted(folder.iterdir(), reverse=True))
+    assert len({one, held("four", held_out=0.5), held("five", limit_bytes=2000)}) == 3
+    (folder / "00.txt").write_text("other")
+    assert held("six", held_out=1.0) != held("seven", held_out=1.0, sources=sorted(folder.iterdir())[1:])
+
+
 # ---- what cannot be
 
 

@@ -203,7 +203,7 @@ def _build(
     vocab_size = len(byte_lengths(tokenizer))
     writers = [SideWriter(out, side, vocab_size) for side in SIDES]
     try:
-        _tokenise(reader, survey, tokenizer, writers, tell)
+        held_out = _tokenise(reader, survey, tokenizer, writers, tell)
         files = writers[0].finish() | writers[1].finish()
     finally:
         for writer in writers:
@@ -224,6 +224,7 @@ def _build(
             }
             for side, writer in zip(SIDES, writers, strict=True)
         },
+        "held_out_text": held_out,
         "notes": survey.notes,
         "fingerprint": fingerprint,
         "files": files,
@@ -256,8 +257,11 @@ def _train(reader: Reader, survey: Survey, tell: Display) -> tokenizers.Tokenize
 
 def _tokenise(
     reader: Reader, survey: Survey, tokenizer: tokenizers.Tokenizer, writers: list[SideWriter], tell: Display
-) -> None:
-    """Every chosen text through the tokenizer, a few megabytes at a time."""
+) -> str:
+    """Every chosen text through the tokenizer, a few megabytes at a time; the digest of what is held out.
+
+    That is the sum of a hash for each held-out document: the same whatever the tokenizer and the order of files.
+    """
     separator, held_out = separator_id(tokenizer), reader.settings.held_out
     texts: list[str] = []
     marks: list[tuple[SideWriter, int | None]] = []  # where each text goes, and the domain when it begins a document
@@ -271,8 +275,11 @@ def _tokenise(
         texts.clear()
         marks.clear()
 
-    documents = 0
+    documents = held = 0
     for text in reader.chosen(survey, "tokenising", tell):
+        if text.side(held_out):
+            mark = f"{reader.names[text.domain]}\0{text.size}\0".encode() + text.digest
+            held += int.from_bytes(hashlib.sha256(mark).digest(), "big")
         writer = writers[text.side(held_out)]
         for piece, domain in zip(text.pieces, itertools.chain([text.domain], itertools.repeat(None)), strict=False):
             texts.append(piece.decode())
@@ -294,3 +301,4 @@ def _tokenise(
                 fix="prepare them again when nothing writes to them",
             )
         )
+    return f"{held % (1 << 256):064x}"
