@@ -24,7 +24,7 @@ def test_jsonl(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "cut', r"rows\.jsonl:2 \(no JSON: Invalid control.*repair or remove the row"),
+        ('{"text": "cut', r"rows\.jsonl:2 \(Invalid control.*repair or remove the row"),
         ('{"body": "x", "id": 3}', r"rows\.jsonl:2 \(no field 'text'; fields: body, id\).*pass field="),
         ('{"text": 3}', r"rows\.jsonl:2 \(its field 'text' holds the number 3"),
         ("[1]", r"rows\.jsonl:2 \(a JSON list\)"),

@@ -1,12 +1,12 @@
 """Rows with a text field: jsonl line by line, parquet and data sets batch by batch."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from turnout.errors import DataError, MissingExtraError, UsageError, nearest, word
+from turnout.reading import parse_json, read_lines
 from turnout.storage import read_error
 from turnout.train.data.document import Document
 
@@ -33,12 +33,16 @@ def jsonl(path: Path, field: str, left_out: LeftOut | None = None) -> Iterator[D
 
     Source: none; the format of jsonlines.org.
     """
+
+    def too_long(problem: str) -> DataError:
+        fix = "cut it into several rows"
+        return DataError(word("the data", got=f"{path} ({problem})", allowed="be jsonl", where=_WHERE, fix=fix))
+
     try:
-        with path.open("rb") as file:
-            for number, whole in enumerate(file, 1):
-                line = whole.removeprefix(_BOM) if number == 1 else whole
-                if line.strip():
-                    yield from _document(_line(line, field), f"{path}:{number}", field, left_out)
+        for number, whole in enumerate(read_lines(path, refuse=too_long), 1):
+            line = whole.removeprefix(_BOM) if number == 1 else whole
+            if line.strip():
+                yield from _document(_line(line, field), f"{path}:{number}", field, left_out)
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
 
@@ -46,17 +50,20 @@ def jsonl(path: Path, field: str, left_out: LeftOut | None = None) -> Iterator[D
 def _line(line: bytes, field: str) -> object:
     """The text of a line, or what is wrong with it."""
     try:
-        row = json.loads(line.decode())
+        # Other fields may hold whatever Python writes, NaN too.
+        row = parse_json(line.decode(), _Refused, finite=False)
     except UnicodeDecodeError as error:
         return _Bad(f"byte {error.start} of it is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return _Bad(f"no JSON: {error}")
-    if not isinstance(row, dict):
-        return _Bad(f"a JSON {type(row).__name__}")
+    except _Refused as error:
+        return _Bad(str(error))
     if field in row:
         return row[field]
     texts = [name for name, value in row.items() if isinstance(value, str)]
     return _Bad(f"no field {field!r}; fields: {_few(row)}", field=texts[0] if texts else None)
+
+
+class _Refused(DataError):
+    """What is wrong with a line; caught here."""
 
 
 @dataclasses.dataclass(frozen=True)
