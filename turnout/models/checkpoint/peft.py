@@ -207,8 +207,8 @@ def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -219,6 +219,13 @@ def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
     write_whole(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+
+
+def _pattern(value: Mapping[str, float], otherwise: float) -> dict[str, float]:
+    """The values that differ, the longest name first: PEFT takes the first that is the end of a module's name."""
+    differ = {name for name, one in value.items() if one != otherwise}
+    found = differ | {name for name in value if any(name.endswith(f".{one}") for one in differ)}
+    return {name: value[name] for name in sorted(found, key=len, reverse=True)}
 
 
 def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
