@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.fields import build, plain
+from turnout.reading import check_fields, parse_json
 from turnout.storage import write_whole
 
 __all__ = [
@@ -207,24 +208,14 @@ class Certificate:
         Raises:
             CheckpointError: not a certificate, or altered since.
         """
+        body = parse_json(text, _refuse)
+        check_fields(body, {"format": Literal[_FORMAT], "sha256": str}, _refuse)
+        if body.pop("sha256") != _seal(body):
+            raise _refuse("its content is not what its sha256 says")
         try:
-            body = json.loads(text)
-            seal = body.pop("sha256")
-            if body["format"] != _FORMAT:
-                raise ValueError(f"format {body['format']!r}")
-            if seal != _seal(body):
-                raise ValueError("its content is not what its sha256 says")
             return build(cls, {name: item for name, item in body.items() if name != "format"}, "the certificate")
-        except (ValueError, KeyError, TypeError, AttributeError, TurnoutError) as error:
-            raise CheckpointError(
-                word(
-                    "the certificate",
-                    got=str(error),
-                    allowed=f"be {_FORMAT} JSON, as it was written",
-                    where="Certificate.from_json",
-                    fix="certify the two models again",
-                )
-            ) from error
+        except (KeyError, TypeError, TurnoutError) as error:
+            raise _refuse(str(error)) from error
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON, aside first and then renamed."""
@@ -298,6 +289,13 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         if flat.numel():
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _refuse(problem: str) -> CheckpointError:
+    allowed, fix = f"be {_FORMAT} JSON, as it was written", "certify the two models again"
+    return CheckpointError(
+        word("the certificate", got=problem, allowed=allowed, where="Certificate.from_json", fix=fix)
+    )
 
 
 def _seal(body: Mapping[str, object]) -> str:

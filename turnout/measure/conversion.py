@@ -1,7 +1,6 @@
 """The page of a conversion: one self-contained html file that shows a model before and after its steps."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ from turnout.measure.certificate import Certificate
 from turnout.measure.charts import tracks
 from turnout.measure.page import dot, flat, fold, frame, missing, table
 from turnout.measure.report import quantity
+from turnout.reading import read_json, read_text
 
 __all__ = ["ConversionData", "conversion_html"]
 
@@ -50,10 +50,10 @@ class ConversionData:
         """
         folder = Path(folder)
         try:
-            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))["conversion"]
+            record = read_json(folder / "run.json", refuse=CheckpointError, finite=False)["conversion"]
             rows, steps = record["plan"], record["steps"]
             found = folder / "certificate.json"
-            certificate = Certificate.from_json(found.read_text(encoding="utf-8")) if found.is_file() else None
+            certificate = Certificate.from_json(read_text(found)) if found.is_file() else None
             if len(rows) != len(steps) + 1:
                 raise ValueError(f"{len(steps)} steps and {len(rows)} lines of the plan")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """What is known about training runs, read from their folders: the plain data that tables and the page are made of."""
 
+import contextlib
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.reading import check_fields, open_regular, parse_json, read_json
 from turnout.types import Cost, Routing, Trace
 
 __all__ = ["Passage", "ReportData", "RunData", "read_run"]
@@ -328,11 +329,9 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     """The whole lines; of several for one kind and step (a run that went on from a checkpoint), the last."""
     found = {}
     for text in _text(path).splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        with contextlib.suppress(CheckpointError):
+            line = parse_json(text, CheckpointError, finite=False)
+            check_fields(line, {"step": int, "kind": str | None}, CheckpointError)
             found[line.get("kind"), line["step"]] = line
     yield from sorted(found.values(), key=lambda line: line["step"])
 
@@ -346,14 +345,14 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _json(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path, refuse=CheckpointError, finite=False, any_link=True), ""
+    except (OSError, CheckpointError) as error:
         return {}, getattr(error, "strerror", None) or str(error)
-    return (body, "") if isinstance(body, dict) else ({}, "not a JSON object")
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        with open_regular(path, any_link=True) as file:
+            return file.read().decode(errors="replace")
+    except (OSError, CheckpointError):
         return ""

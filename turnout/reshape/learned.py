@@ -1,5 +1,6 @@
 """What the routers of attached adapters have learned, on disk: one safetensors file beside the adapters."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from turnout.decide.token import Poly
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
+from turnout.reading import parse_json
 from turnout.run.low_rank import merge
 from turnout.storage import write_whole
 from turnout.types import Report
@@ -204,12 +206,16 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        kinds = json.loads(metadata.get("routers", "null"))
+        kinds = parse_json(metadata.get("routers", "{}"), functools.partial(_refuse, file))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
     if metadata.get("format") != _FORMAT or not isinstance(kinds, dict):
         raise _bad(file, "the format", str(metadata.get("format")), f"be {_FORMAT}")
     return kinds, tensors
+
+
+def _refuse(file: Path, problem: str) -> CheckpointError:
+    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: str, allowed: str) -> CheckpointError:

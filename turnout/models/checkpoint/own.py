@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
@@ -185,18 +186,17 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or it is not a JSON object.
     """
+
+    def refuse(problem: str) -> CheckpointError:
+        return _refusal(path.name, f"{path} ({problem})", "be JSON and hold an object", "restore it from a copy", where)
+
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path, refuse=refuse)
     except FileNotFoundError as error:
         what, allowed = "the model's folder", f"hold a {path.name}"
         raise _refusal(what, str(path.parent), allowed, "name a folder that holds a model", where) from error
     except OSError as error:
         raise read_error(error, path, where) from error
-    except ValueError as error:
-        raise _refusal(path.name, f"{path} ({error})", "be JSON", "restore it from a copy", where) from error
-    if not isinstance(body, dict):
-        raise _refusal(path.name, f"{path} holding a {type(body).__name__}", "hold an object", "restore it", where)
-    return body
 
 
 @contextlib.contextmanager

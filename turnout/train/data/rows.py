@@ -1,11 +1,12 @@
 """Rows with a text field: jsonl line by line, parquet and data sets batch by batch."""
 
-import json
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from turnout.errors import DataError, MissingExtraError, UsageError, nearest, word
+from turnout.reading import parse_json, read_lines
 from turnout.storage import read_error
 from turnout.train.data.document import Document
 
@@ -23,32 +24,26 @@ def jsonl(path: Path, field: str) -> Iterator[Document]:
     Source: none; the format of jsonlines.org.
     """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield Document(f"{path}:{number}", _line(line, f"{path}:{number}", field))
+        for number, line in enumerate(read_lines(path, refuse=functools.partial(_bad_line, field, str(path))), 1):
+            if line.strip():
+                yield Document(f"{path}:{number}", _line(line, f"{path}:{number}", field))
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
 
 
 def _line(line: bytes, name: str, field: str) -> str:
-    fix = "repair or remove the line"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        problem = f"{name} ({error})"
-    else:
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            return row[field]
-        if isinstance(row, dict):
-            has = f"a field {field!r} of type {type(row[field]).__name__}" if field in row else f"no field {field!r}"
-            problem = f"{name} ({has}; fields: {', '.join(map(str, row)) or 'none'})"
-            fix = "pass field= with the name of the field that holds the text"
-        else:
-            problem = f"{name} (a JSON {type(row).__name__})"
-    raise DataError(
-        word("a line", got=problem, allowed=f"be a JSON object with the text in {field!r}", where=_WHERE, fix=fix)
-    )
+    # Other fields may hold whatever Python writes, NaN too.
+    row = parse_json(line, functools.partial(_bad_line, field, name), finite=False)
+    if isinstance(row.get(field), str):
+        return row[field]
+    has = f"a field {field!r} of type {type(row[field]).__name__}" if field in row else f"no field {field!r}"
+    fix = "pass field= with the name of the field that holds the text"
+    raise _bad_line(field, name, f"{has}; fields: {', '.join(row) or 'none'}", fix)
+
+
+def _bad_line(field: str, name: str, problem: str, fix: str = "repair or remove the line") -> DataError:
+    got, allowed = f"{name} ({problem})", f"be a JSON object with the text in {field!r}"
+    return DataError(word("a line", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def parquet(path: Path, field: str) -> Iterator[Document]:
