@@ -174,12 +174,11 @@ class Adapter(nn.Module):
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""
         x_TD = x.reshape(-1, x.shape[-1])
         if not hasattr(self.router, "parts") and not getattr(self.router, "needs_given", False):
-            real_T = real(x, self.router)
+            # A capacity alone lets one token take another's place; else padding is nobody's business here, as in PEFT.
+            real_T = None if getattr(self.router, "capacity_factor", None) is None else real(x)
             return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
-        if hasattr(self.router, "parts") or found.keep_T is None:
-            return self.router(x_TD, given=found), found
-        return spread(self.router(x_TD[found.keep_T], given=found.tokens()), found.keep_T), found
+        return self.router(x_TD, given=found), found
 
 
 def _sequence(found: Given | None) -> Tensor:
@@ -187,20 +186,13 @@ def _sequence(found: Given | None) -> Tensor:
     return found.sequence_T
 
 
-def real(x: Tensor, router: nn.Module) -> Tensor | None:
+def real(x: Tensor) -> Tensor | None:
     """(T,) bool, false where the tokens of x (..., D) are padding, as ``given`` or the model's call said; None if none.
 
-    A router of tokens decides about each alone. So where x holds other rows than the mask (what an expert was sent), it
-    decides about all of them, unless a capacity lets one row take another's place.
+    Raises:
+        ShapeError: what it said does not fit x.
     """
-    mask_BS = _SAID.get().mask_BS
-    if mask_BS is None:
-        return None
-    whole = x.ndim == 2 and mask_BS.ndim == 2 and len(x) == mask_BS.numel()
-    rows = x.ndim == 3 and mask_BS.ndim == 2 and len(x) == len(mask_BS) and x.shape[1] <= mask_BS.shape[1]
-    if not (whole or rows) and getattr(router, "capacity_factor", None) is None:
-        return None
-    keep_T = about(x).keep_T
+    keep_T = None if _SAID.get().mask_BS is None else about(x).keep_T
     return None if keep_T is None or bool(keep_T.all()) else keep_T
 
 

@@ -105,7 +105,7 @@ def decide(
     """
     x_TD = x.reshape(-1, x.shape[-1])
     ids_T = None if token_id is None else _fitting("token_id", token_id, x)
-    real_T = padding(x, policy) if real is None else _fitting("real", real, x).to(x.device).bool()
+    real_T = padding(x) if real is None else _fitting("real", real, x).to(x.device).bool()
     known = {}
     if getattr(policy, "needs_given", False):
         known = {"given": dataclasses.replace(about(x), keep_T=real_T).tokens()}
