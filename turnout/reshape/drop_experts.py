@@ -20,7 +20,7 @@ from turnout.types import Report, Routing
 __all__ = ["drop_experts", "entry_outputs"]
 
 _WHERE = "turnout.reshape.drop_experts"
-_BY = ("reap", "frequency", "random")
+_BY = ("reap", "frequency", "random", "gate")
 
 
 def drop_experts(
@@ -28,21 +28,21 @@ def drop_experts(
     *,
     keep: int | None = None,
     share: float | None = None,
-    by: Literal["reap", "frequency", "random"] = "reap",
+    by: Literal["reap", "frequency", "random", "gate"] = "reap",
     batches: Iterable[Tensor] | None = None,
     seed: int = 0,
 ) -> tuple[LM, Report]:
     """The model without the experts that score lowest on the text, equally many in every routed layer.
 
-    REAP's score of expert j is the mean over the tokens X_j routed to it of g_j(t) * |f_j(t)|: its gate, renormalised
-    over the token's K experts, times the length of its output. Experts that no token chose score 0; without them the
-    text's outputs stay the same to the bit, or to the last one where BLAS rounds products of fewer rows differently.
+    REAP's score of expert j is the mean over the tokens X_j routed to it of g_j(t) * |f_j(t)|: the weight of its output
+    in the model, renormalised only where the model does that, times the output's length. Experts that no token chose
+    score 0; without them the text's outputs stay the same, but for how BLAS rounds products of fewer rows.
 
     Args:
         lm: a model with experts; it is left as it is.
         keep: experts left in each layer, at least K; a multiple of a router's groups.
         share: instead of ``keep``, the share that goes, in [0, 1); rounded down to whole experts in every group.
-        by: "reap", "frequency" (tokens routed there), or "random".
+        by: "reap", "frequency" (tokens routed there), "random", or, an ablation, "gate": REAP without the length.
         batches: (B, S) token ids to score on; not needed for "random".
         seed: of "random", and of ids to compare on without text.
 
@@ -59,8 +59,8 @@ def drop_experts(
     >>> smaller.config.moe.num_experts, len(report["kept"]["0"])
     (3, 3)
 
-    Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". Gates are those
-    without a correction bias, which only takes part in the choice; groups of experts are pruned equally.
+    Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". A
+    correction bias takes part in the choice alone, not in the weights; groups of experts are pruned equally.
     """
     moe, text = _routed(lm.config), checked(batches, lm, _WHERE)
     left = _left(moe, keep, share)
@@ -133,11 +133,10 @@ def _scores(lm: LM, text: tuple[Tensor, ...], by: str, seed: int) -> tuple[dict[
         if routing is None or not isinstance(ff, MoE):
             return
         loads[layer] += routing.load_E.cpu()
-        if by == "reap" and isinstance(ff.bank, Bank):
-            weight_R = routing.weight_R.double()
-            total_T = weight_R.new_zeros(routing.num_tokens).index_add_(0, routing.token_R, weight_R)
-            gate_R = weight_R / total_T[routing.token_R].clamp_min(1e-300)
-            value_R = gate_R * entry_outputs(ff.bank, x_TD, routing).double().norm(dim=1)
+        if by in ("reap", "gate") and isinstance(ff.bank, Bank):
+            value_R = routing.weight_R.double()  # as the model applies it
+            if by == "reap":
+                value_R = value_R * entry_outputs(ff.bank, x_TD, routing).double().norm(dim=1)
             sums[layer].index_add_(0, routing.expert_R.cpu(), value_R.cpu())
 
     by_batch("scoring experts", text, totals, lambda id_BS: watch(lm, [id_BS], look))
