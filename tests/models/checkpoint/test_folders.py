@@ -1,4 +1,4 @@
-"""Folders as others leave them: files beside each other, names that everyone passes over, keys that promise too much."""
+"""Folders as others leave them: files beside each other, names everyone passes over, keys that promise too much."""
 
 import dataclasses
 import json
