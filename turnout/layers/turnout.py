@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.layers.adapter import about
+from turnout.layers.told import about
 from turnout.types import Routing
 
 __all__ = ["Routed", "Turnout"]

@@ -50,18 +50,28 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    from safetensors.torch import save_file
+    params = write_routers(path, model, router_tensors(model, {}))
+    return Report("save_routers", {"modules": list(_layers(model)), "params": params})
 
-    layers = _layers(model)
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
-        for name, layer in layers.items()
+
+def router_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MODULE.PARAMETER -> what the routers hold, or a state dict of the model says that they do."""
+    return {
+        f"{name}.{key}": state.get(f"{name}.router.{key}", tensor).detach()
+        for name, layer in _layers(model).items()
         for key, tensor in layer.router.state_dict().items()
     }
-    kinds = json.dumps({name: _kind(layer) for name, layer in layers.items()})
+
+
+def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Writes the routers' tensors; how many numbers they hold."""
+    from safetensors.torch import save_file
+
+    kinds = json.dumps({name: _kind(layer) for name, layer in _layers(model).items()})
     metadata = {"format": _FORMAT, "routers": kinds}
-    write_whole(Path(path) / ROUTERS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
-    return Report("save_routers", {"modules": list(layers), "params": sum(t.numel() for t in tensors.values())})
+    held = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    write_whole(Path(path) / ROUTERS_FILE, lambda aside: save_file(held, aside, metadata=metadata))
+    return sum(tensor.numel() for tensor in held.values())
 
 
 def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]:
