@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
@@ -196,6 +195,8 @@ def _call(told: Mapping[str, Any], arguments: Sequence[Any], outer: _Call | None
         batch = tokens.shape[0] if batch is None else batch
         if name != "labels" or not decodes:
             parts.append((tokens.shape[1], told.get(mask)))
+    if isinstance(kept := told.get("logits_to_keep"), int) and kept and parts:  # what the head sees
+        parts.append((min(kept, parts[-1][0] or kept), parts[-1][1]))
     if batch is None:  # no model of transformers: the first tensor has the batch, and what its lengths are is open
         first = next((one for one in (*arguments, *told.values()) if isinstance(one, Tensor) and one.ndim), None)
         batch = None if first is None else first.shape[0]

@@ -10,7 +10,7 @@ from turnout.decide.token import FedIns
 from turnout.errors import UsageError, nearest, word
 from turnout.layers.scaled import Asking, Scaled
 from turnout.paths import SSF
-from turnout.reshape.live import alive, freeze, saved_by
+from turnout.reshape.live import alive, freeze, put, saved_by
 from turnout.types import Report
 
 __all__ = ["scale_and_shift"]
@@ -32,7 +32,8 @@ def scale_and_shift(
     """The model frozen, with a pool behind each of the named layers and one set of keys for all; changed in place.
 
     Each instance takes the members with the keys nearest to its query, and goes through their average. At the start the
-    model computes what it did; ``detach`` undoes it. ``query`` may share layers with it: the layers themselves stay as they are.
+    model computes what it did. ``query`` may share layers with it: the layers themselves stay as they are. ``detach``
+    undoes it.
 
     Args:
         model: any whose named layers give features in the last axis.
@@ -68,10 +69,8 @@ def scale_and_shift(
     for name in trained:
         found[name].requires_grad_(True)
     for name in modules:
-        layer, weight = found[name], cast(Tensor, found[name].weight)
-        parent, _, leaf = name.rpartition(".")
-        scaled = Scaled(layer, SSF(pool_size, len(weight)).to(weight), router.to(weight.device))
-        setattr(model.get_submodule(parent), leaf, scaled)
+        weight = cast(Tensor, found[name].weight)
+        put(model, name, Scaled(found[name], SSF(pool_size, len(weight)).to(weight), router.to(weight.device)))
     saved_by(model, _refuse)
     asking = Asking(model, query, router)
     count = sum(parameter.numel() for parameter in asking.parameters() if parameter.requires_grad)

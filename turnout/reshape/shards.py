@@ -81,11 +81,10 @@ def attach_shards(
         raise UsageError(word("together", got=together, allowed=allowed, where=_WHERE, fix=fix))
     maps = named_linears(model, modules, _WHERE)
     groups = _groups(maps, together)
-    options: dict[str, Any] = {"budget": budget, "rank": rank, "shards": shards, "private": private}
-    options |= {"dissociate": dissociate, "alpha": alpha, "generator": generator}
+    options = {"budget": budget, "rank": rank, "shards": shards, "private": private, "dissociate": dissociate}
+    options |= {"alpha": alpha, "generator": generator}  # pyrefly: ignore[unsupported-operation]
     pools = {key: _shards([maps[name] for name in names], options) for key, names in groups.items()}
-    _put(model, groups, pools, freeze)
-    return model, Report("attach_shards", _values(groups, pools))
+    return model, Report("attach_shards", _put(model, groups, pools, freeze))
 
 
 def save_shards(path: str | Path, model: nn.Module) -> Report:
@@ -179,8 +178,7 @@ def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -
     for key, group in body["groups"].items():
         groups[key] = list(group["modules"])
         pools[key] = _pool(model, file, key, group, tensors)
-    _put(model, groups, pools, True)
-    return model, Report("load_shards", _values(groups, pools))
+    return model, Report("load_shards", _put(model, groups, pools, True))
 
 
 def _values(groups: dict[str, list[str]], pools: Mapping[str, Shards]) -> dict[str, Any]:
@@ -222,6 +220,7 @@ def _put(model: nn.Module, groups: Mapping[str, Sequence[str]], pools: Mapping[s
             put(model, name, Sharded(linear, pools[key], number).train(linear.training))
     setattr(model, SHARDS, nn.ModuleDict({f"{key}": one for key, one in pools.items()}))
     saved_by(model, _writer)
+    return _values(groups, pools)
 
 
 def _options(one: Shards) -> dict[str, Any]:
