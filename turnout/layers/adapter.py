@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
 from turnout.layers.stock import as_if_plain
-from turnout.layers.told import about
+from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
-from turnout.types import Given, Routing
+from turnout.types import Given, Routing, spread
 
 __all__ = ["Adapter", "SequenceRouter"]
 
@@ -111,7 +111,9 @@ class Adapter(nn.Module):
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""
         x_TD = x.reshape(-1, x.shape[-1])
         if not hasattr(self.router, "parts") and not getattr(self.router, "needs_given", False):
-            return self.router(x_TD), None
+            # A capacity alone lets one token take another's place; else padding is nobody's business here, as in PEFT.
+            real_T = None if getattr(self.router, "capacity_factor", None) is None else real(x)
+            return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
         return self.router(x_TD, given=found), found
 

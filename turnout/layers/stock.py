@@ -22,7 +22,8 @@ def as_if_plain(layer: nn.Module) -> None:
 
 def _written(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     inner = f"{prefix}base."
-    for name in layer.base.state_dict(keep_vars=True):  # pyrefly: ignore[not-callable]
+    assert isinstance(layer.base, nn.Module)
+    for name in layer.base.state_dict(keep_vars=True):
         if inner + name in state:
             state[prefix + name] = state.pop(inner + name)
 

@@ -214,7 +214,23 @@ def about(x: Tensor) -> Given:
         UsageError: how many sequences there are is not known, or what was said in the forward pass.
         ShapeError: what was said does not fit x.
     """
+    return _given(recall(("given", tuple(x.shape)), _now), x)
+
+
+def real(x: Tensor) -> Tensor | None:
+    """(T,) bool, false where the tokens of x (..., D) are padding, as was said; None where nothing is.
+
+    Raises:
+        UsageError: what was said in the forward pass is not known.
+        ShapeError: it does not fit x.
+    """
     said = recall(("given", tuple(x.shape)), _now)
+    heard = said.call is not None and any(mask is not None for _, mask in said.call.parts)
+    keep_T = _given(said, x).keep_T if heard or said.mask_BS is not None else None
+    return None if keep_T is None or bool(keep_T.all()) else keep_T
+
+
+def _given(said: _Said, x: Tensor) -> Given:
     tokens, call = x.shape[:-1].numel(), said.call
     batch = x.shape[0] if x.ndim > 2 else _batch(said)
     if batch is None:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from turnout.errors import CheckpointError, UsageError, word
+from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
 from turnout.reshape.attach import attach
-from turnout.reshape.beside import FILE, FORMAT, adapters_of, describe, writer
+from turnout.reshape.beside import FILE, FORMAT, adapters_of, describe, refuse_names, writer
 from turnout.reshape.learned import ROUTERS_FILE, load_routers
-from turnout.reshape.routers import Site
+from turnout.reshape.routers import ROUTERS, Site, check_options
 from turnout.reshape.shards import SHARDS_FILE, load_shards
 from turnout.storage import read_error
 from turnout.types import Report
@@ -48,6 +48,7 @@ def save_adapters(
 
     Raises:
         CheckpointError: an adapter's folder is not whole.
+        UsageError: the folder holds something, two adapters have one name, or the router takes no such options.
 
     >>> import tempfile, torch
     >>> from turnout.models.checkpoint import PeftAdapter, write_adapter
@@ -58,15 +59,20 @@ def save_adapters(
 
     Source: none; the folder format of PEFT, several times.
     """
-    path, names = Path(path), []
-    for folder in adapters:
-        one = read_adapter(folder)
+    path, where = Path(path), "turnout.reshape.save_adapters"
+    _refuse_existing(path, where)
+    found = [(folder, read_adapter(folder)) for folder in adapters]
+    names = [one.name for _, one in found]
+    refuse_names(names, where)
+    if router not in ROUTERS:
+        raise nearest(router, ROUTERS, kind="router", where=where)
+    check_options(router, router_options or {}, len(names), where=where)
+    for folder, one in found:
         place = path / "adapters" / one.name
         place.mkdir(parents=True)
         for file in sorted(Path(folder).iterdir()):
             if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
                 shutil.copyfile(file, place / file.name)
-        names.append(one.name)
     describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
@@ -99,14 +105,14 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
     Source: none; the folder format of PEFT, several times.
     """
     path, where = Path(path), "turnout.reshape.save_attached"
-    if path.exists():
-        fix = "choose a new folder"
-        raise UsageError(word("the folder", got=str(path), allowed="not exist yet", where=where, fix=fix))
+    _refuse_existing(path, where)
     write = writer(model, {})
     aside = path.with_name(path.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         report = write(aside)
+        if path.is_dir():
+            path.rmdir()  # empty, or it would have been refused
         aside.rename(path)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -114,6 +120,15 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
             raise read_error(error, path, where) from error
         raise
     return report
+
+
+def _refuse_existing(path: Path, where: str) -> None:
+    """Refuses to write into anything but a new or an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        fix = "choose a new folder"
+        raise UsageError(
+            word("the folder", got=f"{path}, which exists", allowed="be new or empty", where=where, fix=fix)
+        )
 
 
 def attach_folder(

@@ -17,7 +17,7 @@ from turnout.reshape.routers import GATED
 from turnout.storage import write_whole
 from turnout.types import Report
 
-__all__ = ["FILE", "FORMAT", "adapters_of", "describe", "writer"]
+__all__ = ["FILE", "FORMAT", "adapters_of", "describe", "refuse_names", "writer"]
 
 FORMAT = "turnout.adapters/1"
 FILE = "adapters.json"
@@ -72,6 +72,7 @@ def writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Re
     adapters = adapters_of(model, state=state)
     tensors = router_tensors(model, state)
     names = [one.name for one in adapters]
+    refuse_names(names, "save_pretrained and save_attached")
     body = described(adapters[0].base, router, options, names)
     gates = _gates(model, tensors) if router in GATED else {}
 
@@ -88,6 +89,15 @@ def writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Re
         return Report("save_attached", {"adapters": names, "router": router, "params_router": params})
 
     return write
+
+
+def refuse_names(names: Sequence[str], where: str) -> None:
+    """Refuses adapters that cannot each have a folder of their name."""
+    plain = [name for name in names if name and name not in (".", "..") and Path(name).name == name]
+    if not names or len(set(plain)) < len(names):
+        got, fix = ", ".join(map(repr, names)) or "none", "rename the adapters' folders"
+        allowed = "be at least one, each of its own name, which may be a folder's"
+        raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
 
 
 def _gates(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -159,7 +159,7 @@ def _above(key: str) -> list[str]:
 
 
 def _check_saving(model: Any, said: Mapping[str, Any]) -> None:
-    fix = ""
+    got = fix = ""
     if _SAVER not in vars(model):
         got, fix = "a part of a model with adapters", "save the whole model, or call turnout.reshape.detach on it first"
     elif said.get("push_to_hub"):

@@ -1,5 +1,6 @@
 """MoS on a live model: adapters put together from shared shards, trained, saved as one file, and put on again."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
+from turnout.reading import parse_json
 from turnout.reshape.live import SHARDS, alive, put, saved_by
 from turnout.reshape.live import freeze as freeze_all
 from turnout.reshape.poly import named_linears
@@ -181,11 +183,11 @@ def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -
     return model, Report("load_shards", _put(model, groups, pools, True))
 
 
-def _values(groups: dict[str, list[str]], pools: Mapping[str, Shards]) -> dict[str, Any]:
+def _values(groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards]) -> dict[str, Any]:
     costs = [(one.cost(), one.maps) for one in pools.values()]
     trained = sum(cost.params or 0 for cost, _ in costs)
     alone = sum((cost.params_active or 0) * maps for cost, maps in costs)
-    return {"groups": groups, "params_trained": trained, "params_as_lora": alone}
+    return {"groups": dict(groups), "params_trained": trained, "params_as_lora": alone}
 
 
 def _fresh(model: nn.Module) -> None:
@@ -208,8 +210,10 @@ def _groups(maps: Mapping[str, nn.Linear], together: str) -> dict[str, list[str]
     }
 
 
-def _put(model: nn.Module, groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards], freeze: bool) -> None:
-    """The maps changed, everything else frozen, the pools in the model."""
+def _put(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards], freeze: bool
+) -> dict[str, Any]:
+    """The maps changed, everything else frozen, the pools in the model; what there is to report."""
     alive(model)
     if freeze:
         freeze_all(model)
@@ -266,7 +270,7 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        body = json.loads(metadata.get("shards", "null"))
+        body = parse_json(metadata.get("shards", "{}"), functools.partial(_refuse, file))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
     groups = body.get("groups") if isinstance(body, dict) else None
@@ -274,6 +278,10 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     if metadata.get("format") != _FORMAT or not groups or not sound:
         raise _bad(file, "the format", metadata.get("format"), f"be {_FORMAT}, with its groups")
     return body, tensors
+
+
+def _refuse(file: Path, problem: str) -> CheckpointError:
+    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: object, allowed: str) -> CheckpointError:
