@@ -238,6 +238,21 @@ def test_token_ids_are_arguments_and_come_again(reentrant):
     assert same(run(reentrant), run(None))
 
 
+@MODES
+def test_padding_takes_no_place_in_a_recomputation_either(reentrant):
+    def run(mode: bool | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module, losses = jolted(MoE(8, 6, 4, router=Switch(8, 4, std=1.0, capacity_factor=0.5))).eval(), []
+        for mask_BS in (MASK, OTHER):
+            with given(mask_BS=mask_BS):
+                call = lambda x: module(x).output  # noqa: E731
+                losses.append(call(x()) if mode is None else checkpoint(call, x(), use_reentrant=mode))
+        sum(loss.square().sum() for loss in losses).backward()
+        return slopes(module)
+
+    assert same(run(reentrant), run(None))
+
+
 def test_outside_of_checkpoints_the_very_generator_is_used():
     chance = torch.Generator()
     assert steady(chance) is chance and steady(None) is None
