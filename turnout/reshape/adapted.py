@@ -12,6 +12,7 @@ from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
+from turnout.reading import check_link
 from turnout.reshape.attach import CHOICE, attach
 from turnout.reshape.learned import ROUTERS_FILE, load_routers, save_routers
 from turnout.reshape.routers import GATED, ROUTERS, check_options
@@ -74,6 +75,7 @@ def save_adapters(
         place.mkdir(parents=True)
         for file in sorted(Path(folder).iterdir()):
             if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
+                check_link(file)  # not what a stranger's folder points at elsewhere
                 shutil.copyfile(file, place / file.name)
     _describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})

@@ -13,6 +13,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, ShapeError, word
 from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
+from turnout.reading import open_regular
 from turnout.storage import digest, write_whole
 
 __all__ = ["GATES_FILE", "PeftAdapter", "read_adapter", "write_adapter", "write_gates"]
@@ -264,10 +265,11 @@ def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     file = path / GATES_FILE
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         return {}
     fix = f"train them again with turnout.reshape.train_gates, or remove {GATES_FILE}"
     try:
+        open_regular(file).close()
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             gate = {name: opened.get_tensor(name) for name in opened.keys()}
@@ -291,12 +293,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     file = path / _WEIGHTS
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         pickled = (path / "adapter_model.bin").exists()
         got = "adapter_model.bin, a pickle, which may run anything when it is opened" if pickled else "no such file"
         fix = "save the adapter again with safe_serialization=True, the default of PEFT since 0.6"
         raise _bad(path, "the weights", got, "be in adapter_model.safetensors", fix)
+
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(path, file.name, problem, "be a file of this folder", "copy the file itself there")
+
     try:
+        open_regular(file, refuse=refuse).close()
         return load_file(file)
     except (SafetensorError, OSError) as error:
         allowed, fix = "be a whole safetensors file", "copy the file again"
