@@ -161,7 +161,26 @@ def _sites(model: nn.Module, found: list[PeftAdapter]) -> dict[str, list[PeftAda
         for name, factor in one.factor.items():
             _fit(modules, name, one.name, factor)
             sites.setdefault(name, []).append(one)
+        _same_copies(modules, one)
     return {name: sites[name] for name in modules if name in sites}
+
+
+def _same_copies(modules: Mapping[str, nn.Module], one: PeftAdapter) -> None:
+    """Refuses an adapter that brings weights of another base along, such as embeddings of another size."""
+    wrong = []
+    for name, copy in one.copies.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.shape != copy.shape:
+            wrong.append(name)
+        elif not weight.is_meta and not torch.equal(weight.detach().cpu(), copy.to(weight.dtype)):
+            wrong.append(name)
+    if wrong:
+        got = f"{', '.join(f'{name} {tuple(one.copies[name].shape)}' for name in wrong)} in adapter {one.name!r}"
+        fix = "put these weights into the base model first (resize its embeddings where they differ in size)"
+        allowed = "be those of the base model: an adapter belongs to the base that it was trained on"
+        raise CheckpointError(
+            word("weights of a base model beside an adapter", got=got, allowed=allowed, where=_WHERE, fix=fix)
+        )
 
 
 def _fit(modules: Mapping[str, nn.Module], name: str, adapter: str, factor: tuple[Tensor, Tensor, float]) -> None:
