@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
-from turnout.reading import check_link
+from turnout.reading import check_fields, check_link, plain_name
 from turnout.reshape.attach import CHOICE, attach
 from turnout.reshape.learned import ROUTERS_FILE, load_routers, save_routers
 from turnout.reshape.routers import GATED, ROUTERS, check_options
@@ -70,13 +70,12 @@ def save_adapters(
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
-    for folder, one in found:
-        place = path / "adapters" / one.name
+    every = {name: _files(Path(folder)) for (folder, _), name in zip(found, names, strict=True)}
+    for name, files in every.items():
+        place = path / "adapters" / name
         place.mkdir(parents=True)
-        for file in sorted(Path(folder).iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
-                check_link(file)  # not what a stranger's folder points at elsewhere
-                shutil.copyfile(file, place / file.name)
+        for file in files:
+            shutil.copyfile(file, place / file.name)
     _describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
@@ -166,6 +165,14 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
     return Report("save_attached", {"adapters": names, "router": router, "params_router": learned["params"]})
 
 
+def _files(folder: Path) -> list[Path]:
+    """What of an adapter's folder is copied; not what a stranger's folder points at elsewhere."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".md")]
+    for file in files:
+        check_link(file)
+    return [file for file in files if file.is_file()]
+
+
 def _refuse_existing(path: Path, where: str) -> None:
     """Refuses to write into anything but a new or an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
@@ -227,14 +234,16 @@ def attach_folder(model: nn.Module, path: str | Path, *, any_base: bool = False)
     """
     path = Path(path)
     body = read_json(path / _FILE, _WHERE)
-    names = body.get("adapters")
-    if body.get("format") != _FORMAT or not isinstance(names, list) or any(Path(name).name != name for name in names):
-        got = f"{path / _FILE} of format {body.get('format')!r} with {names!r}"
-        fix = "name a folder that save_adapters wrote"
-        raise CheckpointError(word("the adapters", got=got, allowed=f"be {_FORMAT}", where=_WHERE, fix=fix))
-    folders = [path / "adapters" / name for name in names]
+
+    def refuse(problem: str) -> CheckpointError:
+        got, fix = f"{path / _FILE} ({problem})", "name a folder that save_adapters wrote"
+        return CheckpointError(word("the adapters", got=got, allowed=f"be {_FORMAT}", where=_WHERE, fix=fix))
+
+    kinds = {"format": Literal["turnout.adapters/1"], "adapters": list[str], "router": str}
+    check_fields(body, kinds | {"router_options": dict[str, Any] | None}, refuse)
+    folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
     options = body.get("router_options") or {}
-    model, report = attach(model, folders, router=str(body["router"]), router_options=options, any_base=any_base)
+    model, report = attach(model, folders, router=body["router"], router_options=options, any_base=any_base)
     if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
         load_routers(model, path)
     return model, report
