@@ -121,6 +121,15 @@ def test_what_cannot_be_is_refused_by_the_run_and_the_dry_run_and_nothing_is_lef
         assert not list(tmp_path.iterdir())
 
 
+def test_factors_that_the_type_cannot_hold_are_refused_by_the_dry_run_too(place, tmp_path, capsys):
+    (name, (a, b, scale)), *_ = read_adapter(place / "a").factor.items()
+    write_adapter(tmp_path / "c", PeftAdapter("c", "somewhere/base", {name: (a * 1e6, b, scale)}))
+    for more in (("--out", tmp_path / "out"), ("--dry-run",)):
+        assert convert(place, "--adapters", tmp_path / "c", "--dtype", "float16", *more) == 2
+        assert "not finite as torch.float16" in capsys.readouterr().err
+    assert convert(place, "--adapters", tmp_path / "c", "--dry-run") == 0
+
+
 def test_an_adapter_of_another_base_is_refused_unless_told(place, tmp_path, capsys):
     one = read_adapter(place / "a")
     write_adapter(tmp_path / "c", PeftAdapter("c", "somewhere/other", one.factor))

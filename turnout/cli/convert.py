@@ -163,7 +163,7 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
         gate_text[name] = place
     options: dict[str, Any] = {"router": arguments.router or "arrow", "any_base": arguments.any_base}
     options |= {"router_options": {"top_k": given["--top-k"]} if "--top-k" in given else {}}
-    options |= {"gate_text": gate_text, "text": arguments.calibration}
+    options |= {"gate_text": gate_text, "text": arguments.calibration, "dtype": dtype}
     if arguments.dry_run:
         print(outline_adapters(arguments.path, arguments.adapters, **options))
         return 0
@@ -175,7 +175,6 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
             arguments.adapters,
             arguments.out,
             text_tokens=arguments.calibration_tokens,
-            dtype=dtype,
             say=progress.say,
             part=progress.part,
             **options,

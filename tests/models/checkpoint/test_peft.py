@@ -313,6 +313,20 @@ def test_factors_without_those_modules_in_the_settings_are_refused(tmp_path):
         read_adapter(change(path, target_modules=["q_proj", "v_proj"]))
 
 
+@torch.no_grad()
+def test_factors_that_a_folder_lacks_are_told_and_refused_where_they_would_be_random(tmp_path):
+    path = folder(tmp_path)
+    tensors = {key: tensor for key, tensor in load_file(path / WEIGHTS).items() if "layers.1" not in key}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    ours, report = attach(model(), [path], router="even")
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        wanted = peft.PeftModel.from_pretrained(model(), path).eval()
+    assert float((ours(ids()).logits - wanted(ids()).logits).abs().max()) <= 1e-5
+    assert report.notes == ("one has no factors for 2 maps that its settings name: model.layers.1.self_attn.q_proj",)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.*of 2 without"):
+        attach(model(), [change(path, init_lora_weights=False)], router="even")
+
+
 def test_patterns_that_would_hang_are_read_at_once(tmp_path):
     path = change(folder(tmp_path), rank_pattern={"(.*a)*" * 8 + "b": 9}, alpha_pattern={"([a-z_.0-9]+)+!": 9})
     assert read_adapter(path).factor["model.layers.0.self_attn.q_proj"][2] == 2

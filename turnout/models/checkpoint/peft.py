@@ -60,6 +60,7 @@ class PeftAdapter:
         factor: module -> (A (r, D), B (O, r), scale); the map's weight gains scale * B A.
         gate: module -> the gate (D,) that PHATGOOSE trained for the adapter there; empty when it has none.
         copies: module -> a weight of the base model that the folder holds too; ``attach`` asks for a base with it.
+        settings: what its configuration says; None for one that comes from no folder.
 
     >>> import torch
     >>> PeftAdapter("math", None, {"q_proj": (torch.zeros(2, 8), torch.zeros(4, 2), 1.0)}).params
@@ -73,6 +74,7 @@ class PeftAdapter:
     factor: Mapping[str, tuple[Tensor, Tensor, float]]
     gate: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    settings: LoraSettings | None = None
 
     @property
     def params(self) -> int:
@@ -136,13 +138,13 @@ def read_adapter(path: str | Path) -> PeftAdapter:
         allowed = "hold pairs of lora_A and lora_B, and nothing else"
         raise _bad(path, _WEIGHTS, "no factor", allowed, "save the adapter again")
     gate = _gates(path, {name: a.shape[1] for name, (a, _, _) in factor.items()})
-    return PeftAdapter(path.resolve().name, settings.base, factor, gate, copies)
+    return PeftAdapter(path.resolve().name, settings.base, factor, gate, copies, settings)
 
 
 def _no_config(path: Path) -> CheckpointError:
     """What to say of a folder without a configuration; PEFT puts adapters of other names than "default" one deeper."""
     there, fix = "has none" if path.is_dir() else "does not exist", "name a folder that PEFT wrote"
-    deeper = sorted(path.glob("*/adapter_config.json"))[:3] if path.is_dir() else []
+    deeper = [file for place in ("*", "adapters/*") for file in sorted(path.glob(f"{place}/adapter_config.json"))[:3]]
     if deeper:
         fix = f"name {' or '.join(str(file.parent) for file in deeper)}"
     return _bad(path, "adapter_config.json", f"a folder that {there}", "be there", fix)
