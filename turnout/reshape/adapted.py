@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
+from turnout.reading import check_fields, check_link, plain_name
 from turnout.reshape.attach import attach
 from turnout.reshape.beside import FILE, FORMAT, adapters_of, describe, refuse_names, writer
 from turnout.reshape.learned import ROUTERS_FILE, load_routers
@@ -67,12 +68,12 @@ def save_adapters(
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
-    for folder, one in found:
-        place = path / "adapters" / one.name
+    every = {name: _files(Path(folder)) for (folder, _), name in zip(found, names, strict=True)}
+    for name, files in every.items():
+        place = path / "adapters" / name
         place.mkdir(parents=True)
-        for file in sorted(Path(folder).iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
-                shutil.copyfile(file, place / file.name)
+        for file in files:
+            shutil.copyfile(file, place / file.name)
     describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
@@ -120,6 +121,14 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
             raise read_error(error, path, where) from error
         raise
     return report
+
+
+def _files(folder: Path) -> list[Path]:
+    """What of an adapter's folder is copied; not what a stranger's folder points at elsewhere."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".md")]
+    for file in files:
+        check_link(file)
+    return [file for file in files if file.is_file()]
 
 
 def _refuse_existing(path: Path, where: str) -> None:
@@ -171,12 +180,14 @@ def attach_folder(
     if (path / SHARDS_FILE).exists() and not (path / FILE).exists():
         return load_shards(model, path, any_base=any_base)
     body = read_json(path / FILE, _WHERE)
-    names = body.get("adapters")
-    if body.get("format") != FORMAT or not isinstance(names, list) or any(Path(name).name != name for name in names):
-        got = f"{path / FILE} of format {body.get('format')!r} with {names!r}"
-        fix = "name a folder that save_adapters wrote"
-        raise CheckpointError(word("the adapters", got=got, allowed=f"be {FORMAT}", where=_WHERE, fix=fix))
-    folders = [path / "adapters" / name for name in names]
+
+    def refuse(problem: str) -> CheckpointError:
+        got, fix = f"{path / FILE} ({problem})", "name a folder that save_adapters wrote"
+        return CheckpointError(word("the adapters", got=got, allowed=f"be {FORMAT}", where=_WHERE, fix=fix))
+
+    kinds = {"format": Literal["turnout.adapters/1"], "adapters": list[str], "router": str | None}
+    check_fields(body, kinds | {"router_options": dict[str, Any] | None}, refuse)
+    folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
     options = body.get("router_options") or {}
     if body.get("router") is None and router is None:
         got, fix = "none", "pass router=BUILD, the function that attach was given"

@@ -136,8 +136,7 @@ def fold_adapters(
 
     Raises:
         UsageError: the model has no adapters, or another router: what it adds depends on the input; or Poly, and no
-            known task; or "average", and maps that only some of the adapters change, where a mean of factors has no
-            one meaning.
+            known task; or "average", and maps that only some adapters change: a mean of factors has no one meaning.
 
     >>> import torch
     >>> from turnout.paths import LoRA, ScaLearn
@@ -156,12 +155,8 @@ def fold_adapters(
     layers = _layers(model)
     everyone = {adapter for layer in layers.values() for adapter in layer.names}
     for module, layer in layers.items():
-        if task == "average" and set(layer.names) != everyone:
-            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
-            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
-            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         if task is not None:
-            factor[module] = _merged(layer, module, task)
+            factor[module] = _merged(layer, module, task, everyone)
             continue
         fold = getattr(layer.router, "fold", None)
         if fold is None:
@@ -178,10 +173,16 @@ def fold_adapters(
     return PeftAdapter(name, base, factor)
 
 
-def _merged(layer: Adapter, module: str, task: int | Literal["average"]) -> tuple[Tensor, Tensor, float]:
+def _merged(
+    layer: Adapter, module: str, task: int | Literal["average"], everyone: set[str]
+) -> tuple[Tensor, Tensor, float]:
     """A, B and scale of the adapters' average with the weights of a task, or with equal ones."""
     weights = layer.paths.weights()
     if task == "average":
+        if set(layer.names) != everyone:
+            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
+            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
+            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         weight_SN = weights.down_RD.new_full((1, weights.num_paths), 1 / weights.num_paths)
     elif isinstance(layer.router, Poly):
         weight_SN = layer.router.weights(task).to(weights.down_RD)
