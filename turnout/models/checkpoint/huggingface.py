@@ -40,7 +40,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     Of quantised weights only those of gpt-oss (MXFP4) are read, as the bfloat16 numbers that they stand for.
 
     Args:
-        path: a folder with config.json and model.safetensors, or its shards and their index.
+        path: a folder with config.json and weights, found in transformers' order: the file that config.json names
+            (``transformers_weights``), else model.safetensors, else the shards of its index.
         dtype: of the weights; None for the one they are stored in, which must then be one for all.
 
     Raises:
