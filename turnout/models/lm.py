@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from turnout.decide import token
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models.attention import Angles, Attention, Cache, LatentAttention, Projection, RMSNorm, attended
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
@@ -159,6 +160,7 @@ class LM(nn.Module):
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
 
+    @expects(config=LMConfig)
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
@@ -25,6 +26,7 @@ _FILE = "adapters.json"
 _WHERE = "turnout.reshape.attach_folder"
 
 
+@expects(path=PATH)
 def save_adapters(
     path: str | Path,
     adapters: Sequence[str | Path],
@@ -73,6 +75,7 @@ def save_adapters(
     return Report("save_adapters", {"adapters": names, "router": router})
 
 
+@expects(model=nn.Module)
 def adapters_of(model: nn.Module) -> list[PeftAdapter]:
     """The adapters of an attached model as they are now, for instance after training; copies.
 
@@ -103,6 +106,7 @@ def adapters_of(model: nn.Module) -> list[PeftAdapter]:
     return [PeftAdapter(name, base, found) for name, found in factor.items()]
 
 
+@expects(path=PATH, model=nn.Module)
 def save_attached(path: str | Path, model: nn.Module) -> Report:
     """Writes the adapters and the routers of a model as they are now to a folder that ``attach_folder`` reads.
 
@@ -174,6 +178,7 @@ def _numbers(value: object) -> list[Any]:
     return value.detach().cpu().tolist()
 
 
+@expects(model=nn.Module, path=PATH)
 def attach_folder(model: nn.Module, path: str | Path, *, any_base: bool = False) -> tuple[nn.Module, Report]:
     """The same model with the adapters and the router of a folder that ``save_adapters`` wrote; changed in place.
 

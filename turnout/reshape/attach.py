@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers.adapter import Adapter, leave, overhear
 from turnout.layers.sharded import Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, same_base
@@ -25,6 +26,7 @@ _HOOKS = "_turnout_adapter_hooks"  # what an attached model remembers for ``deta
 CHOICE = "_turnout_adapter_choice"  # and for ``save_attached``: the router's name, or None, and its options
 
 
+@expects(model=nn.Module)
 def attach(
     model: nn.Module,
     adapters: Sequence[str | Path | PeftAdapter],
@@ -82,6 +84,7 @@ def attach(
     return model, _report(made, found, sites, router)
 
 
+@expects(model=nn.Module)
 def detach(model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model without its adapters: every linear map is the very module it was; changed in place.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
@@ -30,6 +31,7 @@ class _Group:
     label_E: Tensor
 
 
+@expects(lm=LM)
 def merge_experts(
     lm: LM, *, keep: int, batches: Iterable[Tensor] | None = None, align: bool = True
 ) -> tuple[LM, Report]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token import FedIns
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers.scaled import Asking, Scaled
 from turnout.paths import SSF
 from turnout.types import Report
@@ -17,6 +18,7 @@ __all__ = ["scale_and_shift"]
 _WHERE = "turnout.reshape.scale_and_shift"
 
 
+@expects(model=nn.Module)
 def scale_and_shift(
     model: nn.Module,
     modules: Sequence[str],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
@@ -27,6 +28,7 @@ _WHERE = "turnout.reshape.attach_shards"
 _TENSORS = ("down", "up", "index_down", "index_up")
 
 
+@expects(model=nn.Module)
 def attach_shards(
     model: nn.Module,
     modules: Sequence[str],
@@ -86,6 +88,7 @@ def attach_shards(
     return model, Report("attach_shards", _values(groups, pools))
 
 
+@expects(path=PATH, model=nn.Module)
 def save_shards(path: str | Path, model: nn.Module) -> Report:
     """Writes the model's shards to ``shards.safetensors`` in a folder, whole or not at all.
 
@@ -136,6 +139,7 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
     return Report("save_shards", {"modules": list(layers), "params": params})
 
 
+@expects(model=nn.Module, path=PATH)
 def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -> tuple[nn.Module, Report]:
     """The same model with the shards that ``save_shards`` wrote; changed in place, whole or not at all.
 

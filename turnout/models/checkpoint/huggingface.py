@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import carry, check_shape, empty, opened, read_json
 from turnout.models.checkpoint.survey import CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
@@ -27,6 +28,7 @@ __all__ = ["from_hf", "to_hf"]
 _END = "<|endoftext|>"
 
 
+@expects(path=PATH)
 def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
@@ -72,6 +74,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     return lm.eval()
 
 
+@expects(lm=LM, path=PATH)
 def to_hf(
     lm: LM,
     path: str | Path,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.own import read_json
 from turnout.storage import digest, write_whole
 
@@ -68,6 +69,7 @@ class PeftAdapter:
         return sum(a.numel() + b.numel() for a, b, _ in self.factor.values())
 
 
+@expects(path=PATH)
 def read_adapter(path: str | Path) -> PeftAdapter:
     """The LoRA adapter in a folder of PEFT. Ranks and scales may differ between modules (patterns, rsLoRA).
 
@@ -112,6 +114,7 @@ def read_adapter(path: str | Path) -> PeftAdapter:
     return PeftAdapter(path.resolve().name, config.get("base_model_name_or_path") or None, factor, gate)
 
 
+@expects(path=PATH, adapter=PeftAdapter)
 def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     """Writes the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -159,6 +162,7 @@ def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
 
 
+@expects(path=PATH)
 def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     """Writes PHATGOOSE's gates into the folder of the adapter that they were trained for, where PEFT ignores them.
 
