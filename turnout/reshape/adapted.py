@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
 from turnout.reading import check_fields, check_link, plain_name
@@ -24,6 +25,7 @@ __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 _WHERE = "turnout.reshape.attach_folder"
 
 
+@expects(path=PATH)
 def save_adapters(
     path: str | Path,
     adapters: Sequence[str | Path],
@@ -78,6 +80,7 @@ def save_adapters(
     return Report("save_adapters", {"adapters": names, "router": router})
 
 
+@expects(path=PATH, model=nn.Module)
 def save_attached(path: str | Path, model: nn.Module) -> Report:
     """Writes the adapters and the routers of a model as they are now to a folder that ``attach_folder`` reads.
 
@@ -140,6 +143,7 @@ def _refuse_existing(path: Path, where: str) -> None:
         )
 
 
+@expects(model=nn.Module, path=PATH)
 def attach_folder(
     model: nn.Module,
     path: str | Path,

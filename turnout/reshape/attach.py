@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import Adapter, Asking, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, same_base
 from turnout.paths import LoRA
@@ -25,6 +26,7 @@ __all__ = ["attach", "detach"]
 _WHERE = "turnout.reshape.attach"
 
 
+@expects(model=nn.Module)
 def attach(
     model: nn.Module,
     adapters: Sequence[str | Path | PeftAdapter],
@@ -87,6 +89,7 @@ def attach(
     return model, report
 
 
+@expects(model=nn.Module)
 def detach(model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model without its adapters: every layer is the very module it was; changed in place.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token import Poly
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reading import parse_json
@@ -25,6 +26,7 @@ _FORMAT = "turnout.routers/1"
 _WHERE = "turnout.reshape.load_routers"
 
 
+@expects(path=PATH, model=nn.Module)
 def save_routers(path: str | Path, model: nn.Module) -> Report:
     """Writes what the routers of the model's adapters hold to ``routers.safetensors`` in a folder, whole or not at all.
 
@@ -76,6 +78,7 @@ def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tens
     return sum(tensor.numel() for tensor in held.values())
 
 
+@expects(model=nn.Module, path=PATH)
 def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]:
     """The same model with the routers that ``save_routers`` wrote; changed in place, all of them or none.
 
@@ -112,6 +115,7 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
     return model, Report("load_routers", {"modules": list(layers)})
 
 
+@expects(model=nn.Module)
 @torch.no_grad()
 def fold_adapters(
     model: nn.Module, name: str, *, task: int | Literal["average"] | None = None, base: str | None = None

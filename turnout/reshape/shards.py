@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
@@ -28,6 +29,7 @@ _WHERE = "turnout.reshape.attach_shards"
 _TENSORS = ("down", "up", "index_down", "index_up")
 
 
+@expects(model=nn.Module)
 def attach_shards(
     model: nn.Module,
     modules: Sequence[str],
@@ -89,6 +91,7 @@ def attach_shards(
     return model, Report("attach_shards", _put(model, groups, pools, freeze))
 
 
+@expects(path=PATH, model=nn.Module)
 def save_shards(path: str | Path, model: nn.Module) -> Report:
     """Writes the model's shards to ``shards.safetensors`` in a folder, whole or not at all.
 
@@ -149,6 +152,7 @@ def _writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], R
     return write
 
 
+@expects(model=nn.Module, path=PATH)
 def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -> tuple[nn.Module, Report]:
     """The same model with the shards that ``save_shards`` wrote; changed in place, whole or not at all.
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
@@ -32,6 +33,7 @@ _OLD = ("quantization_config", "compression_config", "auto_map", "transformers_w
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 
 
+@expects(path=PATH)
 def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
@@ -78,6 +80,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     return lm.eval()
 
 
+@expects(lm=LM, path=PATH)
 def to_hf(
     lm: LM,
     path: str | Path,

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, word
+from turnout.expects import PATH, expects
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
 from turnout.storage import digest, read_error, write_whole
@@ -30,6 +31,7 @@ _TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
+@expects(path=PATH, lm=LM)
 def save(path: str | Path, lm: LM) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 
@@ -66,6 +68,7 @@ def save(path: str | Path, lm: LM) -> None:
     write_whole(path / "config.json", json.dumps(body, indent=2) + "\n")
 
 
+@expects(path=PATH)
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
 from turnout.reading import open_regular
@@ -82,6 +83,7 @@ class PeftAdapter:
         return sum(a.numel() + b.numel() for a, b, _ in self.factor.values())
 
 
+@expects(path=PATH)
 def read_adapter(path: str | Path) -> PeftAdapter:
     """The LoRA adapter in a folder of PEFT. Ranks and scales may differ between modules (patterns, rsLoRA).
 
@@ -179,6 +181,7 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+@expects(path=PATH, adapter=PeftAdapter)
 def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     """Writes the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -233,6 +236,7 @@ def _pattern(value: Mapping[str, float], otherwise: float) -> dict[str, float]:
     return {name: value[name] for name in sorted(found, key=len, reverse=True)}
 
 
+@expects(path=PATH)
 def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     """Writes PHATGOOSE's gates into the folder of the adapter that they were trained for, where PEFT ignores them.
 
