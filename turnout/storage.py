@@ -3,15 +3,17 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from turnout.errors import StorageError, word
-from turnout.reading import open_regular
+from turnout.reading import Refuse, open_regular
 
-__all__ = ["digest", "read_error", "write_whole"]
+__all__ = ["check_seal", "create", "digest", "open_own", "read_error", "sealed", "write_whole"]
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -38,13 +40,10 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            aside.write_text(content, encoding="utf-8")
-        elif isinstance(content, bytes):
-            aside.write_bytes(content)
-        else:
-            aside.touch()
-            mode = aside.stat().st_mode
+        with create(aside) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            file.write(content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else b"")
+        if callable(content):
             content(aside)
             # Some libraries make files that nobody else may read.
             aside.chmod(mode)
@@ -58,6 +57,39 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
         if system is None:
             raise
         raise read_error(system, path, "write_whole") from error
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, open for writing, in the place of whatever is there; a link there is removed, not followed.
+
+    Raises:
+        OSError: it cannot be made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, create(Path(folder, "new")) as file:
+    ...     file.write(b"bytes")
+    5
+
+    Source: none; plain bookkeeping.
+    """
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+
+
+def open_own(path: Path) -> BinaryIO:
+    """A file of ours to read and add to, made where it is missing; a link in its place is not followed.
+
+    Raises:
+        OSError: it cannot be opened.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, open_own(Path(folder, "log")) as file:
+    ...     file.write(b"line")
+    4
+
+    Source: none; plain bookkeeping.
+    """
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a+b")
 
 
 def _system_error(error: BaseException) -> OSError | None:
@@ -93,12 +125,51 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
         errno.ENOENT: ("exist", "check the spelling of the path"),
         errno.EEXIST: ("be a folder", "it is a file: choose another path"),
         errno.ENOTDIR: ("lie in a folder", "one of its parents is a file: choose another path"),
+        errno.ELOOP: ("be a file, not a link", "remove the link: what it leads to is not written"),
         errno.EISDIR: ("be a file", "it is a folder: choose another path"),
     }
     allowed, fix = fixes.get(error.errno or 0, ("be readable and writable", "see the system's message"))
     return StorageError(
         word("the path", got=f"{path} ({error.strerror or error})", allowed=allowed, where=where, fix=fix)
     )
+
+
+def sealed(body: Mapping[str, object]) -> dict[str, object]:
+    """The JSON object with the SHA-256 of its content beside it. That is no signature: it tells damage, not malice.
+
+    >>> sealed({"a": 1})["sha256"][:8]
+    'f9d86028'
+
+    Source: none; plain bookkeeping.
+    """
+    return {**body, "sha256": _seal(body)}
+
+
+def check_seal(body: Mapping[str, object], refuse: Refuse, names: Iterable[str] | None = None) -> None:
+    """Refuses an object that was altered since it was sealed.
+
+    Args:
+        body: what was read.
+        refuse: words what is wrong.
+        names: what it may hold beside its seal, where it may have none, as folders of earlier versions have.
+
+    Raises:
+        TurnoutError: what ``refuse`` words.
+
+    >>> check_seal(sealed({"a": 1}), StorageError)
+
+    Source: none; plain bookkeeping.
+    """
+    rest = {name: item for name, item in body.items() if name != "sha256"}
+    strange = [] if names is None else sorted(set(rest) - set(names))
+    if strange:
+        raise refuse(f"the key {strange[0]!r:.80}, which nobody writes there")
+    if (names is None or "sha256" in body) and body.get("sha256") != _seal(rest):
+        raise refuse("its content is not what its sha256 says; whoever changed it on purpose may remove that key")
+
+
+def _seal(body: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: str | Path) -> str:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
+from turnout.reading import check_fields, check_link, plain_name
 from turnout.reshape.attach import CHOICE, attach
 from turnout.reshape.learned import ROUTERS_FILE, load_routers, save_routers
 from turnout.reshape.routers import GATED
@@ -22,6 +23,7 @@ __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 
 _FORMAT = "turnout.adapters/1"
 _FILE = "adapters.json"
+_HEAD = {"format": Literal[_FORMAT], "adapters": list[str], "router": str, "router_options": dict[str, Any] | None}
 _WHERE = "turnout.reshape.attach_folder"
 
 
@@ -67,6 +69,7 @@ def save_adapters(
         place.mkdir(parents=True)
         for file in sorted(Path(folder).iterdir()):
             if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
+                check_link(file)
                 shutil.copyfile(file, place / file.name)
         names.append(one.name)
     _describe(path, base, router, router_options, names)
@@ -200,14 +203,17 @@ def attach_folder(model: nn.Module, path: str | Path, *, any_base: bool = False)
     """
     path = Path(path)
     body = read_json(path / _FILE, _WHERE)
-    names = body.get("adapters")
-    if body.get("format") != _FORMAT or not isinstance(names, list) or any(Path(name).name != name for name in names):
-        got = f"{path / _FILE} of format {body.get('format')!r} with {names!r}"
-        fix = "name a folder that save_adapters wrote"
-        raise CheckpointError(word("the adapters", got=got, allowed=f"be {_FORMAT}", where=_WHERE, fix=fix))
-    folders = [path / "adapters" / name for name in names]
+
+    def refuse(problem: str) -> CheckpointError:
+        got, fix = f"{path / _FILE} ({problem})", "name a folder that save_adapters wrote"
+        return CheckpointError(word("the adapters", got=got, allowed=f"be {_FORMAT}", where=_WHERE, fix=fix))
+
+    check_fields(body, _HEAD, refuse)
+    folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
+    for folder in (path / "adapters", *folders):
+        check_link(folder, refuse)
     options = body.get("router_options") or {}
-    model, report = attach(model, folders, router=str(body["router"]), router_options=options, any_base=any_base)
+    model, report = attach(model, folders, router=body["router"], router_options=options, any_base=any_base)
     if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
         load_routers(model, path)
     return model, report

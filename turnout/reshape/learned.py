@@ -13,7 +13,7 @@ from turnout.decide.token import Poly
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
-from turnout.reading import parse_json
+from turnout.reading import check_safetensors, parse_json
 from turnout.run.low_rank import merge
 from turnout.storage import write_whole
 from turnout.types import Report
@@ -196,6 +196,7 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(file, functools.partial(_refuse, file))
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}

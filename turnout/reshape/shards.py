@@ -13,7 +13,7 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
-from turnout.reading import parse_json
+from turnout.reading import check_safetensors, parse_json
 from turnout.reshape.attach import FROZEN, SHARDS, put
 from turnout.reshape.poly import named_linears
 from turnout.storage import write_whole
@@ -251,6 +251,7 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(file, functools.partial(_refuse, file))
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}

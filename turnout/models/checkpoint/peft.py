@@ -12,6 +12,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
 from turnout.models.checkpoint.own import read_json
+from turnout.reading import check_safetensors
 from turnout.storage import digest, write_whole
 
 __all__ = ["GATES_FILE", "PeftAdapter", "read_adapter", "write_adapter", "write_gates"]
@@ -199,10 +200,11 @@ def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
         return {}
     fix = f"train them again with turnout.reshape.train_gates, or remove {GATES_FILE}"
     try:
+        check_safetensors(file)
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             gate = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         raise _bad(path, GATES_FILE, str(error), "be a whole safetensors file", fix) from error
     if metadata.get("format") != _GATES_FORMAT or metadata.get("adapter") != digest(path / _WEIGHTS):
         got = (
@@ -236,8 +238,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         fix = "save the adapter again with safe_serialization=True, the default of PEFT since 0.6"
         raise _bad(path, "the weights", got, "be in adapter_model.safetensors", fix)
     try:
+        check_safetensors(file)
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         allowed, fix = "be a whole safetensors file", "copy the file again"
         raise _bad(path, file.name, str(error), allowed, fix) from error
 

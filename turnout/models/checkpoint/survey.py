@@ -12,11 +12,14 @@ import torch
 from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import check_names, check_shape, opened, outline, read_json
+from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
 from turnout.models.families.family import Family, Keys, Names
 from turnout.models.families.tensors import slots
+from turnout.models.families.typed import check_types
+from turnout.reading import check_fields, plain_name
 
 __all__ = ["CORRECTION", "INDEX", "SINGLE", "Survey", "headers", "layer_of", "layout", "survey"]
 
@@ -63,7 +66,10 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
         CheckpointError: as ``from_hf``.
     """
     keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
+    check_types(keys, str(path / "config.json"))
     family = _family(path, keys)
+    where, dtypes, shapes = headers(path)
+    _check_layers(path, keys, len(where))
     try:
         config = family.read(Keys(keys, family.defaults))
     except TurnoutError as error:
@@ -71,12 +77,12 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
     if doubts := obstacles(config, family):
         raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    where, dtypes, shapes = headers(path)
     scales = _unpacked(where, dtypes, shapes) if keys.get("quantization_config") else {}
     if keys.get("num_nextn_predict_layers") and any(layer_of(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
         where = {name: file for name, file in where.items() if layer_of(name) < config.layers}
     names = layout(family, where)
+    check_sizes(path, config, shapes)
     try:
         target = slots(outline(config), names)
     except TurnoutError as error:
@@ -87,6 +93,14 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
         check_shape(shapes[name], tensor.shape, f"{name} in {path / where[name]}")
     dtype = _common_dtype(path, {name: dtypes[name] for name in where}, dtype)
     return Survey(family, config, dtype, names, where, scales)
+
+
+def _check_layers(path: Path, keys: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than tensors, before a list of them is made."""
+    if (keys.get("num_hidden_layers") or 0) > tensors:
+        got, fix = f"{keys['num_hidden_layers']} layers", "use the config.json that belongs to these weights"
+        allowed = f"have no more layers than the {tensors} tensors there"
+        raise CheckpointError(word("config.json", got=got, allowed=allowed, where=str(path), fix=fix))
 
 
 def _family(path: Path, keys: Mapping[str, Any]) -> Family:
@@ -126,7 +140,7 @@ def _unpacked(where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, l
 def headers(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]]:
     """The shard, stored dtype and shape of every tensor, from the headers alone; every shard must be there."""
     if (path / INDEX).is_file():
-        listed: dict[str, str] = read_json(path / INDEX, "from_hf").get("weight_map") or {}
+        listed = weight_map(path)
         shards = sorted(set(listed.values()))
     else:
         listed, shards = {}, [SINGLE]
@@ -154,6 +168,20 @@ def headers(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, list[
     return where, dtypes, shapes
 
 
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file, as the index of a folder says; every file by its plain name."""
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "download the index again; if it comes so, do not trust the model"
+        return CheckpointError(word("the index", got=problem, allowed="be sound", where=str(path / INDEX), fix=fix))
+
+    body = read_json(path / INDEX, "from_hf")
+    check_fields(body, {"weight_map": dict[str, str]}, refuse)
+    for name in set(body["weight_map"].values()):
+        plain_name(name, refuse)
+    return body["weight_map"]
+
+
 def layout(family: Family, names: Iterable[str]) -> Names:
     """How a folder with these tensors names those of its experts."""
     on_disk, in_memory = family.layouts
@@ -177,7 +205,8 @@ def _common_dtype(path: Path, dtypes: Mapping[str, str], asked: torch.dtype | No
 
 def layer_of(name: str) -> int:
     """The layer that a tensor belongs to, by its name; -1 for none."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdecimal() and len(number) < 10 else -1
 
 
 def _also(tied: bool) -> set[str]:
