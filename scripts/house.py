@@ -337,6 +337,8 @@ def _dangerous_call(node: ast.Call) -> Iterator[str]:
     name = _called(node)
     if name in ("torch.load", "torch.jit.load", "torch.hub.load", "yaml.load"):
         yield f"calls {name}, which runs what a file says: use safetensors and json"
+    if name.rpartition(".")[2] == "getrefcount":
+        yield "counts references, of which each version of Python has others: own it, as turnout.run.pool does"
     if name in ("eval", "exec", "os.system"):
         yield f"calls {name}: nothing is evaluated"
     for keyword in node.keywords:

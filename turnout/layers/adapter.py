@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.paths import LoRA
 from turnout.run import low_rank
-from turnout.types import Given, Routing
+from turnout.types import Given, Routing, spread
 
 __all__ = ["Adapter", "SequenceRouter", "given"]
 
@@ -174,7 +174,9 @@ class Adapter(nn.Module):
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""
         x_TD = x.reshape(-1, x.shape[-1])
         if not hasattr(self.router, "parts") and not getattr(self.router, "needs_given", False):
-            return self.router(x_TD), None
+            # A capacity alone lets one token take another's place; else padding is nobody's business here, as in PEFT.
+            real_T = None if getattr(self.router, "capacity_factor", None) is None else real(x)
+            return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
         return self.router(x_TD, given=found), found
 
@@ -182,6 +184,16 @@ class Adapter(nn.Module):
 def _sequence(found: Given | None) -> Tensor:
     assert found is not None  # decide gives it to routers of sequences
     return found.sequence_T
+
+
+def real(x: Tensor) -> Tensor | None:
+    """(T,) bool, false where the tokens of x (..., D) are padding, as ``given`` or the model's call said; None if none.
+
+    Raises:
+        ShapeError: what it said does not fit x.
+    """
+    keep_T = None if _SAID.get().mask_BS is None else about(x).keep_T
+    return None if keep_T is None or bool(keep_T.all()) else keep_T
 
 
 def about(x: Tensor) -> Given:

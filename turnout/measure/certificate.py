@@ -75,6 +75,8 @@ class Gap:
         top1: the share of positions where both have the same most likely token.
         prompt: the row, counted from 0, where ``relative`` is largest.
         position: the token in it.
+        lost_a: positions where A's logits are no numbers (nan, +inf, or only -inf): they never count as equal.
+        lost_b: the same of B.
     """
 
     relative: float | None
@@ -84,6 +86,8 @@ class Gap:
     top1: float
     prompt: int
     position: int
+    lost_a: int = 0
+    lost_b: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Certificate:
     """Whether B computes what A does, on these inputs, and where not.
 
     Args:
-        verdict: "bit-equal", "within bound" or "different".
+        verdict: "bit-equal", "within bound" or "different"; always the last where logits are no numbers, whatever their
+            bits: ``logits.lost_a`` and ``lost_b`` count those positions.
         bound: the largest ``logits.relative`` that counts as equal.
         a: the first model.
         b: the second.
@@ -182,6 +187,13 @@ class Certificate:
     def equal(self) -> bool:
         """Whether B computes what A does, to the bound."""
         return self.verdict != "different"
+
+    @property
+    def lost(self) -> str:
+        """Where logits are no numbers, so that nothing can be said of them; empty where all are."""
+        counts = [("A", self.logits.lost_a), ("B", self.logits.lost_b)]
+        found = [f"those of {letter} at {lost} of {self.inputs.tokens} positions" for letter, lost in counts if lost]
+        return f"logits are not finite: {' and '.join(found)}" if found else ""
 
     def broken(self, a: Side, b: Side, inputs: Inputs) -> tuple[str, ...]:
         """What is no longer what was certified, a sentence each; empty when these are the same models and inputs."""
@@ -242,6 +254,8 @@ class Certificate:
             return "B gives the very bits that A gives"
         if self.verdict == "within bound":
             return f"B computes what A does, to a relative {_number(self.bound)}"
+        if self.lost and (self.parted is None or self.logits.lost_a):
+            return f"nothing is certified, {self.lost}"
         if self.parted is None:
             return "B does not compute what A does"
         part = self.parted

@@ -15,7 +15,7 @@ from turnout.types import Cost, Routing, Trace
 __all__ = ["Passage", "ReportData", "RunData", "read_run"]
 
 # Keys of run.json that say where and how it ran, not what it is.
-_BESIDE = ("hardware", "command", "tokens_digest", "versions", "commit", "cost")
+_BESIDE = ("hardware", "command", "tokens_digest", "held_out_text", "versions", "commit", "cost")
 Route = tuple[int, float, float | None]
 Shares = Sequence[Sequence[float]]
 
@@ -131,6 +131,8 @@ class RunData:
         command: the command line that started it.
         error: what it stopped with.
         notes: what is missing from it, in sentences.
+        texts: names of the text that it was measured on: digests of the held-out text, and of the tokens made of it.
+            Runs are ranked only where they share one.
 
     >>> RunData("x", metrics=({"kind": "eval", "step": 1, "bits_per_byte": 2.5},)).bits_per_byte
     2.5
@@ -151,6 +153,7 @@ class RunData:
     command: str = ""
     error: str = ""
     notes: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
         """The metrics of one kind ("train" or "eval"), in order."""
@@ -266,13 +269,12 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     if problem and (folder / "result.json").exists():
         notes.append(f"result.json cannot be read ({problem})")
     load, by_domain = _loads(folder, metrics, result, notes)
-    cost = result.get("cost") or run.get("cost") or {}
     return RunData(
         name=name or folder.resolve().name,
         config={key: run[key] for key in run if key not in _BESIDE},
         metrics=metrics,
         result={key: result[key] for key in result if key != "passage"},
-        cost=Cost(**{key: cost.get(key) for key in ("params", "params_active", "flops")}),
+        cost=_cost(result.get("cost") or run.get("cost")),
         tokens_per_s=number(result.get("tokens_per_s")) or _speed(metrics),
         load=load,
         load_by_domain=by_domain,
@@ -281,7 +283,17 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         command=str(run.get("command") or ""),
         error=_text(folder / "error.txt"),
         notes=tuple(notes),
+        texts=_texts(run),
     )
+
+
+def _cost(found: object) -> Cost:
+    known = found if isinstance(found, dict) else {}
+    return Cost(**{key: known.get(key) for key in ("params", "params_active", "flops")})
+
+
+def _texts(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key} {run[key]}" for key in ("held_out_text", "tokens_digest") if isinstance(run.get(key), str))
 
 
 def _loads(

@@ -28,6 +28,7 @@ class DataConfig:
         limit_mb: at most this many megabytes (10^6 bytes) of each domain; None takes all.
         part_bytes: cut documents into parts of about this size, each held out or not by itself: for a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
+        bad: rows that cannot be read as text: "refuse" the data, or "skip" them and say how many.
 
     >>> DataConfig(limit_mb=3.0).held_out
     0.05
@@ -40,6 +41,7 @@ class DataConfig:
     limit_mb: float | None = None
     part_bytes: int | None = None
     field: str = "text"
+    bad: typing.Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:

@@ -126,7 +126,8 @@ def fold_adapters(
 
     Raises:
         UsageError: the model has no adapters, or another router: what it adds depends on the input; or Poly, and no
-            known task.
+            known task; or "average", and maps that only some of the adapters change, where a mean of factors has no
+            one meaning.
 
     >>> import torch
     >>> from turnout.paths import LoRA, ScaLearn
@@ -142,7 +143,13 @@ def fold_adapters(
     sharded = {key: module for key, module in model.named_modules() if isinstance(module, Sharded)}
     if sharded:
         return PeftAdapter(name, base, {key: layer.paths.factors(layer.number) for key, layer in sharded.items()})
-    for module, layer in _layers(model).items():
+    layers = _layers(model)
+    everyone = {adapter for layer in layers.values() for adapter in layer.names}
+    for module, layer in layers.items():
+        if task == "average" and set(layer.names) != everyone:
+            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
+            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
+            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         if task is not None:
             factor[module] = _merged(layer, module, task)
             continue

@@ -13,7 +13,8 @@ _WHOLE = (
     "decoder_sparse_step first_k_dense_replace head_dim hidden_size intermediate_size kv_lora_rank "
     "max_position_embeddings max_window_layers moe_intermediate_size n_group n_routed_experts n_shared_experts "
     "num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
-    "num_nextn_predict_layers original_max_position_embeddings q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "num_mtp_layers num_nextn_predict_layers "
+    "original_max_position_embeddings q_lora_rank qk_nope_head_dim qk_rope_head_dim "
     "shared_expert_intermediate_size shared_intermediate_size sliding_window topk_group v_head_dim vocab_size"
 ).split()
 _NUMBERS = (
@@ -27,6 +28,7 @@ _TEXTS = "dtype hidden_act model_type scoring_func topk_method torch_dtype".spli
 _ROPE = "attention_factor beta_fast beta_slow factor high_freq_factor low_freq_factor mscale mscale_all_dim".split()
 _OTHERS = {
     "architectures": list[str] | None,
+    "auto_map": dict[str, Any] | None,
     "layer_types": list[str] | None,
     "mlp_only_layers": list[int] | None,
     "quantization_config": dict[str, Any] | None,
