@@ -10,10 +10,23 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from turnout.errors import StorageError, word
-from turnout.reading import Refuse, open_regular
+import torch
+from torch import Tensor
 
-__all__ = ["check_seal", "create", "digest", "open_own", "read_error", "sealed", "write_whole"]
+from turnout.errors import StorageError, TurnoutError, word
+from turnout.reading import Refuse, check_safetensors, open_regular
+
+__all__ = [
+    "check_seal",
+    "create",
+    "digest",
+    "load_tensors",
+    "open_own",
+    "read_error",
+    "save_tensors",
+    "sealed",
+    "write_whole",
+]
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -170,6 +183,78 @@ def check_seal(body: Mapping[str, object], refuse: Refuse, names: Iterable[str] 
 
 def _seal(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file of our own, with the SHA-256 of all that it holds in its metadata.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: what it says of itself.
+
+    Raises:
+        StorageError: it cannot be written.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(Path(folder, "a"), {"one": torch.ones(1)}, {"format": "b"})
+    ...     load_tensors(Path(folder, "a"), StorageError, {"format"})
+    ({'format': 'b'}, {'one': tensor([1.])})
+
+    Source: the file format of safetensors.
+    """
+    from safetensors.torch import save_file
+
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole = {**metadata, "sha256": _tensor_seal(kept, metadata)}
+    write_whole(path, lambda aside: save_file(kept, aside, metadata=whole))
+
+
+def load_tensors(path: Path, refuse: Refuse, names: Iterable[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file that ``save_tensors`` wrote, all as they were then.
+
+    Args:
+        path: the file.
+        refuse: words what is wrong.
+        names: of the metadata that it may have. A file of earlier versions has no hash, and is read without.
+
+    Raises:
+        TurnoutError: not a whole safetensors file, or one that was altered; what ``refuse`` words.
+
+    >>> load_tensors(Path("no/such/file"), StorageError, ())
+    Traceback (most recent call last):
+    turnout.errors.StorageError: [Errno 2] No such file or directory: 'no/such/file'
+
+    Source: the file format of safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_safetensors(path, refuse)
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, TurnoutError):
+            raise
+        raise refuse(str(error)) from error
+    sha256 = metadata.pop("sha256", None)
+    strange = sorted(set(metadata) - set(names))
+    if strange:
+        raise refuse(f"the key {strange[0]!r:.80} in its metadata, which nobody writes there")
+    if sha256 not in (None, _tensor_seal(tensors, metadata)):
+        raise refuse("its content is not what its sha256 says")
+    return metadata, tensors
+
+
+def _tensor_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def digest(path: str | Path) -> str:

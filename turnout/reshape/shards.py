@@ -1,6 +1,5 @@
 """MoS on a live model: adapters put together from shared shards, trained, saved as one file, and put on again."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
-from turnout.reading import check_safetensors, parse_json
+from turnout.reading import check_fields, parse_json
 from turnout.reshape.attach import FROZEN, SHARDS, put
 from turnout.reshape.poly import named_linears
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["SHARDS_FILE", "attach_shards", "load_shards", "save_shards"]
@@ -114,8 +113,6 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    from safetensors.torch import save_file
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Sharded)}
     held: nn.ModuleDict = getattr(model, SHARDS, nn.ModuleDict())
     pools = {key: one for key, one in held.items() if isinstance(one, Shards)}
@@ -131,7 +128,7 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
             tensors[f"{key}.{name}"] = tensor if tensor.is_floating_point() else tensor.int()
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     metadata = {"format": _FORMAT, "shards": json.dumps({"base": base, "groups": groups})}
-    write_whole(Path(path) / SHARDS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
+    save_tensors(Path(path) / SHARDS_FILE, tensors, metadata)
     params = sum(one.cost().params or 0 for one in pools.values())
     return Report("save_shards", {"modules": list(layers), "params": params})
 
@@ -248,25 +245,17 @@ def _shards(linears: Sequence[nn.Linear], options: Mapping[str, Any]) -> Shards:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        check_safetensors(file, functools.partial(_refuse, file))
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        body = parse_json(metadata.get("shards", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    groups = body.get("groups") if isinstance(body, dict) else None
-    sound = isinstance(groups, dict) and all({"modules", "options"} <= one.keys() for one in groups.values())
-    if metadata.get("format") != _FORMAT or not groups or not sound:
+    metadata, tensors = load_tensors(file, refuse, ("format", "shards"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", metadata.get("format"), f"be {_FORMAT}, with its groups")
+    body = parse_json(metadata.get("shards", ""), refuse)
+    check_fields(body, {"base": str | None, "groups": dict[str, dict]}, refuse)
+    for group in body["groups"].values():
+        check_fields(group, {"modules": list[str], "options": dict[str, Any]}, refuse)
     return body, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: object, allowed: str) -> CheckpointError:
