@@ -164,7 +164,7 @@ def check_seal(body: Mapping[str, object], refuse: Refuse, names: Iterable[str] 
     Args:
         body: what was read.
         refuse: words what is wrong.
-        names: what it may hold beside its seal, where it may have none, as folders of earlier versions have.
+        names: what it may hold where it has no seal, as folders of earlier versions have none; None where it must.
 
     Raises:
         TurnoutError: what ``refuse`` words.
@@ -174,10 +174,10 @@ def check_seal(body: Mapping[str, object], refuse: Refuse, names: Iterable[str] 
     Source: none; plain bookkeeping.
     """
     rest = {name: item for name, item in body.items() if name != "sha256"}
-    strange = [] if names is None else sorted(set(rest) - set(names))
-    if strange:
-        raise refuse(f"the key {strange[0]!r:.80}, which nobody writes there")
-    if (names is None or "sha256" in body) and body.get("sha256") != _seal(rest):
+    if "sha256" not in body and names is not None:
+        if strange := sorted(set(rest) - set(names)):
+            raise refuse(f"no sha256, and the key {strange[0]!r:.80}, which nobody wrote there")
+    elif body.get("sha256") != _seal(rest):
         raise refuse("its content is not what its sha256 says; whoever changed it on purpose may remove that key")
 
 
@@ -240,9 +240,8 @@ def load_tensors(path: Path, refuse: Refuse, names: Iterable[str]) -> tuple[dict
             raise
         raise refuse(str(error)) from error
     sha256 = metadata.pop("sha256", None)
-    strange = sorted(set(metadata) - set(names))
-    if strange:
-        raise refuse(f"the key {strange[0]!r:.80} in its metadata, which nobody writes there")
+    if sha256 is None and (strange := sorted(set(metadata) - set(names))):
+        raise refuse(f"no sha256 in its metadata, and the key {strange[0]!r:.80}, which nobody wrote there")
     if sha256 not in (None, _tensor_seal(tensors, metadata)):
         raise refuse("its content is not what its sha256 says")
     return metadata, tensors
