@@ -21,6 +21,7 @@ from turnout.models.families.express import architecture_of, family_of
 from turnout.models.families.family import Family
 from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import Slot, slots
+from turnout.models.families.typed import check_types
 from turnout.models.lm import LM, LMConfig
 from turnout.storage import read_error, write_whole
 
@@ -183,7 +184,10 @@ def _old_keys(like: Path | None) -> dict[str, Any]:
     if like is None or not (like / "config.json").is_file():
         return {}
     keys = read_json(like / "config.json", "to_hf")
-    return keys if "model_type" in keys else {}
+    if "model_type" not in keys:
+        return {}
+    check_types(keys, str(like / "config.json"))
+    return keys
 
 
 def _old_plan(like: Path, old: Mapping[str, Any]) -> dict[str, str]:
@@ -217,7 +221,8 @@ def _write_weights(
         index = {"metadata": total, "weight_map": plan}
         if like is not None and (like / INDEX).is_file():
             old = read_json(like / INDEX, "to_hf")
-            same = old["weight_map"] == plan and (old.get("metadata") or total).get("total_size") == total["total_size"]
+            sized = (old.get("metadata") or total).get("total_size") == total["total_size"]
+            same = old.get("weight_map") == plan and sized
             index = old if same else index
         write_whole(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
