@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.own import carry, check_shape, empty, opened, read_json
+from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, read_json
 from turnout.models.checkpoint.survey import CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
 from turnout.models.families.express import architecture_of, family_of
 from turnout.models.families.family import Family, Keys
@@ -107,7 +107,8 @@ def to_hf(
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path, like = Path(path), lm.origin if like is None else Path(like)
+    path, lm = Path(path), bare(lm)
+    like = lm.origin if like is None else Path(like)
     old = _old_keys(like)
     family = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     with _whole_folder(path) as aside:
