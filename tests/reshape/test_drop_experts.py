@@ -34,14 +34,15 @@ def by_hand(lm, layer: int, batches) -> list[float]:
         for e in chosen_K.tolist():
             up_bias_H, down_bias_D = (0, 0) if bank.up_bias is None else (bank.up_bias[e], bank.down_bias[e])
             f_D = bank.down[e] @ activate(bank.up[e] @ x_D + up_bias_H, bank.activation) + down_bias_D
-            values[e].append(float(score_E[e] / score_E[chosen_K].sum() * f_D.norm()))
+            whole = score_E[chosen_K].sum() if getattr(router, "renormalize", router.top_k > 1) else 1.0
+            values[e].append(float(getattr(router, "scale", 1.0) * score_E[e] / whole * f_D.norm()))
     return [sum(v) / len(v) if v else 0.0 for v in values]
 
 
 @pytest.mark.parametrize(
     ("router", "options"),
-    [("TopK", {"renormalize": True}), ("TopK", {"renormalize": False}), ("LossFree", {}),
-     ("GroupLimited", {"scale": 2.5})],
+    [("TopK", {"renormalize": True}), ("TopK", {"renormalize": False}), ("Switch", {"top_k": 1}), ("LossFree", {}),
+     ("LossFree", {"renormalize": True}), ("GroupLimited", {"scale": 2.5})],
 )  # fmt: skip
 def test_scores_equal_those_worked_out_token_by_token(router: str, options: dict, text) -> None:
     lm = sparse(router=router, **options)

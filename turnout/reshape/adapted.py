@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from turnout.errors import CheckpointError, UsageError, word
+from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
 from turnout.reshape.attach import CHOICE, attach
 from turnout.reshape.learned import ROUTERS_FILE, load_routers, save_routers
-from turnout.reshape.routers import GATED
+from turnout.reshape.routers import GATED, ROUTERS, check_options
 from turnout.storage import read_error, write_whole
 from turnout.types import Report
 
@@ -50,6 +50,7 @@ def save_adapters(
 
     Raises:
         CheckpointError: an adapter's folder is not whole.
+        UsageError: the folder holds something, two adapters have one name, or the router takes no such options.
 
     >>> import tempfile, torch
     >>> from turnout.models.checkpoint import PeftAdapter, write_adapter
@@ -60,15 +61,20 @@ def save_adapters(
 
     Source: none; the folder format of PEFT, several times.
     """
-    path, names = Path(path), []
-    for folder in adapters:
-        one = read_adapter(folder)
+    path, where = Path(path), "turnout.reshape.save_adapters"
+    _refuse_existing(path, where)
+    found = [(folder, read_adapter(folder)) for folder in adapters]
+    names = [one.name for _, one in found]
+    _refuse_names(names, where)
+    if router not in ROUTERS:
+        raise nearest(router, ROUTERS, kind="router", where=where)
+    check_options(router, router_options or {}, len(names), where=where)
+    for folder, one in found:
         place = path / "adapters" / one.name
         place.mkdir(parents=True)
         for file in sorted(Path(folder).iterdir()):
             if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
                 shutil.copyfile(file, place / file.name)
-        names.append(one.name)
     _describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
@@ -136,10 +142,9 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
         fix = "attach with a router by name, such as router='poly'; for gates, turnout.reshape.save_adapters"
         got, allowed = f"the router {router!r}", "have been chosen by name, and need no gates in the adapters' folders"
         raise UsageError(word("the model's router", got=got, allowed=allowed, where=where, fix=fix))
-    if path.exists():
-        fix = "choose a new folder"
-        raise UsageError(word("the folder", got=str(path), allowed="not exist yet", where=where, fix=fix))
+    _refuse_existing(path, where)
     adapters = adapters_of(model)
+    _refuse_names([one.name for one in adapters], where)
     aside = path.with_name(path.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -148,6 +153,8 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
         learned = save_routers(aside, model)
         names = [one.name for one in adapters]
         _describe(aside, adapters[0].base, router, options, names)
+        if path.is_dir():
+            path.rmdir()  # empty, or it would have been refused
         aside.rename(path)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -155,6 +162,24 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
             raise read_error(error, path, where) from error
         raise
     return Report("save_attached", {"adapters": names, "router": router, "params_router": learned["params"]})
+
+
+def _refuse_existing(path: Path, where: str) -> None:
+    """Refuses to write into anything but a new or an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        fix = "choose a new folder"
+        raise UsageError(
+            word("the folder", got=f"{path}, which exists", allowed="be new or empty", where=where, fix=fix)
+        )
+
+
+def _refuse_names(names: Sequence[str], where: str) -> None:
+    """Refuses adapters that cannot each have a folder of their name."""
+    plain = [name for name in names if name and name not in (".", "..") and Path(name).name == name]
+    if not names or len(set(plain)) < len(names):
+        got, fix = ", ".join(map(repr, names)) or "none", "rename the adapters' folders"
+        allowed = "be at least one, each of its own name, which may be a folder's"
+        raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
 
 
 def _describe(

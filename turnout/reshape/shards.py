@@ -1,5 +1,6 @@
 """MoS on a live model: adapters put together from shared shards, trained, saved as one file, and put on again."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
+from turnout.reading import parse_json
 from turnout.reshape.attach import FROZEN, SHARDS, put
 from turnout.reshape.poly import named_linears
 from turnout.storage import write_whole
@@ -252,7 +254,7 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        body = json.loads(metadata.get("shards", "null"))
+        body = parse_json(metadata.get("shards", "{}"), functools.partial(_refuse, file))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
     groups = body.get("groups") if isinstance(body, dict) else None
@@ -260,6 +262,10 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     if metadata.get("format") != _FORMAT or not groups or not sound:
         raise _bad(file, "the format", metadata.get("format"), f"be {_FORMAT}, with its groups")
     return body, tensors
+
+
+def _refuse(file: Path, problem: str) -> CheckpointError:
+    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: object, allowed: str) -> CheckpointError:
