@@ -14,7 +14,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.own import carry, check_shape, empty, opened, outline, read_json
+from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
 from turnout.models.checkpoint.ties import refuse_ties
 from turnout.models.families.express import architecture_of, family_of
@@ -122,7 +122,8 @@ def to_hf(
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path, like = Path(path), lm.origin if like is None else Path(like)
+    path, lm = Path(path), bare(lm)
+    like = lm.origin if like is None else Path(like)
     old = _old_keys(like)
     family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     refuse_ties(lm, family)
