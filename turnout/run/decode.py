@@ -93,7 +93,7 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _count(end: int, step: int = 1) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(0, end, step)
+        return torch.arange(0, end, step, device="cpu")
 
 
 def _bags(stack_EIO: Tensor, expert_R: Tensor, row_RI: Tensor, *, whole: bool = False) -> Tensor:

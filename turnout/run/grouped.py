@@ -5,13 +5,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, word
-from turnout.run.reference import activate, prepare, uncompiled
+from turnout.run.reference import activate, as_reference, prepare, uncompiled
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["grouped"]
 
 
 @uncompiled
+@as_reference
 def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, by two grouped products over rows sorted by expert.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, word
+from turnout.run.composed import transformed
 from turnout.run.product import linear, product
 from turnout.run.workspace import room
 from turnout.types import Routing
@@ -79,7 +80,7 @@ def low_rank(x_TD: Tensor, routing: Routing, weights: LowRankWeights) -> Tensor:
         tensor.requires_grad for tensor in (x_TD, routing.weight_R, weights.down_RD, weights.up_RO)
     )
     if pays(routing, weights, trains=trains):
-        whole = trains or x_TD.device.type != "cpu" or torch.compiler.is_compiling()
+        whole = trains or x_TD.device.type != "cpu" or torch.compiler.is_compiling() or transformed()
         return _gathered(x_TD, routing, weights) if whole else _chosen(x_TD, routing, weights)
     rank_N = torch.tensor(weights.rank_N, device=x_TD.device)
     scale_N = torch.tensor(weights.scale_N, device=x_TD.device, dtype=routing.weight_R.dtype)
@@ -137,8 +138,9 @@ def _table(border_N: tuple[int, ...], scale_N: tuple[float, ...]) -> tuple[Tenso
     """Rows of the factors (N, r), a map's last one again where it has fewer; whether none has; scales that differ."""
     most = max(b - a for a, b in pairwise(border_N))
     with torch.inference_mode(False):
-        index_Nr = torch.tensor([[min(row, b - 1) for row in range(a, a + most)] for a, b in pairwise(border_N)])
-        scales = torch.tensor(scale_N) if len(set(scale_N)) > 1 else None
+        rows = [[min(row, b - 1) for row in range(a, a + most)] for a, b in pairwise(border_N)]
+        index_Nr = torch.tensor(rows, device="cpu")
+        scales = torch.tensor(scale_N, dtype=torch.float32, device="cpu") if len(set(scale_N)) > 1 else None
     return index_Nr, all(b - a == most for a, b in pairwise(border_N)), scales
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from turnout.run.composed import composes, transformed
 
 __all__ = ["linear", "onednn_is_faster", "product"]
 
@@ -37,14 +39,33 @@ def onednn_is_faster() -> bool:
     return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(errors="replace")
 
 
-def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
+def _suits(multiply_adds: int, *tensors: Tensor) -> bool:
+    """Whether oneDNN's product is the faster one, and knows what these are; it checks little itself."""
     return (
         multiply_adds >= _LEAST
-        and a.dtype == b.dtype == torch.float32
-        and a.device.type == b.device.type == "cpu"
         and onednn_is_faster()
         and not torch.compiler.is_compiling()
+        and not transformed()
+        and all(_plain(tensor) for tensor in tensors)
     )
+
+
+def _plain(tensor: Tensor) -> bool:
+    """An ordinary fp32 tensor in the processor's memory: no subclass, not sparse, its negation not left for later."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
+    """Whether they are an affine map, its bias as oneDNN reads it without looking: one number after another."""
+    if x.ndim == 0 or weight_OI.ndim != 2 or x.shape[-1] != weight_OI.shape[1]:
+        return False
+    return bias_O is None or (bias_O.shape == weight_OI.shape[:1] and bias_O.is_contiguous() and _plain(bias_O))
 
 
 def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tensor:
@@ -60,7 +81,7 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
 
     Source: none; torch's own kernels.
     """
-    if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel()):
+    if a_MK.shape[1:] == b_KN.shape[:1] and _suits(a_MK.shape[0] * b_KN.numel(), a_MK, b_KN):
         # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
         if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()
@@ -77,13 +98,13 @@ class _Linear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, slope_MO: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         x_MI, weight_OI = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        times = torch.mm if composes(slope_MO) else product
         return (
-            product(slope_MO, weight_OI) if of_x else None,
-            product(slope_MO.t(), x_MI) if of_weight else None,
+            times(slope_MO, weight_OI) if of_x else None,
+            times(slope_MO.t(), x_MI) if of_weight else None,
             slope_MO.sum(0) if of_bias else None,
         )
 
@@ -97,14 +118,15 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         bias_O: (O,) or None.
 
     Returns:
-        (..., O), differentiable once.
+        (..., O).
 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([2, 4])
 
     Source: none; torch's own kernels.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    if torch.is_autocast_enabled("cpu") or not _suits(x, weight_OI, rows * weight_OI.numel()):
+    rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    suits = _suits(rows * weight_OI.numel(), x, weight_OI) and _fits(x, weight_OI, bias_O)
+    if not suits or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight_OI, bias_O)
     return _Linear.apply(x.reshape(rows, -1), weight_OI, bias_O).view(*x.shape[:-1], -1)
