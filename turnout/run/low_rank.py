@@ -148,13 +148,13 @@ def _hidden(x_TD: Tensor, routing: Routing, weights: LowRankWeights, rank: int |
     """(R, r) each entry's token through the first factor of its map, zero beyond that map's rank."""
     rows, count, size = routing.num_entries, weights.num_paths, x_TD.element_size()
     grouped = rank and 0 < rows < _FEW * count and size <= 4 and not (weights.width * size % 16 or rank * size % 16)
+    bound = routing.bounds()
     if grouped:
         stack_NDr = weights.down_RD.reshape(count, rank, weights.width).transpose(1, 2)
         end_N = routing.offset_E[1:].to(torch.int32)
         return torch.nn.functional.grouped_mm(x_TD.index_select(0, routing.token_R), stack_NDr, offs=end_N)
     most = rank or max(weights.rank_N)
     hidden_Rr = x_TD.new_empty(rows, most) if rank else x_TD.new_zeros(rows, most)
-    bound = routing.offset_E.tolist()
     buffer = room((max(b - a for a, b in pairwise(bound)), weights.width), x_TD.dtype, x_TD.device)
     for (start, end), (a, b) in zip(pairwise(bound), pairwise(weights.border_N), strict=True):
         if start < end:

@@ -104,7 +104,7 @@ class Plan:
 
 def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     """The plan for these tokens: whose rows are next to each other, and how many each expert has."""
-    bound = routing.offset_E.tolist()
+    bound = routing.bounds()
     load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R, entry_P = routing.token_R, None, None
     step = max(_GROUP // weights.hidden, 1)

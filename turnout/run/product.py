@@ -6,12 +6,14 @@ the same torch carries for bf16 and convolutions, uses all of AVX-512 there and 
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 
 __all__ = ["linear", "onednn_is_faster", "product"]
@@ -58,7 +60,14 @@ def _plain(tensor: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and not tensor.is_neg()
+        and not _overlaps(tensor)
     )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether rows share memory, as windows of a signal do: oneDNN refuses them."""
+    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return any(0 < after < stride * size for (stride, size), (after, _) in itertools.pairwise(strides))
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
@@ -120,11 +129,18 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     Returns:
         (..., O).
 
+    Raises:
+        UsageError: x and the weight are not on the same kind of device.
+
     >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([2, 4])
 
     Source: none; torch's own kernels.
     """
+    if x.device.type != weight_OI.device.type:  # torch would give what was in memory where one of them is "meta"
+        got, fix = f"{x.device} and {weight_OI.device}", "move one to the other's, or load the weights"
+        where, allowed = "turnout.run.linear", "be the same"
+        raise UsageError(word("the devices of x and the weight", got=got, allowed=allowed, where=where, fix=fix))
     rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
     suits = _suits(rows * weight_OI.numel(), x, weight_OI) and _fits(x, weight_OI, bias_O)
     if not suits or torch.is_autocast_enabled("cpu"):

@@ -168,7 +168,7 @@ def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-        bound_E = routing.offset_E.tolist()
+        bound_E = routing.bounds()
         for e in range(weights.num_experts):
             rows = slice(bound_E[e], bound_E[e + 1])
             token_C = routing.token_R[rows]
