@@ -41,48 +41,45 @@ def onednn_is_faster() -> bool:
     return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(errors="replace")
 
 
-def _suits(multiply_adds: int, *tensors: Tensor) -> bool:
-    """Whether oneDNN's product is the faster one, and knows what these are; it checks little itself."""
+def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
     return (
-        multiply_adds >= _LEAST
+        0 < multiply_adds >= _LEAST
+        and a.dtype == b.dtype == torch.float32
+        and a.is_cpu
+        and b.is_cpu
         and onednn_is_faster()
         and not torch.compiler.is_compiling()
-        and not transformed()
-        and all(_plain(tensor) for tensor in tensors)
     )
-
-
-def _plain(tensor: Tensor) -> bool:
-    """An ordinary fp32 tensor in the processor's memory: no subclass, not sparse, its negation not left for later."""
-    return (
-        type(tensor) in (Tensor, Parameter)
-        and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and not tensor.is_neg()
-        and not _overlaps(tensor)
-    )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether rows share memory, as windows of a signal do: oneDNN refuses them."""
-    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
-    return any(0 < after < stride * size for (stride, size), (after, _) in itertools.pairwise(strides))
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
-    """Whether they are an affine map, its bias as oneDNN reads it without looking: one number after another."""
-    if x.ndim == 0 or weight_OI.ndim != 2 or x.shape[-1] != weight_OI.shape[1]:
+    """Whether they are an affine map of ordinary tensors, as oneDNN's product takes it on trust."""
+    if weight_OI.ndim != 2 or x.shape[-1] != weight_OI.shape[1] or transformed():
         return False
-    return bias_O is None or (bias_O.shape == weight_OI.shape[:1] and bias_O.is_contiguous() and _plain(bias_O))
+    if bias_O is not None:  # it is read as one number after another
+        if bias_O.dtype != torch.float32 or bias_O.shape != weight_OI.shape[:1] or not bias_O.is_contiguous():
+            return False
+        if not bias_O.is_cpu or not _plain(bias_O):
+            return False
+    return _plain(x) and _plain(weight_OI)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Not of a subclass, not sparse, its negation not left for later, and no rows that share memory, as windows do."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided or tensor.is_neg():
+        return False
+    if tensor.is_contiguous():
+        return True
+    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return all(after == 0 or after >= stride * size for (stride, size), (after, _) in itertools.pairwise(strides))
 
 
 def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tensor:
     """(M, N) = a_MK @ b_KN by the fastest kernel of this machine; outside autograd.
 
     Args:
-        a_MK: (M, K), any strides.
-        b_KN: (K, N), any strides.
+        a_MK: (M, K), any strides, so that no two numbers share their memory.
+        b_KN: (K, N), likewise.
         out_MN: where the result goes; a new tensor when None.
 
     >>> product(torch.ones(2, 3), torch.ones(3, 4)).tolist()
@@ -90,7 +87,7 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
 
     Source: none; torch's own kernels.
     """
-    if a_MK.shape[1:] == b_KN.shape[:1] and _suits(a_MK.shape[0] * b_KN.numel(), a_MK, b_KN):
+    if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel()):
         # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
         if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()
@@ -130,19 +127,19 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         (..., O).
 
     Raises:
-        UsageError: x and the weight are not on the same kind of device.
+        UsageError: x and the weight one of them has no numbers, on the device "meta".
 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([2, 4])
 
     Source: none; torch's own kernels.
     """
-    if x.device.type != weight_OI.device.type:  # torch would give what was in memory where one of them is "meta"
+    if x.is_meta != weight_OI.is_meta:  # torch would give what was in memory where one of them is "meta"
         got, fix = f"{x.device} and {weight_OI.device}", "move one to the other's, or load the weights"
         where, allowed = "turnout.run.linear", "be the same"
         raise UsageError(word("the devices of x and the weight", got=got, allowed=allowed, where=where, fix=fix))
     rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
-    suits = _suits(rows * weight_OI.numel(), x, weight_OI) and _fits(x, weight_OI, bias_O)
-    if not suits or torch.is_autocast_enabled("cpu"):
+    suits = _suits(x, weight_OI, rows * weight_OI.numel()) and not torch.is_autocast_enabled("cpu")
+    if not suits or not _fits(x, weight_OI, bias_O):
         return torch.nn.functional.linear(x, weight_OI, bias_O)
     return _Linear.apply(x.reshape(rows, -1), weight_OI, bias_O).view(*x.shape[:-1], -1)
