@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from turnout import claims
 from turnout.claims import taught
-from turnout.decide.token import DenseToSparse, Glider, LossFree, TopK, topk
+from turnout.decide.token import DenseToSparse, Glider, LossFree, TopK
 from turnout.decide.token import fedins as fedins_router
 from turnout.decide.token.smear import SMEAR
 from turnout.models.jets import Jets
@@ -52,7 +52,8 @@ def patched(name: str, what: str, make: Callable, of: str = "reshape") -> Callab
 
 
 def swapped(x_TD, routing, bank):
-    order = [1, 0, *range(2, bank.num_experts)][: bank.num_experts]
+    order = list(range(bank.num_experts))
+    order[:2] = order[:2][::-1]
     return sort(x_TD, routing, dataclasses.replace(bank, up_EDH=bank.up_EDH[order], down_EFD=bank.down_EFD[order]))
 
 
@@ -84,15 +85,47 @@ def one_expert(width, experts, *, capacity_factor, generator):
     return TopK(width, experts, top_k=2, capacity_factor=1.0, generator=generator)
 
 
+def random_directions(monkeypatch):
+    monkeypatch.setattr(
+        LoRA, "directions", lambda self: F.normalize(torch.randn(len(self.scale_N), self.down.shape[1]), dim=1)
+    )
+
+
+def random_rows(scores):
+    return lambda lm, thin, text, by, seed: scores(lm, thin, text, "random", 0)
+
+
+def of_length_one(entry_outputs):
+    return lambda bank, x_TD, routing: x_TD.new_ones(routing.num_entries, 1)
+
+
+def the_first_for_all(monkeypatch):
+    monkeypatch.setattr(fedins_router, "largest", lambda near_BE, k: torch.zeros(len(near_BE), k, dtype=torch.long))
+
+
+def the_first_expert(self, x, keep):
+    return torch.zeros(1, dtype=torch.long)
+
+
+def as_they_lie(matching):
+    return lambda leader_FX, member_FX: torch.arange(len(leader_FX))
+
+
+def scales_as_they_start(train):
+    return lambda layer, data, *, adapters, **how: train(layer, data, adapters=True, **how) if adapters else None
+
+
+def at_random(cluster):
+    return lambda lm, experts, seed, *, at_random: cluster(lm, experts, seed, at_random=True)
+
+
 first = patched(
     "topk", "largest", lambda _: lambda score_TE, k: torch.arange(k).expand(len(score_TE), k), "decide.token"
 )
 plain = {"shards": 1, "private": 0, "dissociate": False}
 
 CASES = {
-    "arrow": Case(
-        lambda m: m.setattr(LoRA, "directions", lambda self: F.normalize(torch.randn(len(self.scale_N), 32), dim=1)), "lost"
-    ),
+    "arrow": Case(random_directions, "lost"),
     "backends": Case(
         lambda m: m.setattr(
             room("backends"), "_ARMS", {n: (swapped, d) for n, (_, d) in room("backends")._ARMS.items()}
@@ -100,7 +133,7 @@ CASES = {
         "lost",
     ),
     "compress_experts": Case(
-        patched("compress_experts", "_scores", lambda f: lambda lm, thin, text, by, seed: f(lm, thin, text, "random", 0)),
+        patched("compress_experts", "_scores", random_rows),
         taught=20,
     ),
     "dense_to_sparse": Case(
@@ -109,7 +142,7 @@ CASES = {
         small={"_STEPS": 40},
     ),
     "drop_experts": Case(
-        patched("drop_experts", "entry_outputs", lambda _: lambda bank, x_TD, routing: x_TD.new_ones(routing.num_entries, 1)),
+        patched("drop_experts", "entry_outputs", of_length_one),
         taught=20,
     ),
     "evo_moe": Case(
@@ -122,10 +155,10 @@ CASES = {
         small={"_STEPS": 20, "_BALANCE": 0.0},
     ),
     "fedins": Case(
-        lambda m: m.setattr(fedins_router, "largest", lambda near_BE, k: torch.zeros(len(near_BE), k, dtype=torch.long)),
+        the_first_for_all,
         small={"_TOP_K": 1, "_ROUNDS": 3},
     ),
-    "fedjets": Case(lambda m: m.setattr(Jets, "assign", lambda self, x, keep: torch.zeros(1, dtype=torch.long)), "lost"),
+    "fedjets": Case(lambda m: m.setattr(Jets, "assign", the_first_expert), "lost"),
     "fisher": Case(
         patched(
             "fisher",
@@ -142,12 +175,8 @@ CASES = {
         pairs={"gap": "gap random"},
         taught=20,
     ),
-    "loss_free": Case(
-        lambda m: m.setattr(LossFree, "after_step", lambda self, load_E: None), small={"_STEPS": 12}
-    ),
-    "merge_aligned": Case(
-        patched("merge_experts", "_matching", lambda _: lambda leader_FX, member_FX: torch.arange(len(leader_FX))), taught=20
-    ),
+    "loss_free": Case(lambda m: m.setattr(LossFree, "after_step", lambda self, load_E: None), small={"_STEPS": 12}),
+    "merge_aligned": Case(patched("merge_experts", "_matching", as_they_lie), taught=20),
     "merge_experts": Case(
         patched("merge_experts", "_drawn", lambda f: lambda load_LE, by, seed: f(load_LE, "random", seed)),
         small={"_DRAWS": 1},
@@ -177,7 +206,7 @@ CASES = {
         patched(
             "scalearn",
             "train_routers",
-            lambda f: lambda layer, data, *, adapters, **how: f(layer, data, adapters=True, **how) if adapters else None,
+            scales_as_they_start,
             "claims",
         ),
         "lost",
@@ -185,7 +214,7 @@ CASES = {
     "smear": Case(lambda m: m.setattr(SMEAR, "forward", uniform), "lost", small={"_STEPS": 200}),
     "soup": Case(only_the_last, "lost", small={"_START_STEPS": 60, "_STEPS": 30}),
     "split": Case(
-        patched("split", "cluster", lambda f: lambda lm, experts, seed, *, at_random: f(lm, experts, seed, at_random=True)),
+        patched("split", "cluster", at_random),
         pairs={"cluster": "random"},
         small={"_AFTER": 2},
         taught=20,
@@ -197,7 +226,7 @@ CASES = {
         small={"_AFTER": 10},
         taught=60,
     ),
-}  # fmt: skip
+}
 
 
 def test_every_claim_is_broken_here():
