@@ -14,6 +14,7 @@ from turnout.recipes import room
 from turnout.recipes.convert import convert, repeat
 from turnout.recipes.plan import make_plan
 from turnout.recipes.steps import Drop, Merge, Split, Upcycle
+from turnout.reshape import upcycle
 from turnout.types import Report
 
 
@@ -273,7 +274,6 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(llama, tmp_path,
         ("llama", [], "the steps"),
         ("llama", [Upcycle(8, 3, 2)], "granularity"),
         ("llama", [Upcycle(8, 2), Upcycle(8, 2)], "be dense"),
-        ("llama", [Upcycle(8, 1)], "cannot be written"),
         ("llama", [Drop(share=0.5, by="random")], "have experts"),
         ("mixtral", [Drop(share=0.9, by="random")], "top_k=2"),
         ("mixtral", [Drop(share=0.25)], "--calibration must be given for drop_experts"),
@@ -326,3 +326,21 @@ def test_the_plan_counts_what_transformers_counts(llama, mixtral, gpt_oss, deeps
     row = make_plan(path, [], as_format="model").rows[0]
     assert row.params == sum(parameter.numel() for parameter in model.parameters())
     assert row.memory_bytes == sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def test_a_model_of_nothing_but_nan_is_not_said_to_be_the_same(tmp_path):
+    lm = LM(LMConfig(vocab_size=300, width=8, layers=1, heads=2, hidden=12, max_seq=32))
+    with torch.no_grad():
+        lm.norm.weight[0] = torch.nan
+    checkpoint.save(tmp_path / "a", lm)
+    done = convert(tmp_path / "a", [], tmp_path / "out", as_format="transformers")
+    assert done.certificate.verdict == "different" and "nothing can be said: logits are not finite" in done.summary()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "logits are not finite" in page and "computes what" not in page
+
+
+def test_text_without_a_token_compares_nothing():
+    lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, hidden=12))
+    for batches in ([torch.zeros(0, 4, dtype=torch.long)], [torch.zeros(4, 0, dtype=torch.long)]):
+        with pytest.raises(DataError, match="at least one token"):
+            upcycle(lm, num_experts=2, top_k=1, batches=batches)

@@ -155,26 +155,25 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
     if set(given) - {"--top-k"} or arguments.as_format:
         got = ", ".join([*(set(given) - {"--top-k"}), *(["--as"] if arguments.as_format else [])])
         raise _refusal("--adapters", f"also {got}", "come without steps", "convert first, then train adapters of that")
-    options = {"router": arguments.router or "arrow", "any_base": arguments.any_base}
-    if arguments.dry_run:
-        print(outline_adapters(arguments.path, arguments.adapters, **options))
-        return 0
-    _need_out(arguments)
     gate_text = {}
     for pair in arguments.gate_text:
         name, equals, place = pair.partition("=")
         if not equals or not place:
             raise _refusal("--gate-text", pair, "be ADAPTER=PATH", f"write --gate-text {name or 'math'}=math.txt")
         gate_text[name] = place
+    options = {"router": arguments.router or "arrow", "any_base": arguments.any_base, "gate_text": gate_text}
+    options |= {"router_options": {"top_k": given["--top-k"]} if "--top-k" in given else {}}
+    options |= {"text": arguments.calibration}
+    if arguments.dry_run:
+        print(outline_adapters(arguments.path, arguments.adapters, **options))
+        return 0
+    _need_out(arguments)
     progress = progress_for(quiet=arguments.quiet)
     try:
         done = adapt(
             arguments.path,
             arguments.adapters,
             arguments.out,
-            router_options={"top_k": given["--top-k"]} if "--top-k" in given else {},
-            gate_text=gate_text,
-            text=arguments.calibration,
             text_tokens=arguments.calibration_tokens,
             dtype=dtype,
             say=progress.say,

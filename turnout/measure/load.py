@@ -197,7 +197,7 @@ def _loads(source: Routing | Sequence[Routing] | Tensor | Trace) -> tuple[list[T
     if isinstance(source, Tensor):
         return list(source[None] if source.ndim < 2 else source), None, None
     routings = [source] if isinstance(source, Routing) else list(source)
-    tokens = routings[0].num_tokens if routings else 0
+    tokens = routings[0].num_real if routings else 0
     return [routing.load_E for routing in routings], tokens, dropped_share(routings)
 
 

@@ -29,7 +29,7 @@ class Calibration:
         batches: what steps look at.
         source: the file or folder.
         documents: how many were read.
-        skipped: how many files held no text.
+        skipped: how many files held no text, and how many rows could not be read as text.
         held_out: the text behind it, which no step looks at.
         held_out_bytes: that the predicted tokens of ``held_out``, all but the first of each row, stand for.
 
@@ -94,10 +94,10 @@ def calibration(
     """
     place = find_tokenizer(folder)
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
-    ids, sizes, seen, skipped = _read(source, load_tokenizer(place), wanted, own=own)
+    ids, sizes, seen, left_out = _read(source, load_tokenizer(place), wanted, own=own)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
-        got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text"
+        got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"
         allowed = f"give tokens from 0 to {vocab_size - 1}"
         fix = "use the tokenizer that the model was trained with" if wrong else "name a file or folder with text in it"
         raise DataError(word("the calibration text", got=got, allowed=allowed, where=_WHERE, fix=fix))
@@ -107,14 +107,18 @@ def calibration(
     taken = max(1, min(tokens // seq, len(id_RS) - max(1, len(id_RS) // 9)))
     rows = max(1, min(_ROWS, _LOGITS // (seq * vocab_size)))
     held_out = id_RS[taken:].split(rows) if len(id_RS) > taken else ()
-    return Calibration(id_RS[:taken].split(rows), str(source), seen, skipped, held_out, int(size_RS[taken:, 1:].sum()))
+    return Calibration(
+        id_RS[:taken].split(rows), str(source), seen, len(left_out), held_out, int(size_RS[taken:, 1:].sum())
+    )
 
 
-def _read(source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool) -> tuple[list[int], list[int], int, int]:
-    """Token ids, the bytes that each stands for, how many documents were read, and how many held no text."""
+def _read(
+    source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool
+) -> tuple[list[int], list[int], int, list[str]]:
+    """Token ids, the bytes that each stands for, how many documents were read, and what was left out."""
     ids, sizes = list[int](), list[int]()
-    seen = skipped = 0
-    for document in read_documents(source):
+    seen, left_out = 0, list[str]()
+    for document in read_documents(source, left_out=lambda _, name: left_out.append(name)):
         try:
             for piece in _ids(document.pieces(), tokenizer, own=own):
                 ids += piece[0]
@@ -124,12 +128,18 @@ def _read(source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool) -
         except NotTextError:
             if not document.optional:
                 raise
-            skipped += 1
+            left_out.append(document.name)
             continue
         seen += 1
         if len(ids) >= wanted:
             break
-    return ids[:wanted], sizes[:wanted], seen, skipped
+    return ids[:wanted], sizes[:wanted], seen, left_out
+
+
+def _why(left_out: list[str]) -> str:
+    """What was left out of the text, in brackets."""
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f" (left out: {', '.join(left_out[:3])}{more})" if left_out else ""
 
 
 def _ids(pieces: Iterator[bytes], tokenizer: Tokenizer, *, own: bool) -> Iterator[tuple[list[int], list[int]]]:

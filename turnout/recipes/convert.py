@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,8 @@ class Conversion:
         moved += f", top token the same at {100 * gap.top1:.4g} %"
         if self.certificate.verdict == "bit-equal":
             moved = "the very same logits"
+        if self.certificate.lost:
+            moved = f"nothing can be said: {self.certificate.lost} (A the input, B the output)"
         about = f"input against output, {self.certificate.inputs.tokens} random tokens"
         lines = [f"{self.out}: {self.plan.architecture}", f"{about}: {moved}"]
         if held_out := self.record["held_out"]:
@@ -135,7 +138,10 @@ def convert(
 def _read_text(plan: Plan, text: str | Path, tokens: int, say: Say) -> Calibration:
     say(f"reading {text}")
     sizes = {"vocab_size": plan.config.vocab_size, "max_seq": plan.config.max_seq, "tokens": tokens}
-    return calibration(text, plan.folder, own=plan.source != "transformers", **sizes)
+    found = calibration(text, plan.folder, own=plan.source != "transformers", **sizes)
+    if found.skipped:
+        say(f"left out {found.skipped} files or rows of {text} that cannot be read as text")
+    return found
 
 
 def _settings(plan: Plan, text: Calibration | None, seed: int) -> dict[str, Any]:
@@ -222,7 +228,11 @@ def _take(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: 
         reports.append(json.loads(report.to_json()))
     with keeping(place.pieces("after")):
         after = None if text is None else measured(lm, text)
-    held_out = {"bytes": text.held_out_bytes, "before": before, "after": after} if text and before else None
+    finite = all(math.isfinite(one["bits_per_byte"]) for one in (before, after) if one)
+    if not finite:
+        say("held-out text: the likelihood of it is no finite number, so bits per byte are left out")
+    sound = text is not None and before is not None and after is not None and finite
+    held_out = {"bytes": text.held_out_bytes, "before": before, "after": after} if sound and text else None
     return lm, {"reports": reports, "held_out": held_out}
 
 

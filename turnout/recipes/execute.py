@@ -55,6 +55,7 @@ def tokens_for(run: Run, folder: Path, *, quiet: bool) -> TokenSet:
         limit_bytes=limit,
         part_bytes=run.data.part_bytes,
         field=run.data.field,
+        bad=run.data.bad,
         quiet=quiet,
     )
 
@@ -95,6 +96,7 @@ def execute(
     tokens = _claim(run, out, resume) or _prepare(run, out, Path(tokens_folder or out / "tokens"), quiet=quiet)
     beside = {
         "tokens_digest": tokens.digest,
+        "held_out_text": tokens.head.get("held_out_text"),
         "tokens_folder": str(tokens.path.resolve()),
         "hardware": hardware(),
         "command": shlex.join(sys.argv),

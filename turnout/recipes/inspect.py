@@ -11,10 +11,13 @@ import torch
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.measure import (
+    AdaptationData,
     ConversionData,
     Evaluation,
     Passage,
     ReportData,
+    RunData,
+    adaptation_html,
     bits_per_byte,
     conversion_html,
     hardware,
@@ -226,18 +229,32 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     """Writes the self-contained page of one or more runs, finished or still going, and says where.
 
     Args:
-        folders: output folders; or one of a conversion, which has a page of its own.
+        folders: output folders of training, of conversions and of choices of adapters, in any mixture.
         out: the page; default report.html in the first folder.
         title: the heading; default the names of the runs.
 
-    Source: none; ``measure.report_html`` and ``measure.conversion_html``.
+    Raises:
+        TurnoutError: a folder that holds none of these.
+
+    Source: none; ``measure.report_html``, ``measure.conversion_html`` and ``measure.adaptation_html``.
     """
     path = Path(out) if out else Path(folders[0]) / "report.html"
-    if len(folders) == 1 and "conversion" in read_run_json(Path(folders[0])):
-        write_whole(path, conversion_html(ConversionData.open(folders[0])))
+    runs: list[RunData] = []
+    others: list[ConversionData | AdaptationData] = []
+    for folder in map(Path, folders):
+        body = read_run_json(folder)
+        if "conversion" in body:
+            others.append(ConversionData.open(folder))
+        elif str(body.get("format")).startswith("turnout.adaptation/"):
+            others.append(AdaptationData.open(folder))
+        else:
+            runs.append(read_run(folder))
+    if not runs and len(others) == 1:
+        one = others[0]
+        write_whole(path, conversion_html(one) if isinstance(one, ConversionData) else adaptation_html(one))
         return path
-    runs = [read_run(folder) for folder in folders]
-    write_whole(path, report_html(ReportData(title or " against ".join(run.name for run in runs), runs)))
+    names = " against ".join([*(run.name for run in runs), *(one.name for one in others)])
+    write_whole(path, report_html(ReportData(title or names, runs), others=others))
     return path
 
 

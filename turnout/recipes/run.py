@@ -10,6 +10,7 @@ from typing import Self
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.fields import build, fit, plain
 from turnout.models.lm import LMConfig
+from turnout.reading import read_json
 from turnout.storage import write_whole
 from turnout.train.loop import TrainConfig
 
@@ -27,6 +28,7 @@ class DataConfig:
         limit_mb: at most this many megabytes (10^6 bytes) of each domain; None takes all.
         part_bytes: cut documents into parts of about this size, each held out or not by itself: for a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
+        bad: rows that cannot be read as text: "refuse" the data, or "skip" them and say how many.
 
     >>> DataConfig(limit_mb=3.0).held_out
     0.05
@@ -39,6 +41,7 @@ class DataConfig:
     limit_mb: float | None = None
     part_bytes: int | None = None
     field: str = "text"
+    bad: typing.Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -182,19 +185,17 @@ class Run:
         """
         path = Path(path)
         path = path / "run.json" if path.is_dir() else path
+
+        def refuse(problem: str) -> CheckpointError:
+            got, allowed = f"{path} ({problem})", "be a run.json or an output folder that holds one"
+            fix = "name a folder that turnout train wrote"
+            return CheckpointError(word("the run", got=got, allowed=allowed, where="Run.open", fix=fix))
+
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                word(
-                    "the run",
-                    got=f"{path} ({error})",
-                    allowed="be a run.json or an output folder that holds one",
-                    where="Run.open",
-                    fix="name a folder that turnout train wrote",
-                )
-            ) from error
-        return cls.from_json_dict(body if isinstance(body, dict) else {})
+            body = read_json(path, refuse=refuse, any_link=True)
+        except OSError as error:
+            raise refuse(str(error)) from error
+        return cls.from_json_dict(body)
 
 
 def _leaves(value: object, prefix: str) -> list[tuple[str, object]]:
@@ -224,7 +225,7 @@ def _replace(value: typing.Any, changes: Mapping[str, tuple[str, str]]) -> typin
 def _parse(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

@@ -195,6 +195,8 @@ def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
     if keep is None:
         dropped = math.floor((share or 0.0) * moe.num_experts + 1e-9)
         keep = moe.num_experts - dropped // groups * groups
+        if share and keep == moe.num_experts:
+            raise _too_small(moe, share)
     if least <= keep <= moe.num_experts and keep % groups == 0:
         return keep
     near = min(max(-(-keep // groups) * groups, least), moe.num_experts)
@@ -203,6 +205,19 @@ def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
         allowed += f", a multiple of num_groups={groups}"
     fix = f"pass keep={near}" + ("" if near > least else ", or lower top_k first")
     raise UsageError(word("keep", got=keep, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _too_small(moe: MoEConfig, share: float) -> UsageError:
+    """A share that is less than one expert of each group, with the smallest that can go."""
+    groups, least = _groups(moe), _least(moe)
+    got = f"{share:g}, {share * moe.num_experts:g} of {moe.num_experts} experts"
+    allowed = f"be at least one expert of each of the {groups} groups" if groups > 1 else "be at least one expert"
+    fix = f"pass share={groups / moe.num_experts:g} or more (--drop-experts {100 * groups / moe.num_experts:g}%)"
+    if moe.num_experts - groups < least:
+        fix = f"none can go: a token needs {least} of them (top_k={moe.top_k}); merge experts instead"
+    elif groups > 1 and moe.num_experts // groups <= 2 and moe.router_options.get("group_score", "top2") == "top2":
+        fix = "none can go: the router scores a group by its two best experts; merge experts instead"
+    return UsageError(word("share", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _notes(moe: MoEConfig, left: int) -> tuple[str, ...]:

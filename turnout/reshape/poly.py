@@ -10,7 +10,7 @@ from turnout.decide.token import Poly
 from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import PeftAdapter
-from turnout.reshape.attach import CHOICE
+from turnout.reshape.live import CHOICE
 from turnout.types import Report
 
 __all__ = ["add_tasks", "fresh_adapters"]

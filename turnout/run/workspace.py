@@ -1,13 +1,12 @@
 """Memory for large intermediate results, without the page faults of fresh memory."""
 
-import itertools
 import math
-import sys
-import threading
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from turnout.run.pool import Pool
 
 __all__ = ["room", "room_like"]
 
@@ -19,9 +18,15 @@ _ALIGN = 64
 # A block that has lain idle for this many requests goes back to the system.
 _PATIENCE = 64
 
-_lock = threading.Lock()
-_blocks: dict[int, tuple[np.ndarray, int]] = {}  # by address: the block, and the request that used it last
-_requests = itertools.count()
+
+def _block(size: int) -> np.ndarray:
+    """New memory, on the boundary that vector instructions like."""
+    raw = np.empty(size + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start : start + size]
+
+
+_pool = Pool(_block, patience=_PATIENCE)
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -36,33 +41,8 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
     size = count * dtype.itemsize
     if device.type != "cpu" or size < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    with _lock:
-        block = _block(size + _ALIGN)
-        offset = -block.ctypes.data % _ALIGN
-        return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-def _block(size: int) -> np.ndarray:
-    """An idle block of about this size, or a new one. A tensor holds a reference to the block it lies in."""
-    request, found = next(_requests), None
-    for address in list(_blocks):
-        block, used = _blocks[address]
-        if sys.getrefcount(block) > _IDLE:
-            continue
-        if found is None and size <= block.nbytes <= size + size // 8:
-            found = address
-        elif request - used > _PATIENCE:
-            del _blocks[address]
-    if found is not None:
-        _blocks[found] = (_blocks[found][0], request)
-        return _blocks[found][0]
-    block = np.empty(size, np.uint8)
-    _blocks[block.ctypes.data] = (block, request)
-    return block
-
-
-# References to a block that no tensor uses, as _block counts them: the table's, its own and getrefcount's.
-_IDLE = 3
+    # The storage holds the loan, so the block is lent for as long as anything lies in it.
+    return torch.frombuffer(_pool.lend(size), dtype=dtype, count=count).view(shape)
 
 
 def room_like(stack: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Routing:
         wanted_E: (E,) int64, the load before capacity truncated it; None when nothing was truncated.
         score_TE: (T, E) the router's scores for all experts (probabilities or affinities), for losses and reports.
         logit_TE: (T, E) fp32, the scores before their non-linearity, for the router z-loss.
+        real_T: (T,) bool, false at padding: rows that nobody decided about, which have no entry and count nowhere.
+            None where every row is a token. See ``turnout.types.spread``.
 
     >>> r = Routing.from_topk(torch.tensor([[2, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), num_experts=3)
     >>> r.token_R.tolist(), r.offset_E.tolist(), r.load_E.tolist()
@@ -48,6 +50,7 @@ class Routing:
     wanted_E: Tensor | None = None
     score_TE: Tensor | None = None
     logit_TE: Tensor | None = None
+    real_T: Tensor | None = None
     # Where each entry stood in the (T, K) tensors of from_topk; None for any other pattern. See by_token.
     entry_R: Tensor | None = dataclasses.field(default=None, repr=False)
     top_k: int | None = dataclasses.field(default=None, repr=False)
@@ -148,6 +151,11 @@ class Routing:
         """R, the number of entries."""
         return self.token_R.numel()
 
+    @property
+    def num_real(self) -> int:
+        """The rows that are tokens, all but padding."""
+        return self.num_tokens if self.real_T is None else int(self.real_T.sum())
+
     @functools.cached_property
     def load_E(self) -> Tensor:
         """(E,) int64, the number of tokens that each expert receives: the column sums of the pattern."""
@@ -243,6 +251,7 @@ class Routing:
             weight_R=self.weight_R.new_zeros(len(key_N)).index_add(0, place_R, self.weight_R),
             offset_E=torch.searchsorted(key_N, border_E),
             num_tokens=self.num_tokens,
+            real_T=self.real_T,
         )
 
     def truncate(self, capacity: int, *, priority: Literal["weight", "position"] = "weight") -> Self:
@@ -313,10 +322,14 @@ class Routing:
         for name, table in (("score_TE", self.score_TE), ("logit_TE", self.logit_TE)):
             if table is not None and table.shape != (self.num_tokens, self.num_experts):
                 return f"{name} of shape {tuple(table.shape)} for {self.num_tokens} tokens x {self.num_experts} experts"
+        if self.real_T is not None and (self.real_T.shape != (self.num_tokens,) or self.real_T.dtype != torch.bool):
+            return f"real_T of {self.real_T.dtype} and shape {tuple(self.real_T.shape)} for {self.num_tokens} tokens"
         if self.num_entries == 0:
             return None
         if int(token_R.min()) < 0 or int(token_R.max()) >= self.num_tokens:
             return f"tokens {int(token_R.min())}..{int(token_R.max())} of {self.num_tokens}"
+        if self.real_T is not None and not bool(self.real_T[token_R].all()):
+            return "entries of padding"
         if not bool((torch.diff(self.expert_R * self.num_tokens + token_R) > 0).all()):
             return "entries that are unsorted or repeated"
         if not bool(torch.isfinite(self.weight_R).all()):
@@ -326,7 +339,7 @@ class Routing:
     def __str__(self) -> str:
         load_E = self.load_E
         span = f"{int(load_E.min())}..{int(load_E.max())}" if load_E.numel() else "none"
-        mean = self.num_entries / max(self.num_tokens, 1)
+        mean = self.num_entries / max(self.num_real, 1)
         return (
             f"Routing({self.num_tokens} tokens -> {self.num_experts} experts, {self.num_entries} entries, "
             f"{mean:.2f} per token, load {span}, {int(self.dropped_E.sum())} dropped)"
@@ -336,7 +349,7 @@ class Routing:
         """Writes the routing to one safetensors file, aside first and then renamed."""
         from safetensors.torch import save_file
 
-        optional = {"wanted_E": self.wanted_E, "score_TE": self.score_TE, "logit_TE": self.logit_TE}
+        optional = {name: getattr(self, name) for name in ("wanted_E", "score_TE", "logit_TE", "real_T")}
         tensors = {"token_R": self.token_R, "weight_R": self.weight_R, "offset_E": self.offset_E}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
