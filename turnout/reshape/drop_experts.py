@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
@@ -23,6 +24,7 @@ _WHERE = "turnout.reshape.drop_experts"
 _BY = ("reap", "frequency", "random", "gate")
 
 
+@expects(lm=LM)
 def drop_experts(
     lm: LM,
     *,
