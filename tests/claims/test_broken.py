@@ -236,7 +236,7 @@ CASES = {
         "lost",
     ),
     "smear": Case(lambda m: m.setattr(SMEAR, "forward", uniform), "lost", small={"_STEPS": 200}),
-    "soup": Case(only_the_last, "lost", small={"_START_STEPS": 60, "_STEPS": 30}),
+    "soup": Case(only_the_last, pairs={"removed": "soup"}, small={"_START_STEPS": 20, "_STEPS": 10}),
     "split": Case(
         patched("split", "cluster", at_random),
         pairs={"cluster": "random"},
