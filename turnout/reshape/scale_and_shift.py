@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token import FedIns
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers.scaled import Asking, Scaled
 from turnout.paths import SSF
 from turnout.reshape.live import alive, freeze, put, saved_by
@@ -18,6 +19,7 @@ __all__ = ["scale_and_shift"]
 _WHERE = "turnout.reshape.scale_and_shift"
 
 
+@expects(model=nn.Module)
 def scale_and_shift(
     model: nn.Module,
     modules: Sequence[str],
