@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import POLICY, expects
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
@@ -55,6 +56,7 @@ class MoE(nn.Module):
 
     label_E: Tensor | None
 
+    @expects(router=POLICY)
     def __init__(
         self,
         width: int,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.layers.adapter import about
-from turnout.layers.adapter import real as padding
+from turnout.expects import POLICY, expects
+from turnout.layers.told import about
+from turnout.layers.told import real as padding
 from turnout.types import Routing, spread
 from turnout.wrappers import unwrapped
 
@@ -53,6 +54,7 @@ class Turnout(nn.Module):
     Source: Shazeer et al., 2017, "Outrageously Large Neural Networks"; any policy and any paths may be put in.
     """
 
+    @expects(paths=nn.Module, policy=POLICY)
     def __init__(self, paths: nn.Module, policy: nn.Module, *, backend: str = "auto") -> None:
         super().__init__()
         self.paths, self.policy, self.backend = paths, policy, backend

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models.attention import Cache, Projection, RMSNorm, attended
 from turnout.models.block import Block, build_pre_gate, build_router
@@ -80,6 +81,7 @@ class LM(nn.Module):
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
 
+    @expects(config=LMConfig)
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -307,6 +309,7 @@ class LM(nn.Module):
             if isinstance(moe, FeedForward):
                 products += moe.up.numel() + moe.down.numel()
                 continue
+            assert isinstance(moe, MoE)
             bank = moe.bank
             used = min(_experts_per_token(config), bank.num_experts)
             spent = bank.cost(1, used)

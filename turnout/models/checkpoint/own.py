@@ -1,6 +1,7 @@
 """Our own format: a folder with config.json and model.safetensors, whose SHA-256 the former holds."""
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,16 +16,20 @@ from torch.overrides import TorchFunctionMode
 
 from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.measure.memory import free_memory
+from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
-from turnout.storage import digest, read_error, write_whole
+from turnout.reading import check_fields
+from turnout.storage import check_seal, digest, read_error, sealed, write_whole
 from turnout.wrappers import plain_names, stripped, unwrapped
 
 __all__ = ["load", "save"]
 
 _FORMAT = "turnout.lm/1"
 _WHERE, _LOAD = "turnout.models.checkpoint.save", "turnout.models.checkpoint.load"
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
 ORIGIN = "origin"
@@ -33,6 +38,7 @@ _TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
+@expects(path=PATH)
 def save(path: str | Path, lm: nn.Module) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 
@@ -67,9 +73,10 @@ def save(path: str | Path, lm: nn.Module) -> None:
         "dtype": str(lm.embedding.dtype).removeprefix("torch."),
         "files": {_WEIGHTS: {"bytes": (path / _WEIGHTS).stat().st_size, "sha256": digest(path / _WEIGHTS)}},
     }
-    write_whole(path / "config.json", json.dumps(body, indent=2) + "\n")
+    write_whole(path / "config.json", json.dumps(sealed(body), indent=2) + "\n")
 
 
+@expects(path=PATH)
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 
@@ -97,6 +104,7 @@ def load(path: str | Path) -> LM:
         slots = stored(lm)
         for name, key in _keys(file.keys(), slots).items():
             fill(slots[name], file.get_tensor(key), f"{name} in {path / _WEIGHTS}")
+    reading.check_link(path / ORIGIN)
     lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
     return lm.eval()
 
@@ -123,27 +131,36 @@ def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
             f"be of format {_FORMAT!r}",
             "it is a transformers folder: use from_hf" if foreign else "name a folder that save wrote",
         )
+    refuse = functools.partial(_altered, path)
+    check_fields(body, {"model": dict, "dtype": str, "files": dict[str, dict]}, refuse)
+    check_seal(body, refuse, ("format", "model", "dtype", "files"))
+    check_fields(body["files"], {_WEIGHTS: dict}, refuse)
+    check_fields(body["files"][_WEIGHTS], {"bytes": int, "sha256": str}, refuse)
+    if body["dtype"] not in _DTYPES:
+        raise refuse(f"the dtype {body['dtype']!r:.40}")
     try:
         config = LMConfig.from_json_dict(body["model"])
-        dtype = getattr(torch, body["dtype"])
-        expected = body["files"][_WEIGHTS]
-        size, sha256 = expected["bytes"], expected["sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _refusal("config.json", f"{path / 'config.json'} ({error!r})", "be whole", "restore it") from error
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    size, sha256 = body["files"][_WEIGHTS]["bytes"], body["files"][_WEIGHTS]["sha256"]
     weights = path / _WEIGHTS
     if not weights.is_file():
         raise _refusal("the weights", f"{weights}, which does not exist", "be there", _RESTORE)
     if weights.stat().st_size != size:
         raise _refusal("the weights", f"{weights} of {weights.stat().st_size} bytes", f"have {size} bytes", _RESTORE)
-    return config, dtype, sha256
+    return config, getattr(torch, body["dtype"]), sha256
+
+
+def _altered(path: Path, problem: str) -> CheckpointError:
+    return _refusal("config.json", f"{path / 'config.json'} ({problem})", "be whole", "restore it from a copy")
 
 
 def _check_header(weights: Path, config: LMConfig) -> None:
     """Refuses weights whose names or shapes are not those of the configuration."""
-    slots = stored(outline(config))
     with opened(weights) as file:
+        shapes = {stripped(name): file.get_slice(name).get_shape() for name in file.keys()}
+        check_sizes(weights.parent, config, shapes)
+        slots = stored(outline(config))
         keys = _keys(file.keys(), slots)
         check_names(weights, set(slots), set(keys))
         for name, slot in slots.items():
@@ -207,7 +224,10 @@ def carry(source: Path, target: Path, *, with_config: bool = False) -> None:
         kept += [file for file in files if file.suffix == ".py" and file.is_file()]
     templates = source / _TEMPLATES
     kept += sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+    if source.is_symlink() and source.name == ORIGIN:
+        reading.check_link(source)
     for file in kept:
+        reading.check_link(file)
         place = target / file.relative_to(source)
         write_whole(place, lambda aside, file=file: shutil.copyfile(file, aside) and None)
 
@@ -248,14 +268,21 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: not a whole safetensors file.
     """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "it is truncated or damaged: copy or download it again"
+        return _refusal("the weights", f"{path} ({problem})", "be a whole safetensors file", fix)
+
     try:
+        reading.check_safetensors(path, refuse)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError as error:
         raise _refusal("the weights", f"{path}, which does not exist", "be there", "copy the file again") from error
+    except IsADirectoryError as error:
+        raise refuse("a folder") from error
     except SafetensorError as error:
-        fix = "it is truncated or damaged: copy or download it again"
-        raise _refusal("the weights", f"{path} ({error})", "be a whole safetensors file", fix) from error
+        raise refuse(str(error)) from error
 
 
 def check_names(path: Path, wanted: set[str], found: set[str]) -> None:

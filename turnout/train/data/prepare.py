@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tokenizers
 
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
-from turnout.storage import digest, read_error, write_whole
+from turnout.storage import digest, open_own, read_error, sealed, write_whole
 from turnout.train.data.display import Display, display
 from turnout.train.data.documents import Source
 from turnout.train.data.reader import Reader, Settings, Survey
@@ -171,7 +171,7 @@ def _strange(out: Path) -> list[str]:
 def _locked(out: Path, tell: Display) -> Iterator[None]:
     """Holds the folder; a second process waits, then finds what the first one made."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
+    with open_own(out / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -237,8 +237,8 @@ def _build(
         "fingerprint": fingerprint,
         "files": files,
     }
-    write_whole(out / "tokens.json", json.dumps(head, indent=2) + "\n")
-    tokens = TokenSet.open(out)
+    write_whole(out / "tokens.json", json.dumps(sealed(head), indent=2) + "\n")
+    tokens = TokenSet.open(out, verify=False)
     tell.say(f"prepared {tokens} in {out}")
     return tokens
 
