@@ -237,15 +237,9 @@ class Routing:
             ShapeError: the two routings are not over the same number of tokens.
         """
         if self.num_tokens != after.num_tokens:
-            raise ShapeError(
-                word(
-                    "the two routings",
-                    got=f"{self.num_tokens} and {after.num_tokens} tokens",
-                    allowed="route the same tokens",
-                    where="Routing.affinity",
-                    fix="take both from one forward pass",
-                )
-            )
+            got, fix = f"{self.num_tokens} and {after.num_tokens} tokens", "take both from one forward pass"
+            allowed, where = "route the same tokens", "Routing.affinity"
+            raise ShapeError(word("the two routings", got=got, allowed=allowed, where=where, fix=fix))
         here_TE = self.detach()._pattern(torch.float64)
         return (here_TE.t() @ after.detach()._pattern(torch.float64)).long()
 
@@ -316,15 +310,9 @@ class Routing:
             UsageError: capacity is below 1, or priority is neither of the two.
         """
         if capacity < 1 or priority not in ("weight", "position"):
-            raise UsageError(
-                word(
-                    "capacity and priority",
-                    got=f"{capacity} and {priority!r}",
-                    allowed="be at least 1, and 'weight' or 'position'",
-                    where="Routing.truncate",
-                    fix="pass capacity=1 or more and priority='weight'",
-                )
-            )
+            got, fix = f"{capacity} and {priority!r}", "pass capacity=1 or more and priority='weight'"
+            allowed, where = "be at least 1, and 'weight' or 'position'", "Routing.truncate"
+            raise UsageError(word("capacity and priority", got=got, allowed=allowed, where=where, fix=fix))
         rank_R = torch.arange(self.num_entries, device=self.token_R.device)
         if priority == "weight":
             heavy_R = torch.argsort(self.weight_R.detach(), descending=True, stable=True)
