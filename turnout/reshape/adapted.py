@@ -3,13 +3,15 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
+from turnout.reading import check_fields, check_link, plain_name
 from turnout.reshape.attach import attach
 from turnout.reshape.beside import FILE, FORMAT, adapters_of, describe, refuse_names, writer
 from turnout.reshape.learned import ROUTERS_FILE, load_routers
@@ -23,6 +25,7 @@ __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 _WHERE = "turnout.reshape.attach_folder"
 
 
+@expects(path=PATH)
 def save_adapters(
     path: str | Path,
     adapters: Sequence[str | Path],
@@ -67,16 +70,17 @@ def save_adapters(
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
-    for folder, one in found:
-        place = path / "adapters" / one.name
+    every = {name: _files(Path(folder)) for (folder, _), name in zip(found, names, strict=True)}
+    for name, files in every.items():
+        place = path / "adapters" / name
         place.mkdir(parents=True)
-        for file in sorted(Path(folder).iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
-                shutil.copyfile(file, place / file.name)
+        for file in files:
+            shutil.copyfile(file, place / file.name)
     describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
 
+@expects(path=PATH, model=nn.Module)
 def save_attached(path: str | Path, model: nn.Module) -> Report:
     """Writes the adapters and the routers of a model as they are now to a folder that ``attach_folder`` reads.
 
@@ -122,6 +126,14 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
     return report
 
 
+def _files(folder: Path) -> list[Path]:
+    """What of an adapter's folder is copied; not what a stranger's folder points at elsewhere."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".md")]
+    for file in files:
+        check_link(file)
+    return [file for file in files if file.is_file()]
+
+
 def _refuse_existing(path: Path, where: str) -> None:
     """Refuses to write into anything but a new or an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
@@ -131,6 +143,7 @@ def _refuse_existing(path: Path, where: str) -> None:
         )
 
 
+@expects(model=nn.Module, path=PATH)
 def attach_folder(
     model: nn.Module,
     path: str | Path,
@@ -171,12 +184,16 @@ def attach_folder(
     if (path / SHARDS_FILE).exists() and not (path / FILE).exists():
         return load_shards(model, path, any_base=any_base)
     body = read_json(path / FILE, _WHERE)
-    names = body.get("adapters")
-    if body.get("format") != FORMAT or not isinstance(names, list) or any(Path(name).name != name for name in names):
-        got = f"{path / FILE} of format {body.get('format')!r} with {names!r}"
-        fix = "name a folder that save_adapters wrote"
-        raise CheckpointError(word("the adapters", got=got, allowed=f"be {FORMAT}", where=_WHERE, fix=fix))
-    folders = [path / "adapters" / name for name in names]
+
+    def refuse(problem: str) -> CheckpointError:
+        got, fix = f"{path / FILE} ({problem})", "name a folder that save_adapters wrote"
+        return CheckpointError(word("the adapters", got=got, allowed=f"be {FORMAT}", where=_WHERE, fix=fix))
+
+    kinds = {"format": Literal["turnout.adapters/1"], "adapters": list[str], "router": str | None}
+    check_fields(body, kinds | {"router_options": dict[str, Any] | None}, refuse)
+    folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
+    for folder in (path / "adapters", *folders):
+        check_link(folder, refuse)
     options = body.get("router_options") or {}
     if body.get("router") is None and router is None:
         got, fix = "none", "pass router=BUILD, the function that attach was given"

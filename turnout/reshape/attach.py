@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import Adapter, Asking, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, same_base
 from turnout.paths import LoRA
@@ -25,6 +26,7 @@ __all__ = ["attach", "detach"]
 _WHERE = "turnout.reshape.attach"
 
 
+@expects(model=nn.Module)
 def attach(
     model: nn.Module,
     adapters: Sequence[str | Path | PeftAdapter],
@@ -76,6 +78,7 @@ def attach(
     everyone = tuple(one.name for one in found)
     shared: dict[object, nn.Module] = {}
     made = {name: _adapter(model, name, present, build, options, shared, everyone) for name, present in sites.items()}
+    report = _report(model, made, found, sites, router)
     alive(model)  # only now: a refusal above leaves the model as it was
     if freeze:
         freeze_all(model)
@@ -83,9 +86,10 @@ def attach(
         put(model, name, adapter)
     setattr(model, CHOICE, (router if isinstance(router, str) else None, options))
     saved_by(model, writer)
-    return model, _report(made, found, sites, router)
+    return model, report
 
 
+@expects(model=nn.Module)
 def detach(model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model without its adapters: every layer is the very module it was; changed in place.
 
@@ -118,10 +122,9 @@ def detach(model: nn.Module) -> tuple[nn.Module, Report]:
 
 def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_base: bool) -> list[PeftAdapter]:
     """The adapters, read; a model that they cannot go on is refused."""
-    if not isinstance(model, nn.Module) or isinstance(adapters, str | Path | PeftAdapter):
-        got = f"a {type(model).__name__} and a {type(adapters).__name__}"
-        allowed, fix = "be a live model and a list of adapters", "call attach(model, [FOLDER, FOLDER])"
-        raise UsageError(word("model and adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if isinstance(adapters, str | Path | PeftAdapter):
+        got, fix = f"a {type(adapters).__name__}", "call attach(model, [FOLDER, FOLDER])"
+        raise UsageError(word("adapters", got=got, allowed="be a list of adapters", where=_WHERE, fix=fix))
     found = [one if isinstance(one, PeftAdapter) else read_adapter(one) for one in adapters]
     strangers = {type(module).__module__.partition(".")[0] for module in (model, *model.modules())}
     if "peft" in strangers:
@@ -159,7 +162,40 @@ def _sites(model: nn.Module, found: list[PeftAdapter]) -> dict[str, list[PeftAda
         for name, factor in one.factor.items():
             _fit(modules, name, one.name, factor)
             sites.setdefault(name, []).append(one)
+        _same_copies(modules, one)
+        without = _without(modules, one)
+        if without and one.settings is not None and not one.settings.starts_at_nothing:
+            got = f"{', '.join(without[:3])} of {len(without)} without, in adapter {one.name!r}"
+            allowed = "be there for every map that its settings name: init_lora_weights=False starts them at random"
+            fix = "save the adapter again, whole"
+            raise CheckpointError(word("an adapter's factors", got=got, allowed=allowed, where=_WHERE, fix=fix))
     return {name: sites[name] for name in modules if name in sites}
+
+
+def _without(modules: Mapping[str, nn.Module], one: PeftAdapter) -> list[str]:
+    """The linear maps that an adapter's settings name and its folder has no factors for."""
+    if one.settings is None:
+        return []
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in one.factor]
+    return [name for name in linear if one.settings.targeted(name)]
+
+
+def _same_copies(modules: Mapping[str, nn.Module], one: PeftAdapter) -> None:
+    """Refuses an adapter that brings weights of another base along, such as embeddings of another size."""
+    wrong = []
+    for name, copy in one.copies.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.shape != copy.shape:
+            wrong.append(name)
+        elif not weight.is_meta and not torch.equal(weight.detach().cpu(), copy.to(weight.dtype)):
+            wrong.append(name)
+    if wrong:
+        got = f"{', '.join(f'{name} {tuple(one.copies[name].shape)}' for name in wrong)} in adapter {one.name!r}"
+        fix = "put these weights into the base model first (resize its embeddings where they differ in size)"
+        allowed = "be those of the base model: an adapter belongs to the base that it was trained on"
+        raise CheckpointError(
+            word("weights of a base model beside an adapter", got=got, allowed=allowed, where=_WHERE, fix=fix)
+        )
 
 
 def _fit(modules: Mapping[str, nn.Module], name: str, adapter: str, factor: tuple[Tensor, Tensor, float]) -> None:
@@ -215,13 +251,17 @@ def _adapter(
 
 
 def _report(
+    model: nn.Module,
     made: Mapping[str, Adapter],
     found: list[PeftAdapter],
     sites: Mapping[str, list[PeftAdapter]],
     router: str | Callable[[Site], nn.Module],
 ) -> Report:
     partly = {name: len(present) for name, present in sites.items() if len(present) < len(found)}
-    notes = (f"{len(partly)} maps are changed by some of the adapters only",) if partly else ()
+    notes = [f"{len(partly)} maps are changed by some of the adapters only"] if partly else []
+    for one in found:
+        if without := _without(dict(model.named_modules()), one):
+            notes.append(f"{one.name} has no factors for {len(without)} maps that its settings name: {without[0]}")
     deciders = {id(adapter.router): adapter.router for adapter in made.values()}
     decides = sum(parameter.numel() for one in deciders.values() for parameter in one.parameters())
     values: dict[str, Any] = {
@@ -232,4 +272,4 @@ def _report(
         "params_added": sum(adapter.paths.cost().params or 0 for adapter in made.values()),
         "params_router": decides,
     }
-    return Report("attach", values, notes)
+    return Report("attach", values, tuple(notes))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import PeftAdapter, write_adapter, write_gates
 from turnout.reshape.learned import router_tensors, write_routers
@@ -23,6 +24,7 @@ FORMAT = "turnout.adapters/1"
 FILE = "adapters.json"
 
 
+@expects(model=nn.Module)
 def adapters_of(model: nn.Module, *, state: Mapping[str, Tensor] | None = None) -> list[PeftAdapter]:
     """The adapters of an attached model as they are now, for instance after training; copies.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token import FedIns
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers.scaled import Asking, Scaled
 from turnout.paths import SSF
 from turnout.reshape.live import alive, freeze, put, saved_by
@@ -18,6 +19,7 @@ __all__ = ["scale_and_shift"]
 _WHERE = "turnout.reshape.scale_and_shift"
 
 
+@expects(model=nn.Module)
 def scale_and_shift(
     model: nn.Module,
     modules: Sequence[str],
@@ -58,7 +60,8 @@ def scale_and_shift(
     80
 
     Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning"; Lian et al., 2022, "Scaling
-    & Shifting Your Features". There each member of the pool has a classifier of its own too.
+    & Shifting Your Features". There each member of the pool has a classifier of its own too, and
+    members start at random, scales from N(1, 0.02) and shifts from N(0, 0.02); ours start where the model is unchanged.
     """
     found = dict(model.named_modules())
     _check(found, modules, trained)
