@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turnout.errors import StorageError, word
+from turnout.reading import open_regular
 
 __all__ = ["digest", "read_error", "write_whole"]
 
@@ -103,10 +104,16 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
 def digest(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits; reads in pieces, so any size is fine.
 
-    >>> digest("/dev/null")[:8]
+    Raises:
+        CheckpointError: a device, a pipe or a folder, which have no end or no bytes.
+        OSError: it cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     digest(file.name)[:8]
     'e3b0c442'
 
     Source: none; plain bookkeeping.
     """
-    with Path(path).open("rb") as file:
+    with open_regular(path, any_link=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

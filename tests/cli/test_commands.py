@@ -73,6 +73,38 @@ def test_report_of_two_runs(run, tmp_path, capsys):
     assert "<svg" in page.read_text()
 
 
+def test_report_of_conversions_and_of_a_run_beside_one(run, tmp_path):
+    for name in ("one", "two"):
+        assert (
+            main(
+                ["convert", str(run), "--drop-experts", "1", "--by", "random", "--out", str(tmp_path / name), "--quiet"]
+            )
+            == 0
+        )
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Conversions side by side" in text and text.count("Before and after") == 2
+    assert main(["report", str(run), str(tmp_path / "one"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "beside it 1 model made of others" in text and "Before and after" in text and "Learning" in text
+
+
+def test_runs_on_other_text_are_not_ranked(run, text, tmp_path, capsys):
+    other = tmp_path / "text"
+    shutil.copytree(text, other)
+    (other / "more.txt").write_text("something else, " * 40)
+    out, page = tmp_path / "y", tmp_path / "page.html"
+    assert main(["train", "tiny", *SMALL, "held_out=0.4", "--data", str(other), "--out", str(out), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(run), str(out), "--out", str(page)]) == 0
+    assert "Not ranked: " in page.read_text() and "less than" not in page.read_text()
+    assert (
+        json.loads((out / "run.json").read_text())["held_out_text"]
+        != json.loads((run / "run.json").read_text())["held_out_text"]
+    )
+
+
 def test_a_run_repeats_from_its_run_json(run, tmp_path):
     again = tmp_path / "again"
     assert main(["run", str(run / "run.json"), "--out", str(again), "--quiet"]) == 0

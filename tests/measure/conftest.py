@@ -133,6 +133,7 @@ def make_run(
         passage=make_passage(layers, experts) if experts else None,
         hardware={"cpu": "Example 9000", "cores": 2, "memory_bytes": 17179869184, "torch": "2.13.0", "commit": None},
         command="turnout demo --out runs/demo",
+        texts=("held_out_text 12ab",),
     )
 
 

@@ -499,6 +499,43 @@ def test_masked_logits_are_equal_and_a_nan_is_not() -> None:
     assert "not finite" in str(broken) and Certificate.from_json(broken.to_json()) == broken
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["all", "row", "one"])
+@pytest.mark.parametrize("sides", ["a", "b", "both"])
+def test_what_is_no_number_is_never_certified(value: float, where: str, sides: str) -> None:
+    good_BSV = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    bad_BSV = good_BSV.clone()
+    bad_BSV[{"all": (slice(None),), "row": (0, 2), "one": (0, 2, 3)}[where]] = value
+    a_BSV, b_BSV = (bad_BSV if side in sides or sides == "both" else good_BSV for side in "ab")
+    found = certify(lambda _: a_BSV, lambda _: b_BSV, ids(1, 4), bound=1e6)
+    if sides == "both" and where == "one" and value == -torch.inf:
+        assert found.verdict == "bit-equal", "a token that both rule out, as a padded vocabulary does"
+        return
+    assert found.verdict == "different" and not found.equal and found.logits.relative is None
+    lost = {"all": 4, "row": 1, "one": 0 if value == -torch.inf else 1}[where]
+    assert found.logits.lost_a == (lost if sides != "b" else 0)
+    assert found.logits.lost_b == (lost if sides != "a" else 0)
+    assert ("not finite" in str(found)) and Certificate.from_json(found.to_json()) == found
+    assert found.logits.top1 <= 1 - lost / 4
+
+
+def test_two_models_that_give_nothing_but_nan_are_not_equal() -> None:
+    a, b = make(), make()
+    with torch.no_grad():
+        for model in (a, b):
+            model.norm.weight[0] = torch.nan
+    for one, other in ((a, b), (a, a)):
+        found = certify(one, other, ids())
+        assert found.verdict == "different"
+        assert "nothing is certified, logits are not finite: those of A at" in str(found)
+
+
+def test_a_bound_that_lets_everything_through_says_so() -> None:
+    a = make()
+    assert "lets through logits that are all zero" in str(certify(a, a, ids(), bound=1.0))
+    assert "lets through" not in str(certify(a, a, ids(), bound=0.5))
+
+
 def test_experts_that_no_token_took_are_named() -> None:
     a = make()
     a.blocks[1].ff.router.bias_E[4] = -100.0
@@ -563,8 +600,11 @@ def test_mistakes_say_what_to_do() -> None:
         certify(a, a, [])
     with pytest.raises(DataError, match="whole numbers"):
         certify(a, a, torch.zeros(2, 2))
-    with pytest.raises(UsageError, match="bound must be at least 0"):
-        certify(a, a, ids(), bound=-1.0)
+    for bound in (-1.0, 0, 0.0, torch.nan, torch.inf, True):
+        with pytest.raises(UsageError, match="bound must be a number above 0"):
+            certify(a, a, ids(), bound=bound)
+    with pytest.raises(ShapeError, match="at least one token"):
+        certify(lambda id_BS: torch.empty(*id_BS.shape, 0), lambda id_BS: torch.empty(*id_BS.shape, 0), ids())
     with pytest.raises(UsageError, match="give logits"):
         certify(a, lambda id_BS: id_BS, ids())
     with pytest.raises(ShapeError, match="score the same tokens"):

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from turnout.errors import CheckpointError
-from turnout.measure import ConversionData, certify, conversion_html
+from turnout.measure import (
+    AdaptationData,
+    ConversionData,
+    ReportData,
+    RunData,
+    adaptation_html,
+    certify,
+    conversion_html,
+    report_html,
+)
 from turnout.models import LM, LMConfig, MoEConfig
 
 HOSTILE = """</script><img src=x onerror=alert(1)>"'&<svg/onload=alert(3)>-->"""
@@ -121,3 +130,33 @@ def test_another_folder_is_refused(tmp_path, text):
         (tmp_path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match="name a folder that turnout convert wrote"):
         ConversionData.open(tmp_path)
+
+
+ADAPTED = {
+    "settings": {"source": "/models/base"},
+    "adapters": [{"name": HOSTILE, "ranks": [2], "params": 96, "maps": 1, "gates": False}],
+    "loss": {},
+    "share": {},
+    "report": {"values": {"router": "arrow", "params_added": 96, "modules": ["0"]}},
+}
+
+
+def test_conversions_and_adapters_stand_beside_each_other_and_beside_runs() -> None:
+    one, other = data(), dataclasses.replace(data(), name=HOSTILE)
+    chosen = AdaptationData("routed", ADAPTED)
+    both = report_html(ReportData("two", []), others=[one, other])
+    assert "Conversions side by side" in both and both.count("Does it compute the same?") == 2
+    assert "2 models made of others" in both and "2.500 → 2.625" in both and "not ranked" in both
+    assert HOSTILE not in both and "Nothing has been measured yet" not in both
+    run = RunData("x", result={"bits_per_byte": 2.0}, texts=("a",))
+    mixed = report_html(ReportData("mixed", [run]), others=[one, chosen])
+    assert "x needs 2.000 bits per byte on held-out text; beside it 2 models made of others" in mixed
+    assert "big → small" in mixed and "base → routed" in mixed and HOSTILE not in mixed
+    assert "–</td><td>–" not in mixed.split("Conversions side by side")[0].split("big → small")[0]
+
+
+def test_a_loss_that_is_not_finite_is_no_win() -> None:
+    loss = {"base": 3.0, "a": 2.5, "all, evenly": float("nan"), "routed": 2.0}
+    record = ADAPTED | {"loss": loss, "text": {"tokens": 5}}
+    page = adaptation_html(AdaptationData("routed", record))
+    assert "the loss is not finite: all, evenly" in page and "better than" not in page

@@ -1,5 +1,8 @@
 """Reports and results as text."""
 
+import dataclasses
+import math
+
 import pytest
 
 from turnout.errors import UsageError
@@ -16,6 +19,14 @@ def test_comparing_takes_the_common_numbers_and_names_the_rest() -> None:
     assert set(found.values) == {"max_vio", "dead"}
     assert found.notes == ("seed 0", "seed 1", "only the first has old", "only the second has new")
     assert Report.from_json(found.to_json()) == found
+
+
+def test_numbers_that_are_not_finite_are_not_compared() -> None:
+    before, after = Report("x", {"a": math.nan, "b": 1.0}), Report("x", {"a": math.nan, "b": 2.0})
+    found = compare(before, after)
+    assert list(found.values) == ["b"] and "a is not compared: nan and nan" in found.notes[0]
+    with pytest.raises(UsageError, match="number in common"):
+        compare(Report("x", {"a": math.inf}), Report("x", {"a": 1.0}))
 
 
 def test_reports_without_a_common_number_cannot_be_compared() -> None:
@@ -52,6 +63,7 @@ def test_the_table_lines_up_and_leaves_out_what_nobody_knows() -> None:
         RunData("dense", result={"bits_per_byte": 1.75, "by_domain": {"code": 1.5}}, cost=Cost(params=1000)),
         RunData("a longer name", result={"bits_per_byte": 1.5, "by_domain": {"prose": 2.0}}, tokens_per_s=1234.0),
     ]
+    runs = [dataclasses.replace(run, texts=("one text",)) for run in runs]
     lines = results_table(runs).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("  ")[0].strip() for line in lines if not line.startswith(" ")] == [

@@ -13,7 +13,8 @@ from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes import room
 from turnout.recipes.convert import convert, repeat
 from turnout.recipes.plan import make_plan
-from turnout.recipes.steps import Drop, Merge, Split, Upcycle
+from turnout.recipes.steps import Densify, Drop, Merge, Split, Upcycle
+from turnout.reshape import upcycle
 from turnout.types import Report
 
 
@@ -273,18 +274,32 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(llama, tmp_path,
         ("llama", [], "the steps"),
         ("llama", [Upcycle(8, 3, 2)], "granularity"),
         ("llama", [Upcycle(8, 2), Upcycle(8, 2)], "be dense"),
-        ("llama", [Upcycle(8, 1)], "cannot be written"),
         ("llama", [Drop(share=0.5, by="random")], "have experts"),
         ("mixtral", [Drop(share=0.9, by="random")], "top_k=2"),
+        ("mixtral", [Drop(count=0, by="random")], "a step must change the model .* 8 experts"),
+        ("mixtral", [Drop(share=0.1, by="random")], "be at least one expert .*--drop-experts 12.5%"),
+        ("mixtral", [Densify()], "a step must change the model .*densify"),
+        ("mixtral", [Drop(count=2, by="random"), Densify()], "a step must change the model .*densify"),
+        ("llama", [Split(1, 1)], "a step must change the model .*split"),
+        ("deepseek", [Drop(share=0.2, by="random")], "each of the 2 groups .*--drop-experts 25%"),
         ("mixtral", [Drop(share=0.25)], "--calibration must be given for drop_experts"),
         ("mixtral", [Merge(4)], "--calibration must be given for merge_experts"),
         ("llama", [Split(4, 2, by="gradient")], "--by cluster"),
         ("llama", [Split(7, 2)], "divide the hidden width 48"),
     ],
 )
-def test_steps_that_do_not_fit_are_refused_in_the_plan(llama, mixtral, kind, steps, words):
+def test_steps_that_do_not_fit_are_refused_in_the_plan(llama, mixtral, deepseek, kind, steps, words):
     with pytest.raises(UsageError, match=words):
-        make_plan({"llama": llama, "mixtral": mixtral}[kind], steps)
+        make_plan({"llama": llama, "mixtral": mixtral, "deepseek": deepseek}[kind], steps)
+
+
+def test_fine_experts_are_refused_in_bf16_where_transformers_would_tear_them(tmp_path, llama):
+    half = folders.make(tmp_path / "half", "llama", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"granularity=2 in bfloat16.*--granularity 1, or --dtype float32"):
+        make_plan(half, [Upcycle(8, 4, 2)])
+    make_plan(half, [Upcycle(8, 4, 2)], as_format="model")
+    make_plan(half, [Upcycle(8, 8, 2)])  # all of them are chosen
+    assert "load it in float32" in str(make_plan(half, [Upcycle(8, 4, 2)], dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("kind", "by"), [(Split, "clustr"), (Drop, "rep")])
@@ -326,3 +341,21 @@ def test_the_plan_counts_what_transformers_counts(llama, mixtral, gpt_oss, deeps
     row = make_plan(path, [], as_format="model").rows[0]
     assert row.params == sum(parameter.numel() for parameter in model.parameters())
     assert row.memory_bytes == sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def test_a_model_of_nothing_but_nan_is_not_said_to_be_the_same(tmp_path):
+    lm = LM(LMConfig(vocab_size=300, width=8, layers=1, heads=2, hidden=12, max_seq=32))
+    with torch.no_grad():
+        lm.norm.weight[0] = torch.nan
+    checkpoint.save(tmp_path / "a", lm)
+    done = convert(tmp_path / "a", [], tmp_path / "out", as_format="transformers")
+    assert done.certificate.verdict == "different" and "nothing can be said: logits are not finite" in done.summary()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "logits are not finite" in page and "computes what" not in page
+
+
+def test_text_without_a_token_compares_nothing():
+    lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, hidden=12))
+    for batches in ([torch.zeros(0, 4, dtype=torch.long)], [torch.zeros(4, 0, dtype=torch.long)]):
+        with pytest.raises(DataError, match="at least one token"):
+            upcycle(lm, num_experts=2, top_k=1, batches=batches)

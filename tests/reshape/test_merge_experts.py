@@ -156,3 +156,17 @@ def test_routers_with_correction_biases_and_groups_stay_untouched(router: str, t
     merged, _ = merge_experts(lm, keep=2, batches=text)
     for old, new in zip(lm.routers, merged.routers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+
+
+def test_random_groups_are_drawn_and_weigh_their_members_alike(text) -> None:
+    lm = sparse(num_experts=8)
+    _, report = merge_experts(lm, keep=3, batches=text, by="random", seed=1)
+    assert report["leader"] != merge_experts(lm, keep=3, batches=text)[1]["leader"]
+    assert report["leader"] == merge_experts(lm, keep=3, batches=text[:1], by="random", seed=1)[1]["leader"]
+    plain, told = merge_experts(lm, keep=3, batches=text, by="random", seed=1, align=False)
+    leader_E = torch.tensor(told["leader"]["0"])
+    for place, leader in enumerate(told["dominant"]["0"]):
+        members = lm.blocks[0].ff.bank.down[leader_E == leader]
+        torch.testing.assert_close(plain.blocks[0].ff.bank.down[place], members.mean(0))
+    with pytest.raises(UsageError, match="routing"):
+        merge_experts(lm, keep=3, batches=text, by="rooting")

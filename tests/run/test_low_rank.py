@@ -136,3 +136,74 @@ def test_sizes_that_do_not_fit_are_refused():
         low_rank(x, routing, weights)
     with pytest.raises(ShapeError, match="divisor"):
         low_rank_merged(x, Routing.from_dense(torch.ones(5, 2)), weights, torch.tensor([0, 0, 0]), parts=5)
+
+
+BAD = [("down", float("nan")), ("up", float("nan")), ("down", float("inf")), ("up", float("-inf"))]
+
+
+@pytest.mark.parametrize(("factor", "value"), BAD)
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 3, 2)])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_adapter_that_a_token_does_not_take_cannot_reach_it(ways, factor, value, ranks, tokens, gradients):
+    weights = bank(ranks)
+    bad = (weights.down_RD if factor == "down" else weights.up_RO).detach()
+    bad[weights.border_N[1], 1] = value  # of map 1, which only the last token takes
+    index = torch.tensor([[0, 2]] * (tokens - 1) + [[0, 1]])
+    gate = torch.rand(tokens, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    routing = Routing.from_topk(index, gate, num_experts=3)
+    x = torch.randn(tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with torch.set_grad_enabled(gradients):
+        ours, wanted = low_rank(x, routing, weights), low_rank_reference(x, routing, weights)
+    assert ours[:-1].isfinite().all()
+    assert torch.allclose(ours, wanted, atol=1e-12, equal_nan=True)
+    if gradients:
+        leaves = (x, gate, weights.down_RD, weights.up_RO)
+        for a, b in zip(
+            torch.autograd.grad(ours[:-1].sum(), leaves, retain_graph=True),
+            torch.autograd.grad(wanted[:-1].sum(), leaves, retain_graph=True),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_finite_factors_that_overflow_reach_only_those_who_take_them(ways, gradients):
+    down = torch.tensor([[1.0, 1.0], [3e4, 3e4]], dtype=torch.float16)
+    weights = LowRankWeights(down, torch.ones(2, 3, dtype=torch.float16), (0, 1, 2), (1.0, 1.0))
+    x = torch.full((4, 2), 2.0, dtype=torch.float16).requires_grad_()
+    with torch.set_grad_enabled(gradients):
+        y = low_rank(
+            x, Routing.from_topk(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), num_experts=2), weights
+        )
+    assert y.tolist() == [[4.0] * 3] * 4
+    if gradients:
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [[3.0, 3.0]] * 4
+
+
+def test_where_nobody_looks_the_bad_rows_are_left_out_and_their_takers_are_nan():
+    weights = bank((2, 2))
+    weights.up_RO.detach()[2, 0] = float("inf")
+    routing = Routing.from_dense(torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))
+    x = torch.randn(2, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, wanted = room._whole(x, routing, weights, looked=False), low_rank_reference(x, routing, weights)
+    assert torch.allclose(y[0], wanted[0]) and y[1].isnan().all()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("factor", "value"), BAD)
+@pytest.mark.parametrize("sequence_T", [[0, 0, 1, 1], [1, 0, 1, 1]], ids=["even", "ragged"])
+def test_merging_leaves_out_what_a_sequence_does_not_take(parts, factor, value, sequence_T):
+    weights, sequence_T = bank((2, 1, 2)), torch.tensor(sequence_T)
+    clean = dataclasses.replace(weights, down_RD=weights.down_RD.clone(), up_RO=weights.up_RO.clone())
+    (weights.down_RD if factor == "down" else weights.up_RO).detach()[2, 1] = value  # of map 1
+    gate = torch.tensor([[0.2, 0.0, 0.8]] * parts + [[0.3, 0.3, 0.4]] * parts, dtype=torch.float64).requires_grad_()
+    routing = Routing.from_dense(gate)
+    x = torch.randn(4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = low_rank_merged(x, routing, weights, sequence_T, parts=parts)
+    wanted = low_rank_merged(x, routing, clean, sequence_T, parts=parts)
+    first = sequence_T == 0
+    assert torch.allclose(ours[first], wanted[first], atol=1e-12)
+    assert not ours[~first].isfinite().all(), "the other sequence takes it"
+    got, right = (torch.autograd.grad(one[first].sum(), gate, retain_graph=True)[0][:parts] for one in (ours, wanted))
+    assert torch.allclose(got[:, [0, 2]], right[:, [0, 2]], atol=1e-12)

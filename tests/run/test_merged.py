@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from turnout.decide.token import SMEAR
 from turnout.errors import ShapeError
 from turnout.layers import Turnout, given
-from turnout.paths import Bank, LoRA
+from turnout.paths import SSF, Bank, LoRA
 from turnout.run import activate, execute, merged
 from turnout.types import ExpertWeights, Routing
 
@@ -118,3 +118,24 @@ def test_sizes_that_do_not_fit_are_refused():
     routing = Routing.from_dense(torch.ones(4, 2, dtype=torch.float64))
     with pytest.raises(ShapeError, match="over 3"):
         paths.merged(tokens(8), routing, RAGGED)
+
+
+@pytest.mark.parametrize("sequence_T", [RAGGED, torch.arange(4).repeat_interleave(2)], ids=["ragged", "even"])
+@pytest.mark.parametrize("name", ["up", "down", "up_bias", "down_bias"])
+def test_an_expert_that_a_sequence_does_not_take_cannot_reach_it(sequence_T, name):
+    paths, x_TD = bank(), tokens(8)
+    weight_BE = torch.tensor([[0.5, 0.5, 0.0]] * 3 + [[0.2, 0.3, 0.5]], dtype=torch.float64).requires_grad_()
+    wanted = merged(x_TD, Routing.from_dense(weight_BE), paths.weights(), sequence_T).detach()
+    getattr(paths, name).data[2].fill_(float("nan"))
+    ours = merged(x_TD, Routing.from_dense(weight_BE), paths.weights(), sequence_T)
+    free = sequence_T != 3
+    assert torch.allclose(ours[free], wanted[free]) and ours[~free].isnan().all()
+    (gradient,) = torch.autograd.grad(ours[free].sum(), weight_BE)
+    assert gradient[:3].isfinite().all()
+
+
+def test_a_pool_of_scales_leaves_out_what_a_sequence_does_not_take():
+    pool = SSF(2, 3)
+    pool.scale.data[1], pool.shift.data[1] = float("nan"), float("inf")
+    y_TD = pool.merged(torch.ones(2, 3), Routing.from_dense(torch.tensor([[1.0, 0.0], [0.5, 0.5]])), torch.arange(2))
+    assert y_TD[0].tolist() == [1.0] * 3 and y_TD[1].isnan().all()

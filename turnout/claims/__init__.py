@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
-from turnout.claims.claim import Claim
+from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
 from turnout.claims.compress_experts import compress_experts
 from turnout.claims.dense_to_sparse import dense_to_sparse
 from turnout.claims.drop_experts import drop_experts
@@ -17,6 +17,7 @@ from turnout.claims.fisher import fisher
 from turnout.claims.glider import glider
 from turnout.claims.latent_experts import latent_experts
 from turnout.claims.loss_free import loss_free
+from turnout.claims.merge_aligned import merge_aligned
 from turnout.claims.merge_experts import merge_experts
 from turnout.claims.mhr import mhr
 from turnout.claims.mhr_mu import mhr_mu
@@ -46,6 +47,7 @@ __all__ = [
     "glider",
     "latent_experts",
     "loss_free",
+    "merge_aligned",
     "merge_experts",
     "mhr",
     "mhr_mu",
@@ -62,7 +64,7 @@ __all__ = [
 ]
 
 
-def find(name: str) -> Callable[..., Claim]:
+def find(name: str) -> Callable[[], Claim]:
     """The claim of this name.
 
     Raises:
@@ -73,15 +75,29 @@ def find(name: str) -> Callable[..., Claim]:
     return globals()[name]
 
 
-def show(claim: Claim) -> str:
+def show(result: Result) -> str:
     """The claim and its evidence as a few lines of text."""
-    lines = [
-        f"{claim.name}: {'holds' if claim.holds else 'DOES NOT HOLD'} ({claim.seconds:.0f} s)",
-        f"  {claim.statement}",
-    ]
-    for row in claim.evidence:
-        measured, control = (statistics.fmean(values) for values in (row.measured, row.control))
-        limit = f"bound {row.bound:g}" if row.bound is not None else f"spread {row.spread:.4f}"
-        verdict = "ok" if row.holds else "NO"
-        lines.append(f"  {verdict}  {row.metric}: {measured:.4g} against {control:.4g} ({row.control_name}), {limit}")
-    return "\n".join([*lines, f"  {claim.source}. {claim.note}"])
+    claim, few = result.claim, len(result.seeds) < FEWEST_SEEDS
+    verdict = f"no verdict from {len(result.seeds)} of at least {FEWEST_SEEDS} seeds" if few else _verdict(result)
+    lines = [f"{claim.name}: {verdict} ({result.seconds:.0f} s)", f"  {claim.statement}"]
+    for one in result.evidence:
+        row, seen = one.row, "--" if few else "ok" if one.holds else "NO"
+        measured, control = statistics.fmean(one.measured), statistics.fmean(one.control)
+        limits = {
+            "below": f"spread {one.spread:.4f}",
+            "no_worse": f"{one.difference:+.4f} + spread {one.spread:.4f}, margin {row.margin}",
+            "within": f"bound {row.bound}",
+        }
+        metric = f"{row.metric} (the paper's headline)" if row.headline else row.metric
+        lines.append(
+            f"  {seen}  {metric}: {measured:.4g} against {control:.4g} ({row.against}), {limits[row.relation]}"
+        )
+    return "\n".join([*lines, f"  Off: {claim.off}. {claim.source}. {result.note}"])
+
+
+def _verdict(result: Result) -> str:
+    if result.holds:
+        return "holds"
+    if result.mechanism:
+        return "its mechanism holds, the paper's headline DOES NOT"
+    return "DOES NOT HOLD" + (", the paper's headline does" if result.headline else "")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +11,6 @@ from turnout.models.lm import LM, LMConfig, MoEConfig
 from turnout.train.data import TokenSet, prepare, python_text
 from turnout.train.loop import TrainConfig, train
 
-Note = Callable[[str], None] | None
-SEEDS = (0, 1, 2)
 VOCAB, SEQ = 512, 128
 
 
@@ -48,15 +45,13 @@ def small(moe: MoEConfig | None, *, hidden: int, width: int = 64) -> LMConfig:
     )
 
 
-def trial(model: LMConfig | LM, *, seed: int, steps: int, note: Note, name: str, **train_fields: float) -> Trial:
+def trial(model: LMConfig | LM, *, seed: int, steps: int, **train_fields: float) -> Trial:
     """Trains ``model`` from ``seed`` and measures it on the held-out documents at the end.
 
     Args:
         model: the network, or one that exists, which is trained in place.
         seed: of the weights and of the order of the data.
         steps: optimiser steps of 8 x 128 tokens.
-        note: told one line when the run is done.
-        name: what to call the run in that line.
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
     fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10} | train_fields
@@ -66,8 +61,5 @@ def trial(model: LMConfig | LM, *, seed: int, steps: int, note: Note, name: str,
         network = LM(model, seed=seed) if isinstance(model, LMConfig) else model
         result = train(network, text(), config, Path(out) / "run", quiet=True)
     last = result.evaluations[-1]
-    done = Trial(last["bits_per_byte"], last.get("max_vio") or 0.0)
-    if note:
-        note(f"{name}, seed {seed}: {done.bits_per_byte:.4f} bits per byte, MaxVio {done.max_vio:.3f}")
     torch.manual_seed(seed)
-    return done
+    return Trial(last["bits_per_byte"], last.get("max_vio") or 0.0)

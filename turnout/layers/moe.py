@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import POLICY, expects
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
@@ -54,6 +55,7 @@ class MoE(nn.Module):
 
     label_E: Tensor | None
 
+    @expects(router=POLICY)
     def __init__(
         self,
         width: int,
@@ -116,6 +118,7 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
         backend: str = "auto",
         routing: Routing | None = None,
+        real: Tensor | None = None,
     ) -> Routed:
         """The output, in x's shape and dtype, and the routing of the flattened tokens.
 
@@ -125,16 +128,18 @@ class MoE(nn.Module):
             generator: for routers that draw.
             backend: the name of an executor for this call; "auto" leaves it to the layer's own ``backend``.
             routing: of the flattened tokens, decided elsewhere; None asks the layer's router.
+            real: (...) bool, false at padding, about which nothing is decided; None leaves it to what
+                ``turnout.layers.given`` says. Where a routing is given, that says it.
 
         Raises:
-            ShapeError: token_id does not fit x.
+            ShapeError: token_id or real does not fit x.
             UsageError: the layer has no router, and no routing is given.
         """
         if routing is None:
             if self.router is None:
                 allowed, fix = "be given to a layer without a router", "pass routing=..., or build it with a router"
                 raise UsageError(word("routing", got=None, allowed=allowed, where="turnout.layers.MoE", fix=fix))
-            routing = decide(self.router, x, token_id, generator)
+            routing = decide(self.router, x, token_id, generator, real)
         held = routing if self.label_E is None else routing.relabel(self.label_E, self.bank.num_experts)
         y = self.bank(x.reshape(-1, x.shape[-1]), held, backend=self.backend if backend == "auto" else backend)
         y = y.view(x.shape)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.layers.adapter import about
-from turnout.types import Routing
+from turnout.expects import POLICY, expects
+from turnout.layers.told import about
+from turnout.layers.told import real as padding
+from turnout.types import Routing, spread
 
 __all__ = ["Routed", "Turnout"]
 
@@ -51,28 +53,40 @@ class Turnout(nn.Module):
     Source: Shazeer et al., 2017, "Outrageously Large Neural Networks"; any policy and any paths may be put in.
     """
 
+    @expects(paths=nn.Module, policy=POLICY)
     def __init__(self, paths: nn.Module, policy: nn.Module, *, backend: str = "auto") -> None:
         super().__init__()
         self.paths, self.policy, self.backend = paths, policy, backend
 
-    def forward(self, x: Tensor, *, token_id: Tensor | None = None, generator: torch.Generator | None = None) -> Routed:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_id: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        real: Tensor | None = None,
+    ) -> Routed:
         """The output, in x's shape and dtype, and the routing of the flattened tokens, or of the sequences.
 
         Args:
             x: (..., D).
             token_id: (...), for policies that look at the token itself.
             generator: for policies that draw.
+            real: (...) bool, false at padding, about which nothing is decided; None leaves it to what
+                ``turnout.layers.given`` says.
 
         Raises:
-            ShapeError: token_id does not fit x.
+            ShapeError: token_id or real does not fit x.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         if hasattr(self.policy, "parts"):
             found = about(x)
+            if real is not None:
+                found = dataclasses.replace(found, keep_T=_fitting("real", real, x))
             routing = self.policy(x_TD, given=found, generator=generator)
             y_TD = self.paths.merged(x_TD, routing, found.sequence_T)  # pyrefly: ignore[not-callable]
             return Routed(y_TD.view(x.shape), routing)
-        routing = decide(self.policy, x, token_id, generator)
+        routing = decide(self.policy, x, token_id, generator, real)
         return Routed(self.paths(x_TD, routing, backend=self.backend).view(x.shape), routing)
 
     def extra_repr(self) -> str:
@@ -80,18 +94,39 @@ class Turnout(nn.Module):
         return f"backend={self.backend!r}"
 
 
-def decide(policy: nn.Module, x: Tensor, token_id: Tensor | None, generator: torch.Generator | None) -> Routing:
-    """The policy's routing of the flattened tokens of x."""
-    if token_id is not None and token_id.shape != x.shape[:-1]:
+def decide(
+    policy: nn.Module,
+    x: Tensor,
+    token_id: Tensor | None,
+    generator: torch.Generator | None,
+    real: Tensor | None = None,
+) -> Routing:
+    """The policy's routing of the flattened tokens of x; rows of padding, where ``real`` is false, are empty.
+
+    The policy never sees padding, so what is chosen, drawn, counted and dropped is as if there were none.
+    """
+    x_TD = x.reshape(-1, x.shape[-1])
+    ids_T = None if token_id is None else _fitting("token_id", token_id, x)
+    real_T = padding(x) if real is None else _fitting("real", real, x).to(x.device).bool()
+    known = {}
+    if getattr(policy, "needs_given", False):
+        known = {"given": dataclasses.replace(about(x), keep_T=real_T).tokens()}
+    if real_T is None:
+        return policy(x_TD, token_id_T=ids_T, generator=generator, **known)
+    ids_T = None if ids_T is None else ids_T[real_T]
+    return spread(policy(x_TD[real_T], token_id_T=ids_T, generator=generator, **known), real_T)
+
+
+def _fitting(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """(T,) what is said of each token of x."""
+    if value.shape != x.shape[:-1]:
         raise ShapeError(
             word(
-                "token_id",
-                got=f"shape {tuple(token_id.shape)}",
+                name,
+                got=f"shape {tuple(value.shape)}",
                 allowed=f"have the shape {tuple(x.shape[:-1])} of x without its last axis",
                 where="turnout.layers",
-                fix="pass the ids of the same tokens",
+                fix="pass what belongs to the same tokens",
             )
         )
-    flat = None if token_id is None else token_id.reshape(-1)
-    known = {"given": about(x)} if getattr(policy, "needs_given", False) else {}
-    return policy(x.reshape(-1, x.shape[-1]), token_id_T=flat, generator=generator, **known)
+    return value.reshape(-1)

@@ -1,15 +1,19 @@
 """The page of a choice of adapters: what each is worth on a text, and which of them the router takes where."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from turnout.errors import CheckpointError, word
+from turnout.expects import expects
 from turnout.measure.bars import share_bars, value_bars
 from turnout.measure.charts import tracks
 from turnout.measure.page import flat, fold, frame, missing, table
 from turnout.measure.palette import expert_color
+from turnout.reading import read_json
 
 __all__ = ["AdaptationData", "adaptation_html"]
 
@@ -33,12 +37,32 @@ class AdaptationData:
     name: str
     record: Mapping[str, Any]
 
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The choice of adapters that is in a folder.
+
+        Raises:
+            CheckpointError: there is none, or its run.json is damaged.
+        """
+        folder = Path(folder)
+        try:
+            found = cls(folder.resolve().name, read_json(folder / "run.json"))
+            adaptation_html(found)  # which reads all that it must hold
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            got, fix = f"{folder} ({type(error).__name__}: {error})", "name a folder that convert --adapters wrote"
+            allowed = "hold a choice of adapters"
+            raise CheckpointError(
+                word("the folder", got=got, allowed=allowed, where="AdaptationData.open", fix=fix)
+            ) from error
+        return found
+
     @property
     def base(self) -> str:
         """The name of the model that the adapters are for."""
         return Path(self.record["settings"]["source"]).name
 
 
+@expects(data=AdaptationData)
 def adaptation_html(data: AdaptationData) -> str:
     """One html page: the loss without adapters, with each alone, with all of them evenly and routed; and who is chosen.
 
@@ -68,18 +92,26 @@ def adaptation_html(data: AdaptationData) -> str:
     )
     head = (
         f'<header>{tracks(len(adapters), [0, 1])}<div class="inner"><p class="eyebrow">{escape(title)}</p>'
-        f'<h1>{escape(_headline(data))}.</h1><ul class="lead">{items}</ul></div></header>'
+        f'<h1>{escape(adaptation_headline(data))}.</h1><ul class="lead">{items}</ul></div></header>'
     )
-    sections = [_worth(data), _chosen(data), _adapters(data), _setup(data)]
     payload = {"colors": max(1, min(len(adapters), 64)), "charts": [], "passage": None}
-    return frame(title, head, sections, experts=len(adapters), payload=payload)
+    return frame(title, head, adaptation_sections(data), experts=len(adapters), payload=payload)
 
 
-def _headline(data: AdaptationData) -> str:
+def adaptation_sections(data: AdaptationData) -> list[str]:
+    """What the page shows under its heading."""
+    return [_worth(data), _chosen(data), _adapters(data), _setup(data)]
+
+
+def adaptation_headline(data: AdaptationData) -> str:
+    """The key result in one sentence."""
     loss, router = data.record["loss"], data.record["report"]["values"]["router"]
     count = len(data.record["adapters"])
     if not loss:
         return f"{count} adapters on {data.base}, routed by {router}"
+    if not all(map(math.isfinite, loss.values())):
+        lost = [name for name, value in loss.items() if not math.isfinite(value)]
+        return f"{count} adapters on {data.base}, routed by {router}; the loss is not finite: {', '.join(lost)}"
     alone = min(value for name, value in loss.items() if name not in ("base", "all, evenly", "routed"))
     best = "better than" if loss["routed"] < min(alone, loss["all, evenly"]) else "not better than"
     return f"Routed by {router}, {count} adapters are {best} the best of them alone and than all of them evenly"

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
+from turnout.expects import expects
 from turnout.fields import build, plain
+from turnout.reading import check_fields, parse_json
 from turnout.storage import write_whole
 
 __all__ = [
@@ -74,6 +76,8 @@ class Gap:
         top1: the share of positions where both have the same most likely token.
         prompt: the row, counted from 0, where ``relative`` is largest.
         position: the token in it.
+        lost_a: positions where A's logits are no numbers (nan, +inf, or only -inf): they never count as equal.
+        lost_b: the same of B.
     """
 
     relative: float | None
@@ -83,6 +87,8 @@ class Gap:
     top1: float
     prompt: int
     position: int
+    lost_a: int = 0
+    lost_b: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +147,8 @@ class Certificate:
     """Whether B computes what A does, on these inputs, and where not.
 
     Args:
-        verdict: "bit-equal", "within bound" or "different".
+        verdict: "bit-equal", "within bound" or "different"; always the last where logits are no numbers, whatever their
+            bits: ``logits.lost_a`` and ``lost_b`` count those positions.
         bound: the largest ``logits.relative`` that counts as equal.
         a: the first model.
         b: the second.
@@ -182,6 +189,13 @@ class Certificate:
         """Whether B computes what A does, to the bound."""
         return self.verdict != "different"
 
+    @property
+    def lost(self) -> str:
+        """Where logits are no numbers, so that nothing can be said of them; empty where all are."""
+        counts = [("A", self.logits.lost_a), ("B", self.logits.lost_b)]
+        found = [f"those of {letter} at {lost} of {self.inputs.tokens} positions" for letter, lost in counts if lost]
+        return f"logits are not finite: {' and '.join(found)}" if found else ""
+
     def broken(self, a: Side, b: Side, inputs: Inputs) -> tuple[str, ...]:
         """What is no longer what was certified, a sentence each; empty when these are the same models and inputs."""
         found = []
@@ -207,24 +221,14 @@ class Certificate:
         Raises:
             CheckpointError: not a certificate, or altered since.
         """
+        body = parse_json(text, _refuse)
+        check_fields(body, {"format": Literal[_FORMAT], "sha256": str}, _refuse)
+        if body.pop("sha256") != _seal(body):
+            raise _refuse("its content is not what its sha256 says")
         try:
-            body = json.loads(text)
-            seal = body.pop("sha256")
-            if body["format"] != _FORMAT:
-                raise ValueError(f"format {body['format']!r}")
-            if seal != _seal(body):
-                raise ValueError("its content is not what its sha256 says")
             return build(cls, {name: item for name, item in body.items() if name != "format"}, "the certificate")
-        except (ValueError, KeyError, TypeError, AttributeError, TurnoutError) as error:
-            raise CheckpointError(
-                word(
-                    "the certificate",
-                    got=str(error),
-                    allowed=f"be {_FORMAT} JSON, as it was written",
-                    where="Certificate.from_json",
-                    fix="certify the two models again",
-                )
-            ) from error
+        except (KeyError, TypeError, TurnoutError) as error:
+            raise _refuse(str(error)) from error
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON, aside first and then renamed."""
@@ -251,6 +255,8 @@ class Certificate:
             return "B gives the very bits that A gives"
         if self.verdict == "within bound":
             return f"B computes what A does, to a relative {_number(self.bound)}"
+        if self.lost and (self.parted is None or self.logits.lost_a):
+            return f"nothing is certified, {self.lost}"
         if self.parted is None:
             return "B does not compute what A does"
         part = self.parted
@@ -260,6 +266,7 @@ class Certificate:
         return f"they part in {where}{which} ({part.module}, by {_number(part.relative)}{moved})"
 
 
+@expects(model=nn.Module)
 def weights_digest(model: nn.Module) -> str:
     """The SHA-256 of a model's tensors, as 64 hexadecimal digits, whatever their order and device.
 
@@ -298,6 +305,13 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         if flat.numel():
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _refuse(problem: str) -> CheckpointError:
+    allowed, fix = f"be {_FORMAT} JSON, as it was written", "certify the two models again"
+    return CheckpointError(
+        word("the certificate", got=problem, allowed=allowed, where="Certificate.from_json", fix=fix)
+    )
 
 
 def _seal(body: Mapping[str, object]) -> str:

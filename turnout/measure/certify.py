@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import DataError, ShapeError, UsageError, word
+from turnout.expects import CALLED, expects
 from turnout.measure.certificate import (
     Certificate,
     Gap,
@@ -45,6 +46,7 @@ _WHERE = "turnout.measure.certify"
 _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@expects(a=CALLED, b=CALLED)
 def certify(
     a: Model,
     b: Model,
@@ -58,13 +60,13 @@ def certify(
     """Whether B computes what A does on these inputs, how far apart they are, and in which layer they first part.
 
     "bit-equal": all logits have the same bits; "within bound": at every position |b - a| / |a| is at most ``bound``;
-    "different" otherwise. The top of the file says how modules are matched.
+    "different" otherwise, and always where logits are no numbers. The top of the file says how modules are matched.
 
     Args:
         a: a module or function from ids (B, S) to logits (B, S, V), or to something with ``logits``.
         b: the other.
         inputs: (B, S) token ids, or several such, which are run one after the other.
-        bound: what counts as equal, at least 0; None for 1e-4, 1e-2 in fp16, 5e-2 in bf16, 1e-9 in fp64.
+        bound: what counts as equal, above 0; None for 1e-4, 1e-2 in fp16, 5e-2 in bf16, 1e-9 in fp64.
         names: modules of A -> their counterparts in B, with all that is inside; None for "none".
         labels: what to call the two.
         source: where the inputs come from, in a few words.
@@ -73,7 +75,7 @@ def certify(
         The certificate. Of experts that took no token it says nothing, and lists them.
 
     Raises:
-        UsageError: a bound below 0, or a model that gives no logits.
+        UsageError: a bound that is not above 0, or a model that gives no logits.
         ShapeError: the two have other vocabularies.
         DataError: no inputs.
 
@@ -88,8 +90,7 @@ def certify(
         study = _Study(a, b, items, names)
         limit, gap = _bound(bound, a, b, study.dtypes), study.logits()
         routes, apart = study.routes(limit), study.layers(limit)
-    verdict: Verdict = "different" if gap.relative is None or gap.relative > limit else "within bound"
-    verdict = verdict if study.unlike else "bit-equal"
+    verdict = _verdict(gap, limit, same=not study.unlike)
     return Certificate(
         verdict=verdict,
         bound=limit,
@@ -104,6 +105,13 @@ def certify(
         notes=_notes(a, b, apart, verdict, limit),
         context=hardware(),
     )
+
+
+def _verdict(gap: Gap, bound: float, *, same: bool) -> Verdict:
+    """What the numbers say; ``same`` bits count only where the distance is a number."""
+    if gap.relative is None or not gap.relative <= bound:
+        return "different"
+    return "bit-equal" if same else "within bound"
 
 
 def describe(model: Model, name: str, *, config_sha256: str | None = None) -> Side:
@@ -144,6 +152,9 @@ class _Study:
         return one, observe(self.b, item, self.names_b, values=values)
 
     def _compare(self, number: int, one: Record, other: Record) -> None:
+        if not one.logits.numel() or not other.logits.numel():
+            got, fix = f"logits of shape {tuple(one.logits.shape)}", "certify models with a vocabulary"
+            raise ShapeError(word("the models", got=got, allowed="score at least one token", where=_WHERE, fix=fix))
         if one.logits.shape != other.logits.shape:
             got = f"{one.logits.shape[-1]} and {other.logits.shape[-1]} logits a token"
             fix = "certify models of one vocabulary"
@@ -173,6 +184,8 @@ class _Study:
             top1=float(joined("same_N").double().mean()),
             prompt=prompt,
             position=position,
+            lost_a=int((~joined("told_a_N")).sum()),
+            lost_b=int((~joined("told_b_N")).sum()),
         )
 
     def routes(self, bound: float) -> tuple[RoutingGap, ...]:
@@ -246,9 +259,9 @@ def _items(inputs: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def _bound(bound: float | None, a: Model, b: Model, dtypes: set[torch.dtype]) -> float:
     if bound is not None:
-        if not 0 <= bound < math.inf:
-            fix = "pass bound=1e-4, or None for one that fits the dtype"
-            raise UsageError(word("bound", got=bound, allowed="be at least 0", where=_WHERE, fix=fix))
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < math.inf:
+            fix = "pass bound=1e-4, or None for one that fits the dtype; bit-equal is told without any"
+            raise UsageError(word("bound", got=bound, allowed="be a number above 0", where=_WHERE, fix=fix))
         return float(bound)
     modules = [model for model in (a, b) if isinstance(model, nn.Module)]
     kinds = dtypes | {tensor.dtype for model in modules for tensor in model.parameters()}
@@ -277,8 +290,8 @@ def finite(value: float) -> float | None:
 
 def _notes(a: Model, b: Model, apart: Apart, verdict: str, bound: float) -> tuple[str, ...]:
     if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
-        return ("layers were not compared: not both are modules",)
-    notes = []
+        return (*_weak(bound), "layers were not compared: not both are modules")
+    notes = list(_weak(bound))
     lonely = [sorted(apart.lonely(side)) for side in ("A", "B")]
     for letter, names in zip("AB", lonely, strict=True):
         if names:
@@ -292,3 +305,8 @@ def _notes(a: Model, b: Model, apart: Apart, verdict: str, bound: float) -> tupl
     if verdict == "within bound" and worst is not None and worst[1].relative > bound:
         notes.append(f"inside, {worst[0][0]} is {worst[1].relative:.3g} apart, which the logits do not show")
     return tuple(notes)
+
+
+def _weak(bound: float) -> tuple[str, ...]:
+    about = f"a bound of {bound:.3g} also lets through logits that are all zero: it says next to nothing"
+    return (about,) if bound >= 1 else ()

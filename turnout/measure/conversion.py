@@ -1,18 +1,19 @@
 """The page of a conversion: one self-contained html file that shows a model before and after its steps."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, word
+from turnout.expects import expects
 from turnout.measure.bars import expert_cells, gap_bars, pair_bars, share_bars
 from turnout.measure.certificate import Certificate
 from turnout.measure.charts import tracks
 from turnout.measure.page import dot, flat, fold, frame, missing, table
 from turnout.measure.report import quantity
+from turnout.reading import read_json, read_text
 
 __all__ = ["ConversionData", "conversion_html"]
 
@@ -50,10 +51,10 @@ class ConversionData:
         """
         folder = Path(folder)
         try:
-            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))["conversion"]
+            record = read_json(folder / "run.json", refuse=CheckpointError, finite=False)["conversion"]
             rows, steps = record["plan"], record["steps"]
             found = folder / "certificate.json"
-            certificate = Certificate.from_json(found.read_text(encoding="utf-8")) if found.is_file() else None
+            certificate = Certificate.from_json(read_text(found)) if found.is_file() else None
             if len(rows) != len(steps) + 1:
                 raise ValueError(f"{len(steps)} steps and {len(rows)} lines of the plan")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,6 +80,7 @@ class ConversionData:
         return self.record.get("held_out") or {}
 
 
+@expects(data=ConversionData)
 def conversion_html(data: ConversionData) -> str:
     """One html page: sizes before and after, the certificate, what each step changed, and the load of experts.
 
@@ -98,18 +100,27 @@ def conversion_html(data: ConversionData) -> str:
 
     Source: none; the drawings are our own.
     """
-    experts = max([_experts(row) for row in data.rows], default=0)
-    sections = [_sizes(data), _certificate(data), _steps(data), _load(data), _setup(data)]
+    experts = most_experts(data)
     title = f"{data.source} → {data.name}"
     head = (
         f'<header>{tracks(experts, [0, 1])}<div class="inner"><p class="eyebrow">{escape(title)}</p>'
-        f'<h1>{escape(headline(data))}.</h1><ul class="lead">{_facts(data)}</ul></div></header>'
+        f'<h1>{escape(conversion_headline(data))}.</h1><ul class="lead">{_facts(data)}</ul></div></header>'
     )
     payload = {"colors": max(1, min(experts, 64)), "charts": [], "passage": None}
-    return frame(title, head, sections, experts=experts, payload=payload)
+    return frame(title, head, conversion_sections(data), experts=experts, payload=payload)
 
 
-def headline(data: ConversionData) -> str:
+def most_experts(data: ConversionData) -> int:
+    """The experts of the model that has most of them, before or after."""
+    return max([_experts(row) for row in data.rows], default=0)
+
+
+def conversion_sections(data: ConversionData) -> list[str]:
+    """What the page shows under its heading."""
+    return [_sizes(data), _certificate(data), _steps(data), _load(data), _setup(data)]
+
+
+def conversion_headline(data: ConversionData) -> str:
     """The key result in one sentence."""
     ratio = data.rows[-1]["params"] / max(1, data.rows[0]["params"])
     size = f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"
@@ -119,6 +130,8 @@ def headline(data: ConversionData) -> str:
         return f"{data.name} computes what {data.source} does, to the bit, with {size}"
     if verdict == "within bound":
         return f"{data.name} computes what {data.source} does, with {size}"
+    if data.certificate and data.certificate.lost:
+        return f"{data.name} has {size}; {data.certificate.lost} (A is {data.source})"
     if data.held_out:
         before, after = (data.held_out[when]["bits_per_byte"] for when in ("before", "after"))
         return f"{data.name} has {size}, and needs {after:.3f} bits per byte where {data.source} needs {before:.3f}"
@@ -157,7 +170,10 @@ def _sizes(data: ConversionData) -> str:
         bytes_, note = data.held_out["bytes"], "of the text, which no step looked at"
         about = f"Bits per byte are over {bytes_:,} bytes {note}; lower is better."
     else:
-        about = "Bits per byte were not measured: no text was given with --calibration, or too little to hold some out."
+        about = (
+            "Bits per byte were not measured: no text was given with --calibration, or too little to hold some out, or "
+            "a model gives no finite numbers."
+        )
     names = "".join(f"<th>{escape(row['name'])}</th>" for row in data.rows)
     body = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
@@ -194,7 +210,7 @@ def _certificate(data: ConversionData) -> str:
     if shown:
         inside = gap_bars([shown[n] for n in _some(len(shown))], found.bound)
     else:
-        inside = missing("All layers give the same bits." if found.verdict == "bit-equal" else "Layers do not match.")
+        inside = missing("All layers give the same bits." if found.verdict == "bit-equal" else "No layer was compared.")
     kind = "same" if found.equal else "other"
     about = f"A is the input, B the output. {str(found).splitlines()[0].partition(': ')[2]}."
     verdict = f'<p class="verdict {kind}">{escape(_VERDICTS[found.verdict])}</p>'

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import DataError, ShapeError, word
+from turnout.expects import CALLED, expects
 from turnout.measure.load import entropy, max_vio
 from turnout.types import Routing, TraceWriter
 
@@ -100,6 +101,7 @@ class Evaluation:
         return values
 
 
+@expects(forward=CALLED)
 @torch.no_grad()
 def bits_per_byte(
     forward: Callable[[Tensor], Output],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.types import Routing
 
-__all__ = ["LogitGap", "RouteGap", "logit_gap", "rename", "route_gap", "row_gap", "same_bits"]
+__all__ = ["LogitGap", "RouteGap", "logit_gap", "rename", "route_gap", "row_gap", "same_bits", "usable"]
 
 # How many numbers are widened to double precision at a time.
 _PIECE = 1 << 22
@@ -16,12 +16,17 @@ _PIECE = 1 << 22
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogitGap:
-    """For every position: relative distance, largest absolute difference, KL divergence, whether the top agrees."""
+    """For every position: relative distance, largest absolute difference, KL divergence, whether the top agrees.
+
+    ``told_a_N`` and ``told_b_N`` are the positions where the two give numbers at all, see ``usable``.
+    """
 
     relative_N: Tensor
     abs_N: Tensor
     kl_N: Tensor
     same_N: Tensor
+    told_a_N: Tensor
+    told_b_N: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +65,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(bits_a, bits_b)
 
 
+def usable(logits_NV: Tensor) -> Tensor:
+    """(N,) bool, the rows that say something: at least one finite number, and beside finite ones only -inf.
+
+    -inf says that a token is impossible, as models mask padding of their vocabulary; nan and +inf say nothing, and two
+    rows of them are no more equal than two answers that were never given.
+    """
+    told_N = [
+        row.isfinite().any(1) & (row.isfinite() | (row == -torch.inf)).all(1)
+        for row in logits_NV.split(max(1, _PIECE // max(logits_NV.shape[1], 1)))
+    ]
+    return torch.cat(told_N) if told_N else torch.zeros(0, dtype=torch.bool)
+
+
 def row_gap(a_ND: Tensor, b_ND: Tensor, *, centred: bool = False) -> Tensor:
     """(N,) float64, |b - a| of each row relative to |a|, or to the median |a| of all rows where that is larger.
 
@@ -96,8 +114,12 @@ def logit_gap(a_BSV: Tensor, b_BSV: Tensor) -> LogitGap:
         equal = (a == b).all(1)
         divergence.append(torch.where(equal, 0.0, term.clamp(min=0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)))
         same.append(a.argmax(1) == b.argmax(1))
-    relative_N = row_gap(a_NV, b_NV, centred=True)
-    return LogitGap(relative_N, torch.cat(most), torch.cat(divergence), torch.cat(same))
+    told_a_N, told_b_N = usable(a_NV), usable(b_NV)
+    told_N = told_a_N & told_b_N
+    parts = (row_gap(a_NV, b_NV, centred=True), torch.cat(most), torch.cat(divergence))
+    # Two infinities are no distance of 0 where no number stands behind them.
+    far = [torch.where(told_N, part_N, torch.inf) for part_N in parts]
+    return LogitGap(far[0], far[1], far[2], torch.cat(same) & told_N, told_a_N, told_b_N)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:

@@ -3,24 +3,29 @@
 from collections.abc import Sequence
 from html import escape
 
+from turnout.expects import expects
 from turnout.measure import palette
+from turnout.measure.beside import Other, beside, colours, title_of
 from turnout.measure.charts import Drawing, tracks
 from turnout.measure.page import dot, flat, fold, frame, missing, table
 from turnout.measure.panels import curves, domains, excerpt, loads, passage
+from turnout.measure.ranking import Standing, standings, unranked
 from turnout.measure.report import quantity, result_lines
 from turnout.measure.runs import Passage, ReportData, RunData, number
 
 __all__ = ["report_html"]
 
 
-def report_html(data: ReportData) -> str:
+@expects(data=ReportData)
+def report_html(data: ReportData, *, others: Sequence[Other] = ()) -> str:
     """One html page: the result, loss curves, expert load, expert x domain maps, a passage by expert, the set-up.
 
     It holds its own style, script and drawings, and asks no network for anything (its content security policy
     forbids it). Every text from a run or a document is escaped. What is missing is said where it would stand.
 
     Args:
-        data: the runs, in the order of their columns.
+        data: the runs, in the order of their columns; there may be none where there are others.
+        others: conversions and choices of adapters, which follow the runs: side by side first, then each by itself.
 
     Returns:
         The text of the file, to be written as UTF-8.
@@ -34,17 +39,21 @@ def report_html(data: ReportData) -> str:
     drawings: list[Drawing] = []
     routed = data.passage or next((run.passage for run in data.runs if run.passage), None)
     experts = max([run.num_experts for run in data.runs] + [routed.num_experts if routed else 0])
-    sections = [
-        _results(data.runs),
-        curves(data.runs, drawings),
-        loads(data.runs, drawings),
-        domains(data.runs, drawings),
-        passage(routed, data.runs),
-        _setup(data),
+    own = [
+        lambda: _results(data.runs),
+        lambda: curves(data.runs, drawings),
+        lambda: loads(data.runs, drawings),
+        lambda: domains(data.runs, drawings),
+        lambda: passage(routed, data.runs),
+        lambda: _setup(data),
     ]
+    sections = [section() for section in own] if data.runs or not others else []
+    if others:
+        sections += beside(others)
+        experts = max(experts, *(colours(one) for one in others))
     charts = [drawing.data for drawing in drawings]
     payload = {"colors": min(max(experts, 1), palette.EXPERTS), "charts": charts, "passage": _routes(routed)}
-    head = _head(data, tracks(experts, _taken(routed)))
+    head = _head(data, tracks(experts, _taken(routed)), others)
     return frame(data.title, head, sections, experts=experts, payload=payload)
 
 
@@ -67,17 +76,22 @@ def _taken(routed: Passage | None) -> list[int]:
 
 
 def headline(runs: Sequence[RunData]) -> str:
-    """The key result in one sentence."""
-    known = sorted((run for run in runs if run.bits_per_byte is not None), key=lambda run: run.bits_per_byte or 0.0)
+    """The key result in one sentence: a winner only among runs measured on the same text, with what it stands on."""
+    known = standings(runs)
+    why = unranked(runs)
+    if why:
+        shown = ", ".join(f"{one.name} {one.mean:.3f}" for one in known[:4])
+        return f"Not ranked: {why}. Bits per byte, each on its own text: {shown}"
     if len(known) > 1:
         best, other = known[0], known[1]
-        first, second = best.bits_per_byte or 0.0, other.bits_per_byte or 0.0
-        if f"{first:.3f}" == f"{second:.3f}":
-            return f"{best.name} and {other.name} both need {first:.3f} bits per byte"
-        share = 100 * (1 - first / second)
-        return f"{best.name} needs {first:.3f} bits per byte, {share:.1f} % less than {other.name}"
+        if f"{best.mean:.3f}" == f"{other.mean:.3f}":
+            return f"{best.name} and {other.name} both need {best.mean:.3f} bits per byte on held-out text"
+        seeds = "one seed each" if len(best.bits) == len(other.bits) == 1 else f"{other.name}: {_seeds(other)}"
+        share = f"{100 * (1 - best.mean / other.mean):.1f} % less than {other.name}"
+        apart = "" if other.mean - best.mean > best.spread + other.spread else ", which is within the spread of seeds"
+        return f"{best.name} needs {best} on held-out text, {share} ({seeds}){apart}"
     if known:
-        return f"{known[0].name} needs {known[0].bits_per_byte:.3f} bits per byte"
+        return f"{known[0].name} needs {known[0]} on held-out text"
     for run in runs:
         losses = [loss for line in run.lines("train") if (loss := number(line.get("loss"))) is not None]
         if losses:
@@ -85,19 +99,26 @@ def headline(runs: Sequence[RunData]) -> str:
     return "Nothing has been measured yet"
 
 
-def _head(data: ReportData, ornament: str) -> str:
-    facts = []
+def _seeds(one: Standing) -> str:
+    return "one seed" if len(one.bits) == 1 else f"± {one.spread:.3f} over {len(one.bits)} seeds"
+
+
+def _head(data: ReportData, ornament: str, others: Sequence[Other]) -> str:
+    facts, said = [], [headline(data.runs)] if data.runs or not others else []
+    if others:
+        count = f"{len(others)} model{'s' if len(others) > 1 else ''} made of others"
+        said.append(count if not data.runs else f"beside {'it' if len(data.runs) == 1 else 'them'} {count}")
     for n, run in enumerate(data.runs):
         parts = [f"{run.bits_per_byte:.3f} bits per byte"] if run.bits_per_byte is not None else []
         parts += [f"{quantity(run.cost.flops)} FLOPs a token"] if run.cost.flops else []
         parts += [f"{quantity(run.cost.params)} parameters"] if run.cost.params else []
         parts += [f"{quantity(run.tokens)} training tokens"] if run.tokens else []
         facts += [f"<li>{dot(n)}<b>{escape(run.name)}</b> {escape(' · '.join(parts))}</li>"] if parts else []
-    where = " on held-out text" if any(run.bits_per_byte is not None for run in data.runs) else ""
+    facts += [f"<li>{dot(n)}<b>{escape(title_of(one))}</b></li>" for n, one in enumerate(others, len(data.runs))]
     lead = f'<ul class="lead">{"".join(facts)}</ul>' if facts else ""
     return (
         f'<header>{ornament}<div class="inner"><p class="eyebrow">{escape(data.title)}</p>'
-        f"<h1>{escape(headline(data.runs) + where)}.</h1>{lead}</div></header>"
+        f"<h1>{escape('; '.join(said))}.</h1>{lead}</div></header>"
     )
 
 
@@ -124,11 +145,17 @@ def _results(runs: Sequence[RunData]) -> str:
         rows.append(f"<tr{shape}><td>{escape(label.strip())}</td>{columns}</tr>")
     return (
         f"<section><h2>Results</h2>"
-        f'<p class="about">Lower bits per byte are better. The dot marks the best of a row. MaxVio is how far the '
+        f'<p class="about">Lower bits per byte are better. {_dots(runs)} MaxVio is how far the '
         f"busiest expert is above the even share (0 is even); entropy is 1 when the load is even.</p>{stopped}"
         f'<div class="card scroll"><table><thead><tr><th></th>{names}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _dots(runs: Sequence[RunData]) -> str:
+    """What a dot in the table means, or why there is none."""
+    why = unranked(runs)
+    return f"No best is marked: {escape(why)}." if why else "The dot marks the best of a row."
 
 
 def _setup(data: ReportData) -> str:

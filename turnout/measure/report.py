@@ -1,9 +1,12 @@
 """Reports and results as text: markdown, comparisons, and the table of runs side by side."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 from turnout.errors import UsageError, word
+from turnout.expects import NUMBER, expects, several
+from turnout.measure.ranking import one_machine, unranked
 from turnout.measure.runs import RunData, number
 from turnout.types import Report
 
@@ -12,6 +15,7 @@ __all__ = ["compare", "markdown", "quantity", "results_rows", "results_table"]
 _NONE = "–"
 
 
+@expects(before=Report, after=Report)
 def compare(before: Report, after: Report) -> Report:
     """Two reports of the same meter, side by side: each number before and after, and the change.
 
@@ -35,6 +39,9 @@ def compare(before: Report, after: Report) -> Report:
     for name in [*before.values, *(name for name in after.values if name not in before.values)]:
         first, second = before.values.get(name), after.values.get(name)
         if _is_number(first) and _is_number(second):
+            if not math.isfinite(first) or not math.isfinite(second):
+                lonely.append(f"{name} is not compared: {first:g} and {second:g} are not both finite")
+                continue
             values[name] = {"before": first, "after": second, "change": second - first}
             if first:
                 values[name]["ratio"] = second / first
@@ -55,6 +62,7 @@ def compare(before: Report, after: Report) -> Report:
     return Report(title, values, notes, {"before": dict(before.context), "after": dict(after.context)})
 
 
+@expects(report=Report)
 def markdown(report: Report) -> str:
     """The report as markdown: a heading, a table and its notes; a comparison gets a column for each part.
 
@@ -81,6 +89,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines + ([""] if report.notes else []) + [f"- {note}" for note in report.notes])
 
 
+@expects(runs=several(RunData))
 def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
     """One dict per run with everything that the results table shows, as plain JSON numbers; None where unknown.
 
@@ -109,6 +118,7 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
     ]
 
 
+@expects(runs=several(RunData))
 def results_table(runs: Sequence[RunData], *, style: str = "text") -> str:
     """The results of several runs side by side, one column each.
 
@@ -132,37 +142,45 @@ def results_table(runs: Sequence[RunData], *, style: str = "text") -> str:
         )
     head = ["", *(run.name for run in runs)]
     rows = [[label, *cells] for label, cells, _ in result_lines(runs)]
+    why = unranked(runs)
     if style == "markdown":
-        return "\n".join(_markdown(head, rows))
+        return "\n".join(_markdown(head, rows) + (["", f"Not ranked: {why}."] if why else []))
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = []
     for row in [head, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(lines + ([f"not ranked: {why}"] if why else []))
 
 
 def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | None]]:
-    """The lines of the results table: label, one text per run, and which run is best (None where none is)."""
+    """The lines of the results table: label, one text per run, and which run is best (None where none is).
+
+    What was measured on other text has no best, nor has speed on another machine.
+    """
+    text = not unranked(runs)
+    machine = one_machine([run for run in runs if number(run.tokens_per_s) is not None])
     rows = results_rows(runs)
     domains = list(dict.fromkeys(name for run in runs for name in run.by_domain))
-    lines = [_line("held-out bits per byte", [row["bits_per_byte"] for row in rows], _decimals, min)]
-    lines += [_line(f"  {domain}", [run.by_domain.get(domain) for run in runs], _decimals, min) for domain in domains]
+    least, most, fastest = (min, max, max if machine else None) if text else (None, None, max if machine else None)
+    lines = [_line("held-out bits per byte", [row["bits_per_byte"] for row in rows], _decimals, least)]
+    lines += [_line(f"  {domain}", [run.by_domain.get(domain) for run in runs], _decimals, least) for domain in domains]
     wanted: list[tuple[str, str, Callable[[float], str], Callable | None]] = [
         ("active parameters", "params_active", quantity, None),
         ("parameters", "params", quantity, None),
         ("forward FLOPs a token", "flops_per_token", quantity, None),
         ("training tokens", "tokens", quantity, None),
-        ("training tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}", max),
+        ("training tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}", fastest),
         ("experts", "experts", lambda value: f"{value:.0f}", None),
-        ("load MaxVio", "max_vio", _decimals, min),
-        ("load entropy", "entropy", _decimals, max),
-        ("dropped", "dropped", lambda value: f"{100 * value:.2g} %", min),
+        ("load MaxVio", "max_vio", _decimals, least),
+        ("load entropy", "entropy", _decimals, most),
+        ("dropped", "dropped", lambda value: f"{100 * value:.2g} %", least),
     ]
     lines += [_line(label, [row[key] for row in rows], show, best) for label, key, show, best in wanted]
     return [line for line in lines if any(cell != _NONE for cell in line[1])]
 
 
+@expects(value=NUMBER)
 def quantity(value: float) -> str:
     """A count with three digits and its letter.
 

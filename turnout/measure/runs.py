@@ -1,7 +1,7 @@
 """What is known about training runs, read from their folders: the plain data that tables and the page are made of."""
 
+import contextlib
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
+from turnout.reading import check_fields, open_regular, parse_json, read_json
 from turnout.types import Cost, Routing, Trace
 
 __all__ = ["Passage", "ReportData", "RunData", "read_run"]
 
 # Keys of run.json that say where and how it ran, not what it is.
-_BESIDE = ("hardware", "command", "tokens_digest", "versions", "commit", "cost")
+_BESIDE = ("hardware", "command", "tokens_digest", "held_out_text", "versions", "commit", "cost")
 Route = tuple[int, float, float | None]
 Shares = Sequence[Sequence[float]]
 
@@ -130,6 +132,8 @@ class RunData:
         command: the command line that started it.
         error: what it stopped with.
         notes: what is missing from it, in sentences.
+        texts: names of the text that it was measured on: digests of the held-out text, and of the tokens made of it.
+            Runs are ranked only where they share one.
 
     >>> RunData("x", metrics=({"kind": "eval", "step": 1, "bits_per_byte": 2.5},)).bits_per_byte
     2.5
@@ -150,6 +154,7 @@ class RunData:
     command: str = ""
     error: str = ""
     notes: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
         """The metrics of one kind ("train" or "eval"), in order."""
@@ -222,6 +227,7 @@ def number(value: object) -> float | None:
     return float(value)
 
 
+@expects(folder=PATH)
 def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     """What is in a run folder, whether the run is finished, going on, or was killed while writing a line.
 
@@ -265,13 +271,12 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     if problem and (folder / "result.json").exists():
         notes.append(f"result.json cannot be read ({problem})")
     load, by_domain = _loads(folder, metrics, result, notes)
-    cost = result.get("cost") or run.get("cost") or {}
     return RunData(
         name=name or folder.resolve().name,
         config={key: run[key] for key in run if key not in _BESIDE},
         metrics=metrics,
         result={key: result[key] for key in result if key != "passage"},
-        cost=Cost(**{key: cost.get(key) for key in ("params", "params_active", "flops")}),
+        cost=_cost(result.get("cost") or run.get("cost")),
         tokens_per_s=number(result.get("tokens_per_s")) or _speed(metrics),
         load=load,
         load_by_domain=by_domain,
@@ -280,7 +285,17 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         command=str(run.get("command") or ""),
         error=_text(folder / "error.txt"),
         notes=tuple(notes),
+        texts=_texts(run),
     )
+
+
+def _cost(found: object) -> Cost:
+    known = found if isinstance(found, dict) else {}
+    return Cost(**{key: known.get(key) for key in ("params", "params_active", "flops")})
+
+
+def _texts(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key} {run[key]}" for key in ("held_out_text", "tokens_digest") if isinstance(run.get(key), str))
 
 
 def _loads(
@@ -328,11 +343,9 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     """The whole lines; of several for one kind and step (a run that went on from a checkpoint), the last."""
     found = {}
     for text in _text(path).splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        with contextlib.suppress(CheckpointError):
+            line = parse_json(text, CheckpointError, finite=False)
+            check_fields(line, {"step": int, "kind": str | None}, CheckpointError)
             found[line.get("kind"), line["step"]] = line
     yield from sorted(found.values(), key=lambda line: line["step"])
 
@@ -346,14 +359,14 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _json(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path, refuse=CheckpointError, finite=False, any_link=True), ""
+    except (OSError, CheckpointError) as error:
         return {}, getattr(error, "strerror", None) or str(error)
-    return (body, "") if isinstance(body, dict) else ({}, "not a JSON object")
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        with open_regular(path, any_link=True) as file:
+            return file.read().decode(errors="replace")
+    except (OSError, CheckpointError):
         return ""

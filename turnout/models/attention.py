@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from turnout.errors import ShapeError, UsageError, word
 from turnout.models.config import LMConfig, MLAConfig
 from turnout.models.fused import rms_norm, turn
+from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
 from turnout.run.product import linear
 
@@ -68,6 +69,8 @@ class Cache:
 
     def __init__(self) -> None:
         self.length = 0
+        # (B, P) bool, which of the positions are tokens; None where all are.
+        self.real_BP: Tensor | None = None
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, a_BHSP: Tensor, b_BHSP: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +106,9 @@ class Cache:
         stored[:, :, self.length : end] = new_BHSP
         return stored
 
-    def advance(self, count: int) -> Self:
-        """Counts the new positions as seen; the model calls it after its last layer."""
-        self.length += count
+    def advance(self, count: int, real_BP: Tensor | None = None) -> Self:
+        """Counts the new positions as seen; the model calls it after its last layer, and says which are tokens."""
+        self.length, self.real_BP = self.length + count, real_BP
         return self
 
 
@@ -117,19 +120,23 @@ def attend(
     scale: float,
     window: int | None,
     sink_H: Tensor | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """(B, S, H·P) causal attention of the last S of T positions to all of them, or to the last ``window``.
 
-    With ``sink_H`` the softmax of head h has one more term, exp(sink_h), that no value belongs to.
+    Where ``places`` says so, padding is left out. With ``sink_H`` the softmax of head h has one more term, exp(sink_h),
+    that no value belongs to.
     """
-    new = q_BHSP.shape[2]
-    if window is not None:  # what no query sees is not even read
+    new, aside = q_BHSP.shape[2], places is not None and places.aside
+    if window is not None and not aside:  # what no query sees is not even read
         unseen = max(0, k_BHTP.shape[2] - new - window + 1)
         k_BHTP, v_BHTP = k_BHTP[:, :, unseen:], v_BHTP[:, :, unseen:]
     total = k_BHTP.shape[2]
     windowed = window is not None and total > window
-    seen_ST, causal = None, new == total and new > 1 and not windowed
-    if windowed or (new > 1 and not causal):
+    seen_ST, causal = None, new == total and new > 1 and not windowed and not aside
+    if places is not None and aside:
+        seen_ST = places.seen(window).unsqueeze(1)
+    elif windowed or (new > 1 and not causal):
         distance_ST = torch.arange(total - new, total, device=q_BHSP.device)[:, None]
         distance_ST = distance_ST - torch.arange(total, device=q_BHSP.device)
         seen_ST = distance_ST >= 0 if window is None else (distance_ST >= 0) & (distance_ST < window)
@@ -191,15 +198,15 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in wide)
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
 
-    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
         """(B, S, D)."""
         q_BSHP, k_BSHP, v_BSHP = self._heads(self.qkv(x_BSD))
         q_BSHP, k_BSHP = self._turned(q_BSHP, angles), self._turned(k_BSHP, angles)
         q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
         if cache is not None:
             k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
-        y_BSD = attend(q_BHSP, k_BHSP, v_BHSP, scale=self.scale, window=self.window, sink_H=self.sinks)
-        return self.out(y_BSD)
+        of = {"scale": self.scale, "window": self.window, "sink_H": self.sinks, "places": places}
+        return self.out(attend(q_BHSP, k_BHSP, v_BHSP, **of))
 
     def _turned(self, x_BSHP: Tensor, angles: Angles) -> Tensor:
         if self.rotated == self.head_width:
@@ -240,7 +247,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Projection(sizes.kv_rank, config.heads * (sizes.nope_dim + sizes.v_dim), bias=False, **start)
         self.out = Projection(config.heads * sizes.v_dim, config.width, bias=config.out_bias, **start)
 
-    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
         """(B, S, D)."""
         mla, rotate = self.mla, rotate_neighbours if self.mla.interleaved else turn
         q = x_BSD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BSD))
@@ -255,4 +262,4 @@ class LatentAttention(nn.Module):
         kv_BHTP = self.kv_up(latent_B1TP.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHTP, v_BHTP = kv_BHTP.split((mla.nope_dim, mla.v_dim), dim=-1)
         k_BHTP = torch.cat((k_BHTP, key_B1TP.expand(-1, self.heads, -1, -1)), dim=-1)
-        return self.out(attend(q_BHSP, k_BHTP, v_BHTP, scale=self.scale, window=self.window))
+        return self.out(attend(q_BHSP, k_BHTP, v_BHTP, scale=self.scale, window=self.window, places=places))

@@ -67,7 +67,7 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor, way: int) -> Tensor:
-    cos_S1P, sin_S1P = cos_SP.unsqueeze(1), sin_SP.unsqueeze(1)
+    cos_S1P, sin_S1P = cos_SP.unsqueeze(-2), sin_SP.unsqueeze(-2)
     out_BSHP = x_BSHP.new_empty(x_BSHP.shape)
     (a, b), (first, second) = x_BSHP.chunk(2, dim=-1), out_BSHP.chunk(2, dim=-1)
     torch.mul(a, cos_S1P, out=first).addcmul_(b, sin_S1P, value=-way)
@@ -80,7 +80,7 @@ def turn(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
     fixed = not cos_SP.requires_grad and not sin_SP.requires_grad  # the angles' gradients are not written by hand
     if fixed and by_hand(x_BSHP, cos_SP, sin_SP) and torch.is_grad_enabled():
         return _Turn.apply(x_BSHP, cos_SP, sin_SP)
-    cos_S1P, sin_S1P = cos_SP.unsqueeze(1), sin_SP.unsqueeze(1)
+    cos_S1P, sin_S1P = cos_SP.unsqueeze(-2), sin_SP.unsqueeze(-2)
     a, b = x_BSHP.chunk(2, dim=-1)
     return torch.cat((a * cos_S1P - b * sin_S1P, b * cos_S1P + a * sin_S1P), dim=-1)
 

@@ -1,26 +1,38 @@
 """A decoder language model: dense or with experts in any layer, exactly expressible in the published architectures."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnout.decide import token
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
-from turnout.models.attention import Angles, Attention, Cache, LatentAttention, Projection, RMSNorm, attended
+from turnout.models.attention import Cache, Projection, RMSNorm, attended
+from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
+from turnout.models.fused import IGNORE
 from turnout.models.head import LMLoss, head_loss
-from turnout.models.pre_gate import PreGate
+from turnout.models.padding import Places, real_tokens
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
 
-__all__ = ["LM", "Cache", "FactoredConfig", "LMConfig", "LMLoss", "LMOutput", "MLAConfig", "MoEConfig"]
+__all__ = [
+    "LM",
+    "Block",
+    "Cache",
+    "FactoredConfig",
+    "LMConfig",
+    "LMLoss",
+    "LMOutput",
+    "MLAConfig",
+    "MoEConfig",
+    "build_pre_gate",
+    "build_router",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,97 +54,6 @@ class LMOutput:
     logits_BSV: Tensor
     routings: tuple[Routing, ...]
     hidden_BSD: Tensor
-
-
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)), the latter dense or routed."""
-
-    def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
-        super().__init__()
-        start = {"std": config.init_std, "generator": generator}
-        self.scale = config.residual_scale
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = (
-            Attention(config, layer, generator)
-            if config.mla is None
-            else LatentAttention(config, config.mla, layer, generator)
-        )
-        self.ff_norm = RMSNorm(config.width, config.norm_eps)
-        self.ff: FeedForward | MoE
-        if config.moe is None or not config.is_routed(layer):
-            hidden, activation = config.dense_hidden, config.activation
-            self.ff = FeedForward(config.width, hidden, activation=activation, bias=config.ff_bias, **start)
-        else:
-            moe = config.moe
-            self.ff = MoE(
-                config.width,
-                moe.hidden,
-                moe.num_experts,
-                router=None if moe.router == "PreGate" else build_router(config.width, moe, generator, config.init_std),
-                activation=moe.activation,
-                bias=moe.bias,
-                shared_hidden=moe.shared_hidden,
-                shared_gate=moe.shared_gate,
-                distinct=config.experts_held(layer),
-                factored=config.factors(layer),
-                **start,
-            )
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        angles: Angles,
-        cache: Cache | None,
-        *,
-        token_id_BS: Tensor,
-        backend: str,
-        generator: torch.Generator | None,
-        routing: Routing | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
-        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache))
-        normed_BSD = self.ff_norm(x_BSD)
-        if isinstance(self.ff, FeedForward):
-            return self._add(x_BSD, self.ff(normed_BSD)), None
-        routed = self.ff(normed_BSD, token_id=token_id_BS, generator=generator, backend=backend, routing=routing)
-        return self._add(x_BSD, routed.output), routed.routing
-
-    def _add(self, x_BSD: Tensor, change_BSD: Tensor) -> Tensor:
-        return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
-
-
-def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:
-    """The router that a configuration names.
-
-    Raises:
-        UsageError: an option that the router does not have.
-    """
-    kind = getattr(token, moe.router)
-    start = {} if moe.router == "Hash" else {"std": std, "generator": generator}
-    return _built(kind, moe, width, **start)
-
-
-def build_pre_gate(config: LMConfig, generator: torch.Generator | None) -> PreGate | None:
-    """The router of all layers, where the configuration names one."""
-    if config.moe is None or config.moe.router != "PreGate":
-        return None
-    fixed = {"max_seq": config.max_seq, "rope_theta": config.rope_theta, "first_layer": config.layers}
-    return _built(PreGate, config.moe, config.vocab_size, std=config.init_std, generator=generator, **fixed)
-
-
-def _built(kind: Callable[..., Any], moe: MoEConfig, inputs: int, **start: object) -> Any:
-    try:
-        return kind(inputs, moe.num_experts, top_k=moe.top_k, **(start | dict(moe.router_options)))
-    except TypeError as error:
-        raise UsageError(
-            word(
-                "router_options",
-                got=f"{dict(moe.router_options)} ({error})",
-                allowed=f"be keywords of {moe.router}",
-                where="MoEConfig",
-                fix=f"see help(turnout.{'models' if moe.router == 'PreGate' else 'decide.token'}.{moe.router})",
-            )
-        ) from error
 
 
 class LM(nn.Module):
@@ -159,6 +80,7 @@ class LM(nn.Module):
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
 
+    @expects(config=LMConfig)
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -188,36 +110,52 @@ class LM(nn.Module):
         self,
         id_BS: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         backend: str = "auto",
         generator: torch.Generator | None = None,
     ) -> LMOutput:
         """The scores of the next token after every position.
 
+        Padding takes no part in anything: no token attends to it, it is sent to no expert, takes nobody's place there
+        and has no place in the order of the text. What comes out at its positions means nothing.
+
         Args:
-            id_BS: (B, S) token ids; rows are independent, and there is no padding.
+            id_BS: (B, S) token ids.
+            attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, on either side or in between; also
+                (B,) the number of tokens in each row, padding after them; None for no padding. With a cache (B, S) is
+                of the new tokens, (B, P + S) of all.
             cache: what went before, to which these tokens are added.
             backend: the name of an executor in ``turnout.run``, or "auto".
             generator: for routers that draw in training.
 
         Raises:
-            ShapeError: not (B, S), longer than ``config.max_seq``, or another B than the cache's.
-            UsageError: an id outside the vocabulary, a cache together with gradients, or an unknown backend.
+            ShapeError: not (B, S), longer than ``config.max_seq``, another B than the cache's, or a mask of another
+                shape.
+            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients, or an
+                unknown backend.
         """
-        hidden_BSD, routings = self._hidden(id_BS, cache, backend, generator)
+        hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(logits_BSV, routings, hidden_BSD)
 
     def loss(
-        self, id_BS: Tensor, target_BS: Tensor, *, backend: str = "auto", generator: torch.Generator | None = None
+        self,
+        id_BS: Tensor,
+        target_BS: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
     ) -> LMLoss:
         """As ``token_loss`` of the logits of ``forward``, but the logits of all positions are never held at once.
 
         Args:
             id_BS: (B, S) token ids.
-            target_BS: (B, S) which token came after each; -100 for none.
+            target_BS: (B, S) which token came after each; -100 for none. What came after padding does not count.
+            attention_mask: as in ``forward``.
             backend: as in ``forward``.
             generator: as in ``forward``.
 
@@ -225,40 +163,49 @@ class LM(nn.Module):
             ShapeError: as ``forward``, or the two differ in shape.
             UsageError: as ``forward``.
         """
-        hidden_BSD, routings = self._hidden(id_BS, None, backend, generator)
+        hidden_BSD, routings, places = self._hidden(id_BS, attention_mask, None, backend, generator)
+        if places is not None and target_BS.shape == id_BS.shape:
+            target_BS = target_BS.masked_fill(~places.real_BS, IGNORE)
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
         weight_VD = self.embedding if self.head is None else self.head.weight
         return LMLoss(head_loss(hidden_BSD, weight_VD, target_BS), routings)
 
     def _hidden(
-        self, id_BS: Tensor, cache: Cache | None, backend: str, generator: torch.Generator | None
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """What the output layer reads, and the decisions."""
+        self,
+        id_BS: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        backend: str,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
+        """What the output layer reads, the decisions, and where there is padding."""
         start = 0 if cache is None else cache.length
         self._check(id_BS, start)
+        places = _places(id_BS, attention_mask, cache)
         x_BSD = nn.functional.embedding(id_BS, self.embedding)
         if self.config.embedding_scale != 1:
             x_BSD = x_BSD * self.config.embedding_scale
-        angles = self.rope(start, id_BS.shape[1], x_BSD.dtype)
+        angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
         call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
-            call["routing"] = self.pre_gate(id_BS, cache=cache)
+            call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
         for block in self._blocks():
-            x_BSD, routing = block(x_BSD, angles, cache, **call)
+            x_BSD, routing = block(x_BSD, angles, cache, places, **call)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
-            cache.advance(id_BS.shape[1])
-        return self.norm(x_BSD), tuple(routings)
+            cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
+        return self.norm(x_BSD), tuple(routings), places
 
     @torch.no_grad()
-    def route(self, id_BS: Tensor) -> tuple[Routing, ...]:
+    def route(self, id_BS: Tensor, *, attention_mask: Tensor | None = None) -> tuple[Routing, ...]:
         """Where every token goes in every routed layer, as ``LMOutput.routings``, before any layer runs.
 
         Args:
             id_BS: (B, S) token ids.
+            attention_mask: as in ``forward``.
 
         Raises:
             ShapeError: not (B, S), or longer than ``config.max_seq``.
@@ -269,7 +216,8 @@ class LM(nn.Module):
             got = "a dense model" if self.config.moe is None else f"router={self.config.moe.router!r}"
             allowed, fix = "have router='PreGate', which looks at ids alone", "read lm(id_BS).routings instead"
             raise UsageError(word("the model", got=got, allowed=allowed, where="LM.route", fix=fix))
-        return (self.pre_gate(id_BS),) * sum(isinstance(block.ff, MoE) for block in self._blocks())
+        places = _places(id_BS, attention_mask, None)
+        return (self.pre_gate(id_BS, places=places),) * sum(isinstance(block.ff, MoE) for block in self._blocks())
 
     def _check(self, id_BS: Tensor, start: int) -> None:
         if id_BS.ndim != 2 or id_BS.is_floating_point() or id_BS.shape[1] == 0:
@@ -296,15 +244,18 @@ class LM(nn.Module):
         tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The prompt with ``tokens`` further tokens, each drawn from softmax(logits / temperature).
 
         Args:
-            id_BS: (B, S) the prompts, all of the same length.
+            id_BS: (B, S) the prompts; shorter ones with padding before them.
             tokens: how many to add.
             temperature: 0 takes the most likely token; 1 draws as the model says.
             top_k: draw among the k most likely only; None among all.
+            attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
+                with a token. Each prompt goes on as it does alone. None for no padding.
             generator: where the chance comes from; torch's default when None.
 
         Returns:
@@ -312,7 +263,7 @@ class LM(nn.Module):
 
         Raises:
             ShapeError: the result would be longer than ``config.max_seq``.
-            UsageError: a negative temperature, or a top_k below 1.
+            UsageError: a negative temperature, a top_k below 1, or padding after a prompt.
         """
         if tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             got, allowed = f"{tokens}, {temperature} and {top_k}", "be at least 0, at least 0, and at least 1 or None"
@@ -322,10 +273,12 @@ class LM(nn.Module):
             )
         was_training, cache, new_BS = self.training, Cache(), id_BS
         self._check(id_BS, tokens)
+        _refuse_padding_after(_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                logits_BV = self(new_BS, cache=cache).logits_BSV[:, -1]
+                mask = attention_mask if cache.length == 0 else None
+                logits_BV = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1]
                 new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
                 id_BS = torch.cat((id_BS, new_BS), dim=1)
         finally:
@@ -363,6 +316,27 @@ class LM(nn.Module):
             products += sum(p.numel() for p in always if p is not None)
         products += 0 if self.pre_gate is None else self.pre_gate.products(seq)
         return Cost(params=params, params_active=active, flops=2.0 * products)
+
+
+def _places(id_BS: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Places | None:
+    """Where the tokens are among padding, new or cached; None where there is none."""
+    length, before_BP = (0, None) if cache is None else (cache.length, cache.real_BP)
+    if attention_mask is None:
+        if before_BP is None:
+            return None
+        attention_mask = torch.ones_like(id_BS, dtype=torch.bool)
+    real_BT = real_tokens(attention_mask, id_BS, before_BP, length)
+    if real_BT is None:
+        return None
+    after = cache is None and bool((real_BT[:, 1:] <= real_BT[:, :-1]).all())
+    return Places(real_BT, id_BS.shape[1], aside=not after)
+
+
+def _refuse_padding_after(places: Places | None) -> None:
+    if places is not None and not bool(places.real_BS[:, -1].all()):
+        allowed, fix = "end each row with a token", "pad on the left: tokenizer.padding_side = 'left'"
+        got = "padding after a prompt"
+        raise UsageError(word("attention_mask", got=got, allowed=allowed, where="LM.generate", fix=fix))
 
 
 def _experts_per_token(config: LMConfig) -> float:

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.models.attention import Angles, Attention, Cache, Projection, RMSNorm
 from turnout.models.config import LMConfig
+from turnout.models.padding import Places
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
-from turnout.types import Routing
+from turnout.types import Routing, spread
 
 __all__ = ["PreGate"]
 
@@ -77,22 +78,29 @@ class PreGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width).normal_(0, std, generator=generator))
         self.rope = Rope(config)
 
-    def logits(self, id_BS: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def logits(self, id_BS: Tensor, *, cache: Cache | None = None, places: Places | None = None) -> Tensor:
         """(B·S, E) the scores of the experts before the softmax, in fp32.
 
         Args:
             id_BS: (B, S) token ids.
             cache: what went before; these tokens are added, and whoever owns the cache counts them.
+            places: where there is padding; None for nowhere.
         """
         x_BSD = nn.functional.embedding(id_BS, self.embedding)
-        angles = self.rope(0 if cache is None else cache.length, id_BS.shape[1], x_BSD.dtype)
+        angles = self.rope(0 if cache is None else cache.length, id_BS.shape[1], x_BSD.dtype, places)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, angles, cache)
+            x_BSD = layer(x_BSD, angles, cache, places)
         return linear(self.norm(x_BSD).flatten(0, 1), self.weight)
 
-    def forward(self, id_BS: Tensor, *, cache: Cache | None = None) -> Routing:
+    def forward(self, id_BS: Tensor, *, cache: Cache | None = None, places: Places | None = None) -> Routing:
         """The routing of the B·S flattened tokens; arguments as in ``logits``."""
-        logit_TE = self.logits(id_BS, cache=cache)
+        logit_TE = self.logits(id_BS, cache=cache, places=places)
+        if places is None:
+            return self._chosen(logit_TE)
+        real_T = places.real_BS.flatten()
+        return spread(self._chosen(logit_TE[real_T]), real_T)
+
+    def _chosen(self, logit_TE: Tensor) -> Routing:
         score_TE = softmax(logit_TE)
         index_TK = largest(score_TE, self.top_k)
         if self.top_k == 1:
@@ -130,6 +138,6 @@ class _Layer(nn.Module):
         start = {"std": config.init_std, "generator": generator}
         self.ff = FeedForward(config.width, config.dense_hidden, activation=config.activation, bias=True, **start)
 
-    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), angles, cache)
+    def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), angles, cache, places)
         return x_BSD + self.ff(self.ff_norm(x_BSD))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.models.config import LMConfig
+from turnout.models.padding import Places
 
 __all__ = ["Rope", "attention_scale", "rotate_neighbours"]
 
@@ -33,11 +34,18 @@ class Rope(nn.Module):
         frequency_P, self.magnitude = self._frequencies()
         self.register_buffer("frequency_P", frequency_P, persistent=False)
 
-    def forward(self, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(S, P) each, cosine and sine of the angles at positions ``start`` to ``start + length``."""
+    def forward(
+        self, start: int, length: int, dtype: torch.dtype, places: Places | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(S, P) each, cosine and sine of the angles at positions ``start`` to ``start + length``.
+
+        Where attention is told of padding they are (B, S, P), at the places of the rows' tokens.
+        """
         position_S = torch.arange(start, start + length, device=self.frequency_P.device, dtype=torch.float32)
+        if places is not None and places.aside:
+            position_S = places.place_BT[:, -length:].to(position_S)
         with torch.autocast(self.frequency_P.device.type, enabled=False):
-            angle_SP = position_S[:, None] * self.frequency_P
+            angle_SP = position_S.unsqueeze(-1) * self.frequency_P
         cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()
         if self.magnitude != 1:
             cos_SP, sin_SP = cos_SP * self.magnitude, sin_SP * self.magnitude
@@ -64,7 +72,7 @@ class Rope(nn.Module):
 
 def rotate_neighbours(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
     """The heads turned, pair i being positions 2i and 2i + 1; they come out as halves, which no product of two sees."""
-    cos_S1P, sin_S1P = cos_SP.unsqueeze(1), sin_SP.unsqueeze(1)
+    cos_S1P, sin_S1P = cos_SP.unsqueeze(-2), sin_SP.unsqueeze(-2)
     a, b = x_BSHP[..., 0::2], x_BSHP[..., 1::2]
     return torch.cat((a * cos_S1P - b * sin_S1P, b * cos_S1P + a * sin_S1P), dim=-1)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
+from turnout.run.merged import average
 from turnout.types import Cost, Routing
 
 __all__ = ["SSF"]
@@ -55,8 +56,7 @@ class SSF(nn.Module):
             allowed = f"be ({len(sequence_T)}, {self.scale.shape[1]}), and over {self.num_paths}"
             fix, where = "make the routing of these sequences", "turnout.paths.SSF"
             raise ShapeError(word("x_TD and routing", got=got, allowed=allowed, where=where, fix=fix))
-        weight_BN = routing.dense().to(self.scale.dtype)
-        scale_BD, shift_BD = weight_BN @ self.scale, weight_BN @ self.shift
+        scale_BD, shift_BD = average(routing, self.scale), average(routing, self.shift)
         return x_TD * scale_BD[sequence_T].to(x_TD.dtype) + shift_BD[sequence_T].to(x_TD.dtype)
 
     def cost(self) -> Cost:

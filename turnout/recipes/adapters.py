@@ -22,7 +22,7 @@ from turnout.models.checkpoint.own import read_json
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.partial import Part, Say, unfinished
 from turnout.reshape import attach, detach, save_adapters, train_gates
-from turnout.reshape.routers import ROUTERS, even
+from turnout.reshape.routers import ROUTERS, check_options, even
 from turnout.storage import write_whole
 from turnout.types import Report, Routing
 
@@ -117,9 +117,9 @@ def adapt(
         TurnoutError: anything the user can mend; ``out`` does not exist then.
     """
     out, path = Path(out), Path(path)
-    outlined = outline_adapters(path, adapters, router=router, any_base=any_base)
+    asked: dict[str, Any] = {"router": router, "router_options": router_options, "gate_text": gate_text, "text": text}
+    outlined = outline_adapters(path, adapters, **asked, any_base=any_base, dtype=dtype)
     texts = {name: str(Path(place).resolve()) for name, place in (gate_text or {}).items()}
-    _check_gates(outlined.adapters, router, texts)
     source, options = str(path.resolve()), dict(router_options or {})
     settings: dict[str, Any] = {"source": source, "adapters": [str(Path(one).resolve()) for one in adapters]}
     about = None if text is None else str(Path(text).resolve())
@@ -217,12 +217,24 @@ def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) 
 
 
 def outline_adapters(
-    path: str | Path, adapters: Sequence[str | Path], *, router: str = "arrow", any_base: bool = False
+    path: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    router: str = "arrow",
+    router_options: Mapping[str, Any] | None = None,
+    gate_text: Mapping[str, str | Path] | None = None,
+    text: str | Path | None = None,
+    any_base: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """What ``adapt`` would put on the model, with every shape checked; no weight of the model is read.
+    """What ``adapt`` would put on the model, and whatever it would refuse, checked; no weight of the model is read.
+
+    Args:
+        path, adapters, router, router_options, gate_text, text, any_base, dtype: as in ``adapt``.
 
     Raises:
-        TurnoutError: a folder that is not whole, adapters that do not fit the model, or a router of no such name.
+        TurnoutError: a folder that is not whole, adapters that do not fit the model, a router of no such name, options
+            that it does not take, gates or texts that are not there.
     """
     if router in ROUTERS and router not in _READY:
         allowed, got = f"be one of {', '.join(_READY)}", f"{router}, which has to learn from tasks first"
@@ -234,13 +246,19 @@ def outline_adapters(
     if router not in _READY:
         raise nearest(router, _READY, kind="router", where=_WHERE)
     found = [read_adapter(folder) for folder in adapters]
-    model = _outline(path)
+    check_options(router, router_options or {}, len(found), where=_WHERE)
+    _check_gates(found, router, gate_text or {})
+    for place in (*(gate_text or {}).values(), *((text,) if text is not None else ())):
+        if not Path(place).exists():
+            got, allowed, fix = str(place), "be a file or folder that is there", "check the spelling of the path"
+            raise UsageError(word("the text", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    model = _outline(path, dtype)
     _, report = attach(model, found, router=even, any_base=any_base)
     values = {**report.values, "router": router}
     return Adapted(None, tuple(found), dataclasses.replace(report, values=values), {}, {}, {})
 
 
-def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, str]) -> None:
+def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, object]) -> None:
     names = [one.name for one in found]
     for name in texts:
         if name not in names:
@@ -297,13 +315,13 @@ def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
                 logging.enable_progress_bar()
 
 
-def _outline(path: str | Path) -> Any:
+def _outline(path: str | Path, dtype: torch.dtype | None) -> Any:
     """The same without its weights."""
     with _explained(path), torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
         model.config._name_or_path = str(path)
         return model
 

@@ -1,6 +1,7 @@
 """Text for methods that look at what a model does with it: read with the model's own tokenizer, in rows of ids."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from turnout.errors import DataError, word
+from turnout.models import LMConfig
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
 from turnout.train.data.tokenizer import separator_id
 
-__all__ = ["Calibration", "calibration", "find_tokenizer"]
+__all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
 
 _WHERE = "turnout convert --calibration"
 _SEQ, _ROWS = 512, 8
+_ROW = 1024
 # The most logits of one batch: 256 MB in fp32.
 _LOGITS = 2**26
 
@@ -29,7 +32,7 @@ class Calibration:
         batches: what steps look at.
         source: the file or folder.
         documents: how many were read.
-        skipped: how many files held no text.
+        skipped: how many files held no text, and how many rows could not be read as text.
         held_out: the text behind it, which no step looks at.
         held_out_bytes: that the predicted tokens of ``held_out``, all but the first of each row, stand for.
 
@@ -94,10 +97,10 @@ def calibration(
     """
     place = find_tokenizer(folder)
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
-    ids, sizes, seen, skipped = _read(source, load_tokenizer(place), wanted, own=own)
+    ids, sizes, seen, left_out = _read(source, load_tokenizer(place), wanted, own=own)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
-        got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text"
+        got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"
         allowed = f"give tokens from 0 to {vocab_size - 1}"
         fix = "use the tokenizer that the model was trained with" if wrong else "name a file or folder with text in it"
         raise DataError(word("the calibration text", got=got, allowed=allowed, where=_WHERE, fix=fix))
@@ -107,14 +110,49 @@ def calibration(
     taken = max(1, min(tokens // seq, len(id_RS) - max(1, len(id_RS) // 9)))
     rows = max(1, min(_ROWS, _LOGITS // (seq * vocab_size)))
     held_out = id_RS[taken:].split(rows) if len(id_RS) > taken else ()
-    return Calibration(id_RS[:taken].split(rows), str(source), seen, skipped, held_out, int(size_RS[taken:, 1:].sum()))
+    return Calibration(
+        id_RS[:taken].split(rows), str(source), seen, len(left_out), held_out, int(size_RS[taken:, 1:].sum())
+    )
 
 
-def _read(source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool) -> tuple[list[int], list[int], int, int]:
-    """Token ids, the bytes that each stands for, how many documents were read, and how many held no text."""
+def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int | None, own: bool) -> Calibration:
+    """All of a text, or its first ``limit`` tokens, as what is held out: rows of up to 1024, the last one shorter.
+
+    Args:
+        sources: files and folders of text, jsonl or parquet.
+        folder: of the model, which holds its tokenizer.
+        config: of the model.
+        limit: about how many tokens to take; None for all.
+        own: whether turnout trained the model: then every document begins with the separator.
+
+    Raises:
+        DataError: no tokenizer, no text, or tokens that the model does not have.
+    """
+    place = find_tokenizer(folder)
+    ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize, own=own)
+    if max(ids, default=-1) >= config.vocab_size or not ids:
+        got = f"the token {max(ids)} of {place}" if ids else f"{', '.join(sources)}: no text{_why(left_out)}"
+        fix = "use the tokenizer that the model was trained with" if ids else "name a file or folder with text in it"
+        allowed = f"give tokens from 0 to {config.vocab_size - 1}"
+        raise DataError(word("the text", got=got, allowed=allowed, where="turnout", fix=fix))
+    seq = min(_ROW, config.max_seq, len(ids))
+    whole = len(ids) // seq * seq
+    rows = max(1, min(_ROWS, _LOGITS // (seq * config.vocab_size)))
+    batches = list(torch.tensor(ids[:whole]).view(-1, seq).split(rows))
+    size = int(torch.tensor(sizes[:whole]).view(-1, seq)[:, 1:].sum())
+    if len(ids) - whole > 1:
+        batches.append(torch.tensor([ids[whole:]]))
+        size += sum(sizes[whole + 1 :])
+    return Calibration((), ", ".join(sources), seen, len(left_out), tuple(batches) if seq > 1 else (), size)
+
+
+def _read(
+    source: str | Path | list[str], tokenizer: Tokenizer, wanted: int, *, own: bool
+) -> tuple[list[int], list[int], int, list[str]]:
+    """Token ids, the bytes that each stands for, how many documents were read, and what was left out."""
     ids, sizes = list[int](), list[int]()
-    seen = skipped = 0
-    for document in read_documents(source):
+    seen, left_out = 0, list[str]()
+    for document in read_documents(source, left_out=lambda _, name: left_out.append(name)):
         try:
             for piece in _ids(document.pieces(), tokenizer, own=own):
                 ids += piece[0]
@@ -124,12 +162,18 @@ def _read(source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool) -
         except NotTextError:
             if not document.optional:
                 raise
-            skipped += 1
+            left_out.append(document.name)
             continue
         seen += 1
         if len(ids) >= wanted:
             break
-    return ids[:wanted], sizes[:wanted], seen, skipped
+    return ids[:wanted], sizes[:wanted], seen, left_out
+
+
+def _why(left_out: list[str]) -> str:
+    """What was left out of the text, in brackets."""
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f" (left out: {', '.join(left_out[:3])}{more})" if left_out else ""
 
 
 def _ids(pieces: Iterator[bytes], tokenizer: Tokenizer, *, own: bool) -> Iterator[tuple[list[int], list[int]]]:

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,10 @@ from turnout.measure import Certificate, certify
 from turnout.measure.certificate import Side
 from turnout.measure.certify import describe, measured
 from turnout.models import LM, checkpoint
+from turnout.models.checkpoint import own
+from turnout.reading import check_fields, parse_json, read_json, read_text
 from turnout.storage import digest, read_error
+from turnout.train.data.tokenizer import open_tokenizer
 
 __all__ = ["certify_folders", "check_certificate", "model_folder", "open_model", "read_map"]
 
@@ -40,11 +42,9 @@ class Pair:
         """The prompt that is furthest apart, as text, its worst token marked; None without a tokenizer."""
         if self.tokenizer is None or certificate.verdict == "bit-equal" or self.source.startswith("random"):
             return None
-        from tokenizers import Tokenizer
-
         rows = [row for item in self.items for row in item]
         row, at = rows[certificate.logits.prompt].tolist(), certificate.logits.position
-        tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        tokenizer = open_tokenizer(self.tokenizer)
         before = tokenizer.decode(row[max(0, at - 24) : at], skip_special_tokens=False)
         return f"{before}[{tokenizer.decode([row[at]], skip_special_tokens=False)}]"
 
@@ -120,11 +120,9 @@ def read_certificate(path: str | Path) -> Certificate:
         TurnoutError: there is none, or it was altered.
     """
     try:
-        return Certificate.from_json(Path(path).read_text(encoding="utf-8"))
+        return Certificate.from_json(read_text(path, any_link=True))
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_map(path: str | Path) -> dict[str, str | None]:
@@ -133,21 +131,21 @@ def read_map(path: str | Path) -> dict[str, str | None]:
     Raises:
         TurnoutError: there is no such file, or it holds something else.
     """
+
+    def refuse(problem: str) -> DataError:
+        fix = 'write {"blocks.1": "blocks.2"}, the names of modules in A and in B'
+        got, allowed = f"{path}: {problem}", "be a JSON object of names"
+        return DataError(word("the map", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
     try:
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
+        body = read_json(path, refuse=refuse, any_link=True)
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
-    except ValueError as error:
-        body = str(error)
-    if isinstance(body, dict) and all(isinstance(item, str | None) for item in body.values()):
-        return body
-    fix = 'write {"blocks.1": "blocks.2"}, the names of modules in A and in B'
-    raise DataError(
-        word("the map", got=f"{path}: {body!r:.80}", allowed="be a JSON object of names", where=_WHERE, fix=fix)
-    )
+    check_fields(body, dict.fromkeys(body, str | None), refuse)
+    return body
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     """Where the model is: the folder itself, or ``model`` in a run folder.
 
     Raises:
@@ -158,19 +156,17 @@ def model_folder(path: str | Path) -> Path:
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
+    got = str(path) if path.exists() else f"{path}, which does not exist"
     run = (path / "run.json").is_file()
     fix = f"finish the run: turnout train --resume --out {path}" if run else "name a run or a model's folder"
-    raise CheckpointError(word("the folder", got=str(path), allowed="hold a model", where=_WHERE, fix=fix))
+    raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
 def open_model(path: str | Path) -> tuple[LM, str]:
     """The model in a folder, ours or of transformers, and the SHA-256 of its configuration."""
     folder = model_folder(path)
-    try:
-        body: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        body = {}  # load says what is wrong with it
-    foreign = isinstance(body, dict) and ("model_type" in body or "architectures" in body)
+    body = own.read_json(folder / "config.json", _WHERE)
+    foreign = "model_type" in body or "architectures" in body
     lm = checkpoint.from_hf(folder) if foreign else checkpoint.load(folder)
     text = json.dumps(lm.config.to_json_dict(), sort_keys=True)
     return lm, hashlib.sha256(text.encode()).hexdigest()
@@ -221,11 +217,10 @@ def _random(vocab: int, longest: int) -> tuple[tuple[Tensor, ...], str]:
 def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tuple[tuple[Tensor, ...], int]:
     """A row of ids for each prompt, cut to ``longest``, and how many were cut."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = read_text(path, refuse=lambda problem: _bad_prompts(f"{path} ({problem})"), any_link=True)
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
-    except UnicodeDecodeError as error:
-        raise _bad_prompts(f"{path} ({error})") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     found = [_ids(_prompt(line, path, number), tokenizer, path) for number, line in enumerate(lines, start=1)]
     found = [ids for ids in found if ids]
     if not found:
@@ -239,10 +234,7 @@ def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tu
 def _prompt(line: str, path: Path, number: int) -> str | list[int]:
     if path.suffix != ".jsonl":
         return line
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise _bad_prompts(f"{path}, line {number} ({error})") from error
+    item = parse_json(line, lambda problem: _bad_prompts(f"{path}, line {number} ({problem})"), top=object)
     if isinstance(item, dict):
         item = next((item[key] for key in ("ids", "prompt", "text") if key in item), None)
     whole = isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in item)
@@ -259,9 +251,7 @@ def _ids(prompt: str | list[int], tokenizer: Path | None, path: Path) -> list[in
         raise DataError(
             word("the prompts", got=f"text in {path}, and no tokenizer.json", allowed="be ids", where=_WHERE, fix=fix)
         )
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(tokenizer)).encode(prompt).ids
+    return open_tokenizer(tokenizer).encode(prompt).ids
 
 
 def _bad_prompts(got: str) -> DataError:

@@ -13,10 +13,11 @@ from turnout.fields import plain
 from turnout.models import LMConfig, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, outline, read_json
 from turnout.models.families.express import architecture_of
+from turnout.models.families.family import Family
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.room import check_room
 from turnout.recipes.run import Run
-from turnout.recipes.steps import Merge, Step
+from turnout.recipes.steps import Drop, Merge, Step, Upcycle
 
 __all__ = ["Format", "Plan", "Row", "make_plan"]
 
@@ -65,6 +66,7 @@ class Plan:
         rows: the model before, and after each step.
         dtype: that the weights are read in; None for the one they are stored in.
         seq: tokens of context that ``flops`` is for.
+        notes: what else is to be known of the result.
 
     Source: none; plain bookkeeping.
     """
@@ -78,6 +80,7 @@ class Plan:
     rows: tuple[Row, ...]
     dtype: torch.dtype | None
     seq: int
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> LMConfig:
@@ -118,6 +121,7 @@ class Plan:
         ]
         lines.append(f"FLOPs with {self.seq} tokens of context; up to {_bytes(self.peak_bytes)} of memory on the way")
         lines.append(f"writes {self.architecture}" + (" (transformers)" if self.target == "transformers" else ""))
+        lines += self.notes
         if any(isinstance(step, Merge) for step in self.steps):
             lines.append("how many experts each layer keeps depends on the text; the table takes equally many")
         return "\n".join(lines)
@@ -148,14 +152,29 @@ def make_plan(
     rows = [_row("input", seen.config, seen.dtype, seq)]
     for number, step in enumerate(steps, 1):
         _check_text(step, rows[-1].config, text)
-        rows.append(_row(f"{number} {step.name}", step.planned(rows[-1].config), seen.dtype, seq))
+        planned = step.planned(rows[-1].config)
+        if planned == rows[-1].config:
+            raise _nothing(step, planned)
+        rows.append(_row(f"{number} {step.name}", planned, seen.dtype, seq))
     if text is not None:
         if not Path(text).exists():
             got, fix = f"{text}, which does not exist", "check the spelling of the path"
             raise UsageError(word("--calibration", got=got, allowed="be a file or folder", where=_WHERE, fix=fix))
         find_tokenizer(folder)
-    architecture = _architecture(rows[-1].config, folder) if target == "transformers" else "LM"
-    return Plan(path, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq)
+    architecture, notes = "LM", list[str]()
+    if target == "transformers":
+        family, written = _family(rows[-1].config, folder)
+        architecture, notes = family.architecture, _notes(family, written, rows[-1].config, steps, seen.dtype)
+    return Plan(path, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq, tuple(notes))
+
+
+def _nothing(step: Step, config: LMConfig) -> UsageError:
+    """A step that would be reported as done and has done nothing."""
+    shape = _shape(config)
+    got, fix = f"{step.name}, which would leave the model as it is: {shape}", "leave it out"
+    if isinstance(step, Drop):
+        fix = "leave it out, or ask for more"
+    return UsageError(word("a step", got=got, allowed="change the model", where=_WHERE, fix=fix))
 
 
 def _find(path: Path) -> tuple[Literal["transformers", "model", "run"], Path]:
@@ -187,7 +206,7 @@ def _check_text(step: Step, config: LMConfig, text: str | Path | None) -> None:
     raise UsageError(word("--calibration", got="nothing", allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _architecture(config: LMConfig, folder: Path) -> str:
+def _family(config: LMConfig, folder: Path) -> tuple[Family, LMConfig]:
     if config.moe is not None and config.moe.distinct is not None:
         got = "merged experts, several of which share their weights"
         fix = "add --as model to write a folder of turnout's own, --densify to write them out, or use --drop-experts"
@@ -195,7 +214,29 @@ def _architecture(config: LMConfig, folder: Path) -> str:
         raise UsageError(word("the result", got=got, allowed=allowed, where=_WHERE, fix=fix))
     like = folder / ORIGIN if (folder / ORIGIN).is_dir() else folder
     keys = read_json(like / "config.json", _WHERE) if (like / "config.json").is_file() else {}
-    return architecture_of(config, prefer=keys.get("model_type")).architecture
+    return architecture_of(config, prefer=keys.get("model_type"))
+
+
+def _notes(family: Family, written: LMConfig, config: LMConfig, steps: Sequence[Step], dtype: torch.dtype) -> list[str]:
+    """What is to be known of a folder of transformers; refuses what only its dtype makes wrong."""
+    notes, moe = [], config.moe
+    if written.moe is not None and written != config:
+        width = written.moe.shared_hidden
+        notes.append(
+            f"{family.architecture} cannot be without a shared expert: one of width {width} that makes nothing"
+        )
+    shards = max((step.granularity for step in steps if isinstance(step, Upcycle)), default=1)
+    if shards == 1 or moe is None or moe.top_k == moe.num_experts or family.exact_gate:
+        return notes
+    if dtype in (torch.bfloat16, torch.float16):
+        got, allowed = f"granularity={shards} in {str(dtype).removeprefix('torch.')}", "be 1 there"
+        why = f"{family.architecture} rounds the scores of its router to that dtype, and experts that tie tear groups"
+        fix = "--granularity 1, or --dtype float32 and load it in float32, or --as model"
+        raise UsageError(word("--granularity", got=f"{got}: {why}", allowed=allowed, where=_WHERE, fix=fix))
+    return [
+        *notes,
+        f"load it in float32: in bfloat16 {family.architecture} rounds its router's scores and tears groups",
+    ]
 
 
 def _row(name: str, config: LMConfig, dtype: torch.dtype, seq: int) -> Row:

@@ -10,6 +10,7 @@ from typing import Self
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.fields import build, fit, plain
 from turnout.models.lm import LMConfig
+from turnout.reading import read_json
 from turnout.storage import write_whole
 from turnout.train.loop import TrainConfig
 
@@ -27,6 +28,7 @@ class DataConfig:
         limit_mb: at most this many megabytes (10^6 bytes) of each domain; None takes all.
         part_bytes: cut documents into parts of about this size, each held out or not by itself: for a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
+        bad: rows that cannot be read as text: "refuse" the data, or "skip" them and say how many.
 
     >>> DataConfig(limit_mb=3.0).held_out
     0.05
@@ -39,6 +41,7 @@ class DataConfig:
     limit_mb: float | None = None
     part_bytes: int | None = None
     field: str = "text"
+    bad: typing.Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -87,7 +90,8 @@ class Run:
         """This run with fields replaced by ``name=value`` texts.
 
         A name is a field of data, model, model.moe or train, dotted (``model.moe.hidden``), or as much of its end
-        (``moe.hidden``, ``width``) as only one of them has. Values are JSON, or plain text for text fields.
+        (``moe.hidden``, ``width``) as only one of them has; of several, a bare name means the model's own
+        (``layers`` is ``model.layers``, not ``model.moe.layers``). Values are JSON, or plain text for text fields.
 
         Raises:
             UsageError: an assignment without ``=``, a value of the wrong type, or a bare name that several have.
@@ -110,6 +114,21 @@ class Run:
         # All at once: width=96 heads=4 may fit together where neither fits alone.
         return _replace(self, changes)
 
+    def scaled(self, assignments: Sequence[str]) -> Self:
+        """``override`` of a run that has not begun: with other ``steps`` the warm-up keeps its share, unless it is set.
+
+        >>> from turnout.recipes import tiny
+        >>> tiny().scaled(["steps=60"]).train.warmup, tiny().scaled(["steps=60", "warmup=20"]).train.warmup
+        (6, 20)
+        """
+        named = {text.partition("=")[0].rpartition(".")[2]: text.partition("=")[2] for text in assignments}
+        steps = _parse(named.get("steps", ""))
+        if "warmup" in named or type(steps) is not int or steps < 1:
+            return self.override(assignments)
+        share = self.train.warmup / self.train.steps
+        warmup = max(min(1, self.train.warmup, steps), round(share * steps))
+        return self.override([*assignments, f"train.warmup={warmup}"])
+
     def with_domains(self, domains: Mapping[str, tuple[str, ...]]) -> Self:
         """This run on other text; all of it, since a limit suits only the text it was chosen for.
 
@@ -130,8 +149,8 @@ class Run:
         if name in known:
             return name
         hits = [dotted for dotted in known if dotted.endswith(f".{name}")]
-        if len(hits) == 1:
-            return hits[0]
+        if len(hits) == 1 or f"model.{name}" in hits:
+            return hits[0] if len(hits) == 1 else f"model.{name}"
         if hits:
             raise UsageError(
                 word(
@@ -182,19 +201,17 @@ class Run:
         """
         path = Path(path)
         path = path / "run.json" if path.is_dir() else path
+
+        def refuse(problem: str) -> CheckpointError:
+            got, allowed = f"{path} ({problem})", "be a run.json or an output folder that holds one"
+            fix = "name a folder that turnout train wrote"
+            return CheckpointError(word("the run", got=got, allowed=allowed, where="Run.open", fix=fix))
+
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                word(
-                    "the run",
-                    got=f"{path} ({error})",
-                    allowed="be a run.json or an output folder that holds one",
-                    where="Run.open",
-                    fix="name a folder that turnout train wrote",
-                )
-            ) from error
-        return cls.from_json_dict(body if isinstance(body, dict) else {})
+            body = read_json(path, refuse=refuse, any_link=True)
+        except OSError as error:
+            raise refuse(str(error)) from error
+        return cls.from_json_dict(body)
 
 
 def _leaves(value: object, prefix: str) -> list[tuple[str, object]]:
@@ -224,7 +241,7 @@ def _replace(value: typing.Any, changes: Mapping[str, tuple[str, str]]) -> typin
 def _parse(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

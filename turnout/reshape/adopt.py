@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from turnout import __version__
 from turnout.errors import MissingExtraError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.run import EXECUTORS, execute
 from turnout.types import ExpertWeights, Report, Routing
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
@@ -65,6 +66,7 @@ def register_backend() -> tuple[str, ...]:
     return tuple(functions)
 
 
+@expects(hf_model=nn.Module)
 def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Report]:
     """The same model, with the experts of every mixture-of-experts block run by turnout; changed in place.
 
@@ -126,6 +128,7 @@ def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Rep
     return hf_model, _adopted(list(fit), reasons, backend, before)
 
 
+@expects(hf_model=nn.Module)
 def release(hf_model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model as before ``adopt``: every block has the implementation back that it had; changed in place.
 

@@ -39,6 +39,9 @@ def checked(batches: Iterable[Tensor] | None, lm: LM, where: str) -> tuple[Tenso
         got = f"a {type(wrong[0]).__name__}" + _shape(wrong[0]) if wrong else "none"
         fix = "pass [batch.id_BS for batch in ...], at least one, or batches=None"
         raise DataError(word("batches", got=got, allowed="be tensors (B, S) of token ids", where=where, fix=fix))
+    if not any(item.numel() for item in found):
+        got, fix = f"{len(found)} without a token", "pass ids of shape (B, S) with B and S of 1 or more"
+        raise DataError(word("batches", got=got, allowed="hold at least one token", where=where, fix=fix))
     return tuple(item.to(lm.embedding.device) for item in found)
 
 

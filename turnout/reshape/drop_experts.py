@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
@@ -20,29 +21,30 @@ from turnout.types import Report, Routing
 __all__ = ["drop_experts", "entry_outputs"]
 
 _WHERE = "turnout.reshape.drop_experts"
-_BY = ("reap", "frequency", "random")
+_BY = ("reap", "frequency", "random", "gate")
 
 
+@expects(lm=LM)
 def drop_experts(
     lm: LM,
     *,
     keep: int | None = None,
     share: float | None = None,
-    by: Literal["reap", "frequency", "random"] = "reap",
+    by: Literal["reap", "frequency", "random", "gate"] = "reap",
     batches: Iterable[Tensor] | None = None,
     seed: int = 0,
 ) -> tuple[LM, Report]:
     """The model without the experts that score lowest on the text, equally many in every routed layer.
 
-    REAP's score of expert j is the mean over the tokens X_j routed to it of g_j(t) * |f_j(t)|: its gate, renormalised
-    over the token's K experts, times the length of its output. Experts that no token chose score 0; without them the
-    text's outputs stay the same to the bit, or to the last one where BLAS rounds products of fewer rows differently.
+    REAP's score of expert j is the mean over the tokens X_j routed to it of g_j(t) * |f_j(t)|: the weight of its output
+    in the model, renormalised only where the model does that, times the output's length. Experts that no token chose
+    score 0; without them the text's outputs stay the same, but for how BLAS rounds products of fewer rows.
 
     Args:
         lm: a model with experts; it is left as it is.
         keep: experts left in each layer, at least K; a multiple of a router's groups.
         share: instead of ``keep``, the share that goes, in [0, 1); rounded down to whole experts in every group.
-        by: "reap", "frequency" (tokens routed there), or "random".
+        by: "reap", "frequency" (tokens routed there), "random", or, an ablation, "gate": REAP without the length.
         batches: (B, S) token ids to score on; not needed for "random".
         seed: of "random", and of ids to compare on without text.
 
@@ -59,8 +61,8 @@ def drop_experts(
     >>> smaller.config.moe.num_experts, len(report["kept"]["0"])
     (3, 3)
 
-    Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". Gates are those
-    without a correction bias, which only takes part in the choice; groups of experts are pruned equally.
+    Source: Lasby et al., 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression". A
+    correction bias takes part in the choice alone, not in the weights; groups of experts are pruned equally.
     """
     moe, text = _routed(lm.config), checked(batches, lm, _WHERE)
     left = _left(moe, keep, share)
@@ -81,7 +83,7 @@ def drop_experts(
         **bill(lm, new),
         **difference(lm, new, text or probe(lm, seed)),
     }
-    return new, Report("drop_experts", values, _notes(moe, left))
+    return new, Report("drop_experts", values, (*_notes(moe, left), *_rounded(moe, left, share)))
 
 
 def planned(config: LMConfig, *, keep: int | None = None, share: float | None = None) -> LMConfig:
@@ -133,11 +135,10 @@ def _scores(lm: LM, text: tuple[Tensor, ...], by: str, seed: int) -> tuple[dict[
         if routing is None or not isinstance(ff, MoE):
             return
         loads[layer] += routing.load_E.cpu()
-        if by == "reap" and isinstance(ff.bank, Bank):
-            weight_R = routing.weight_R.double()
-            total_T = weight_R.new_zeros(routing.num_tokens).index_add_(0, routing.token_R, weight_R)
-            gate_R = weight_R / total_T[routing.token_R].clamp_min(1e-300)
-            value_R = gate_R * entry_outputs(ff.bank, x_TD, routing).double().norm(dim=1)
+        if by in ("reap", "gate") and isinstance(ff.bank, Bank):
+            value_R = routing.weight_R.double()  # as the model applies it
+            if by == "reap":
+                value_R = value_R * entry_outputs(ff.bank, x_TD, routing).double().norm(dim=1)
             sums[layer].index_add_(0, routing.expert_R.cpu(), value_R.cpu())
 
     by_batch("scoring experts", text, totals, lambda id_BS: watch(lm, [id_BS], look))
@@ -196,6 +197,8 @@ def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
     if keep is None:
         dropped = math.floor((share or 0.0) * moe.num_experts + 1e-9)
         keep = moe.num_experts - dropped // groups * groups
+        if share and keep == moe.num_experts:
+            raise _too_small(moe, share)
     if least <= keep <= moe.num_experts and keep % groups == 0:
         return keep
     near = min(max(-(-keep // groups) * groups, least), moe.num_experts)
@@ -204,6 +207,30 @@ def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
         allowed += f", a multiple of num_groups={groups}"
     fix = f"pass keep={near}" + ("" if near > least else ", or lower top_k first")
     raise UsageError(word("keep", got=keep, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _too_small(moe: MoEConfig, share: float) -> UsageError:
+    """A share that is less than one expert of each group, with the smallest that can go."""
+    groups, least = _groups(moe), _least(moe)
+    got = f"{share:g}, {share * moe.num_experts:g} of {moe.num_experts} experts"
+    allowed = f"be at least one expert of each of the {groups} groups" if groups > 1 else "be at least one expert"
+    fix = f"pass share={groups / moe.num_experts:g} or more (--drop-experts {100 * groups / moe.num_experts:g}%)"
+    if moe.num_experts - groups < least:
+        fix = f"none can go: a token needs {least} of them (top_k={moe.top_k}); merge experts instead"
+    elif groups > 1 and moe.num_experts // groups <= 2 and moe.router_options.get("group_score", "top2") == "top2":
+        fix = "none can go: the router scores a group by its two best experts; merge experts instead"
+    return UsageError(word("share", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _rounded(moe: MoEConfig, left: int, share: float | None) -> tuple[str, ...]:
+    """Says where fewer went than were asked for."""
+    asked, gone = (share or 0.0) * moe.num_experts, moe.num_experts - left
+    by = f" in each of {_groups(moe)} groups" if _groups(moe) > 1 else ""
+    return (
+        (f"{asked:g} of {moe.num_experts} experts were asked for; {gone} went, whole ones{by}",)
+        if asked > gone + 1e-9
+        else ()
+    )
 
 
 def _notes(moe: MoEConfig, left: int) -> tuple[str, ...]:

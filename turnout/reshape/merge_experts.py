@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from turnout.errors import UsageError, word
+from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
@@ -20,6 +22,7 @@ from turnout.types.weights import GATED
 __all__ = ["merge_experts"]
 
 _WHERE = "turnout.reshape.merge_experts"
+_BY = ("routing", "random")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,9 +33,11 @@ class _Group:
     label_E: Tensor
 
 
+@expects(lm=LM)
 def merge_experts(
-    lm: LM, *, keep: int, batches: Iterable[Tensor] | None = None, align: bool = True
-) -> tuple[LM, Report]:
+    lm: LM, *, keep: int, batches: Iterable[Tensor] | None = None, align: bool = True,
+    by: Literal["routing", "random"] = "routing", seed: int = 0,
+) -> tuple[LM, Report]:  # fmt: skip
     """The model in which groups of experts became one expert each; the router still chooses among all E.
 
     The keep * L experts with the highest frequency f over all L layers (at least one in each) are dominant. Every other
@@ -47,7 +52,8 @@ def merge_experts(
         lm: a model with experts and a router with logits; it is left as it is.
         keep: experts left per layer on average, 1 to E; how many each layer keeps follows from the frequencies.
         batches: (B, S) token ids to count and compare on.
-        align: False merges neurons as they lie, the ablation.
+        align: False merges neurons as they lie, an ablation; ``by="random"`` is the other, groups drawn from ``seed``
+            whose members weigh alike.
 
     Returns:
         The smaller model; and per layer the dominant experts, the leader of each expert and the frequencies; the bill,
@@ -69,9 +75,10 @@ def merge_experts(
     moe, text = _routed(lm.config, keep), checked(batches, lm, _WHERE)
     refuse_no_text(text, "frequencies and similarities are measured on it", _WHERE)
     load_LE, like_LE = _statistics(lm, text)
-    groups = _groups(load_LE, like_LE, keep)
+    drawn = _drawn(load_LE, by, seed)
+    groups = _groups(*(drawn or (load_LE, like_LE)), keep)
     merging = groups if keep < moe.num_experts else {}
-    changed = _banks(lm, merging, load_LE, align=align)
+    changed = _banks(lm, merging, {} if drawn else load_LE, align=align)
     distinct = tuple(len(group.dominant_G) for group in groups.values()) if merging else None
     new = rebuild(lm, dataclasses.replace(lm.config, moe=dataclasses.replace(moe, distinct=distinct)), changed)
     values = {
@@ -81,6 +88,7 @@ def merge_experts(
         "leader": {str(layer): group.dominant_G[group.label_E].tolist() for layer, group in groups.items()},
         "frequency": {str(layer): (load_E / load_E.sum()).tolist() for layer, load_E in load_LE.items()},
         "aligned": align,
+        "by": by,
         **bill(lm, new),
         **difference(lm, new, text),
     }
@@ -126,6 +134,18 @@ def _statistics(lm: LM, text: tuple[Tensor, ...]) -> tuple[dict[int, Tensor], di
     return load_LE, {n: gram_EE / length_LE[n][:, None] / length_LE[n] for n, gram_EE in gram_LE.items()}
 
 
+def _drawn(load_LE: Mapping[int, Tensor], by: str, seed: int) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
+    """For "random", frequencies and similarities by chance, of the same shapes."""
+    if by not in _BY:
+        raise nearest(by, _BY, kind="way to group", where=_WHERE)
+    if by == "routing":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    count = {layer: len(load_E) for layer, load_E in load_LE.items()}
+    load = {layer: torch.rand(n, generator=generator) for layer, n in count.items()}
+    return load, {layer: torch.rand(n, n, generator=generator) for layer, n in count.items()}
+
+
 def _groups(load_LE: Mapping[int, Tensor], like_LE: Mapping[int, Tensor], keep: int) -> dict[int, _Group]:
     """The dominant experts of all layers together, and whom every other one joins; ties go to the lower index."""
     layers = sorted(load_LE)
@@ -144,7 +164,7 @@ def _groups(load_LE: Mapping[int, Tensor], like_LE: Mapping[int, Tensor], keep: 
 
 
 def _banks(lm: LM, groups: Mapping[int, _Group], load_LE: Mapping[int, Tensor], *, align: bool) -> dict[str, Tensor]:
-    """The merged banks by name, and which group each expert is in."""
+    """The merged banks by name, and which group each expert is in; without frequencies members weigh alike."""
     changed = dict[str, Tensor]()
 
     def match(layer: int) -> dict[str, Tensor]:
@@ -152,7 +172,8 @@ def _banks(lm: LM, groups: Mapping[int, _Group], load_LE: Mapping[int, Tensor], 
 
     for layer, found in by_layer("matching neurons", groups, match).items():
         group, name = groups[layer], f"blocks.{layer}.ff"
-        merged = _merged(_bank(lm, layer), group, load_LE[layer], found["order_EF"])
+        load_E = load_LE.get(layer, torch.ones(len(group.label_E)))
+        merged = _merged(_bank(lm, layer), group, load_E, found["order_EF"])
         changed |= {f"{name}.bank.{part}": stack for part, stack in merged.items()} | {f"{name}.label_E": group.label_E}
     return changed
 

@@ -1,6 +1,8 @@
 """The routers that ``attach`` knows by name: from the adapters of one linear map to the module that chooses."""
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token import PHATGOOSE, SMEAR, Arrow, Glider, Poly
-from turnout.errors import ShapeError, UsageError, word
+from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.paths import LoRA, ScaLearn
 from turnout.types import Routing
 
-__all__ = ["ROUTERS", "Site"]
+__all__ = ["ROUTERS", "Site", "check_options"]
 
 _WHERE = "turnout.reshape.attach"
 
@@ -28,6 +30,7 @@ class Site:
         options: keywords for the router.
         shared: what builders leave there for the next maps of the same model.
         gates: of each adapter, what PHATGOOSE trained for it here, (D,); None where it has none.
+        everyone: the names of all adapters of the model, also of those that do not change this map; empty is ``names``.
 
     >>> Site("layers.0.q_proj", LoRA(8, 4, ranks=(2, 2)), ("math", "code"), {"top_k": 1}).names
     ('math', 'code')
@@ -41,6 +44,14 @@ class Site:
     options: Mapping[str, Any]
     shared: dict[object, nn.Module] = dataclasses.field(default_factory=dict)
     gates: tuple[Tensor | None, ...] = ()
+    everyone: tuple[str, ...] = ()
+
+    def top_k(self, most: int) -> int:
+        """K, as asked or ``most``; where fewer adapters change this map than were asked for, all of those."""
+        asked, here = self.options.get("top_k", most), len(self.names)
+        if "top_k" not in self.options or here < asked <= len(self.everyone):
+            return min(asked, here)
+        return asked
 
     @property
     def width(self) -> int:
@@ -49,7 +60,7 @@ class Site:
 
 
 def _arrow(site: Site) -> nn.Module:
-    options: dict[str, Any] = {"top_k": min(3, len(site.names))} | dict(site.options)  # 3 is what PEFT takes
+    options: dict[str, Any] = dict(site.options) | {"top_k": site.top_k(3)}  # 3 is what PEFT takes
     router = Arrow(site.width, len(site.names), **options)
     with torch.no_grad():
         router.weight.copy_(site.paths.directions())
@@ -58,7 +69,7 @@ def _arrow(site: Site) -> nn.Module:
 
 def _phatgoose(site: Site) -> nn.Module:
     gate_ED = _gates(site, "phatgoose")
-    options: dict[str, Any] = {"top_k": min(2, len(site.names))} | dict(site.options)
+    options: dict[str, Any] = dict(site.options) | {"top_k": site.top_k(2)}
     router = PHATGOOSE(site.width, len(site.names), **options)
     with torch.no_grad():
         router.weight.copy_(gate_ED)
@@ -69,7 +80,7 @@ def _glider(site: Site) -> nn.Module:
     """The gates are in the adapters' folders; ``embeddings`` says, for each name, what the adapter is for."""
     gate_ED, options = _gates(site, "glider"), dict(site.options)
     embedding_EQ = _embeddings(site, options.pop("embeddings", None))
-    every: dict[str, Any] = {"top_k": min(2, len(site.names)), "query_width": embedding_EQ.shape[1]} | options
+    every: dict[str, Any] = {"query_width": embedding_EQ.shape[1]} | options | {"top_k": site.top_k(2)}
     router = Glider(site.width, len(site.names), **every)
     with torch.no_grad():
         router.weight.copy_(gate_ED)
@@ -99,6 +110,9 @@ def _embeddings(site: Site, said: Any) -> Tensor:
         got, allowed = f"none for {', '.join(without)}", "say for every adapter's name what it is for"
         raise UsageError(word("embeddings", got=got, allowed=allowed, where=_WHERE, fix=fix))
     rows = [torch.as_tensor(said[name], dtype=torch.float32).detach().cpu() for name in site.names]
+    if any(not bool(row.isfinite().all()) for row in rows):
+        got, fix = "numbers that are not", "embed the descriptions again"
+        raise UsageError(word("embeddings", got=got, allowed="be finite", where=_WHERE, fix=fix))
     if any(row.ndim != 1 or not len(row) or row.shape != rows[0].shape for row in rows):
         got, allowed = ", ".join(str(tuple(row.shape)) for row in rows), "be vectors (Q,) of one length"
         fix = "embed all descriptions with the same encoder"
@@ -109,18 +123,21 @@ def _embeddings(site: Site, said: Any) -> Tensor:
 class _Even(nn.Module):
     """All adapters, with the same weight each, for every token: what a router has to beat."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, everyone: int) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.everyone = num_experts, everyone
 
     def forward(self, x_TD: Tensor) -> Routing:
-        weight_TE = x_TD.new_full((len(x_TD), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
+        weight_TE = x_TD.new_full((len(x_TD), self.num_experts), 1 / self.everyone, dtype=torch.float32)
         return Routing.from_dense(weight_TE)
 
 
 def even(site: Site) -> nn.Module:
-    """The mean of all adapters, whatever comes in; with one adapter, that adapter."""
-    return _Even(len(site.names))
+    """The mean of all adapters, whatever comes in; with one adapter, that adapter.
+
+    One that does not change this map adds nothing to the mean here, and counts: half of each is half everywhere.
+    """
+    return _Even(len(site.names), len(site.everyone or site.names))
 
 
 def _smear(site: Site) -> nn.Module:
@@ -162,3 +179,63 @@ ROUTERS: Mapping[str, Callable[[Site], nn.Module]] = {
     "scalearn": _scalearn,
     "smear": _smear,
 }
+# What each passes its options to, and what it takes beside.
+_TAKES: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "arrow": (Arrow, ()),
+    "even": (nn.Identity, ()),
+    "glider": (Glider, ("embeddings",)),
+    "phatgoose": (PHATGOOSE, ()),
+    "poly": (Poly, ("share",)),
+    "scalearn": (ScaLearn, ("share",)),
+    "smear": (SMEAR, ()),
+}
+
+
+def check_options(router: str, options: Mapping[str, Any], count: int, *, where: str = _WHERE) -> None:
+    """Refuses options that the router of that name does not take, of another type, or more adapters than there are.
+
+    Args:
+        router: one of ``ROUTERS``.
+        options: its keywords.
+        count: how many adapters there are.
+        where: who asks.
+
+    Raises:
+        UsageError: an option of no such name, or of another type than its default.
+        ShapeError: a ``top_k`` that is not between 1 and ``count``.
+
+    >>> check_options("arrow", {"top_k": 2}, 2)
+
+    Source: none; plain bookkeeping.
+    """
+    module, more = _TAKES[router]
+    parameters = inspect.signature(module.__init__).parameters.values()
+    default = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    for name, value in options.items():
+        if not default and not more:
+            fix = f"leave {name} out, or choose another router"
+            raise UsageError(word(f"options of {router!r}", got=name, allowed="be none", where=where, fix=fix))
+        if name not in default and name not in more:
+            raise nearest(str(name), [*default, *more], kind=f"option of router {router!r}", where=where)
+        wanted = _type(name, default.get(name))
+        if wanted is not None and not _is(value, wanted):
+            got, fix = repr(value), f"pass such as {name}={default.get(name, False)}"
+            allowed = f"be a {'finite ' if wanted is float else ''}{wanted.__name__}"
+            raise UsageError(word(name, got=got, allowed=allowed, where=where, fix=fix))
+    top_k = options.get("top_k", 1)
+    if not 1 <= top_k <= count:
+        allowed, fix = f"be between 1 and the number of adapters, {count}", f"pass top_k={min(max(top_k, 1), count)}"
+        raise ShapeError(word("top_k", got=top_k, allowed=allowed, where=where, fix=fix))
+
+
+def _type(name: str, default: Any) -> type | None:
+    """What an option must be; None where its module says so itself."""
+    if name in ("generator", "embeddings"):
+        return None
+    return {"share": bool, "query_width": int}.get(name, type(default))
+
+
+def _is(value: Any, wanted: type) -> bool:
+    if wanted is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is wanted

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
 from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text
@@ -25,6 +26,7 @@ _BY = ("cluster", "coactivation", "gradient", "random")
 _SPREAD, _ALL = 1e-3, 1e-6
 
 
+@expects(lm=LM)
 def split(
     lm: LM,
     *,

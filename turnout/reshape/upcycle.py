@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
 from turnout.reshape.calibrate import blocks, checked, difference, probe
@@ -23,6 +24,7 @@ _WHERE = "turnout.reshape.upcycle"
 _EVEN = 1e-6
 
 
+@expects(lm=LM)
 def upcycle(
     lm: LM,
     *,

@@ -1,6 +1,7 @@
 """Low-rank maps by a routing: the sum over a token's maps, at the cost of the maps that it takes."""
 
 import functools
+import math
 from itertools import pairwise
 
 import torch
@@ -79,13 +80,47 @@ def low_rank(x_TD: Tensor, routing: Routing, weights: LowRankWeights) -> Tensor:
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x_TD, routing.weight_R, weights.down_RD, weights.up_RO)
     )
-    if pays(routing, weights, trains=trains):
-        whole = trains or x_TD.device.type != "cpu" or torch.compiler.is_compiling() or transformed()
-        return _gathered(x_TD, routing, weights) if whole else _chosen(x_TD, routing, weights)
+    looks = x_TD.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    gather = _chosen if looks and not trains else _gathered
+    if pays(routing, weights, trains=trains) or (looks and trains and not sound(weights.down_RD, weights.up_RO)):
+        return gather(x_TD, routing, weights)
+    y_TO = _whole(x_TD, routing, weights, looked=looks)
+    return gather(x_TD, routing, weights) if looks and not trains and not sound(y_TO) else y_TO
+
+
+def _whole(x_TD: Tensor, routing: Routing, weights: LowRankWeights, *, looked: bool) -> Tensor:
+    """Two products with all factors. What a token does not take is cut off, not multiplied by 0, which keeps a NaN.
+
+    Where nobody looks whether all is finite (a GPU would have to wait for the answer), rows of factors that are not are
+    left out of the products, and the tokens that take them are NaN.
+    """
+    down_RD, up_RO = weights.down_RD, weights.up_RO
     rank_N = torch.tensor(weights.rank_N, device=x_TD.device)
     scale_N = torch.tensor(weights.scale_N, device=x_TD.device, dtype=routing.weight_R.dtype)
-    weight_TR = (routing.dense() * scale_N).repeat_interleave(rank_N, dim=1, output_size=weights.border_N[-1])
-    return linear(linear(x_TD, weights.down_RD) * weight_TR.to(x_TD.dtype), weights.up_RO.t())
+
+    def spread(value_TN: Tensor) -> Tensor:
+        return value_TN.repeat_interleave(rank_N, dim=1, output_size=weights.border_N[-1])
+
+    taken_TR, bad_R = spread(taken(routing)), None
+    if not looked:
+        bad_R = ~(down_RD.isfinite().all(1) & up_RO.isfinite().all(1))
+        down_RD, up_RO = (factor.masked_fill(bad_R.unsqueeze(1), 0) for factor in (down_RD, up_RO))
+    hidden_TR = linear(x_TD, down_RD).masked_fill(~taken_TR, 0)
+    y_TO = linear(hidden_TR * spread(routing.dense() * scale_N).to(x_TD.dtype), up_RO.t())
+    return y_TO if bad_R is None else y_TO.masked_fill((taken_TR & bad_R).any(1, keepdim=True), math.nan)
+
+
+def taken(routing: Routing) -> Tensor:
+    """(T, N) bool, which token takes which map: the pattern, whatever the weights."""
+    taken_TN = torch.zeros(routing.num_tokens, routing.num_experts, dtype=torch.bool, device=routing.token_R.device)
+    return taken_TN.index_put((routing.token_R, routing.expert_R), torch.ones_like(routing.token_R, dtype=torch.bool))
+
+
+def sound(*stacks: Tensor) -> bool:
+    """Whether all numbers are finite, so that what is multiplied by 0 is gone. A sum that overflows says no as well."""
+    with torch.no_grad():
+        total = sum(stack.sum(dtype=torch.promote_types(stack.dtype, torch.float32)) for stack in stacks)
+    return math.isfinite(float(total))
 
 
 def pays(routing: Routing, weights: LowRankWeights, *, trains: bool) -> bool:
@@ -203,18 +238,31 @@ def low_rank_merged(
         fix = "pass a routing of the sequences, and as many parts as divide both sizes"
         where = "turnout.run.low_rank_merged"
         raise ShapeError(word("x_TD, routing and parts", got=got, allowed=allowed, where=where, fix=fix))
-    weight_BSN = routing.dense().to(x_TD.dtype).view(batch, parts, -1)
     scale_N = torch.tensor(weights.scale_N, device=x_TD.device, dtype=x_TD.dtype)
-    down_NrSD = padded(weights.down_RD, weights).unflatten(2, (parts, -1))
-    up_NrSO = padded(weights.up_RO, weights).unflatten(2, (parts, -1))
-    down_BrD = torch.einsum("bsn,nrsd->brsd", weight_BSN, down_NrSD).flatten(2)
-    up_BrO = torch.einsum("bsn,nrso->brso", weight_BSN * scale_N, up_NrSO).flatten(2)
+    down_BrD = _averaged(routing, None, padded(weights.down_RD, weights), parts)
+    up_BrO = _averaged(routing, scale_N, padded(weights.up_RO, weights), parts)
     each = len(x_TD) // max(batch, 1)
     if torch.equal(sequence_T, torch.arange(batch, device=x_TD.device).repeat_interleave(each)):
         x_BSD = x_TD.view(batch, each, weights.width)
         return ((x_BSD @ down_BrD.transpose(1, 2)) @ up_BrO).view(len(x_TD), weights.out)
     hidden_Tr = torch.einsum("td,trd->tr", x_TD, down_BrD[sequence_T])
     return torch.einsum("tr,tro->to", hidden_Tr, up_BrO[sequence_T])
+
+
+def _averaged(routing: Routing, scale_N: Tensor | None, factor_NrX: Tensor, parts: int) -> Tensor:
+    """(B, r, X) the factors of each sequence, part by part: the sum of those that it takes, with their weights."""
+    part_NrSY = factor_NrX.unflatten(2, (parts, -1))
+    weight_BSN = routing.dense().to(factor_NrX.dtype).unflatten(0, (-1, parts))
+    weight_BSN = weight_BSN if scale_N is None else weight_BSN * scale_N
+    mean_BrSY = torch.einsum("bsn,nrsy->brsy", weight_BSN, part_NrSY)
+    if not torch.compiler.is_compiling() and sound(mean_BrSY):
+        return mean_BrSY.flatten(2)
+    taken_BSN = taken(routing).unflatten(0, (-1, parts))
+    total_BrSY = factor_NrX.new_zeros(len(weight_BSN), factor_NrX.shape[1], *part_NrSY.shape[2:])
+    for n, part_rSY in enumerate(part_NrSY):  # one that is not taken is left out, not multiplied by 0
+        taken_B1S1, weight_B1S1 = (of[:, None, :, n, None] for of in (taken_BSN, weight_BSN))
+        total_BrSY = total_BrSY + torch.where(taken_B1S1, weight_B1S1 * part_rSY, 0)
+    return total_BrSY.flatten(2)
 
 
 def merge(weights: LowRankWeights, weight_SN: Tensor) -> LowRankWeights:

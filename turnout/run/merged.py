@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, word
+from turnout.run.low_rank import sound, taken
 from turnout.run.reference import activate
 from turnout.types import ExpertWeights, Routing
 
@@ -38,11 +39,10 @@ def merged(x_TD: Tensor, routing: Routing, weights: ExpertWeights, sequence_T: T
         allowed = f"be (T, {weights.width}), T, and over {weights.num_experts}"
         fix = "make the routing of these sequences, with a router of as many experts"
         raise ShapeError(word("x_TD and routing", got=got, allowed=allowed, where="turnout.run.merged", fix=fix))
-    weight_BE = routing.dense().to(x_TD.dtype)
     batch = routing.num_tokens
 
     def mean(stack: Tensor) -> Tensor:
-        return (weight_BE @ stack.flatten(1)).view(batch, *stack.shape[1:])
+        return average(routing, stack.flatten(1)).view(batch, *stack.shape[1:])
 
     up_BDH, down_BFD = mean(weights.up_EDH), mean(weights.down_EFD)
     up_bias = None if weights.up_bias_EH is None else mean(weights.up_bias_EH)
@@ -62,3 +62,18 @@ def merged(x_TD: Tensor, routing: Routing, weights: ExpertWeights, sequence_T: T
         (row_S,) = (sequence_T == b).nonzero(as_tuple=True)
         y_TD = y_TD.index_add(0, row_S, run(x_TD[row_S], b))
     return y_TD
+
+
+def average(routing: Routing, stack_EX: Tensor) -> Tensor:
+    """(B, X) the sum of what each row of the routing takes, with its weights.
+
+    One that a row does not take is left out, not multiplied by 0, which would keep a NaN.
+    """
+    weight_BE = routing.dense().to(stack_EX.dtype)
+    mean_BX = weight_BE @ stack_EX
+    if not torch.compiler.is_compiling() and sound(mean_BX):
+        return mean_BX
+    taken_BE, mean_BX = taken(routing), torch.zeros_like(mean_BX)
+    for e, one_X in enumerate(stack_EX):
+        mean_BX = mean_BX + torch.where(taken_BE[:, e : e + 1], weight_BE[:, e : e + 1] * one_X, 0)
+    return mean_BX

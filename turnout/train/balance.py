@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import expects
 from turnout.types import Routing
 
 __all__ = ["load_balance_loss", "router_z_loss"]
 
 
+@expects(routing=Routing)
 def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     """How uneven one layer's routing is: 1 when load and scores are even, E when one expert gets everything.
 
@@ -21,7 +23,7 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
 
     Args:
         routing: of one layer, with ``score_TE``.
-        mask_T: (T,) bool, true for the tokens that count; padding is false. None counts all.
+        mask_T: (T,) bool, true for the tokens that count. What ``routing.real_T`` calls padding never does.
 
     Returns:
         A scalar in fp32, at least 0; its gradient reaches the router through the scores. 0 when no token counts.
@@ -41,7 +43,7 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
     could lower the loss by lowering all of its scores.
     """
     score_TE = _need(routing.score_TE, "scores", "turnout.train.balance.load_balance_loss")
-    _check_mask(mask_T, routing.num_tokens)
+    mask_T = _counted(mask_T, routing)
     tiny = torch.finfo(score_TE.dtype).tiny
     share_TE = score_TE / score_TE.sum(1, keepdim=True).clamp_min(tiny)
     chosen_E = _chosen(routing, mask_T).to(share_TE.dtype)
@@ -52,12 +54,13 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
     return routing.num_experts * (chosen_E / chosen_E.sum().clamp_min(1) * mean_E).sum()
 
 
+@expects(routing=Routing)
 def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     """How large one layer's logits are: the mean over tokens of (log sum_e exp logit_e)^2.
 
     Args:
         routing: of one layer, with ``logit_TE``.
-        mask_T: (T,) bool, true for the tokens that count; padding is false. None counts all.
+        mask_T: (T,) bool, true for the tokens that count. What ``routing.real_T`` calls padding never does.
 
     Returns:
         A scalar in fp32, at least 0; its gradient reaches the router through the logits. 0 when no token counts.
@@ -73,7 +76,7 @@ def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     Source: Zoph et al., 2022, "ST-MoE: Designing Stable and Transferable Sparse Expert Models", equation 5.
     """
     logit_TE = _need(routing.logit_TE, "logits", "turnout.train.balance.router_z_loss")
-    _check_mask(mask_T, routing.num_tokens)
+    mask_T = _counted(mask_T, routing)
     square_T = logit_TE.logsumexp(1).square()
     if mask_T is None:
         return square_T.sum() / max(routing.num_tokens, 1)
@@ -82,7 +85,7 @@ def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
 
 def _chosen(routing: Routing, mask_T: Tensor | None) -> Tensor:
     """(E,) how many of the counted tokens chose each expert, before capacity truncated the routing."""
-    if mask_T is None:
+    if mask_T is None or mask_T is routing.real_T:  # padding has no entries
         return routing.load_E if routing.wanted_E is None else routing.wanted_E
     if routing.wanted_E is not None and routing.before is None:
         raise UsageError(
@@ -113,14 +116,18 @@ def _need(table_TE: Tensor | None, name: str, where: str) -> Tensor:
     return table_TE
 
 
-def _check_mask(mask_T: Tensor | None, num_tokens: int) -> None:
-    if mask_T is not None and (mask_T.shape != (num_tokens,) or mask_T.dtype != torch.bool):
+def _counted(mask_T: Tensor | None, routing: Routing) -> Tensor | None:
+    """(T,) which rows count: those of the mask that are no padding; None where all do."""
+    if mask_T is None:
+        return routing.real_T
+    if mask_T.shape != (routing.num_tokens,) or mask_T.dtype != torch.bool:
         raise ShapeError(
             word(
                 "mask_T",
                 got=f"{mask_T.dtype} of shape {tuple(mask_T.shape)}",
-                allowed=f"be bool of shape ({num_tokens},)",
+                allowed=f"be bool of shape ({routing.num_tokens},)",
                 where="turnout.train.balance",
                 fix="pass (attention_mask != 0).flatten()",
             )
         )
+    return mask_T if routing.real_T is None else mask_T & routing.real_T

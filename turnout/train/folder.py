@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import platform
 import shlex
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 
 from turnout import __version__
-from turnout.errors import StorageError, UsageError, word
+from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.reading import read_json
 from turnout.storage import read_error, write_whole
 
 __all__ = ["locked", "read_run_json", "refuse_missing_run", "refuse_other_run", "write_failure"]
@@ -116,10 +116,9 @@ def refuse_other_run(out: Path, begun: Mapping[str, Any] | None = None) -> None:
 def read_run_json(out: Path) -> dict[str, Any]:
     """What is in run.json; empty when there is none, or none that can be read."""
     try:
-        body = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(out / "run.json", any_link=True)
+    except (OSError, CheckpointError):
         return {}
-    return body if isinstance(body, dict) else {}
 
 
 def write_failure(out: Path, error: BaseException, step: int | str, run_json: Mapping[str, Any]) -> None:

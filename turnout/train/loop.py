@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from turnout.errors import Interrupted, StorageError, TrainingError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.fields import plain
 from turnout.measure import bits_per_byte, max_vio
 from turnout.storage import write_whole
@@ -41,6 +42,7 @@ _FIXED = ("batch", "seq", "accumulate", "seed")
 _FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
+@expects(model=nn.Module, config=TrainConfig, out=PATH)
 def train(
     model: nn.Module,
     tokens: TokenSet,

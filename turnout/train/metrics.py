@@ -1,12 +1,14 @@
 """metrics.jsonl: one JSON object a line, flushed as it is written, rewound to the checkpoint when a run goes on."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from turnout.errors import MissingExtraError
+from turnout.errors import CheckpointError, MissingExtraError
+from turnout.reading import check_fields, parse_json, read_lines
 from turnout.storage import read_error, write_whole
 
 __all__ = ["Metrics", "need_tensorboard", "read_metrics", "rewind"]
@@ -23,12 +25,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+    for line in read_lines(path):
+        with contextlib.suppress(CheckpointError):
+            record = parse_json(line, CheckpointError, finite=False)
+            check_fields(record, {"step": int}, CheckpointError)
             records.append(record)
     return records
 

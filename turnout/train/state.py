@@ -17,12 +17,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, StorageError, word
+from turnout.reading import check_fields, check_link, read_json
 from turnout.storage import digest, read_error, write_whole
 
 __all__ = ["checkpoint_name", "choose", "clean", "damage", "find", "load", "newest_whole", "save", "set_aside_after"]
@@ -101,16 +102,17 @@ def save(
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a phrase that names the file; None when every byte is as written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            return f"manifest.json has format {manifest['format']!r}, not {_FORMAT!r}"
+        manifest = read_json(path / "manifest.json", refuse=CheckpointError)
+        check_fields(manifest, {"format": Literal[_FORMAT], "files": dict[str, dict[str, Any]]}, CheckpointError)
+        check_fields(manifest["files"], dict.fromkeys(_FILES, dict), CheckpointError)
         written = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
+    except (OSError, CheckpointError, KeyError) as error:
+        return f"manifest.json cannot be read ({error})"
     for name, (size, sha256) in written.items():
         try:
+            check_link(path / name, CheckpointError)
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes of {size:,}: " + ("truncated" if found < size else "altered")
@@ -120,6 +122,8 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except CheckpointError as error:
+            return f"{name} is {error}"
     return None
 
 
@@ -189,7 +193,7 @@ def load(
     from safetensors.torch import load_file
 
     weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
-    body = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    body = read_json(path / _FILES[2], finite=False)
     check(body)
     held = _owned(model)
     _check_fit(

@@ -12,6 +12,7 @@ from turnout.types.cost import Budget, Cost
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
 from turnout.types.low_rank import LowRankWeights
+from turnout.types.padding import spread
 from turnout.types.report import Report
 from turnout.types.routing import Routing
 from turnout.types.trace import Trace
@@ -29,4 +30,5 @@ __all__ = [
     "Routing",
     "Trace",
     "TraceWriter",
+    "spread",
 ]

@@ -67,6 +67,12 @@ class Given:
             raise ShapeError(word(name, got=got, allowed=allowed, where=who, fix="pass one row a sequence"))
         return value.to(self.sequence_T.device)
 
+    def tokens(self) -> "Given":
+        """The same for the tokens alone, padding left out."""
+        if self.keep_T is None:
+            return self
+        return dataclasses.replace(self, sequence_T=self.sequence_T[self.keep_T], keep_T=None)
+
     def mean(self, x_TD: Tensor) -> Tensor:
         """(B, D) the mean of each sequence's tokens, padding left out; zero for a sequence that is all padding."""
         weight_T = torch.ones_like(self.sequence_T, dtype=x_TD.dtype) if self.keep_T is None else self.keep_T

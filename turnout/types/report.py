@@ -4,9 +4,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from turnout.errors import CheckpointError, word
+from turnout.reading import check_fields, parse_json
 from turnout.storage import write_whole
 
 _FORMAT = "turnout.report/1"
@@ -58,25 +59,23 @@ class Report:
         Raises:
             CheckpointError: the text is not a report.
         """
-        try:
-            body = json.loads(text)
-            if body["format"] != _FORMAT:
-                raise ValueError(f"format {body['format']!r}")
-            return cls(body["title"], body["values"], tuple(body["notes"]), body["context"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                word(
-                    "the text",
-                    got=str(error),
-                    allowed=f"be {_FORMAT} JSON",
-                    where="Report.from_json",
-                    fix="write it with Report.to_json",
-                )
-            ) from error
+        body = parse_json(text, _refuse, finite=False)
+        check_fields(
+            body,
+            {"format": Literal[_FORMAT], "title": str, "values": dict[str, Any], "notes": list[str]}
+            | {"context": dict[str, Any]},
+            _refuse,
+        )
+        return cls(body["title"], body["values"], tuple(body["notes"]), body["context"])
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON, aside first and then renamed."""
         write_whole(path, self.to_json() + "\n")
+
+
+def _refuse(problem: str) -> CheckpointError:
+    allowed, fix = f"be {_FORMAT} JSON", "write it with Report.to_json"
+    return CheckpointError(word("the text", got=problem, allowed=allowed, where="Report.from_json", fix=fix))
 
 
 def _show(value: Value) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, UsageError, word
 from turnout.storage import write_whole
-from turnout.types.sound import check_dense, check_dropped, check_entries, check_kinds, check_range, problem
+from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
 
 _FORMAT = "turnout.routing/1"
 
@@ -31,6 +31,8 @@ class Routing:
         wanted_E: (E,) int64, the load before capacity truncated it; None when nothing was truncated.
         score_TE: (T, E) the router's scores for all experts (probabilities or affinities), for losses and reports.
         logit_TE: (T, E) fp32, the scores before their non-linearity, for the router z-loss.
+        real_T: (T,) bool, false at padding: rows that nobody decided about, which have no entry and count nowhere.
+            None where every row is a token. See ``turnout.types.spread``.
 
     >>> r = Routing.from_topk(torch.tensor([[2, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), num_experts=3)
     >>> r.token_R.tolist(), r.offset_E.tolist(), r.load_E.tolist()
@@ -49,6 +51,7 @@ class Routing:
     wanted_E: Tensor | None = None
     score_TE: Tensor | None = None
     logit_TE: Tensor | None = None
+    real_T: Tensor | None = None
     # Where each entry stood in the (T, K) tensors of from_topk; None for any other pattern. See by_token.
     entry_R: Tensor | None = dataclasses.field(default=None, repr=False)
     top_k: int | None = dataclasses.field(default=None, repr=False)
@@ -78,16 +81,7 @@ class Routing:
             ShapeError: the two are not (T, K).
             UsageError: an index is no expert's, ``dropped`` is one's, or a dtype is another.
         """
-        if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
-            raise ShapeError(
-                word(
-                    "index_TK and weight_TK",
-                    got=f"{tuple(index_TK.shape)} and {tuple(weight_TK.shape)}",
-                    allowed="have the same shape (T, K)",
-                    where="Routing.from_topk",
-                    fix="pass both results of the same torch.topk call",
-                )
-            )
+        check_topk(index_TK, weight_TK, where="Routing.from_topk")
         num_tokens, top_k = index_TK.shape
         if dropped is not None:
             check_dropped(dropped, num_experts)
@@ -95,7 +89,6 @@ class Routing:
             entries = token_R, index_TK[token_R, place_R], weight_TK[token_R, place_R]
             sizes = {"num_tokens": num_tokens, "num_experts": num_experts}
             return cls.from_entries(*entries, **sizes, score_TE=score_TE, logit_TE=logit_TE)
-        check_kinds(index_TK, weight_TK, where="Routing.from_topk")
         check_range("expert", index_TK, num_experts, where="Routing.from_topk")
         # Narrow keys sort several times faster (a radix sort pays per byte); values and order are the same.
         narrow = index_TK.device.type in ("cpu", "cuda") and num_experts <= 32768
@@ -186,6 +179,11 @@ class Routing:
         if bound_E[0] != 0 or bound_E[-1] != self.num_entries or bound_E != sorted(bound_E):
             self.validate()
         return bound_E
+
+    @property
+    def num_real(self) -> int:
+        """The rows that are tokens, all but padding."""
+        return self.num_tokens if self.real_T is None else int(self.real_T.sum())
 
     @functools.cached_property
     def load_E(self) -> Tensor:
@@ -292,6 +290,7 @@ class Routing:
             weight_R=self.weight_R.new_zeros(len(key_N)).index_add(0, place_R, self.weight_R),
             offset_E=torch.searchsorted(key_N, border_E),
             num_tokens=self.num_tokens,
+            real_T=self.real_T,
         )
 
     def truncate(self, capacity: int, *, priority: Literal["weight", "position"] = "weight") -> Self:
@@ -352,7 +351,7 @@ class Routing:
     def __str__(self) -> str:
         load_E = self.load_E
         span = f"{int(load_E.min())}..{int(load_E.max())}" if load_E.numel() else "none"
-        mean = self.num_entries / max(self.num_tokens, 1)
+        mean = self.num_entries / max(self.num_real, 1)
         return (
             f"Routing({self.num_tokens} tokens -> {self.num_experts} experts, {self.num_entries} entries, "
             f"{mean:.2f} per token, load {span}, {int(self.dropped_E.sum())} dropped)"
@@ -362,7 +361,7 @@ class Routing:
         """Writes the routing to one safetensors file, aside first and then renamed."""
         from safetensors.torch import save_file
 
-        optional = {"wanted_E": self.wanted_E, "score_TE": self.score_TE, "logit_TE": self.logit_TE}
+        optional = {name: getattr(self, name) for name in ("wanted_E", "score_TE", "logit_TE", "real_T")}
         tensors = {"token_R": self.token_R, "weight_R": self.weight_R, "offset_E": self.offset_E}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 
-__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "problem"]
+__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "check_topk", "problem"]
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -30,15 +30,32 @@ def problem(routing: Any) -> str | None:
             return (
                 f"{name} of shape {tuple(table.shape)} for {routing.num_tokens} tokens x {routing.num_experts} experts"
             )
+    real_T = routing.real_T
+    if real_T is not None and (real_T.shape != (routing.num_tokens,) or real_T.dtype != torch.bool):
+        return f"real_T of {real_T.dtype} and shape {tuple(real_T.shape)} for {routing.num_tokens} tokens"
     if routing.num_entries == 0:
         return None
     if int(token_R.min()) < 0 or int(token_R.max()) >= routing.num_tokens:
         return f"tokens {int(token_R.min())}..{int(token_R.max())} of {routing.num_tokens}"
+    if real_T is not None and not bool(real_T[token_R].all()):
+        return "entries of padding"
     if not bool((torch.diff(routing.expert_R * routing.num_tokens + token_R) > 0).all()):
         return "entries that are unsorted or repeated"
     if not bool(torch.isfinite(routing.weight_R).all()):
         return "weights that are not finite"
     return None
+
+
+def check_topk(index_TK: Tensor, weight_TK: Tensor, *, where: str) -> None:
+    """Raises unless they are the two results of a top-k."""
+    if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
+        got, fix = (
+            f"{tuple(index_TK.shape)} and {tuple(weight_TK.shape)}",
+            "pass both results of the same torch.topk call",
+        )
+        allowed = "have the same shape (T, K)"
+        raise ShapeError(word("index_TK and weight_TK", got=got, allowed=allowed, where=where, fix=fix))
+    check_kinds(index_TK, weight_TK, where=where)
 
 
 def check_entries(

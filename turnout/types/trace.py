@@ -2,21 +2,32 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
 from turnout.errors import CheckpointError, ShapeError, UsageError, nearest, word
+from turnout.reading import check_fields, plain_name, read_json
 from turnout.types.routing import Routing
 
 FORMAT = "turnout.trace/1"
 # name -> dtype of the columns; "L" columns exist once per layer. Little-endian, no padding, one file each.
 LAYER_COLUMNS = {"start": "<i8", "expert": "<u2", "weight": "<f4"}
 DOCUMENT_COLUMNS = {"document": "<i8", "domain": "<u2"}
+_HEAD = {
+    "format": Literal[FORMAT],
+    "column_bytes": dict[str, int],
+    "num_experts_L": list[int],
+    "layers": list[str],
+    "domains": list[str],
+    "num_tokens": int,
+    "num_documents": int,
+    "has_token_ids": bool,
+    "context": dict[str, Any],
+}
 
 
 def _corrupt(path: Path, problem: str) -> CheckpointError:
@@ -81,14 +92,15 @@ class Trace:
             CheckpointError: the folder is not a finished trace, or a column is missing or truncated.
         """
         path = Path(path)
+        refuse = functools.partial(_corrupt, path)
         try:
-            head = json.loads((path / "trace.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            head = read_json(path / "trace.json", refuse=refuse)
+        except OSError as error:
             raise _corrupt(path, str(error)) from error
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise _corrupt(path, f"format {head.get('format') if isinstance(head, dict) else head!r}")
+        check_fields(head, _HEAD, refuse)
         try:
             for name, size in head["column_bytes"].items():
+                plain_name(name, refuse)
                 found = (path / name).stat().st_size if (path / name).exists() else -1
                 if found != size:
                     raise _corrupt(path, f"column {name} has {found} bytes, not {size}")

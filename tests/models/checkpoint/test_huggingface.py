@@ -311,6 +311,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+def held(folder: Path) -> dict[str, bytes]:
+    """The files, without the promise of layers that transformers writes into every config.json and never saves."""
+    found = files(folder)
+    keys = json.loads(found["config.json"])
+    if keys.get("num_nextn_predict_layers"):
+        text = json.dumps(keys | {"num_nextn_predict_layers": 0}, indent=2, sort_keys=True) + "\n"
+        found["config.json"] = text.encode()
+    return found
+
+
 @every_case
 def test_in_and_out_again(name: str, tmp_path: Path) -> None:
     hf = theirs(name)
@@ -320,15 +330,13 @@ def test_in_and_out_again(name: str, tmp_path: Path) -> None:
     assert_same(hf, lm)
     architecture = checkpoint.to_hf(lm, tmp_path / "b")
     assert architecture == hf.config.architectures[0]
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert held(tmp_path / "a") == files(tmp_path / "b")
     # Through our own format and out again: still the same, bit for bit.
     checkpoint.save(tmp_path / "own", lm)
     checkpoint.to_hf(checkpoint.load(tmp_path / "own"), tmp_path / "c", shard_bytes=30_000 if "moe" in name else 10**9)
     again = checkpoint.from_hf(tmp_path / "c").state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in lm.state_dict().items())
-    assert json.loads((tmp_path / "c" / "config.json").read_text()) == json.loads(
-        (tmp_path / "a" / "config.json").read_text()
-    )
+    assert files(tmp_path / "c")["config.json"] == held(tmp_path / "a")["config.json"]
     assert (tmp_path / "c" / "tokenizer.json").exists()
 
 
@@ -359,7 +367,7 @@ def test_experts_in_one_tensor(name: str, tmp_path: Path) -> None:
     lm = checkpoint.from_hf(tmp_path / "a")
     assert_same(hf, lm)
     checkpoint.to_hf(lm, tmp_path / "b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert held(tmp_path / "a") == files(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "mixtral"])
@@ -443,18 +451,18 @@ def test_our_tokenizer_goes_along(tmp_path: Path) -> None:
     ("fields", "reasons"),
     [
         ({"qk_norm": "head", "qkv_bias": True}, ["Qwen2ForCausalLM", "qk_norm is 'head'"]),
-        ({"activation": "gelu"}, ["activation is 'gelu'", "set activation='swiglu'"]),
+        ({"activation": "gelu"}, ["activation is 'gelu'", "train with activation='swiglu'", "--as model"]),
         ({"moe": dataclasses.replace(MOE, router="Hash")}, ["moe.router is 'Hash'", "'TopK'"]),
         ({"moe": dataclasses.replace(MOE, router_options={"capacity_factor": 1.0})}, ["capacity_factor is 1.0"]),
-        ({"moe": dataclasses.replace(MOE, layers=(1,))}, ["Qwen3MoeForCausalLM", "set qk_norm='head'"]),
-        ({"moe": dataclasses.replace(MOE, router="LossFree")}, ["Glm4MoeForCausalLM", "moe.shared_hidden is None"]),
+        ({"moe": MoEConfig(6, 1, 12), "residual_scale": 0.5}, ["residual_scale is 0.5", "--as model"]),
+        ({"moe": MOE, "out_bias": True}, ["out_bias is True"]),
         (
             {"moe": dataclasses.replace(MOE, shared_hidden=10, shared_gate=True), "qk_norm": "head"},
-            ["Qwen2MoeForCausalLM", "qk_norm is 'head'", "set qk_norm='none'"],
+            ["Qwen2MoeForCausalLM", "qk_norm is 'head'", "nothing to set"],
         ),
         (
             {"attention": "mla", "kv_heads": None, "mla": MLA, "moe": MOE},
-            ["moe.shared_hidden is None", "renormalize", "Deepseek"],
+            ["renormalize", "Deepseek"],
         ),
     ],
 )

@@ -257,9 +257,21 @@ def test_what_is_skipped_in_a_folder_is_said(folder, tmp_path) -> None:
     told = Told()
     tokens = make({"a": folder}, tmp_path / "out", progress=told)
     assert tokens.notes == tuple(tokens.head["notes"]) and all(note in told.lines for note in tokens.notes)
-    assert any(n.startswith("left out 1 empty texts: ") and "__init__.py" in n for n in tokens.notes)
+    assert any(n.startswith("left out 1 empty or null texts: ") and "__init__.py" in n for n in tokens.notes)
     assert any(n.startswith("left out 2 files that are not UTF-8") and "picture.png" in n for n in tokens.notes)
     assert len(documents(tokens, "train")) + len(documents(tokens, "held_out")) == 40
+
+
+def test_the_held_out_text_is_known_whatever_the_tokenizer_and_the_order(folder, tmp_path) -> None:
+    def held(name: str, **options) -> str:
+        sources = options.pop("sources", [folder])
+        return make({"a": sources}, tmp_path / name, **options).head["held_out_text"]
+
+    one = held("one")
+    assert one == held("two", vocab_size=261) == held("three", sources=sorted(folder.iterdir(), reverse=True))
+    assert len({one, held("four", held_out=0.5), held("five", limit_bytes=2000)}) == 3
+    (folder / "00.txt").write_text("other")
+    assert held("six", held_out=1.0) != held("seven", held_out=1.0, sources=sorted(folder.iterdir())[1:])
 
 
 # ---- what cannot be
@@ -276,7 +288,7 @@ def test_a_folder_of_nothing_but_pictures(tmp_path) -> None:
     (tmp_path / "data" / "picture.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(DataError, match=r"the domain 'a' must hold text.*left out 1 files .*picture\.png"):
         make({"a": tmp_path / "data"}, tmp_path / "out")
-    with pytest.raises(DataError, match=r"the domain 'a'.*1 empty texts"):
+    with pytest.raises(DataError, match=r"the domain 'a'.*1 empty or null texts"):
         make({"a": Document("nothing", ""), "b": texts()}, tmp_path / "out")
     with pytest.raises(DataError, match="the domain 'a'"):
         make({"a": []}, tmp_path / "out")

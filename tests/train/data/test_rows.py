@@ -24,9 +24,9 @@ def test_jsonl(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "cut', r"rows\.jsonl:2 \(Invalid control.*repair or remove the line"),
+        ('{"text": "cut', r"rows\.jsonl:2 \(Invalid control.*repair or remove the row"),
         ('{"body": "x", "id": 3}', r"rows\.jsonl:2 \(no field 'text'; fields: body, id\).*pass field="),
-        ('{"text": 3}', r"rows\.jsonl:2 \(a field 'text' of type int"),
+        ('{"text": 3}', r"rows\.jsonl:2 \(its field 'text' holds the number 3"),
         ("[1]", r"rows\.jsonl:2 \(a JSON list\)"),
         ("\x00\x01", r"rows\.jsonl:2"),
         ("{}", r"fields: none"),
@@ -54,7 +54,7 @@ def test_parquet(tmp_path) -> None:
     assert found[0].endswith("rows.parquet:1") and found[-1].endswith("rows.parquet:601")
     with pytest.raises(UnknownNameError, match=r"unknown field 'txt'.*Did you mean 'text'"):
         texts(tmp_path / "rows.parquet", field="txt")
-    with pytest.raises(DataError, match=r"row 1 \('id' is int\)"):
+    with pytest.raises(DataError, match=r"rows\.parquet:1 \(its field 'id' holds the number 0\)"):
         texts(tmp_path / "rows.parquet", field="id")
     whole = (tmp_path / "rows.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])

@@ -81,7 +81,7 @@ def test_a_damaged_head_is_named(copy, tmp_path) -> None:
     head = json.loads((copy / "tokens.json").read_text())
     for body, says in (
         ('{"format"', "tokens.json"),
-        ("[]", "not of the format"),
+        ("[]", "a JSON list"),
         (json.dumps(head | {"format": "turnout.tokens/9"}), "not of the format turnout.tokens/1"),
         (json.dumps({k: v for k, v in head.items() if k != "files"}), "lacks 'files'"),
         (json.dumps({k: v for k, v in head.items() if k != "domains"}), "lacks 'domains'"),

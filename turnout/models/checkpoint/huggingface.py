@@ -12,21 +12,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.own import carry, check_shape, empty, opened, read_json
-from turnout.models.checkpoint.survey import CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
+from turnout.models.checkpoint.own import carry, check_shape, empty, opened, outline, read_json
+from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
+from turnout.models.checkpoint.ties import refuse_ties
 from turnout.models.families.express import architecture_of, family_of
-from turnout.models.families.family import Family, Keys
+from turnout.models.families.family import Family
 from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import Slot, slots
-from turnout.models.lm import LM
+from turnout.models.lm import LM, LMConfig
 from turnout.storage import read_error, write_whole
 
 __all__ = ["from_hf", "to_hf"]
 
 _END = "<|endoftext|>"
+# Keys of config.json that hold of the old folder alone: how it was packed, its code, its place, its files.
+_OLD = ("quantization_config", "compression_config", "auto_map", "transformers_weights", "_name_or_path")
+# Keys that count experts, in all the spellings there are; an architecture's own is written anew.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 
 
+@expects(path=PATH)
 def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
@@ -35,7 +42,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     Of quantised weights only those of gpt-oss (MXFP4) are read, as the bfloat16 numbers that they stand for.
 
     Args:
-        path: a folder with config.json and model.safetensors, or its shards and their index.
+        path: a folder with config.json and weights, found in transformers' order: the file that config.json names
+            (``transformers_weights``), else model.safetensors, else the shards of its index.
         dtype: of the weights; None for the one they are stored in, which must then be one for all.
 
     Raises:
@@ -72,6 +80,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     return lm.eval()
 
 
+@expects(lm=LM, path=PATH)
 def to_hf(
     lm: LM,
     path: str | Path,
@@ -83,7 +92,11 @@ def to_hf(
     """Writes the model as a folder that transformers, and what builds on it, loads without turnout.
 
     The folder appears whole or not at all. A model that was read from such a folder and still has its configuration
-    is written back bit for bit, with its tokenizer and generation configuration.
+    is written back bit for bit, with its tokenizer and generation configuration; but config.json says nothing of what
+    is not written: layers that predict further tokens, code of the folder's own, the way weights were packed.
+
+    What an architecture cannot be without, and the model has not, is written as zeros that add nothing: the shared
+    expert of Qwen2-MoE, for one.
 
     Args:
         lm: the model.
@@ -96,7 +109,8 @@ def to_hf(
         The name of the architecture.
 
     Raises:
-        UsageError: no architecture computes what the model does; the message lists every reason.
+        UsageError: no architecture computes what the model does, and the message lists every reason; or its experts
+            tie by design, and transformers would choose among them otherwise in the dtype that it is in.
         StorageError: the folder is not empty, not writable, or the disk is full.
 
     >>> from turnout.models.lm import LMConfig, MoEConfig
@@ -109,13 +123,15 @@ def to_hf(
     """
     path, like = Path(path), lm.origin if like is None else Path(like)
     old = _old_keys(like)
-    family = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
+    family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
+    refuse_ties(lm, family)
     with _whole_folder(path) as aside:
-        _write_weights(lm, family, aside, like if like and family_of(old) is family else None, shard_bytes)
+        plan = _old_plan(like, old) if like and family_of(old) is family else {}
+        _write_weights(lm, family, config, aside, like, plan, shard_bytes)
         if like is not None:
             carry(like, aside)
         old = old or _describe_tokenizer(aside, lm.config.max_seq)
-        _write_config(lm, family, aside, like, old)
+        _write_config(config, lm.embedding.dtype, family, aside, like, old)
     return family.architecture
 
 
@@ -170,12 +186,21 @@ def _old_keys(like: Path | None) -> dict[str, Any]:
     return keys if "model_type" in keys else {}
 
 
-def _write_weights(lm: LM, family: Family, path: Path, like: Path | None, shard_bytes: int) -> None:
-    plan: dict[str, str] = {}
-    if like is not None:
-        with contextlib.suppress(CheckpointError):  # a folder with the small files only
-            plan = headers(like)[0]
+def _old_plan(like: Path, old: Mapping[str, Any]) -> dict[str, str]:
+    """Which file of the old folder each tensor is in; empty for a folder with the small files only."""
+    with contextlib.suppress(CheckpointError):
+        return headers(like, old)[0]
+    return {}
+
+
+def _write_weights(
+    lm: LM, family: Family, config: LMConfig, path: Path, like: Path | None, plan: dict[str, str], shard_bytes: int
+) -> None:
     tensors = slots(lm, layout(family, plan))
+    if config != lm.config:
+        whole = slots(outline(config), layout(family, plan))
+        silent = {name: slot for name, slot in whole.items() if name not in tensors}
+        tensors |= {name: Slot(torch.zeros(slot.view.shape, dtype=lm.embedding.dtype)) for name, slot in silent.items()}
     if lm.head is None and "lm_head.weight" in plan:
         tensors["lm_head.weight"] = Slot(lm.embedding.detach().clone())  # safetensors refuses to store one twice
     if set(plan) != set(tensors):
@@ -235,17 +260,32 @@ def _describe_tokenizer(path: Path, max_seq: int) -> dict[str, Any]:
     return {"eos_token_id": ends[_END]} if ends else {}
 
 
-def _write_config(lm: LM, family: Family, path: Path, like: Path | None, old: Mapping[str, Any]) -> None:
-    dtype = str(lm.embedding.dtype).removeprefix("torch.")
-    if like is not None and family_of(old) is family:
-        same = meaning(family.read(Keys(old, family.defaults))) == meaning(lm.config)
-        if same and not old.get("quantization_config") and dtype in (old.get("dtype"), old.get("torch_dtype")):
-            write_whole(path / "config.json", (like / "config.json").read_bytes())
-            return
+def _write_config(
+    config: LMConfig, dtype: torch.dtype, family: Family, path: Path, like: Path | None, old: Mapping[str, Any]
+) -> None:
+    stored, same = str(dtype).removeprefix("torch."), family_of(old) is family
+    names: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    kept = _kept(old, family, config) if same else {}
+    alike = same and meaning(family.read(family.keys(old))) == meaning(config)
+    if like is not None and alike and stored in (old.get("dtype"), old.get("torch_dtype")):
+        ahead = {name: 0 for name in AHEAD if name in old}
+        keys = kept | ahead | (names if old["model_type"] != family.model_type else {})
+        text = json.dumps(keys, indent=2, sort_keys=True) + "\n"
+        write_whole(path / "config.json", (like / "config.json").read_bytes() if keys == old else text)
+        return
     keys = {"use_cache": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    keys |= {name: old[name] for name in old if name in keys or family_of(old) is family}
-    keys.pop("quantization_config", None)  # what is packed is read, never written
-    keys |= family.write(lm.config)
+    keys |= {name: old[name] for name in (*keys, "transformers_version") if name in old} | kept
+    for name in (*_COUNTS, *family.aliases):  # what is written is said once: transformers lets a second name win
+        keys.pop(name, None)
+    keys |= family.write(config)
     # transformers 5 reads dtype, 4 torch_dtype.
-    keys |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    write_whole(path / "config.json", json.dumps(keys | {"torch_dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    keys |= names | {"dtype": stored}
+    write_whole(path / "config.json", json.dumps(keys | {"torch_dtype": stored}, indent=2, sort_keys=True) + "\n")
+
+
+def _kept(old: Mapping[str, Any], family: Family, config: LMConfig) -> dict[str, Any]:
+    """The keys of a config.json that still hold: all but those of what is not written."""
+    layers = family.keys(old).get("num_hidden_layers")
+    by_layer = {name for name, value in old.items() if "layer" in name and isinstance(value, list)}
+    gone = {*_OLD, *AHEAD, *(by_layer if layers != config.layers else ())}
+    return {name: value for name, value in old.items() if name not in gone}

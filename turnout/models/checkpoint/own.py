@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, word
+from turnout.expects import PATH, expects
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
 from turnout.storage import digest, read_error, write_whole
@@ -24,9 +26,12 @@ _FORMAT = "turnout.lm/1"
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
 ORIGIN = "origin"
+# Where transformers keeps the chat templates beside the first; the size over which a file holds data, not settings.
+_TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
+@expects(path=PATH, lm=LM)
 def save(path: str | Path, lm: LM) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 
@@ -63,6 +68,7 @@ def save(path: str | Path, lm: LM) -> None:
     write_whole(path / "config.json", json.dumps(body, indent=2) + "\n")
 
 
+@expects(path=PATH)
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 
@@ -164,19 +170,30 @@ def empty(config: LMConfig, dtype: torch.dtype) -> LM:
 
 
 def carry(source: Path, target: Path, *, with_config: bool = False) -> None:
-    """Copies the small files beside a model's weights: tokenizer, generation configuration, chat template."""
-    for file in sorted(source.iterdir()) if source.is_dir() else ():
-        if is_carried(file) or (with_config and file.name == "config.json"):
-            write_whole(target / file.name, lambda aside, file=file: shutil.copyfile(file, aside) and None)
+    """Copies the small files beside a model's weights: tokenizer, processors, generation configuration, templates.
+
+    Code goes along where one of them names it (a tokenizer of the folder's own); it is copied, never run.
+    """
+    files = sorted(source.iterdir()) if source.is_dir() else []
+    kept = [file for file in files if is_carried(file) or (with_config and file.name == "config.json")]
+    small = [file for file in kept if file.suffix == ".json" and file.stat().st_size < _SMALL]
+    if any(b'"auto_map"' in file.read_bytes() for file in small if file.name != "config.json"):
+        kept += [file for file in files if file.suffix == ".py" and file.is_file()]
+    templates = source / _TEMPLATES
+    kept += sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+    for file in kept:
+        place = target / file.relative_to(source)
+        write_whole(place, lambda aside, file=file: shutil.copyfile(file, aside) and None)
 
 
 def is_carried(file: Path) -> bool:
     """Whether a file belongs to the model but is neither weights nor their configuration nor code."""
-    names = ("generation_config.json", "merges.txt", "LICENSE", "NOTICE")
-    tokenizer = file.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens", "chat_template"))
-    return file.is_file() and (
-        file.name in names or (tokenizer and file.suffix in (".json", ".txt", ".model", ".jinja"))
-    )
+    names = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE")
+    starts = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "LICENSE", "NOTICE")
+    starts += ("tekken", "sentencepiece", "spiece", "bpe")
+    kinds = (".json", ".txt", ".model", ".jinja", ".md", ".vocab", ".codes")
+    named = file.name in names or (file.name.startswith(starts) and file.suffix in kinds)
+    return file.is_file() and (named or file.suffix in (".model", ".tiktoken", ".spm", ".jinja"))
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
@@ -185,18 +202,17 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or it is not a JSON object.
     """
+
+    def refuse(problem: str) -> CheckpointError:
+        return _refusal(path.name, f"{path} ({problem})", "be JSON and hold an object", "restore it from a copy", where)
+
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path, refuse=refuse)
     except FileNotFoundError as error:
         what, allowed = "the model's folder", f"hold a {path.name}"
         raise _refusal(what, str(path.parent), allowed, "name a folder that holds a model", where) from error
     except OSError as error:
         raise read_error(error, path, where) from error
-    except ValueError as error:
-        raise _refusal(path.name, f"{path} ({error})", "be JSON", "restore it from a copy", where) from error
-    if not isinstance(body, dict):
-        raise _refusal(path.name, f"{path} holding a {type(body).__name__}", "hold an object", "restore it", where)
-    return body
 
 
 @contextlib.contextmanager

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
+from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
+from turnout.reading import open_regular
 from turnout.storage import digest, write_whole
 
 __all__ = ["GATES_FILE", "PeftAdapter", "read_adapter", "write_adapter", "write_gates"]
@@ -21,23 +24,31 @@ _WEIGHTS = "adapter_model.safetensors"
 GATES_FILE = "phatgoose.safetensors"
 _GATES_FORMAT = "turnout.phatgoose/1"
 _PREFIX = "base_model.model."
-# Settings under which an adapter is something else than B A x: what it must be, and in words what it would mean.
-_PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_dora": ((False, None), "DoRA, which also rescales the base weight"),
-    "bias": (("none", None), "trained biases of the base model"),
-    "lora_bias": ((False, None), "a bias of its own"),
-    "fan_in_fan_out": ((False, None), "a base layer that stores (in, out), as GPT-2 does"),
-    "modules_to_save": ((None, []), "whole modules trained beside the adapter"),
-    "target_parameters": ((None, []), "adapted parameters that are no linear layer"),
-    "trainable_token_indices": ((None, []), "trained token embeddings"),
-    "layer_replication": ((None, []), "layers used several times"),
-    "alora_invocation_tokens": ((None, []), "an adapter that starts at a token"),
-    "use_qalora": ((False, None), "a quantised input"),
-    "use_bdlora": ((None, False), "block-diagonal factors"),
-    "velora_config": ((None,), "a compressed input"),
-    "monteclora_config": ((None,), "factors drawn anew at every call"),
-    "kasa_config": ((None,), "singular values beside the factors"),
-}
+# The end of the name of a module's factors; the rest of a key is "base_model.model." and the module's name.
+_FACTOR = re.compile(r"base_model\.model\.(.{1,1000})\.lora_([AB])\.weight")
+# A weight of the base model itself, which PEFT adds where it was resized, or stands under a map with an adapter.
+_COPY = re.compile(r"base_model\.model\.(.{1,1000}?)(?:\.base_layer)?\.weight")
+# Parts of names that PEFT adds around a module of the model.
+_PARTS = r"\.(base_layer|original_module|modules_to_save|token_adapter|trainable_tokens_\w+)\b"
+# What PEFT writes beside the factors, by what is in the key, and what it means. The first that fits names it.
+_OTHERS: Sequence[tuple[str, str, str]] = (
+    (r"\.lora_embedding_[AB]", "LoRA of an embedding", "train the adapter without the embeddings in target_modules"),
+    (r"\.lora_magnitude_vector", "DoRA", "train the adapter without use_dora"),
+    (r"\.lora_B\.bias$", "a bias of the adapter", "train the adapter without lora_bias"),
+    (
+        r"\.lora_[AB]\.[^.]+\.weight$",
+        "the adapter's name is left in the key, and PEFT does not read such a key",
+        "save the adapter with PEFT's save_pretrained, which leaves the name out",
+    ),
+    (
+        _PARTS,
+        "weights of the base model, or a whole module trained beside the adapter",
+        "put them into the base model and save that, and the adapter again without them",
+    ),
+    (r"\.lora_", "a factor of another kind than LoRA of a linear map", "train the adapter for linear maps alone"),
+    (r"\.bias$", "a trained bias of the base model", "train the adapter with bias='none'"),
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +60,8 @@ class PeftAdapter:
         base: the model it was trained on, as its configuration names it; None when it does not.
         factor: module -> (A (r, D), B (O, r), scale); the map's weight gains scale * B A.
         gate: module -> the gate (D,) that PHATGOOSE trained for the adapter there; empty when it has none.
+        copies: module -> a weight of the base model that the folder holds too; ``attach`` asks for a base with it.
+        settings: what its configuration says; None for one that comes from no folder.
 
     >>> import torch
     >>> PeftAdapter("math", None, {"q_proj": (torch.zeros(2, 8), torch.zeros(4, 2), 1.0)}).params
@@ -61,6 +74,8 @@ class PeftAdapter:
     base: str | None
     factor: Mapping[str, tuple[Tensor, Tensor, float]]
     gate: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    settings: LoraSettings | None = None
 
     @property
     def params(self) -> int:
@@ -68,6 +83,7 @@ class PeftAdapter:
         return sum(a.numel() + b.numel() for a, b, _ in self.factor.values())
 
 
+@expects(path=PATH)
 def read_adapter(path: str | Path) -> PeftAdapter:
     """The LoRA adapter in a folder of PEFT. Ranks and scales may differ between modules (patterns, rsLoRA).
 
@@ -89,29 +105,83 @@ def read_adapter(path: str | Path) -> PeftAdapter:
     """
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
-        there = "has none" if path.is_dir() else "does not exist"
-        raise _bad(path, "adapter_config.json", f"a folder that {there}", "be there", "name a folder that PEFT wrote")
-    config = read_json(path / "adapter_config.json", _WHERE)
-    _plain(path, config)
-    tensors = _tensors(path)
+        raise _no_config(path)
+
+    def bad(what: str, got: object, allowed: str, fix: str) -> NoReturn:
+        raise _bad(path, what, got, allowed, fix)
+
+    settings = LoraSettings(read_json(path / "adapter_config.json", _WHERE), bad)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    copies, others = {}, []
+    for key, tensor in sorted(_tensors(path).items()):
+        found, copy = _FACTOR.fullmatch(key), _COPY.fullmatch(key)
+        if found is not None and not re.search(_PARTS, f".{found[1]}"):
+            pairs.setdefault(found[1], {})[found[2]] = _checked(path, key, tensor)
+        elif copy is not None and not re.search(rf"{_PARTS}|\.lora_", f".{copy[1]}"):
+            copies[copy[1]] = tensor
+        else:
+            others.append(key)
+    if others:
+        raise _other(path, others)
     factor: dict[str, tuple[Tensor, Tensor, float]] = {}
-    modules = {key.rpartition(".lora_")[0] for key in tensors}
-    for module in sorted(modules):
-        a, b = tensors.pop(f"{module}.lora_A.weight", None), tensors.pop(f"{module}.lora_B.weight", None)
-        if a is None or b is None or a.ndim != 2 or a.shape[:1] != b.shape[1:]:
+    for module, pair in pairs.items():
+        a, b = pair.get("A"), pair.get("B")
+        if a is None or b is None or a.ndim != 2 or a.shape[:1] != b.shape[1:] or not a.numel() or not b.numel():
             shapes = [None if one is None else tuple(one.shape) for one in (a, b)]
-            allowed = "have lora_A (r, in) and lora_B (out, r)"
-            raise _bad(path, f"{module} in adapter_model.safetensors", f"shapes {shapes}", allowed, "save it again")
-        name = module.removeprefix(_PREFIX)
-        factor[name] = (a, b, _scale(path, config, name, a.shape[0]))
-    if tensors or not factor:
-        got = f"{sorted(tensors)[0]!r}, and {len(tensors) - 1} others" if tensors else "no factor"
+            allowed = "have lora_A (r, in) and lora_B (out, r), none of them empty"
+            raise _bad(path, f"{module} in {_WEIGHTS}", f"shapes {shapes}", allowed, "save it again")
+        if not settings.targeted(module):
+            fix = f"restore adapter_config.json, or remove the factors of {module}"
+            got = f"factors of {module}, which target_modules, exclude_modules and layers_to_transform leave out"
+            allowed = "name every module with factors: PEFT ignores others"
+            raise _bad(path, "target_modules", got, allowed, fix)
+        factor[module] = (a, b, settings.scale(module, a.shape[0]))
+    if not factor:
         allowed = "hold pairs of lora_A and lora_B, and nothing else"
-        raise _bad(path, "adapter_model.safetensors", got, allowed, "train the adapter with bias='none', without DoRA")
+        raise _bad(path, _WEIGHTS, "no factor", allowed, "save the adapter again")
     gate = _gates(path, {name: a.shape[1] for name, (a, _, _) in factor.items()})
-    return PeftAdapter(path.resolve().name, config.get("base_model_name_or_path") or None, factor, gate)
+    return PeftAdapter(path.resolve().name, settings.base, factor, gate, copies, settings)
 
 
+def _no_config(path: Path) -> CheckpointError:
+    """What to say of a folder without a configuration; PEFT puts adapters of other names than "default" one deeper."""
+    there, fix = "has none" if path.is_dir() else "does not exist", "name a folder that PEFT wrote"
+    deeper = [file for place in ("*", "adapters/*") for file in sorted(path.glob(f"{place}/adapter_config.json"))[:3]]
+    if deeper:
+        fix = f"name {' or '.join(str(file.parent) for file in deeper)}"
+    return _bad(path, "adapter_config.json", f"a folder that {there}", "be there", fix)
+
+
+def _other(path: Path, keys: list[str]) -> CheckpointError:
+    """What to say of tensors that are no factors of a linear map: what the most telling of them means."""
+    strange = [key for key in keys if not key.startswith(_PREFIX)]
+    first, meaning, fix = keys[0], "not a factor of LoRA", "remove it, if the adapter means nothing by it"
+    if strange:
+        first, fix = strange[0], "save the adapter with PEFT"
+        meaning = f"without {_PREFIX!r} at its start: PEFT does not read such a key"
+    for pattern, said, mend in () if strange else _OTHERS:
+        if found := [key for key in keys if re.search(pattern, key)]:
+            first, meaning, fix = found[0], said, mend
+            break
+    rest = [key[-60:] for key in keys if key != first]
+    more = f", and {len(rest)} others: {', '.join(rest[:4])}" if rest else ""
+    got = f"{first[:200]!r} ({meaning}){more}"
+    return _bad(path, _WEIGHTS, got, "hold pairs of lora_A and lora_B of linear maps, and nothing else", fix)
+
+
+def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """A tensor of finite floating-point numbers."""
+    if tensor.dtype not in _FLOATS:
+        allowed = f"be of {', '.join(str(one).removeprefix('torch.') for one in _FLOATS)}"
+        raise _bad(path, f"{key} in {_WEIGHTS}", str(tensor.dtype), allowed, "save the adapter in one of these")
+    if not bool(tensor.isfinite().all()):
+        got = f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers that are not"
+        fix = "take a checkpoint from before its training diverged"
+        raise _bad(path, f"{key} in {_WEIGHTS}", got, "be finite", fix)
+    return tensor
+
+
+@expects(path=PATH, adapter=PeftAdapter)
 def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     """Writes the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -145,8 +215,8 @@ def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -159,6 +229,14 @@ def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
 
 
+def _pattern(value: Mapping[str, float], otherwise: float) -> dict[str, float]:
+    """The values that differ, the longest name first: PEFT takes the first that is the end of a module's name."""
+    differ = {name for name, one in value.items() if one != otherwise}
+    found = differ | {name for name in value if any(name.endswith(f".{one}") for one in differ)}
+    return {name: value[name] for name in sorted(found, key=len, reverse=True)}
+
+
+@expects(path=PATH)
 def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     """Writes PHATGOOSE's gates into the folder of the adapter that they were trained for, where PEFT ignores them.
 
@@ -195,10 +273,11 @@ def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     file = path / GATES_FILE
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         return {}
     fix = f"train them again with turnout.reshape.train_gates, or remove {GATES_FILE}"
     try:
+        open_regular(file).close()
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             gate = {name: opened.get_tensor(name) for name in opened.keys()}
@@ -211,18 +290,10 @@ def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
         raise _bad(path, GATES_FILE, got, f"be {_GATES_FORMAT}, of these very weights", fix)
     if {name: tuple(tensor.shape) for name, tensor in gate.items()} != {name: (size,) for name, size in width.items()}:
         raise _bad(path, GATES_FILE, "other modules or sizes", "have a gate (in,) for each module", fix)
+    for name, tensor in gate.items():
+        if tensor.dtype not in _FLOATS or not bool(tensor.isfinite().all()):
+            raise _bad(path, GATES_FILE, f"{tensor.dtype} at {name}, or not finite", "hold finite numbers", fix)
     return gate
-
-
-def _plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses an adapter that is more, or something else, than B A x."""
-    kind = str(config.get("peft_type"))
-    if kind.upper() != "LORA":
-        raise _bad(path, "peft_type", kind, "be LORA", "train a LoRA adapter")
-    for name, (allowed, meaning) in _PLAIN.items():
-        if config.get(name) not in allowed:
-            got = f"{config[name]!r} ({meaning})"
-            raise _bad(path, name, got, f"be {allowed[0]!r}", f"train the adapter with {name}={allowed[0]!r}")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -230,37 +301,27 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     file = path / _WEIGHTS
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         pickled = (path / "adapter_model.bin").exists()
         got = "adapter_model.bin, a pickle, which may run anything when it is opened" if pickled else "no such file"
         fix = "save the adapter again with safe_serialization=True, the default of PEFT since 0.6"
         raise _bad(path, "the weights", got, "be in adapter_model.safetensors", fix)
+
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(path, file.name, problem, "be a file of this folder", "copy the file itself there")
+
     try:
+        open_regular(file, refuse=refuse).close()
         return load_file(file)
     except (SafetensorError, OSError) as error:
         allowed, fix = "be a whole safetensors file", "copy the file again"
         raise _bad(path, file.name, str(error), allowed, fix) from error
 
 
-def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of PEFT: the end of the module's name decides."""
-    stated = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    if int(stated) != rank:
-        got = f"{rank} at {module}, where the configuration says {stated}"
-        raise _bad(path, "the rank", got, "be what adapter_config.json says", "restore that file of this adapter")
-    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
-
-
 def _bad(path: Path, what: str, got: object, allowed: str, fix: str) -> CheckpointError:
-    return CheckpointError(word(f"{what} of the adapter", got=str(got), allowed=allowed, where=str(path), fix=fix))
+    said = str(got)
+    said = said if len(said) <= 500 else f"{said[:500]}..."
+    return CheckpointError(word(f"{what} of the adapter", got=said, allowed=allowed, where=str(path), fix=fix))
 
 
 def same_base(adapters: list[PeftAdapter], base: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from turnout.models.checkpoint.own import check_names, check_shape, opened, outl
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
-from turnout.models.families.family import Family, Keys, Names
+from turnout.models.families.family import Family, Names
 from turnout.models.families.tensors import slots
 
 __all__ = ["CORRECTION", "INDEX", "SINGLE", "Survey", "headers", "layer_of", "layout", "survey"]
@@ -24,8 +25,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CORRECTION = ".e_score_correction_bias"
 _SUFFIX = "ForCausalLM"
+# What old checkpoints hold beside their weights, worked out again whenever a model is built: everyone passes it over.
+_WORKED_OUT = re.compile(r"(^|\.)(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$")
+# How often transformers predicts further than the next token, by its several names.
+AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What would have to be built for well-known architectures that are not among ours.
+# Why well-known architectures are not among ours.
 _NEEDS = {
     "gemma2": "logit soft-capping and norms after attention and feed-forward",
     "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
@@ -65,15 +70,16 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
     family = _family(path, keys)
     try:
-        config = family.read(Keys(keys, family.defaults))
+        config = family.read(family.keys(keys))
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
     if doubts := obstacles(config, family):
         raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    where, dtypes, shapes = headers(path)
+    where, dtypes, shapes = headers(path, keys)
+    where = {name: file for name, file in where.items() if not _WORKED_OUT.search(name)}
     scales = _unpacked(where, dtypes, shapes) if keys.get("quantization_config") else {}
-    if keys.get("num_nextn_predict_layers") and any(layer_of(name) >= config.layers for name in where):
+    if any(map(family.keys(keys).get, AHEAD)) and any(layer_of(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
         where = {name: file for name, file in where.items() if layer_of(name) < config.layers}
     names = layout(family, where)
@@ -91,19 +97,13 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
 
 def _family(path: Path, keys: Mapping[str, Any]) -> Family:
     family = family_of(keys)
-    names = keys.get("architectures") or []
     if family is None:
-        kind = str(names[0] if names else keys.get("model_type"))
-        needs = _NEEDS.get(str(keys.get("model_type")), "a file in turnout/models/families that reads its config.json")
-        # All end in the same word: with it the nearest to Zzz would be Qwen3.
-        stems = {each.architecture.removesuffix(_SUFFIX): each.architecture for each in FAMILIES}
-        close = difflib.get_close_matches(kind.removesuffix(_SUFFIX), stems, n=1, cutoff=0.6)
-        hint = f" Did you mean {stems[close[0]]!r}?" if close else ""
-        known = ", ".join(sorted(stems.values()))
-        where = path / "config.json"
-        raise CheckpointError(
-            f"unknown architecture {kind!r} in {where}.{hint} Available: {known}. It would need {needs}."
-        )
+        raise _unknown(path, keys)
+    code = dict(keys["auto_map"]).get("AutoModelForCausalLM") if isinstance(keys.get("auto_map"), dict) else None
+    if code and str(code).rpartition(".")[2] != family.architecture and family.model_type == keys["model_type"]:
+        got, fix = f"{code}, code of the folder's own", f"remove auto_map if {family.architecture} computes the same"
+        allowed = f"name {family.architecture}, which is all that is known of here"
+        raise CheckpointError(word("auto_map", got=got, allowed=allowed, where=str(path / "config.json"), fix=fix))
     method = (keys.get("quantization_config") or {}).get("quant_method", "unknown")
     if keys.get("quantization_config") and method not in family.unpacks:
         fix = "load it with transformers, dequantise it, and save it in bfloat16"
@@ -111,6 +111,39 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
             word("the weights", got=f"{method!r}", allowed="not be quantised", where=f"{path / 'config.json'}", fix=fix)
         )
     return family
+
+
+def _unknown(path: Path, keys: Mapping[str, Any]) -> CheckpointError:
+    """Why a config.json is of none of our architectures, and what can be done with the model all the same."""
+    where, names = path / "config.json", [str(name) for name in keys.get("architectures") or []]
+    kind = str(keys.get("model_type"))
+    types = {family.model_type: family for family in FAMILIES}
+    classes = {family.architecture: family for family in FAMILIES}
+    named = next((classes[name] for name in names if name in classes), None)
+    if kind in types:
+        fix = f"if it is one, set architectures to [{types[kind].architecture!r}] in a copy of the folder"
+        allowed = f"be {types[kind].architecture}, as which transformers reads the model_type {kind!r}"
+        return CheckpointError(
+            word(f"unknown architecture: {', '.join(names)!r}", got=f"it in {where}", allowed=allowed,
+                 where="from_hf", fix=fix)
+        )  # fmt: skip
+    if named is not None:
+        fix = f"if its own code is {named.architecture}'s, set model_type to {named.model_type!r} in a copy of it"
+        allowed = f"be {named.model_type!r} for {named.architecture}; transformers does not know that it is the same"
+        return CheckpointError(word(f"model_type {kind!r}", got=f"it in {where}", allowed=allowed, where="from_hf",
+                                    fix=fix))  # fmt: skip
+    # All end in the same word: with it the nearest to Zzz would be Qwen3.
+    stems = {name.removesuffix(_SUFFIX): name for name in classes}
+    kind = names[0] if names else kind
+    close = difflib.get_close_matches(kind.removesuffix(_SUFFIX), stems, n=1, cutoff=0.6)
+    hint = f" Did you mean {stems[close[0]]!r}?" if close else ""
+    needs = _NEEDS.get(str(keys.get("model_type")))
+    return CheckpointError(
+        f"unknown architecture {kind!r} in {where}.{hint} Available: {', '.join(sorted(stems.values()))}. "
+        + (f"It has {needs}, which no model here has. " if needs else "")
+        + "Nearest fix: load it with transformers; turnout.reshape.attach gives a model of any class adapters, and "
+        "turnout.adopt runs the experts of one that has some."
+    )
 
 
 def _unpacked(where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, list[int]]) -> dict[str, str]:
@@ -123,18 +156,26 @@ def _unpacked(where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, l
     return scales
 
 
-def headers(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]]:
-    """The shard, stored dtype and shape of every tensor, from the headers alone; every shard must be there."""
-    if (path / INDEX).is_file():
-        listed: dict[str, str] = read_json(path / INDEX, "from_hf").get("weight_map") or {}
+def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]]:
+    """The shard, stored dtype and shape of every tensor, from the headers alone; every shard must be there.
+
+    Of several sets of weights it is the one that transformers takes: what config.json names, then the single file, then
+    the shards of the index.
+    """
+    first = _first(path, keys)
+    if first.endswith(".json"):
+        listed: dict[str, str] = read_json(path / first, "from_hf").get("weight_map") or {}
         shards = sorted(set(listed.values()))
     else:
-        listed, shards = {}, [SINGLE]
+        listed, shards = {}, [first]
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
         pickled = sorted(file.name for file in path.glob("*.bin"))
+        others = sorted(file.name for file in path.glob("model.*.safetensors*"))
         fix = "copy or download the missing files again"
-        if pickled and missing == [SINGLE]:
+        if missing == [SINGLE] and others:
+            fix = f"{others[0]} is a variant, which transformers reads on request only: rename it"
+        elif pickled and missing == [SINGLE]:
             fix = f"{pickled[0]} is pickled and never read: save the model again with transformers, as safetensors"
         got = f"{len(missing)} of {len(shards)} missing in {path}: {', '.join(missing[:3])}"
         raise CheckpointError(word("the weights", got=got, allowed="be complete", where="from_hf", fix=fix))
@@ -145,13 +186,33 @@ def headers(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, list[
                 if listed and listed.get(name) != shard:
                     got, fix = f"{name} in {path / shard}", "use the index that belongs to these shards"
                     raise CheckpointError(
-                        word("a tensor", got=got, allowed=f"be where {INDEX} says", where="from_hf", fix=fix)
+                        word("a tensor", got=got, allowed=f"be where {first} says", where="from_hf", fix=fix)
                     )
                 stored = file.get_slice(name)
                 where[name], dtypes[name], shapes[name] = shard, stored.get_dtype(), stored.get_shape()
     if listed:
-        check_names(path / INDEX, set(listed), set(where))
+        check_names(path / first, set(listed), set(where))
     return where, dtypes, shapes
+
+
+def _first(path: Path, keys: Mapping[str, Any]) -> str:
+    """The file to begin with, of all the weights that a folder may hold."""
+    asked = keys.get("transformers_weights")
+    if asked is not None:
+        plain = isinstance(asked, str) and Path(asked).name == asked
+        if not plain or not asked.endswith((".safetensors", ".safetensors.index.json")):
+            fix, allowed = "remove the key, or name a .safetensors file or its index", "name a file of the folder"
+            where = str(path / "config.json")
+            raise CheckpointError(word("transformers_weights", got=asked, allowed=allowed, where=where, fix=fix))
+        return asked
+    if (path / "adapter_config.json").is_file():
+        fix = "move the adapter into a folder of its own, and attach it with turnout.reshape.attach"
+        allowed = "be the model alone: transformers adds the adapter to it"
+        raise CheckpointError(
+            word("the folder", got=f"adapter_config.json beside config.json in {path}", allowed=allowed,
+                 where="from_hf", fix=fix)
+        )  # fmt: skip
+    return INDEX if not (path / SINGLE).is_file() and (path / INDEX).is_file() else SINGLE
 
 
 def layout(family: Family, names: Iterable[str]) -> Names:

@@ -1,5 +1,6 @@
 """DeepseekV3ForCausalLM and DeepseekV2ForCausalLM: latent attention, shared experts, experts in groups."""
 
+import dataclasses
 from typing import Any
 
 from turnout.models.config import LMConfig, MLAConfig, MoEConfig
@@ -81,6 +82,8 @@ def write_groups(config: LMConfig) -> dict[str, object]:
 
 
 def _read_v3(keys: Keys) -> LMConfig:
+    if keys.get("model_type", "deepseek_v3") != "deepseek_v3":  # its own code has more ways than transformers' has
+        keys.fixed(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     return _read_body(keys, read_groups(keys), interleaved=bool(keys.get("rope_interleave", True)))
 
 
@@ -133,6 +136,16 @@ def _limits_v2(config: LMConfig) -> list[str]:
     return [f"width={config.width} is not a multiple of heads={config.heads}; transformers refuses that in it"]
 
 
+def silent(config: LMConfig) -> LMConfig | None:
+    """With a shared expert, of the smallest width there is, which makes nothing."""
+    moe = config.moe
+    if moe is None or moe.shared_hidden is not None:
+        return None
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, shared_hidden=moe.hidden))
+
+
+# Second names of keys, in transformers 5.
+ALIASES = {"num_local_experts": "n_routed_experts"}
 # The router of the second version, but for its sizes.
 _SOFTMAX = {"scores": "softmax", "group_score": "max", "bias": False, "renormalize": False}
 _NAMES = Names(shared="shared_experts")
@@ -162,6 +175,10 @@ V3 = Family(
     write=_write_v3,
     layouts=(_NAMES, _NAMES.in_memory),
     limits=group_limits,
+    aliases=ALIASES,
+    also_called=("kimi_k2",),
+    silent=silent,
+    exact_gate=True,
 )
 V2 = Family(
     "deepseek_v2",
@@ -185,4 +202,7 @@ V2 = Family(
     write=_write_v2,
     layouts=(_NAMES, _NAMES.in_memory),
     limits=_limits_v2,
+    aliases={"num_experts": "n_routed_experts"},
+    silent=silent,
+    exact_gate=True,
 )

@@ -1,5 +1,6 @@
 """Which architecture a configuration is, or exactly what keeps it from being one."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,18 +12,23 @@ from turnout.models.families.meaning import meaning
 
 __all__ = ["architecture_of", "family_of", "obstacles"]
 
-# What only turnout's own format holds, and how to do without.
-_WRITTEN_OUT = {
-    "moe.factored": "write the experts' matrices out with turnout.reshape.densify, or save it in turnout's own format",
-    "moe.distinct": "give each expert weights of its own with turnout.reshape.densify, or save it in turnout's format",
+# How a user gets rid of a difference, where there is a way; by the field's name. The model's own cannot be changed.
+_FIXES = {
+    "moe.factored": "write the experts' matrices out (--densify, turnout.reshape.densify)",
+    "moe.distinct": "give each expert weights of its own (--densify, turnout.reshape.densify)",
+    "moe.router_options.capacity_factor": "train with a router that drops no tokens (capacity_factor=None)",
+    "moe.router": "train with the router TopK, or with GroupLimited",
+    "activation": "train with activation='swiglu'",
+    "moe.activation": "train with activation='swiglu'",
 }
+_KEEP = "nothing to set, it is the model's own"
 
 
-def architecture_of(config: LMConfig, *, prefer: str | None = None, only: str | None = None) -> Family:
-    """The architecture that computes exactly what this configuration computes.
+def architecture_of(config: LMConfig, *, prefer: str | None = None, only: str | None = None) -> tuple[Family, LMConfig]:
+    """The architecture that computes exactly what this configuration computes, and the configuration as it has it.
 
     A configuration is written in an architecture's own keys and read back: what differs then is what the architecture
-    has no words for.
+    has no words for. Where none has words for it as it is, one may with parts that add nothing (``Family.silent``).
 
     Args:
         config: of the model.
@@ -41,7 +47,13 @@ def architecture_of(config: LMConfig, *, prefer: str | None = None, only: str | 
     found = {family.architecture: obstacles(config, family) for family in families}
     for family in families:
         if not found[family.architecture]:
-            return family
+            return family, config
+    for family in families:
+        more = family.silent(config)
+        if more is not None and not (less := obstacles(more, family)):
+            return family, more
+        if more is not None and len(less) < len(found[family.architecture]):
+            found[family.architecture] = less
     near = min(families, key=lambda f: (f.routed != (config.moe is not None), len(found[f.architecture])))
     reasons = "".join(f"\n  - {reason}" for reason in found[near.architecture])
     others = [name for name in found if name != near.architecture]
@@ -49,6 +61,8 @@ def architecture_of(config: LMConfig, *, prefer: str | None = None, only: str | 
         f"the model cannot be written as {'any architecture of transformers' if only is None else only}. "
         f"Nearest: {near.architecture}, if it were not for\n{reasons.lstrip(chr(10))}"
         + (f"\nAlso tried: {', '.join(others)}." if others else "")
+        + "\nNearest fix: keep it in turnout's own format (turnout convert --as model, turnout.models.checkpoint.save)"
+        + ", which holds every model."
     )
 
 
@@ -56,26 +70,34 @@ def obstacles(config: LMConfig, family: Family) -> list[str]:
     """Every reason why this configuration cannot be of this architecture, each with the nearest fix."""
     if family.routed != (config.moe is not None):
         has = "experts" if family.routed else "no experts"
-        fix = "give the configuration a moe" if family.routed else "merge or extract the experts into a dense model"
+        fix = "make it a mixture of experts (--to moe)" if family.routed else "start from its dense model"
         return [f"{family.architecture} has {has}, the model has {'none' if family.routed else 'some'}: {fix}"]
     try:
         theirs = meaning(family.read(Keys(family.write(config), {})))
     except TurnoutError as error:
+        if config.moe is not None and config.moe.top_k == 1:
+            two = dataclasses.replace(config.moe, top_k=2, router="TopK", router_options={"renormalize": True})
+            others = [] if config.moe.num_experts == 1 else obstacles(dataclasses.replace(config, moe=two), family)
+            fix = "train with top_k=2, or as Qwen2MoeForCausalLM, which leaves the weights as they are"
+            return [f"moe.top_k is 1, and there the weights of a token sum to 1: {fix}", *others]
         return [str(error)]
     ours = meaning(config)
     reasons = []
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
-            want = theirs.get(name)
-            fix = _WRITTEN_OUT.get(name, f"set {name}={want!r}")
-            reasons.append(f"{name} is {ours.get(name)!r}, there it would be {want!r}: {fix}")
+            fix = _FIXES.get(name, _KEEP)
+            reasons.append(f"{name} is {ours.get(name)!r}, there it would be {theirs.get(name)!r}: {fix}")
     return reasons + family.limits(config)
 
 
 def family_of(keys: Mapping[str, Any], families: Sequence[Family] = FAMILIES) -> Family | None:
-    """The architecture of a config.json; None when it is not one of ours."""
-    names = keys.get("architectures") or []
+    """The architecture of a config.json; None when it is not one of ours.
+
+    transformers goes by ``model_type``. A model of several names is known by the class that it says it is.
+    """
+    kind, names = keys.get("model_type"), [str(name).lower() for name in keys.get("architectures") or []]
     for family in families:
-        if keys.get("model_type") == family.model_type and (not names or family.architecture in names):
+        named = family.architecture.lower() in names
+        if (kind == family.model_type and (named or not names)) or (kind in family.also_called and named):
             return family
     return None

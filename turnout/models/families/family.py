@@ -48,6 +48,11 @@ class Family:
         layouts: the names of its tensors: as folders have them, and as transformers 5 has them in memory.
         limits: further reasons why a configuration cannot be of this architecture.
         unpacks: the quantisations that are read, and never written.
+        aliases: second name of a key -> the key. Where config.json holds both, transformers takes the second name's.
+        also_called: other model types whose code is this architecture's, line by line.
+        silent: the configuration with parts that add nothing, which the architecture cannot be without; None where
+            there are none to add. Their weights are all zero.
+        exact_gate: whether its router computes in fp32 whatever the weights are stored in.
     """
 
     model_type: str
@@ -59,6 +64,15 @@ class Family:
     layouts: tuple[Names, Names] = (Names(), Names().in_memory)
     limits: Callable[[LMConfig], list[str]] = lambda config: []
     unpacks: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    also_called: tuple[str, ...] = ()
+    silent: Callable[[LMConfig], LMConfig | None] = lambda config: None
+    exact_gate: bool = False
+
+    def keys(self, given: Mapping[str, Any]) -> "Keys":
+        """The keys of a config.json as transformers reads them in this architecture."""
+        second = {key: given[alias] for alias, key in self.aliases.items() if alias in given}
+        return Keys({**given, **second}, self.defaults)
 
 
 class Keys:

@@ -1,7 +1,7 @@
 """Glm4MoeForCausalLM: grouped-query attention, the router of DeepSeek-V3, shared experts, partly rotated heads."""
 
 from turnout.models.config import LMConfig, MoEConfig
-from turnout.models.families.deepseek import group_limits, read_groups, write_groups
+from turnout.models.families.deepseek import ALIASES, group_limits, read_groups, silent, write_groups
 from turnout.models.families.family import Family, Keys, Names, moe_of, read_backbone, write_backbone
 
 
@@ -65,4 +65,7 @@ FAMILY = Family(
     write=_write,
     layouts=(_NAMES, _NAMES.in_memory),
     limits=group_limits,
+    aliases=ALIASES,
+    silent=silent,
+    exact_gate=True,
 )

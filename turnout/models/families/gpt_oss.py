@@ -90,4 +90,5 @@ FAMILY = Family(
     write=_write,
     layouts=(_NAMES, _NAMES),
     unpacks=("mxfp4",),
+    aliases={"num_experts": "num_local_experts"},
 )

@@ -58,4 +58,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     layouts=(_NAMES, _NAMES.in_memory),
+    aliases={"num_experts": "num_local_experts"},
 )

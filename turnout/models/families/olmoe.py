@@ -60,4 +60,5 @@ FAMILY = Family(
     },
     read=_read,
     write=_write,
+    aliases={"num_local_experts": "num_experts"},
 )

@@ -1,5 +1,7 @@
 """Qwen2MoeForCausalLM: routed experts beside a shared one with a sigmoid gate; some layers may be dense."""
 
+import dataclasses
+
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.families.family import (
     Family,
@@ -47,6 +49,14 @@ def _write(config: LMConfig) -> dict[str, object]:
     return write_backbone(config) | write_window(config) | write_routed_layers(config) | own
 
 
+def _silent(config: LMConfig) -> LMConfig | None:
+    """With a shared expert of width 1 that makes nothing."""
+    moe = config.moe
+    if moe is None or moe.shared_hidden is not None:
+        return None
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, shared_hidden=1, shared_gate=True))
+
+
 FAMILY = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
@@ -69,4 +79,5 @@ FAMILY = Family(
     },
     read=_read,
     write=_write,
+    silent=_silent,
 )

@@ -16,7 +16,7 @@ from turnout.models.families.family import (
 
 def _read(keys: Keys) -> LMConfig:
     fields = read_backbone(keys)
-    num_experts = keys.get("num_experts") or keys.get("num_local_experts") or 128
+    num_experts = keys["num_experts"]
     top_k, bias = keys["num_experts_per_tok"], bool(keys.get("attention_bias"))
     renormalize = bool(keys.get("norm_topk_prob"))
     moe = MoEConfig(
@@ -62,7 +62,9 @@ FAMILY = Family(
         "sliding_window": 4096,
         "moe_intermediate_size": 768,
         "num_experts_per_tok": 8,
+        "num_experts": 128,
     },
     read=_read,
     write=_write,
+    aliases={"num_local_experts": "num_experts"},
 )

@@ -12,7 +12,7 @@ __all__ = ["Document", "NotTextError"]
 PIECE = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _WHERE = "turnout.train.data"
-_PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
+PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
 
 
 class NotTextError(DataError):
@@ -51,15 +51,18 @@ class Document:
             NotTextError: NUL bytes or invalid UTF-8.
             StorageError: the file cannot be read.
         """
-        done = 0
+        done, lines = 0, 1
         for piece in self._cut(size):
             try:
                 piece.decode()
             except UnicodeDecodeError as error:
-                raise self._not_text(f"byte {done + error.start} is not UTF-8") from error
+                line = lines + piece.count(b"\n", 0, error.start)
+                place = f", in line {line}" if line > 1 else ""
+                raise self._not_text(f"byte {done + error.start} is not UTF-8{place}") from error
             if isinstance(self.content, Path) and b"\0" in piece:
                 raise self._not_text(f"a NUL byte at {done + piece.index(0)}")
             done += len(piece)
+            lines += piece.count(b"\n")
             yield piece
 
     def _cut(self, size: int) -> Iterator[bytes]:
@@ -91,13 +94,18 @@ class Document:
             try:
                 content = content.encode()
             except UnicodeEncodeError as error:
-                raise self._not_text(f"half a surrogate pair at character {error.start}") from error
+                problem = f"half a surrogate pair at character {error.start}"
+                raise self._not_text(problem, "repair the text, or leave it out") from error
         for start in range(0, len(content), PIECE):
             yield content[start : start + PIECE]
 
-    def _not_text(self, problem: str) -> NotTextError:
-        packed = Path(self.name).suffix.lower() in _PACKED
-        fix = "unpack it first" if packed else "convert it to UTF-8 text, or leave it out"
+    @property
+    def packed(self) -> bool:
+        """Whether its name is that of a packed file, which is not unpacked here."""
+        return Path(self.name).suffix.lower() in PACKED
+
+    def _not_text(self, problem: str, fix: str = "convert it to UTF-8 text, or leave it out") -> NotTextError:
+        fix = "unpack it first" if self.packed else fix
         return NotTextError(
             word("the data", got=f"{self.name} ({problem})", allowed="be UTF-8 text", where=_WHERE, fix=fix)
         )

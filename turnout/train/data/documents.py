@@ -20,23 +20,25 @@ _PASSED_OVER = {"__pycache__", "node_modules"}
 Source: TypeAlias = "str | Path | Document | Sequence[Source] | Any"
 
 
-def read_documents(source: Source, *, field: str = "text") -> Iterator[Document]:
+def read_documents(source: Source, *, field: str = "text", left_out: rows.LeftOut | None = None) -> Iterator[Document]:
     """The documents of a source, in an order that depends on nothing but names and contents.
 
     A folder is read recursively, sorted by path; hidden files, ``__pycache__`` and links to folders are passed over.
     ``.jsonl`` and ``.ndjson`` give one document a line, ``.parquet`` and data sets one a row, any other file one
-    document.
+    document. A row whose text is null is an empty document, in every format.
 
     Args:
         source: a path, a Document, a ``datasets.Dataset``, ``"hf:owner/name[:configuration[:split]]"``, or a list.
         field: which field of a row holds the text.
+        left_out: called with a reason and the row's file and line for each row that cannot be read (broken JSON, no
+            such field, something that is not text, half a surrogate pair); it is passed over then. None refuses it.
 
     Returns:
         The documents; the text of files is not read yet.
 
     Raises:
         UsageError: a path that does not exist (the nearest is named), or something that is no source.
-        DataError: an empty file, a broken line, a missing field.
+        DataError: an empty file, or a row that cannot be read.
         StorageError: a folder or file without permission.
         MissingExtraError: parquet or data sets without the library that reads them.
 
@@ -51,21 +53,21 @@ def read_documents(source: Source, *, field: str = "text") -> Iterator[Document]
     if isinstance(source, Document):
         yield source
     elif isinstance(source, str | Path) and str(source).startswith("hf:"):
-        yield from rows.data_set(rows.load(str(source)), str(source), field)
+        yield from rows.data_set(rows.load(str(source)), str(source), field, left_out)
     elif isinstance(source, str | Path):
         for path, optional in list_files(source):
             suffix = path.suffix.lower()
             if suffix in (".jsonl", ".ndjson"):
-                yield from rows.jsonl(path, field)
+                yield from rows.jsonl(path, field, left_out)
             elif suffix == ".parquet":
-                yield from rows.parquet(path, field)
+                yield from rows.parquet(path, field, left_out)
             else:
                 yield Document(str(path), path, optional)
     elif rows.is_data_set(source):
-        yield from rows.data_set(source, "the data set", field)
+        yield from rows.data_set(source, "the data set", field, left_out)
     else:
         for part in listed(source):
-            yield from read_documents(part, field=field)
+            yield from read_documents(part, field=field, left_out=left_out)
 
 
 def listed(source: Any) -> Iterable[Any]:

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -46,6 +46,7 @@ def prepare(
     part_bytes: int | None = None,
     field: str = "text",
     sample_bytes: int = 4_000_000,
+    bad: Literal["refuse", "skip"] = "refuse",
     progress: Any = None,
     quiet: bool = False,
 ) -> TokenSet:
@@ -66,6 +67,8 @@ def prepare(
             of a single long file.
         field: the field of jsonl, parquet and data set rows that holds the text.
         sample_bytes: how much text the tokenizer is trained on.
+        bad: what to do with a row that cannot be read (broken JSON, no text in its field, half a surrogate pair) and
+            with a named file that is not UTF-8: "refuse" the source, or "skip" it; notes count what was skipped.
         progress: called with (stage, bytes done, bytes in all), in place of a bar or lines on stderr; its method
             ``say(text)``, if it has one, gets the notes.
         quiet: say nothing; notes are still in ``TokenSet.notes``.
@@ -88,7 +91,7 @@ def prepare(
 
     Source: none; the content hash follows the habit of Kiela et al., 2021, "Dynabench", of splits that data decides.
     """
-    settings = Settings(vocab_size, held_out, limit_bytes, part_bytes, field, sample_bytes)
+    settings = Settings(vocab_size, held_out, limit_bytes, part_bytes, field, sample_bytes, bad)
     with display(progress, quiet=quiet) as tell:
         return _prepare(domains, Path(out), tokenizer, settings, tell)
 
@@ -200,7 +203,7 @@ def _build(
     vocab_size = len(byte_lengths(tokenizer))
     writers = [SideWriter(out, side, vocab_size) for side in SIDES]
     try:
-        _tokenise(reader, survey, tokenizer, writers, tell)
+        held_out = _tokenise(reader, survey, tokenizer, writers, tell)
         files = writers[0].finish() | writers[1].finish()
     finally:
         for writer in writers:
@@ -221,6 +224,7 @@ def _build(
             }
             for side, writer in zip(SIDES, writers, strict=True)
         },
+        "held_out_text": held_out,
         "notes": survey.notes,
         "fingerprint": fingerprint,
         "files": files,
@@ -253,8 +257,11 @@ def _train(reader: Reader, survey: Survey, tell: Display) -> tokenizers.Tokenize
 
 def _tokenise(
     reader: Reader, survey: Survey, tokenizer: tokenizers.Tokenizer, writers: list[SideWriter], tell: Display
-) -> None:
-    """Every chosen text through the tokenizer, a few megabytes at a time."""
+) -> str:
+    """Every chosen text through the tokenizer, a few megabytes at a time; the digest of what is held out.
+
+    That is the sum of a hash for each held-out document: the same whatever the tokenizer and the order of files.
+    """
     separator, held_out = separator_id(tokenizer), reader.settings.held_out
     texts: list[str] = []
     marks: list[tuple[SideWriter, int | None]] = []  # where each text goes, and the domain when it begins a document
@@ -268,8 +275,11 @@ def _tokenise(
         texts.clear()
         marks.clear()
 
-    documents = 0
+    documents = held = 0
     for text in reader.chosen(survey, "tokenising", tell):
+        if text.side(held_out):
+            mark = f"{reader.names[text.domain]}\0{text.size}\0".encode() + text.digest
+            held += int.from_bytes(hashlib.sha256(mark).digest(), "big")
         writer = writers[text.side(held_out)]
         for piece, domain in zip(text.pieces, itertools.chain([text.domain], itertools.repeat(None)), strict=False):
             texts.append(piece.decode())
@@ -291,3 +301,4 @@ def _tokenise(
                 fix="prepare them again when nothing writes to them",
             )
         )
+    return f"{held % (1 << 256):064x}"

@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
-from turnout.errors import DataError, UsageError, word
+from turnout.errors import DataError, UsageError, nearest, word
 from turnout.train.data import rows
 from turnout.train.data.display import Display
 from turnout.train.data.document import Document, NotTextError
@@ -38,10 +38,13 @@ class Settings:
     part_bytes: int | None
     field: str
     sample_bytes: int
+    bad: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 1:
             raise self._error("held_out", "be a share in [0, 1]", 0.05)
+        if self.bad not in ("refuse", "skip"):
+            raise nearest(str(self.bad), ("refuse", "skip"), kind="bad=", where=_WHERE)
         for name, least in (("limit_bytes", 1), ("part_bytes", 256), ("sample_bytes", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise self._error(name, f"be {least} or more", least)
@@ -51,8 +54,9 @@ class Settings:
         return UsageError(word(name, got=getattr(self, name), allowed=allowed, where=_WHERE, fix=fix))
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The settings as plain JSON values; ``bad`` only where rows are skipped: older tokens stay the same."""
+        values = dataclasses.asdict(self)
+        return values if self.bad == "skip" else {name: value for name, value in values.items() if name != "bad"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,10 +160,14 @@ class Reader:
     def _texts(self, tell: Callable[[int], object] = lambda seen: None) -> Iterator[Text]:
         """All texts; those that are empty, or found in a folder and not text, are left out and remembered."""
         self.seen_bytes, self._skipped, self._tell = 0, {}, tell
+        left_out = self._leave_out if self.settings.bad == "skip" else None
         for domain, parts in enumerate(self._parts):
             for part in parts:
-                for document in read_documents(part, field=self.settings.field):
+                for document in read_documents(part, field=self.settings.field, left_out=left_out):
                     yield from self._read(document, domain)
+
+    def _leave_out(self, reason: str, name: str) -> None:
+        self._skipped.setdefault(reason, []).append(name)
 
     def _read(self, document: Document, domain: int) -> Iterator[Text]:
         try:
@@ -167,11 +175,12 @@ class Reader:
                 if (text := self._hash(part, domain)).size:
                     yield text
                 else:
-                    self._skipped.setdefault("empty texts", []).append(document.name)
+                    self._leave_out("empty or null texts", document.name)
         except NotTextError:
-            if not document.optional:
+            if not document.optional and self.settings.bad != "skip":
                 raise
-            self._skipped.setdefault("files that are not UTF-8 text", []).append(document.name)
+            packed = "packed files, which are not unpacked here"
+            self._leave_out(packed if document.packed else "files that are not UTF-8 text", document.name)
 
     def _hash(self, document: Document, domain: int) -> Text:
         """The text with its hash; a short one keeps its pieces, a long one will be read again."""

@@ -1,20 +1,31 @@
 """Rows with a text field: jsonl line by line, parquet and data sets batch by batch."""
 
-import json
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from turnout.errors import DataError, MissingExtraError, UsageError, nearest, word
+from turnout.reading import parse_json, read_lines
 from turnout.storage import read_error
 from turnout.train.data.document import Document
 
 _WHERE = "turnout.train.data"
 _ROWS = 256
+_BUFFER = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+# Told of what is left out: the reason, and the row by its file and line.
+LeftOut = Callable[[str, str], object]
 
 
-def jsonl(path: Path, field: str) -> Iterator[Document]:
-    """One document a line; blank lines are passed over.
+def jsonl(path: Path, field: str, left_out: LeftOut | None = None) -> Iterator[Document]:
+    """One document a line, an empty one where the text is null; blank lines are passed over.
+
+    Args:
+        path: the file.
+        field: which field holds the text.
+        left_out: told of each line that cannot be read, which is then passed over; None refuses it.
 
     Raises:
         DataError: a line that is not a JSON object with the field as text; says which line.
@@ -22,37 +33,96 @@ def jsonl(path: Path, field: str) -> Iterator[Document]:
 
     Source: none; the format of jsonlines.org.
     """
+
+    def too_long(problem: str) -> DataError:
+        fix = "cut it into several rows"
+        return DataError(word("the data", got=f"{path} ({problem})", allowed="be jsonl", where=_WHERE, fix=fix))
+
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield Document(f"{path}:{number}", _line(line, f"{path}:{number}", field))
+        for number, whole in enumerate(read_lines(path, refuse=too_long), 1):
+            line = whole.removeprefix(_BOM) if number == 1 else whole
+            if line.strip():
+                yield from _document(_line(line, field), f"{path}:{number}", field, left_out)
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
 
 
-def _line(line: bytes, name: str, field: str) -> str:
-    fix = "repair or remove the line"
+def _line(line: bytes, field: str) -> object:
+    """The text of a line, or what is wrong with it."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        problem = f"{name} ({error})"
-    else:
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            return row[field]
-        if isinstance(row, dict):
-            has = f"a field {field!r} of type {type(row[field]).__name__}" if field in row else f"no field {field!r}"
-            problem = f"{name} ({has}; fields: {', '.join(map(str, row)) or 'none'})"
-            fix = "pass field= with the name of the field that holds the text"
+        # Other fields may hold whatever Python writes, NaN too.
+        row = parse_json(line.decode(), _Refused, finite=False)
+    except UnicodeDecodeError as error:
+        return _Bad(f"byte {error.start} of it is not UTF-8")
+    except _Refused as error:
+        return _Bad(str(error))
+    if field in row:
+        return row[field]
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    return _Bad(f"no field {field!r}; fields: {_few(row)}", field=texts[0] if texts else None)
+
+
+class _Refused(DataError):
+    """What is wrong with a line; caught here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bad:
+    """A row that cannot be read: why, and the field that may have been meant."""
+
+    why: str
+    field: str | None = None
+
+
+def _document(text: object, name: str, field: str, left_out: LeftOut | None) -> Iterator[Document]:
+    """The document of a row, an empty one where the text is null; nothing, or an error, where it cannot be read.
+
+    All formats come through here, so that the same rows mean the same in each.
+    """
+    if text is None:
+        yield Document(name, "")
+        return
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            text = _Bad(f"half a surrogate pair at character {error.start}")
         else:
-            problem = f"{name} (a JSON {type(row).__name__})"
+            yield Document(name, text)
+            return
+    bad = text if isinstance(text, _Bad) else _Bad(f"its field {field!r} holds {_kind(text)}")
+    if left_out is not None:
+        left_out("rows that cannot be read as text", f"{name} ({bad.why})")
+        return
+    fix = "repair or remove the row, or leave such rows out with bad='skip'"
+    if bad.field is not None:
+        fix = f"pass field={bad.field!r} if that holds the text, or {fix}"
     raise DataError(
-        word("a line", got=problem, allowed=f"be a JSON object with the text in {field!r}", where=_WHERE, fix=fix)
+        word("a row", got=f"{name} ({bad.why})", allowed=f"hold its text in {field!r}", where=_WHERE, fix=fix)
     )
 
 
-def parquet(path: Path, field: str) -> Iterator[Document]:
-    """One document a row.
+def _kind(value: object) -> str:
+    """What stands where text should, in words."""
+    if isinstance(value, dict):
+        return f"an object with {_few(value)}; fields inside fields are not looked for"
+    if isinstance(value, bool | int | float):
+        return f"the number {value!r:.20}" if not isinstance(value, bool) else f"{value!r}"
+    return f"a {type(value).__name__}"
+
+
+def _few(names: Iterable[object]) -> str:
+    shown = [str(name)[:40] for name in names]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") or "none"
+
+
+def parquet(path: Path, field: str, left_out: LeftOut | None = None) -> Iterator[Document]:
+    """One document a row, an empty one where the text is null.
+
+    Args:
+        path: the file.
+        field: which column holds the text.
+        left_out: told of each row that cannot be read, which is then passed over; None refuses it.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -67,12 +137,14 @@ def parquet(path: Path, field: str) -> Iterator[Document]:
     except ImportError as error:
         raise _missing_extra(str(path), "parquet", "pyarrow") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # With a buffer a column is streamed; without one, a row group of any size is read whole.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
             names = file.schema_arrow.names
             _check_column(field, names, str(path))
             number = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
-                yield from _rows(batch.column(0).to_pylist(), str(path), field, number)
+                for row, text in enumerate(_texts(batch.column(0)), number + 1):
+                    yield from _document(text, f"{path}:{row}", field, left_out)
                 number += len(batch)
     except pyarrow.ArrowInvalid as error:
         problem = f"{path} ({error})"
@@ -80,6 +152,21 @@ def parquet(path: Path, field: str) -> Iterator[Document]:
         raise DataError(word("the data", got=problem, allowed="be a parquet file", where=_WHERE, fix=fix)) from error
     except OSError as error:
         raise read_error(error, path, _WHERE) from error
+
+
+def _texts(column: Any) -> list[object]:
+    """The values of a column; one whose bytes are not UTF-8, which parquet does not check, as what is wrong with it."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(value) for value in column]
+
+
+def _text(value: Any) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return _Bad(f"byte {error.start} of it is not UTF-8")
 
 
 def load(source: str) -> Any:
@@ -113,8 +200,14 @@ def is_data_set(source: object) -> bool:
     return hasattr(source, "column_names") and (hasattr(source, "iter") or hasattr(source, "keys"))
 
 
-def data_set(source: Any, name: str, field: str) -> Iterator[Document]:
-    """One document a row of a ``datasets.Dataset``.
+def data_set(source: Any, name: str, field: str, left_out: LeftOut | None = None) -> Iterator[Document]:
+    """One document a row of a ``datasets.Dataset``, an empty one where the text is null.
+
+    Args:
+        source: the data set.
+        name: what to call it.
+        field: which column holds the text.
+        left_out: told of each row that cannot be read, which is then passed over; None refuses it.
 
     Raises:
         UsageError: it is a dictionary of splits, or a stream.
@@ -141,21 +234,9 @@ def data_set(source: Any, name: str, field: str) -> Iterator[Document]:
     _check_column(field, source.column_names, name)
     number = 0
     for batch in source.select_columns([field]).iter(batch_size=_ROWS):
-        yield from _rows(batch[field], name, field, number)
+        for row, text in enumerate(batch[field], number + 1):
+            yield from _document(text, f"{name}:{row}", field, left_out)
         number += len(batch[field])
-
-
-def _rows(texts: Iterable[object], name: str, field: str, first: int) -> Iterator[Document]:
-    for number, text in enumerate(texts, first + 1):
-        if isinstance(text, str):
-            yield Document(f"{name}:{number}", text)
-        elif text is None:
-            yield Document(f"{name}:{number}", "")
-        else:
-            problem = f"{name}, row {number} ({field!r} is {type(text).__name__})"
-            raise DataError(
-                word("a row", got=problem, allowed="hold text", where=_WHERE, fix="pass field= with a column of text")
-            )
 
 
 def _check_column(field: str, names: Iterable[str], name: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from turnout.errors import CheckpointError, word
+from turnout.reading import check_fields, check_link, read_json
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import byte_lengths, load_tokenizer
 
@@ -22,6 +23,14 @@ FORMAT = "turnout.tokens/1"
 SIDES = ("train", "held_out")
 COLUMNS = ("token.bin", "document.bin", "domain.bin")
 _OFFSET, _DOMAIN = "<i8", "<u2"
+_FILES = {"tokenizer.json", *(f"{side}/{column}" for side in SIDES for column in COLUMNS)}
+_HEAD = {
+    "files": dict[str, dict],
+    "domains": list[str],
+    "vocab_size": int,
+    "separator_id": int,
+    "notes": list[str],
+}
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -116,16 +125,10 @@ class TokenSet:
             CheckpointError: the folder was never finished, or a file is missing, truncated or of another version.
         """
         path = Path(path)
-        try:
-            head = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise _corrupt(path, "no tokens.json, so its preparation never finished") from error
-        except (OSError, ValueError) as error:
-            raise _corrupt(path / "tokens.json", str(error)) from error
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise _corrupt(path / "tokens.json", f"not of the format {FORMAT}")
+        head = _head(path)
         try:
             for name, file in head["files"].items():
+                check_link(path / name, functools.partial(_corrupt, path / name))
                 found = (path / name).stat().st_size if (path / name).is_file() else None
                 if found != file["bytes"]:
                     state = "missing" if found is None else f"{found} bytes long, not {file['bytes']}"
@@ -177,6 +180,25 @@ def content_digest(head: Mapping[str, Any]) -> str:
     """
     content = {"domains": head["domains"], "files": {name: file["sha256"] for name, file in head["files"].items()}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """What tokens.json says, every field of its type, and no file but those of a token set."""
+    refuse = functools.partial(_corrupt, path / "tokens.json")
+    try:
+        head = read_json(path / "tokens.json", refuse=refuse)
+    except FileNotFoundError as error:
+        raise _corrupt(path, "no tokens.json, so its preparation never finished") from error
+    except OSError as error:
+        raise refuse(str(error)) from error
+    if head.get("format") != FORMAT:
+        raise refuse(f"not of the format {FORMAT}")
+    check_fields(head, _HEAD, refuse)
+    if set(head["files"]) != _FILES:
+        raise refuse(f"its files are {', '.join(sorted(head['files']))[:120]}")
+    for name, file in head["files"].items():
+        check_fields(file, {"bytes": int, "sha256": str}, functools.partial(_corrupt, path / f"tokens.json, {name}"))
+    return head
 
 
 def _map_split(path: Path, name: str, vocab_size: int) -> Split:

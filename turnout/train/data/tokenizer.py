@@ -1,17 +1,21 @@
 """Byte-level BPE: trained on the spot, or loaded; every token stands for a known number of bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from turnout.errors import CheckpointError, DataError, UsageError, word
+from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
+from turnout.reading import TOKENIZER_BYTES, Refuse, parse_json, read_text
 
 __all__ = ["SEPARATOR", "byte_lengths", "check_tokenizer", "load_tokenizer", "separator_id", "train_tokenizer"]
 
 SEPARATOR = "<|endoftext|>"
 _SEPARATORS = (SEPARATOR, "<|end_of_text|>", "<|begin_of_text|>", "<|im_end|>", "</s>", "<eos>", "<s>", "[SEP]")
+# Sixteen times the largest vocabulary in use: a table of eight bytes a token stays at 32 MiB.
+_IDS = 1 << 22
 _SMALLEST = 257  # every byte, and the separator
 _PROBE = "Hello  there,\n\tit's 42 <s> – déjà vu 例え 🙂 \r\n  <|endoftext|> x\u00a0y "
 _WHERE = "turnout.train.data"
@@ -92,21 +96,52 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Source: none; the file format of the ``tokenizers`` library.
     """
     path = Path(path)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-        raise CheckpointError(
-            word(
-                "the tokenizer",
-                got=f"{path} ({error})",
-                allowed="be a tokenizer.json of the tokenizers library",
-                where=_WHERE,
-                fix="check the path, or leave tokenizer out to train one",
-            )
-        ) from error
+    tokenizer = open_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer as its file says, special tokens in a text included.
+
+    The file is read with bounds before the library sees it, which trusts what it says: an id of 2^31 alone would take
+    16 GiB.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a tokenizer.
+
+    >>> open_tokenizer(Path("no/tokenizer.json"))
+    Traceback (most recent call last):
+    turnout.errors.CheckpointError: the tokenizer must be a tokenizer.json of the tokenizers library in ...
+
+    Source: none; the file format of the ``tokenizers`` library.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        got, allowed = f"{path} ({problem})", "be a tokenizer.json of the tokenizers library"
+        fix = "check the path, or leave tokenizer out to train one"
+        return CheckpointError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+    try:
+        text = read_text(path, refuse=refuse, limit=TOKENIZER_BYTES)
+        _check_ids(parse_json(text, refuse), refuse)
+        return Tokenizer.from_str(text)
+    except TurnoutError:
+        raise
+    except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+        raise refuse(str(error)) from error
+
+
+def _check_ids(body: Mapping[str, Any], refuse: Refuse) -> None:
+    """Refuses an id far beyond the number of tokens: everything that is counted by token is as long as the last id."""
+    model = body.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    added = body.get("added_tokens")
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    wrong = [number for number in ids if type(number) is not int or not 0 <= number < _IDS]
+    if wrong:
+        raise refuse(f"the token id {wrong[0]!r:.40}, where ids are whole numbers below {_IDS:,}")
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -1,0 +1,112 @@
+"""One layer of a decoder, and the routers that a configuration names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turnout.decide import token
+from turnout.errors import UsageError, word
+from turnout.layers import MoE
+from turnout.models.attention import Angles, Attention, Cache, LatentAttention, RMSNorm
+from turnout.models.config import LMConfig, MoEConfig
+from turnout.models.padding import Places
+from turnout.models.pre_gate import PreGate
+from turnout.paths import FeedForward
+from turnout.types import Routing
+
+__all__ = ["Block", "build_pre_gate", "build_router"]
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)), the latter dense or routed."""
+
+    def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        start = {"std": config.init_std, "generator": generator}
+        self.scale = config.residual_scale
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = (
+            Attention(config, layer, generator)
+            if config.mla is None
+            else LatentAttention(config, config.mla, layer, generator)
+        )
+        self.ff_norm = RMSNorm(config.width, config.norm_eps)
+        self.ff: FeedForward | MoE
+        if config.moe is None or not config.is_routed(layer):
+            hidden, activation = config.dense_hidden, config.activation
+            self.ff = FeedForward(config.width, hidden, activation=activation, bias=config.ff_bias, **start)
+        else:
+            moe = config.moe
+            self.ff = MoE(
+                config.width,
+                moe.hidden,
+                moe.num_experts,
+                router=None if moe.router == "PreGate" else build_router(config.width, moe, generator, config.init_std),
+                activation=moe.activation,
+                bias=moe.bias,
+                shared_hidden=moe.shared_hidden,
+                shared_gate=moe.shared_gate,
+                distinct=config.experts_held(layer),
+                factored=config.factors(layer),
+                **start,
+            )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: Angles,
+        cache: Cache | None,
+        places: Places | None = None,
+        *,
+        token_id_BS: Tensor,
+        backend: str,
+        generator: torch.Generator | None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
+        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache, places))
+        normed_BSD = self.ff_norm(x_BSD)
+        if isinstance(self.ff, FeedForward):
+            return self._add(x_BSD, self.ff(normed_BSD)), None
+        call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
+        routed = self.ff(normed_BSD, **call, real=None if places is None else places.real_BS)
+        return self._add(x_BSD, routed.output), routed.routing
+
+    def _add(self, x_BSD: Tensor, change_BSD: Tensor) -> Tensor:
+        return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
+
+
+def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:
+    """The router that a configuration names.
+
+    Raises:
+        UsageError: an option that the router does not have.
+    """
+    kind = getattr(token, moe.router)
+    start = {} if moe.router == "Hash" else {"std": std, "generator": generator}
+    return _built(kind, moe, width, **start)
+
+
+def build_pre_gate(config: LMConfig, generator: torch.Generator | None) -> PreGate | None:
+    """The router of all layers, where the configuration names one."""
+    if config.moe is None or config.moe.router != "PreGate":
+        return None
+    fixed = {"max_seq": config.max_seq, "rope_theta": config.rope_theta, "first_layer": config.layers}
+    return _built(PreGate, config.moe, config.vocab_size, std=config.init_std, generator=generator, **fixed)
+
+
+def _built(kind: Callable[..., Any], moe: MoEConfig, inputs: int, **start: object) -> Any:
+    try:
+        return kind(inputs, moe.num_experts, top_k=moe.top_k, **(start | dict(moe.router_options)))
+    except TypeError as error:
+        raise UsageError(
+            word(
+                "router_options",
+                got=f"{dict(moe.router_options)} ({error})",
+                allowed=f"be keywords of {moe.router}",
+                where="MoEConfig",
+                fix=f"see help(turnout.{'models' if moe.router == 'PreGate' else 'decide.token'}.{moe.router})",
+            )
+        ) from error
