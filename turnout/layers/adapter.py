@@ -12,6 +12,7 @@ from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
 from turnout.types import Given, Routing, spread
+from turnout.wrappers import unwrapped
 
 __all__ = ["Adapter", "SequenceRouter"]
 
@@ -67,8 +68,9 @@ class Adapter(nn.Module):
         super().__init__()
         shape = tuple(getattr(base, "weight", torch.empty(0)).shape)
         fits = (paths.up.shape[1], paths.down.shape[1])
-        if (len(shape) == 2 and shape != fits) or getattr(router, "num_experts", paths.num_paths) != paths.num_paths:
-            got = f"a linear map {shape}, and a router of {getattr(router, 'num_experts', '?')}"
+        experts = getattr(unwrapped(router), "num_experts", paths.num_paths)
+        if (len(shape) == 2 and shape != fits) or experts != paths.num_paths:
+            got = f"a linear map {shape}, and a router of {experts}"
             allowed = f"be {fits} for these adapters, and a router of {paths.num_paths}"
             fix = "build adapters and router for this linear map"
             raise ShapeError(word("base and router", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix))
@@ -97,8 +99,8 @@ class Adapter(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing, found = self.decide(x)
         x_TD = x_TD.to(self.paths.down.dtype)
-        parts = getattr(self.router, "parts", None)
-        fold = getattr(self.router, "fold", None)
+        asked = unwrapped(self.router)
+        parts, fold = getattr(asked, "parts", None), getattr(asked, "fold", None)
         if fold is not None:
             added_TO = low_rank(x_TD, routing, fold(self.paths.weights()))
         elif parts is None:
@@ -110,9 +112,10 @@ class Adapter(nn.Module):
     def decide(self, x: Tensor) -> tuple[Routing, Given | None]:
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""
         x_TD = x.reshape(-1, x.shape[-1])
-        if not hasattr(self.router, "parts") and not getattr(self.router, "needs_given", False):
+        asked = unwrapped(self.router)
+        if not hasattr(asked, "parts") and not getattr(asked, "needs_given", False):
             # A capacity alone lets one token take another's place; else padding is nobody's business here, as in PEFT.
-            real_T = None if getattr(self.router, "capacity_factor", None) is None else real(x)
+            real_T = None if getattr(asked, "capacity_factor", None) is None else real(x)
             return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
         return self.router(x_TD, given=found), found

@@ -192,6 +192,8 @@ def attach_folder(
     kinds = {"format": Literal["turnout.adapters/1"], "adapters": list[str], "router": str | None}
     check_fields(body, kinds | {"router_options": dict[str, Any] | None}, refuse)
     folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
+    for folder in (path / "adapters", *folders):
+        check_link(folder, refuse)
     options = body.get("router_options") or {}
     if body.get("router") is None and router is None:
         got, fix = "none", "pass router=BUILD, the function that attach was given"

@@ -1,6 +1,5 @@
 """What the routers of attached adapters have learned, on disk: one safetensors file beside the adapters."""
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reading import parse_json
 from turnout.run.low_rank import merge
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["ROUTERS_FILE", "fold_adapters", "load_routers", "save_routers"]
@@ -69,13 +68,11 @@ def router_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
     """Writes the routers' tensors; how many numbers they hold."""
-    from safetensors.torch import save_file
-
     kinds = json.dumps({name: _kind(layer) for name, layer in _layers(model).items()})
     metadata = {"format": _FORMAT, "routers": kinds}
-    held = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    write_whole(Path(path) / ROUTERS_FILE, lambda aside: save_file(held, aside, metadata=metadata))
-    return sum(tensor.numel() for tensor in held.values())
+    held = {key: tensor.clone() for key, tensor in tensors.items()}  # layers may share a router
+    save_tensors(Path(path) / ROUTERS_FILE, held, metadata)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 @expects(model=nn.Module, path=PATH)
@@ -215,22 +212,13 @@ def _kind(layer: Adapter) -> list[Any]:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        kinds = parse_json(metadata.get("routers", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    if metadata.get("format") != _FORMAT or not isinstance(kinds, dict):
+    metadata, tensors = load_tensors(file, refuse, ("format", "routers"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", str(metadata.get("format")), f"be {_FORMAT}")
-    return kinds, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
+    return parse_json(metadata.get("routers", ""), refuse), tensors
 
 
 def _bad(file: Path, what: str, got: str, allowed: str) -> CheckpointError:

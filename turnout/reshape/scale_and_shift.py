@@ -60,7 +60,8 @@ def scale_and_shift(
     80
 
     Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning"; Lian et al., 2022, "Scaling
-    & Shifting Your Features". There each member of the pool has a classifier of its own too.
+    & Shifting Your Features". There each member of the pool has a classifier of its own too, and
+    members start at random, scales from N(1, 0.02) and shifts from N(0, 0.02); ours start where the model is unchanged.
     """
     found = dict(model.named_modules())
     _check(found, modules, trained)

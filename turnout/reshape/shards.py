@@ -1,6 +1,5 @@
 """MoS on a live model: adapters put together from shared shards, trained, saved as one file, and put on again."""
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
-from turnout.reading import parse_json
+from turnout.reading import check_fields, parse_json
 from turnout.reshape.live import SHARDS, alive, put, saved_by
 from turnout.reshape.live import freeze as freeze_all
 from turnout.reshape.poly import named_linears
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["SHARDS_FILE", "attach_shards", "load_shards", "save_shards"]
@@ -126,8 +125,6 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
 
 def _writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Report]:
     """A function that writes the shards to a folder; tensors of a state dict stand in the place of the model's own."""
-    from safetensors.torch import save_file
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Sharded)}
     held: nn.ModuleDict = getattr(model, SHARDS, nn.ModuleDict())
     pools = {key: one for key, one in held.items() if isinstance(one, Shards)}
@@ -146,7 +143,7 @@ def _writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], R
     params = sum(one.cost().params or 0 for one in pools.values())
 
     def write(path: Path) -> Report:
-        write_whole(path / SHARDS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
+        save_tensors(path / SHARDS_FILE, tensors, metadata)
         return Report("save_shards", {"modules": list(layers), "params": params})
 
     return write
@@ -268,24 +265,17 @@ def _shards(linears: Sequence[nn.Linear], options: Mapping[str, Any]) -> Shards:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        body = parse_json(metadata.get("shards", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    groups = body.get("groups") if isinstance(body, dict) else None
-    sound = isinstance(groups, dict) and all({"modules", "options"} <= one.keys() for one in groups.values())
-    if metadata.get("format") != _FORMAT or not groups or not sound:
+    metadata, tensors = load_tensors(file, refuse, ("format", "shards"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", metadata.get("format"), f"be {_FORMAT}, with its groups")
+    body = parse_json(metadata.get("shards", ""), refuse)
+    check_fields(body, {"base": str | None, "groups": dict[str, dict]}, refuse)
+    for group in body["groups"].values():
+        check_fields(group, {"modules": list[str], "options": dict[str, Any]}, refuse)
     return body, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: object, allowed: str) -> CheckpointError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, UsageError, word
+from turnout.reading import check_safetensors
 from turnout.storage import write_whole
 from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
 
@@ -378,6 +379,7 @@ class Routing:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_safetensors(Path(path), any_link=True)
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:
