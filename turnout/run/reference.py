@@ -197,7 +197,8 @@ def by_reference(routing: Routing, activation: Activation, interleaved: bool) ->
     """What an executor computes from x, the combine weights and the stacks, by operations that torch differentiates."""
 
     def run(x_TD: Tensor, weight_R: Tensor, *stacks: Any) -> Tensor:
-        up, down, up_bias, down_bias = (stack if stack is None else stack.to(x_TD.dtype) for stack in stacks)
+        up, down = (stack.to(x_TD.dtype) for stack in stacks[:2])
+        up_bias, down_bias = (bias if bias is None else bias.to(x_TD.dtype) for bias in stacks[2:])
         weights = ExpertWeights(up, down, up_bias, down_bias, activation, interleaved)
         return reference(x_TD, dataclasses.replace(routing, weight_R=weight_R), weights)
 
