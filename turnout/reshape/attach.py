@@ -52,9 +52,11 @@ def attach(
         ``params_added`` and ``params_active_added`` what it costs.
 
     Raises:
-        UsageError: no adapter, two of the same name, a model that already has some, or one without linear maps.
-        UnknownNameError: no router is called that.
-        CheckpointError: an adapter's folder is not whole, or its shapes are not those of the model.
+        UsageError: no adapter, two of the same name, a model that already has some or PEFT's own layers, or one without
+            linear maps; or an option of another type than the router's.
+        UnknownNameError: no router, or none of its options, is called that.
+        CheckpointError: an adapter's folder is not whole, its shapes are not those of the model, the model's type
+            cannot hold its factors, or it brings weights of another base.
         ShapeError: the adapters come from different base models.
 
     >>> from turnout.models.checkpoint import PeftAdapter
