@@ -1,6 +1,5 @@
 """What the routers of attached adapters have learned, on disk: one safetensors file beside the adapters."""
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 
 from turnout.decide.token import Poly
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reading import parse_json
 from turnout.run.low_rank import merge
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["ROUTERS_FILE", "fold_adapters", "load_routers", "save_routers"]
@@ -25,6 +25,7 @@ _FORMAT = "turnout.routers/1"
 _WHERE = "turnout.reshape.load_routers"
 
 
+@expects(path=PATH, model=nn.Module)
 def save_routers(path: str | Path, model: nn.Module) -> Report:
     """Writes what the routers of the model's adapters hold to ``routers.safetensors`` in a folder, whole or not at all.
 
@@ -52,20 +53,29 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    from safetensors.torch import save_file
+    params = write_routers(path, model, router_tensors(model, {}))
+    return Report("save_routers", {"modules": list(_layers(model)), "params": params})
 
-    layers = _layers(model)
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
-        for name, layer in layers.items()
+
+def router_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MODULE.PARAMETER -> what the routers hold, or a state dict of the model says that they do."""
+    return {
+        f"{name}.{key}": state.get(f"{name}.router.{key}", tensor).detach()
+        for name, layer in _layers(model).items()
         for key, tensor in layer.router.state_dict().items()
     }
-    kinds = json.dumps({name: _kind(layer) for name, layer in layers.items()})
+
+
+def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Writes the routers' tensors; how many numbers they hold."""
+    kinds = json.dumps({name: _kind(layer) for name, layer in _layers(model).items()})
     metadata = {"format": _FORMAT, "routers": kinds}
-    write_whole(Path(path) / ROUTERS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
-    return Report("save_routers", {"modules": list(layers), "params": sum(t.numel() for t in tensors.values())})
+    held = {key: tensor.clone() for key, tensor in tensors.items()}  # layers may share a router
+    save_tensors(Path(path) / ROUTERS_FILE, held, metadata)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
+@expects(model=nn.Module, path=PATH)
 def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]:
     """The same model with the routers that ``save_routers`` wrote; changed in place, all of them or none.
 
@@ -104,6 +114,7 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
     return model, Report("load_routers", {"modules": list(layers)})
 
 
+@expects(model=nn.Module)
 @torch.no_grad()
 def fold_adapters(
     model: nn.Module, name: str, *, task: int | Literal["average"] | None = None, base: str | None = None
@@ -203,22 +214,13 @@ def _kind(layer: Adapter) -> list[Any]:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        kinds = parse_json(metadata.get("routers", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    if metadata.get("format") != _FORMAT or not isinstance(kinds, dict):
+    metadata, tensors = load_tensors(file, refuse, ("format", "routers"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", str(metadata.get("format")), f"be {_FORMAT}")
-    return kinds, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
+    return parse_json(metadata.get("routers", ""), refuse), tensors
 
 
 def _bad(file: Path, what: str, got: str, allowed: str) -> CheckpointError:

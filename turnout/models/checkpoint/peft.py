@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
-from turnout.reading import open_regular
-from turnout.storage import digest, write_whole
+from turnout.reading import check_safetensors, open_regular
+from turnout.storage import digest, load_tensors, save_tensors, write_whole
 
 __all__ = ["GATES_FILE", "PeftAdapter", "read_adapter", "write_adapter", "write_gates"]
 
@@ -82,6 +83,7 @@ class PeftAdapter:
         return sum(a.numel() + b.numel() for a, b, _ in self.factor.values())
 
 
+@expects(path=PATH)
 def read_adapter(path: str | Path) -> PeftAdapter:
     """The LoRA adapter in a folder of PEFT. Ranks and scales may differ between modules (patterns, rsLoRA).
 
@@ -179,6 +181,7 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+@expects(path=PATH, adapter=PeftAdapter)
 def write_adapter(path: str | Path, adapter: PeftAdapter) -> None:
     """Writes the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -233,6 +236,7 @@ def _pattern(value: Mapping[str, float], otherwise: float) -> dict[str, float]:
     return {name: value[name] for name in sorted(found, key=len, reverse=True)}
 
 
+@expects(path=PATH)
 def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     """Writes PHATGOOSE's gates into the folder of the adapter that they were trained for, where PEFT ignores them.
 
@@ -256,29 +260,23 @@ def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     Source: Muqeeth et al., 2024, "Learning to Route Among Specialized Experts for Zero-Shot Generalization"; the
     file is our own.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     metadata = {"format": _GATES_FORMAT, "adapter": digest(path / _WEIGHTS)}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in gate.items()}
-    write_whole(path / GATES_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
+    save_tensors(path / GATES_FILE, tensors, metadata)
 
 
 def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
     """The gates in an adapter's folder, none where there is no such file."""
-    from safetensors import SafetensorError, safe_open
-
     file = path / GATES_FILE
     if not file.exists() and not file.is_symlink():
         return {}
     fix = f"train them again with turnout.reshape.train_gates, or remove {GATES_FILE}"
-    try:
-        open_regular(file).close()
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            gate = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise _bad(path, GATES_FILE, str(error), "be a whole safetensors file", fix) from error
+
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(path, GATES_FILE, problem, "be a whole safetensors file, as it was written", fix)
+
+    metadata, gate = load_tensors(file, refuse, ("format", "adapter"))
     if metadata.get("format") != _GATES_FORMAT or metadata.get("adapter") != digest(path / _WEIGHTS):
         got = (
             f"{metadata.get('format')}, of other weights" if metadata.get("format") == _GATES_FORMAT else str(metadata)
@@ -308,8 +306,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         open_regular(file, refuse=refuse).close()
+        check_safetensors(file)
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         allowed, fix = "be a whole safetensors file", "copy the file again"
         raise _bad(path, file.name, str(error), allowed, fix) from error
 
