@@ -12,6 +12,8 @@ examples:
 
 import argparse
 
+from turnout.cli.early import check_there
+
 HELP = "whether one model computes what another does, and where they part"
 
 
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compares or checks, and prints; the exit code is 1 when the two differ or the certificate does not hold."""
+    for what in ("a", "b", "prompts", "map", "check"):
+        name = what.upper() if len(what) == 1 else f"--{what}"
+        check_there(name, [getattr(arguments, what)], "turnout certify")
     from turnout.recipes.certify import certify_folders, read_map
 
     if arguments.check:

@@ -21,6 +21,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from turnout.cli.early import check_there
 from turnout.errors import UsageError, word
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _TAKES = {
     "--latent": ("--share",),
     "--densify": (),
 }
+
+_NEEDS = {"--to": ("--experts", "--top-k"), "--split": ("--top-k",)}
 
 
 class _InOrder(argparse.Action):
@@ -107,6 +110,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans, converts, and says how far the model moved."""
+    check_there("PATH", [arguments.path], "turnout convert")
+    check_there("--calibration", [arguments.calibration], "turnout convert")
+    check_there("--adapters", arguments.adapters or [], "turnout convert")
+    grouped(arguments.given if not arguments.adapters else [])
+    if not arguments.dry_run:
+        _need_out(arguments)
+    if arguments.calibration_tokens < 1:
+        raise _refusal("--calibration-tokens", str(arguments.calibration_tokens), "be at least 1", "leave it out")
     import torch
 
     from turnout.recipes.convert import convert
@@ -115,8 +126,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     steps = [] if arguments.adapters else read_steps(arguments.given)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    if arguments.calibration_tokens < 1:
-        raise _refusal("--calibration-tokens", str(arguments.calibration_tokens), "be at least 1", "leave it out")
     if arguments.adapters:
         return _adapters(arguments, dtype)
     _refuse_without_adapters(arguments)
@@ -155,15 +164,15 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
     if set(given) - {"--top-k"} or arguments.as_format:
         got = ", ".join([*(set(given) - {"--top-k"}), *(["--as"] if arguments.as_format else [])])
         raise _refusal("--adapters", f"also {got}", "come without steps", "convert first, then train adapters of that")
-    gate_text = {}
+    gate_text: dict[str, str] = {}
     for pair in arguments.gate_text:
         name, equals, place = pair.partition("=")
         if not equals or not place:
             raise _refusal("--gate-text", pair, "be ADAPTER=PATH", f"write --gate-text {name or 'math'}=math.txt")
         gate_text[name] = place
-    options = {"router": arguments.router or "arrow", "any_base": arguments.any_base, "gate_text": gate_text}
+    options: dict[str, Any] = {"router": arguments.router or "arrow", "any_base": arguments.any_base}
     options |= {"router_options": {"top_k": given["--top-k"]} if "--top-k" in given else {}}
-    options |= {"text": arguments.calibration}
+    options |= {"gate_text": gate_text, "text": arguments.calibration, "dtype": dtype}
     if arguments.dry_run:
         print(outline_adapters(arguments.path, arguments.adapters, **options))
         return 0
@@ -175,7 +184,6 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
             arguments.adapters,
             arguments.out,
             text_tokens=arguments.calibration_tokens,
-            dtype=dtype,
             say=progress.say,
             part=progress.part,
             **options,
@@ -203,6 +211,15 @@ def read_steps(given: Sequence[tuple[str, Any]]) -> list["Step"]:
     Raises:
         UsageError: an option that belongs to no step before it, comes twice, or is missing.
     """
+    return [_step(name, value, options) for name, value, options in grouped(given)]
+
+
+def grouped(given: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Each step with its value and its own options; nothing is loaded for that.
+
+    Raises:
+        UsageError: an option that belongs to no step before it, comes twice, or is missing.
+    """
     found: list[tuple[str, Any, dict[str, Any]]] = []
     for option, value in given:
         if option in _TAKES:
@@ -217,7 +234,9 @@ def read_steps(given: Sequence[tuple[str, Any]]) -> list["Step"]:
         if option in found[-1][2]:
             raise _refusal(option, f"two for {found[-1][0]}", "come once a step", "leave one of them out")
         found[-1][2][option] = value
-    return [_step(name, value, options) for name, value, options in found]
+    for name, _, options in found:
+        _need(name, options, *_NEEDS.get(name, ()))
+    return found
 
 
 def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
@@ -225,10 +244,8 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
 
     by = {"by": options["--by"]} if "--by" in options else {}
     if name == "--to":
-        _need(name, options, "--experts", "--top-k")
         return steps.Upcycle(options["--experts"], options["--top-k"], options.get("--granularity", 1))
     if name == "--split":
-        _need(name, options, "--top-k")
         return steps.Split(value, options["--top-k"], **by)
     if name == "--merge-experts":
         return steps.Merge(value)
@@ -238,12 +255,11 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
         return steps.Densify() if name == "--densify" else steps.Latent(value, options.get("--share"))
     number, is_share = value.removesuffix("%"), value.endswith("%")
     try:
-        return steps.Drop(share=float(number) / 100, **by) if is_share else steps.Drop(count=int(number), **by)
+        size = float(number) / 100 if is_share else int(number)
     except ValueError as error:
-        fix = "write --drop-experts 25% or --drop-experts 2"
-        raise UsageError(
-            word(name, got=value, allowed="be a share or a number", where="turnout convert", fix=fix)
-        ) from error
+        allowed, fix = "be a share or a whole number", "write --drop-experts 25% or --drop-experts 2"
+        raise _refusal(name, value, allowed, fix) from error
+    return steps.Drop(share=size, **by) if is_share else steps.Drop(count=int(size), **by)
 
 
 def _need(step: str, options: Mapping[str, Any], *names: str) -> None:

@@ -1,19 +1,24 @@
-"""Measure a trained model on held-out text: bits per byte, overall and per domain, and its load balance.
+"""Measure a model on held-out text: bits per byte, overall and per domain, and its load balance.
+
+A folder of transformers, or one that turnout convert wrote, is measured on the text of --data with its own tokenizer.
 
 examples:
   turnout eval runs/x                            on the run's own held-out documents
   turnout eval runs/x --data other_folder        on all of another text
   turnout eval runs/x --json
+  turnout eval mixtral --data text               a model of transformers
 """
 
 import argparse
 
-HELP = "bits per byte and load balance of a trained model"
+from turnout.cli.early import check_data, check_there
+
+HELP = "bits per byte and load balance of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout eval`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train")
+    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="text to measure on")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N tokens")
     parser.add_argument("--trace", metavar="DIR", help="also record a Trace of all routings here")
@@ -25,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
+    check_there("RUN", [arguments.run_folder], "turnout eval")
+    check_data(arguments.data, "turnout eval")
     from turnout.recipes.inspect import evaluate_run
     from turnout.recipes.run import named_domains
 

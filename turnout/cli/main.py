@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from turnout import __version__
+from turnout.cli.words import in_flags
 from turnout.errors import Interrupted, TurnoutError
 
 # Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
@@ -17,7 +18,7 @@ _EXAMPLES = """\
 examples:
   turnout demo                                   dense against sparse, on this machine's own text, with a report
   turnout train tiny --data my_folder --out runs/x
-  turnout train tiny width=192 top_k=1 --data code=src --data prose=docs --out runs/y
+  turnout train tiny width=192 top_k=2 --data code=src --data prose=docs --out runs/y
   turnout train --resume --out runs/x            go on after a crash, bit for bit
   turnout run runs/x/run.json --out runs/again   repeat a run
   turnout sample runs/x --prompt "def main("
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except Interrupted as stop:
-        print(f"turnout: {stop}", file=sys.stderr)
+        print(f"turnout: {in_flags(str(stop), arguments.command)}", file=sys.stderr)
         return 130
     except TurnoutError as error:
-        print(f"turnout {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"turnout {arguments.command}: error: {in_flags(str(error), arguments.command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("turnout: interrupted", file=sys.stderr)

@@ -8,6 +8,8 @@ examples:
 
 import argparse
 
+from turnout.cli.early import check_there
+
 HELP = "write the report.html of one or more runs"
 
 
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page and says where."""
+    check_there("RUN", arguments.run_folders, "turnout report")
     from turnout.recipes.inspect import write_report
 
     print(write_report(arguments.run_folders, arguments.out))

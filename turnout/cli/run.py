@@ -7,6 +7,7 @@ examples:
 
 import argparse
 
+from turnout.cli.early import check_there
 from turnout.errors import UsageError, word
 
 HELP = "repeat a run from its run.json"
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs it again in a new folder."""
+    check_there("RUN.JSON", [arguments.run_json], "turnout run")
     from turnout.recipes.adapters import Adapted, adapt_again, is_adaptation
     from turnout.recipes.convert import is_conversion, repeat
     from turnout.recipes.execute import execute

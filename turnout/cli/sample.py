@@ -1,18 +1,21 @@
-"""Let a trained model continue a prompt.
+"""Let a model continue a prompt: of a run, of transformers, or what turnout convert wrote.
 
 examples:
   turnout sample runs/x --prompt "def main("
+  turnout sample mixtral --prompt "Once upon a time" --temperature 0
   turnout sample runs/x --prompt "import" --tokens 200 --temperature 0.7 --seed 1
 """
 
 import argparse
 
-HELP = "let a trained model continue a prompt"
+from turnout.cli.early import check_there
+
+HELP = "let a model continue a prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout sample`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train")
+    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
     parser.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default: 100, or what fits)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
@@ -22,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation."""
-    from turnout.recipes.inspect import sample_run
+    check_there("RUN", [arguments.run_folder], "turnout sample")
+    from turnout.recipes.models import sample_model
 
-    text = sample_run(
+    text = sample_model(
         arguments.run_folder,
         prompt=arguments.prompt,
         tokens=arguments.tokens,

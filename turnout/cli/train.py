@@ -5,13 +5,15 @@ examples:
   turnout train tiny --show                        every field, its value and what it means
   turnout train tiny --out runs/x                  on the text that this Python carries
   turnout train tiny --data my_folder --out runs/x
-  turnout train tiny width=192 top_k=1 steps=500 --data code=src --data prose=docs --out runs/y
+  turnout train tiny width=192 top_k=2 steps=500 --data code=src --data prose=docs --out runs/y
   turnout train --resume --out runs/x              go on from the last checkpoint, bit for bit
 """
 
 import argparse
+import sys
 import typing
 
+from turnout.cli.early import check_data, check_there
 from turnout.errors import UsageError, word
 
 if typing.TYPE_CHECKING:
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, and says where everything is."""
+    check_data(arguments.data, "turnout train")
+    if arguments.resume is not None and arguments.recipe is None:
+        check_there("--out", [arguments.out], "turnout train --resume")
     from turnout import recipes
     from turnout.recipes.execute import execute
     from turnout.recipes.run import Run
@@ -105,5 +110,14 @@ def _planned(arguments: argparse.Namespace) -> "Run":
     from turnout import recipes
     from turnout.recipes.run import named_domains
 
-    plan = recipes.find(arguments.recipe).override(arguments.overrides)
-    return plan.with_domains(named_domains(arguments.data)) if arguments.data else plan
+    recipe = recipes.find(arguments.recipe)
+    # Other text first: it lifts the recipe's own limit, and a limit that is asked for stays.
+    plan = recipe.with_domains(named_domains(arguments.data)) if arguments.data else recipe
+    plan = plan.scaled(arguments.overrides)
+    if plan.train.warmup != recipe.train.warmup and not any("warmup=" in text for text in arguments.overrides):
+        print(
+            f"note: warmup={plan.train.warmup} of {plan.train.steps} steps, the share of the recipe "
+            f"({recipe.train.warmup} of {recipe.train.steps}); warmup=N sets another",
+            file=sys.stderr,
+        )
+    return plan

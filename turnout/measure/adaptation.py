@@ -1,7 +1,6 @@
 """The page of a choice of adapters: what each is worth on a text, and which of them the router takes where."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from html import escape
@@ -9,10 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, word
+from turnout.expects import expects
 from turnout.measure.bars import share_bars, value_bars
 from turnout.measure.charts import tracks
 from turnout.measure.page import flat, fold, frame, missing, table
 from turnout.measure.palette import expert_color
+from turnout.reading import read_json
 
 __all__ = ["AdaptationData", "adaptation_html"]
 
@@ -45,10 +46,7 @@ class AdaptationData:
         """
         folder = Path(folder)
         try:
-            body = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            if not isinstance(body, dict):
-                raise ValueError("no JSON object")
-            found = cls(folder.resolve().name, body)
+            found = cls(folder.resolve().name, read_json(folder / "run.json"))
             adaptation_html(found)  # which reads all that it must hold
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             got, fix = f"{folder} ({type(error).__name__}: {error})", "name a folder that convert --adapters wrote"
@@ -64,6 +62,7 @@ class AdaptationData:
         return Path(self.record["settings"]["source"]).name
 
 
+@expects(data=AdaptationData)
 def adaptation_html(data: AdaptationData) -> str:
     """One html page: the loss without adapters, with each alone, with all of them evenly and routed; and who is chosen.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
+from turnout.expects import expects
 from turnout.fields import build, plain
 from turnout.reading import check_fields, parse_json
 from turnout.storage import check_seal, sealed, write_whole
@@ -265,6 +266,7 @@ class Certificate:
         return f"they part in {where}{which} ({part.module}, by {_number(part.relative)}{moved})"
 
 
+@expects(model=nn.Module)
 def weights_digest(model: nn.Module) -> str:
     """The SHA-256 of a model's tensors, as 64 hexadecimal digits, whatever their order and device.
 

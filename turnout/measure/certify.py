@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import DataError, ShapeError, UsageError, word
+from turnout.expects import CALLED, expects
 from turnout.measure.certificate import (
     Certificate,
     Gap,
@@ -45,6 +46,7 @@ _WHERE = "turnout.measure.certify"
 _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@expects(a=CALLED, b=CALLED)
 def certify(
     a: Model,
     b: Model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, word
+from turnout.expects import expects
 from turnout.measure.bars import expert_cells, gap_bars, pair_bars, share_bars
 from turnout.measure.certificate import Certificate
 from turnout.measure.charts import tracks
@@ -82,6 +83,7 @@ class ConversionData:
         return self.record.get("held_out") or {}
 
 
+@expects(data=ConversionData)
 def conversion_html(data: ConversionData) -> str:
     """One html page: sizes before and after, the certificate, what each step changed, and the load of experts.
 

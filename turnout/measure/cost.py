@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from turnout.errors import UsageError, word
+from turnout.expects import CALLED, expects
 from turnout.types import Cost
 
 __all__ = ["count_flops", "count_params"]
@@ -17,6 +18,7 @@ __all__ = ["count_flops", "count_params"]
 _aten = torch.ops.aten
 
 
+@expects(run=CALLED)
 def count_flops(run: Callable[[], object]) -> Cost:
     """The floating-point operations of one call, counted operator by operator; a multiply-add counts 2.
 
@@ -48,6 +50,7 @@ def count_flops(run: Callable[[], object]) -> Cost:
     return Cost(flops=float(counter.get_total_flops()))
 
 
+@expects(module=nn.Module)
 def count_params(module: nn.Module, *, active: Mapping[str, float] | None = None) -> Cost:
     """The parameters that a module holds, each counted once however often it is shared, and those a token uses.
 

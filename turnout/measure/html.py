@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from turnout.expects import expects
 from turnout.measure import palette
 from turnout.measure.beside import Other, beside, colours, title_of
 from turnout.measure.charts import Drawing, tracks
@@ -15,6 +16,7 @@ from turnout.measure.runs import Passage, ReportData, RunData, number
 __all__ = ["report_html"]
 
 
+@expects(data=ReportData)
 def report_html(data: ReportData, *, others: Sequence[Other] = ()) -> str:
     """One html page: the result, loss curves, expert load, expert x domain maps, a passage by expert, the set-up.
 

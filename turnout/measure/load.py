@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, word
+from turnout.expects import expects, several
 from turnout.types import Report, Routing, Trace
 from turnout.types.report import Value
 
 __all__ = ["coefficient_of_variation", "dead_experts", "dropped_share", "entropy", "load_report", "max_vio"]
 
 
+@expects(load_E=Tensor)
 def max_vio(load_E: Tensor) -> float:
     """How far the busiest expert is above the mean: max load / mean load - 1; 0 when even.
 
@@ -34,6 +36,7 @@ def max_vio(load_E: Tensor) -> float:
     return float(share_E.max() * share_E.numel() - 1)
 
 
+@expects(load_E=Tensor)
 def entropy(load_E: Tensor) -> float:
     """The entropy of the load, divided by log E: 1 when even, 0 when one expert takes everything.
 
@@ -59,6 +62,7 @@ def entropy(load_E: Tensor) -> float:
     return float(torch.special.entr(share_E).sum().clamp(min=0.0) / math.log(share_E.numel()))
 
 
+@expects(load_E=Tensor)
 def coefficient_of_variation(load_E: Tensor) -> float:
     """The standard deviation of the load over the experts (dividing by E), divided by its mean; 0 when even.
 
@@ -80,6 +84,7 @@ def coefficient_of_variation(load_E: Tensor) -> float:
     return float(share_E.std(correction=0) * share_E.numel())
 
 
+@expects(load_E=Tensor)
 def dead_experts(load_E: Tensor, *, below: float = 0.0) -> tuple[int, ...]:
     """The experts whose load is at most ``below`` times the even share; by default those that receive nothing.
 
@@ -100,6 +105,7 @@ def dead_experts(load_E: Tensor, *, below: float = 0.0) -> tuple[int, ...]:
     return tuple(torch.nonzero(load_E <= limit).flatten().tolist())
 
 
+@expects(routing=several(Routing, also=(Routing,)))
 def dropped_share(routing: Routing | Sequence[Routing]) -> float:
     """The share of wanted entries that capacity took away, over one routing or several together.
 
@@ -121,6 +127,7 @@ def dropped_share(routing: Routing | Sequence[Routing]) -> float:
     return dropped / wanted if wanted else 0.0
 
 
+@expects(source=several(Routing, also=(Routing, Tensor, Trace)))
 def load_report(source: Routing | Sequence[Routing] | Tensor | Trace, *, title: str = "expert load") -> Report:
     """The balance of each layer, and over the layers: the mean, and the worst MaxVio.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 from turnout.errors import UsageError, word
+from turnout.expects import NUMBER, expects, several
 from turnout.measure.ranking import one_machine, unranked
 from turnout.measure.runs import RunData, number
 from turnout.types import Report
@@ -14,6 +15,7 @@ __all__ = ["compare", "markdown", "quantity", "results_rows", "results_table"]
 _NONE = "–"
 
 
+@expects(before=Report, after=Report)
 def compare(before: Report, after: Report) -> Report:
     """Two reports of the same meter, side by side: each number before and after, and the change.
 
@@ -60,6 +62,7 @@ def compare(before: Report, after: Report) -> Report:
     return Report(title, values, notes, {"before": dict(before.context), "after": dict(after.context)})
 
 
+@expects(report=Report)
 def markdown(report: Report) -> str:
     """The report as markdown: a heading, a table and its notes; a comparison gets a column for each part.
 
@@ -86,6 +89,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines + ([""] if report.notes else []) + [f"- {note}" for note in report.notes])
 
 
+@expects(runs=several(RunData))
 def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
     """One dict per run with everything that the results table shows, as plain JSON numbers; None where unknown.
 
@@ -114,6 +118,7 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
     ]
 
 
+@expects(runs=several(RunData))
 def results_table(runs: Sequence[RunData], *, style: str = "text") -> str:
     """The results of several runs side by side, one column each.
 
@@ -175,6 +180,7 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
     return [line for line in lines if any(cell != _NONE for cell in line[1])]
 
 
+@expects(value=NUMBER)
 def quantity(value: float) -> str:
     """A count with three digits and its letter.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from turnout.errors import CheckpointError, ShapeError, word
+from turnout.expects import PATH, expects
 from turnout.reading import check_fields, open_regular, parse_json, read_json
 from turnout.types import Cost, Routing, Trace
 
@@ -229,6 +230,7 @@ def number(value: object) -> float | None:
     return float(value)
 
 
+@expects(folder=PATH)
 def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     """What is in a run folder, whether the run is finished, going on, or was killed while writing a line.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import CALLED, expects
 from turnout.types import Report
 
 __all__ = ["layers_of", "sharpness"]
@@ -17,6 +18,7 @@ _WHERE = "turnout.measure.sharpness"
 Loss = Callable[[nn.Module], Tensor]
 
 
+@expects(model=nn.Module)
 def layers_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Layer -> the names of its parameters: a module with parameters of its own is a layer, tied ones count once.
 
@@ -35,6 +37,7 @@ def layers_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+@expects(model=nn.Module, loss=CALLED)
 def sharpness(
     model: nn.Module, loss: Loss, *, radius: float = 0.01, steps: int = 3, layers: Sequence[str] | None = None
 ) -> Report:

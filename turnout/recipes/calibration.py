@@ -1,6 +1,7 @@
 """Text for methods that look at what a model does with it: read with the model's own tokenizer, in rows of ids."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from turnout.errors import DataError, word
+from turnout.models import LMConfig
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
-from turnout.train.data.tokenizer import separator_id
+from turnout.train.data.tokenizer import refuse_chance, separator_id
 
-__all__ = ["Calibration", "calibration", "find_tokenizer"]
+__all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
 
 _WHERE = "turnout convert --calibration"
 _SEQ, _ROWS = 512, 8
+_ROW = 1024
 # The most logits of one batch: 256 MB in fp32.
 _LOGITS = 2**26
 
@@ -94,7 +97,9 @@ def calibration(
     """
     place = find_tokenizer(folder)
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
-    ids, sizes, seen, left_out = _read(source, load_tokenizer(place), wanted, own=own)
+    tokenizer = load_tokenizer(place)
+    refuse_chance(tokenizer)
+    ids, sizes, seen, left_out = _read(source, tokenizer, wanted, own=own)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
         got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"
@@ -112,8 +117,39 @@ def calibration(
     )
 
 
+def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int | None, own: bool) -> Calibration:
+    """All of a text, or its first ``limit`` tokens, as what is held out: rows of up to 1024, the last one shorter.
+
+    Args:
+        sources: files and folders of text, jsonl or parquet.
+        folder: of the model, which holds its tokenizer.
+        config: of the model.
+        limit: about how many tokens to take; None for all.
+        own: whether turnout trained the model: then every document begins with the separator.
+
+    Raises:
+        DataError: no tokenizer, no text, or tokens that the model does not have.
+    """
+    place = find_tokenizer(folder)
+    ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize, own=own)
+    if max(ids, default=-1) >= config.vocab_size or not ids:
+        got = f"the token {max(ids)} of {place}" if ids else f"{', '.join(sources)}: no text{_why(left_out)}"
+        fix = "use the tokenizer that the model was trained with" if ids else "name a file or folder with text in it"
+        allowed = f"give tokens from 0 to {config.vocab_size - 1}"
+        raise DataError(word("the text", got=got, allowed=allowed, where="turnout", fix=fix))
+    seq = min(_ROW, config.max_seq, len(ids))
+    whole = len(ids) // seq * seq
+    rows = max(1, min(_ROWS, _LOGITS // (seq * config.vocab_size)))
+    batches = list(torch.tensor(ids[:whole]).view(-1, seq).split(rows))
+    size = int(torch.tensor(sizes[:whole]).view(-1, seq)[:, 1:].sum())
+    if len(ids) - whole > 1:
+        batches.append(torch.tensor([ids[whole:]]))
+        size += sum(sizes[whole + 1 :])
+    return Calibration((), ", ".join(sources), seen, len(left_out), tuple(batches) if seq > 1 else (), size)
+
+
 def _read(
-    source: str | Path, tokenizer: Tokenizer, wanted: int, *, own: bool
+    source: str | Path | list[str], tokenizer: Tokenizer, wanted: int, *, own: bool
 ) -> tuple[list[int], list[int], int, list[str]]:
     """Token ids, the bytes that each stands for, how many documents were read, and what was left out."""
     ids, sizes = list[int](), list[int]()

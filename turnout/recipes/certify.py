@@ -145,7 +145,7 @@ def read_map(path: str | Path) -> dict[str, str | None]:
     return body
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     """Where the model is: the folder itself, or ``model`` in a run folder.
 
     Raises:
@@ -156,9 +156,10 @@ def model_folder(path: str | Path) -> Path:
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
+    got = str(path) if path.exists() else f"{path}, which does not exist"
     run = (path / "run.json").is_file()
     fix = f"finish the run: turnout train --resume --out {path}" if run else "name a run or a model's folder"
-    raise CheckpointError(word("the folder", got=str(path), allowed="hold a model", where=_WHERE, fix=fix))
+    raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
 def open_model(path: str | Path) -> tuple[LM, str]:

@@ -10,7 +10,7 @@ from turnout.run import calibrate as measure_backends
 from turnout.run import choose
 from turnout.types import ExpertWeights, Routing
 
-# Distribution -> the extra that installs it (None: always needed) and what it is for.
+# Distribution -> the extra that installs it (None: always needed; a sentence: where it comes from), and its purpose.
 _PARTS = {
     "torch": (None, "everything"),
     "numpy": (None, "token shards and traces"),
@@ -21,7 +21,8 @@ _PARTS = {
     "pyarrow": ("parquet", "parquet files"),
     "datasets": ("datasets", "hf:NAME data sets"),
     "tensorboard": ("tensorboard", "TensorBoard events"),
-    "triton": ("triton", "GPU kernels"),
+    "peft": ("peft", "adapters, trained by PEFT"),
+    "triton": ("comes with torch for CUDA", "GPU kernels"),
 }
 # Tokens, experts, top-k, width, hidden: training, serving and decoding.
 _SHAPES = ((4096, 8, 2, 256, 512), (4096, 64, 8, 1024, 256), (1, 64, 8, 1024, 256))
@@ -43,7 +44,9 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found = f"missing: pip install 'turnout[{extra}]'" if extra else "MISSING: pip install turnout"
+            found = "MISSING: pip install turnout"
+            if extra is not None:
+                found = f"missing: {extra}" if " " in extra else f"missing: pip install 'turnout[{extra}]'"
         yield f"  {name:<12} {found:<40} {purpose}"
     if calibrate:
         yield f"calibrated    the constants are in {measure_backends()}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
 from turnout.models import LM, checkpoint
+from turnout.models.families.express import architecture_of
 from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
 from turnout.recipes.run import Run
 from turnout.storage import write_whole
@@ -87,6 +88,8 @@ def execute(
     """
     out = Path(out)
     model = LM(run.model, seed=run.train.seed)
+    if not quiet and (why := unexportable(run)):
+        print(f"note: {why}", file=sys.stderr)
     if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
         print(
             f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "
@@ -112,6 +115,15 @@ def execute(
         quiet=quiet,
     )
     return finish(run, model, tokens, out)
+
+
+def unexportable(run: Run) -> str:
+    """Why the model of this run could not be written for transformers, as its families say; empty where it could."""
+    try:
+        architecture_of(run.model)
+    except UsageError as error:
+        return f"what this trains stays in turnout's own format, convert --as transformers will refuse it: {error}"
+    return ""
 
 
 def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:

@@ -1,4 +1,4 @@
-"""Look at finished or running runs: measure them, sample from them, and write the page."""
+"""Look at finished or running runs: measure them, and write the page."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,10 @@ from turnout.measure import (
     report_html,
 )
 from turnout.models import LM, checkpoint
+from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
 from turnout.storage import write_whole
-from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
-from turnout.train.data.tokenizer import separator_id
+from turnout.train.data import TokenSet, prepare, windows
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
 
@@ -134,7 +134,7 @@ def evaluate_run(
     """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
 
     Args:
-        folder: the output folder.
+        folder: the output folder; or a model's by itself, see ``evaluate_model``.
         domains: other text, by domain; empty for the run's own held-out documents.
         limit: about how many tokens to predict; None takes all.
         trace: a new folder to record every routing in.
@@ -143,6 +143,8 @@ def evaluate_run(
     Source: none; ``measure_model``, with the file reading around it.
     """
     folder = Path(folder)
+    if (folder / "config.json").is_file():  # a model by itself, no run
+        return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
     run, model = load_run(folder)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
@@ -185,44 +187,6 @@ def _own_tokens(folder: Path) -> TokenSet:
             )
         )
     return tokens
-
-
-def sample_run(
-    folder: str | Path, *, prompt: str, tokens: int | None, temperature: float, top_k: int | None, seed: int
-) -> str:
-    """The prompt and the model's continuation.
-
-    Args:
-        folder: the output folder of a finished run.
-        prompt: the text to continue; empty starts a new document.
-        tokens: how many tokens to add; None for 100, or as many as fit into the model's longest sequence.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; None among all.
-        seed: of the draw.
-
-    Source: none; ``LM.generate``.
-    """
-    if (tokens is not None and tokens < 1) or temperature < 0 or (top_k is not None and top_k < 1):
-        raise UsageError(
-            word(
-                "tokens, temperature and top-k",
-                got=f"{tokens}, {temperature} and {top_k}",
-                allowed="be at least 1, at least 0, and at least 1",
-                where="turnout sample",
-                fix="pass --tokens 100 --temperature 0.8",
-            )
-        )
-    _, model = load_run(folder)
-    tokenizer = load_tokenizer(Path(folder) / "model" / "tokenizer.json")
-    # Every document that the model has seen begins with the separator.
-    ids = [separator_id(tokenizer), *tokenizer.encode(prompt).ids]
-    if tokens is None:
-        tokens = max(1, min(100, model.config.max_seq - len(ids)))
-    generator = torch.Generator().manual_seed(seed)
-    made = model.eval().generate(
-        torch.tensor([ids]), tokens=tokens, temperature=temperature, top_k=top_k, generator=generator
-    )
-    return tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:

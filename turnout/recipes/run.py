@@ -90,7 +90,8 @@ class Run:
         """This run with fields replaced by ``name=value`` texts.
 
         A name is a field of data, model, model.moe or train, dotted (``model.moe.hidden``), or as much of its end
-        (``moe.hidden``, ``width``) as only one of them has. Values are JSON, or plain text for text fields.
+        (``moe.hidden``, ``width``) as only one of them has; of several, a bare name means the model's own
+        (``layers`` is ``model.layers``, not ``model.moe.layers``). Values are JSON, or plain text for text fields.
 
         Raises:
             UsageError: an assignment without ``=``, a value of the wrong type, or a bare name that several have.
@@ -113,6 +114,21 @@ class Run:
         # All at once: width=96 heads=4 may fit together where neither fits alone.
         return _replace(self, changes)
 
+    def scaled(self, assignments: Sequence[str]) -> Self:
+        """``override`` of a run that has not begun: with other ``steps`` the warm-up keeps its share, unless it is set.
+
+        >>> from turnout.recipes import tiny
+        >>> tiny().scaled(["steps=60"]).train.warmup, tiny().scaled(["steps=60", "warmup=20"]).train.warmup
+        (6, 20)
+        """
+        named = {text.partition("=")[0].rpartition(".")[2]: text.partition("=")[2] for text in assignments}
+        steps = _parse(named.get("steps", ""))
+        if "warmup" in named or type(steps) is not int or steps < 1:
+            return self.override(assignments)
+        share = self.train.warmup / self.train.steps
+        warmup = max(min(1, self.train.warmup, steps), round(share * steps))
+        return self.override([*assignments, f"train.warmup={warmup}"])
+
     def with_domains(self, domains: Mapping[str, tuple[str, ...]]) -> Self:
         """This run on other text; all of it, since a limit suits only the text it was chosen for.
 
@@ -133,8 +149,8 @@ class Run:
         if name in known:
             return name
         hits = [dotted for dotted in known if dotted.endswith(f".{name}")]
-        if len(hits) == 1:
-            return hits[0]
+        if len(hits) == 1 or f"model.{name}" in hits:
+            return hits[0] if len(hits) == 1 else f"model.{name}"
         if hits:
             raise UsageError(
                 word(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from turnout import __version__
 from turnout.errors import MissingExtraError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.run import EXECUTORS, execute
 from turnout.types import ExpertWeights, Report, Routing
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
@@ -65,6 +66,7 @@ def register_backend() -> tuple[str, ...]:
     return tuple(functions)
 
 
+@expects(hf_model=nn.Module)
 def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Report]:
     """The same model, with the experts of every mixture-of-experts block run by turnout; changed in place.
 
@@ -126,6 +128,7 @@ def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Rep
     return hf_model, _adopted(list(fit), reasons, backend, before)
 
 
+@expects(hf_model=nn.Module)
 def release(hf_model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model as before ``adopt``: every block has the implementation back that it had; changed in place.
 
@@ -234,17 +237,10 @@ def _forward(
 
 
 def _routing(index_TK: Tensor, weight_TK: Tensor, num_experts: int, sharded: bool) -> Routing:
-    """The decision; under expert parallelism the index E stands for an expert elsewhere, and is no entry here."""
+    """The decision; the index E, by which transformers means an expert elsewhere, is no entry here."""
     # On the CPU looking is free; elsewhere it would wait for the device, and only sharded experts can be meant.
     if (sharded or index_TK.device.type == "cpu") and index_TK.numel() and int(index_TK.max()) >= num_experts:
-        here_TK = index_TK < num_experts
-        return Routing.from_entries(
-            here_TK.nonzero()[:, 0],
-            index_TK[here_TK],
-            weight_TK[here_TK],
-            num_tokens=index_TK.shape[0],
-            num_experts=num_experts,
-        )
+        return Routing.from_topk(index_TK, weight_TK, num_experts=num_experts, dropped=num_experts)
     return Routing.from_topk(index_TK, weight_TK, num_experts=num_experts)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from turnout.expects import MODELS, expects
 from turnout.reshape.match import blend, combine, matched, shares
 from turnout.types import Report
 
@@ -12,6 +13,7 @@ __all__ = ["average"]
 _WHERE = "turnout.reshape.average"
 
 
+@expects(models=MODELS)
 def average(models: Sequence[nn.Module], *, weights: Sequence[float] | None = None) -> tuple[nn.Module, Report]:
     """The weighted mean of models of one architecture, parameter by parameter.
 

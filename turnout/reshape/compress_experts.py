@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, FactoredConfig, LMConfig
 from turnout.paths import Bank
@@ -24,6 +25,7 @@ _WHERE = "turnout.reshape.compress_experts"
 _BY = ("sensitivity", "magnitude", "random")
 
 
+@expects(lm=LM)
 def compress_experts(
     lm: LM,
     *,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
 from turnout.paths import Bank
@@ -21,6 +22,7 @@ __all__ = ["densify"]
 _WHERE = "turnout.reshape.densify"
 
 
+@expects(lm=LM)
 def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -> tuple[LM, Report]:
     """The model with each expert's matrices written out, W_e = L_e R_e + S_e, and merged experts copied to each member.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
 from turnout.models.lm import build_router
@@ -22,6 +23,7 @@ __all__ = ["diversify"]
 _WHERE = "turnout.reshape.diversify"
 
 
+@expects(lm=LM)
 def diversify(
     lm: LM,
     *,

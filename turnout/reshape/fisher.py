@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import DataError, ShapeError, UsageError, nearest, word
+from turnout.expects import MODELS, expects
 from turnout.reshape.calibrate import evaluating
 from turnout.reshape.match import Mix, blend, combine, matched, refuse_infinite, shares
 from turnout.types import Report
@@ -19,6 +20,7 @@ _MOST_LABELS = 4096  # one backward pass each and example: beyond, only sampling
 Information = Mapping[str, Tensor]
 
 
+@expects(models=MODELS)
 def fisher(
     models: Sequence[nn.Module],
     information: Sequence[Information],
@@ -80,6 +82,7 @@ def fisher(
     return new, Report("fisher", about | values, (*notes, *empty))
 
 
+@expects(model=nn.Module)
 def fisher_information(
     model: nn.Module,
     batches: Iterable[Any],

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import CALLED, expects
 from turnout.reshape.calibrate import evaluating
 from turnout.reshape.match import blend, combine, matched
 from turnout.types import Report
@@ -16,6 +17,7 @@ __all__ = ["interpolate", "interpolation_path"]
 _WHERE = "turnout.reshape.interpolate"
 
 
+@expects(first=nn.Module, second=nn.Module)
 def interpolate(first: nn.Module, second: nn.Module, *, position: float = 0.5) -> tuple[nn.Module, Report]:
     """The model at ``position`` on the straight line from the first model to the second.
 
@@ -48,6 +50,7 @@ def interpolate(first: nn.Module, second: nn.Module, *, position: float = 0.5) -
     return new, Report("interpolate", {"position": alpha, **values}, notes)
 
 
+@expects(first=nn.Module, second=nn.Module, loss=CALLED)
 def interpolation_path(
     first: nn.Module,
     second: nn.Module,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.models import LM, FactoredConfig, LMConfig
 from turnout.reshape.calibrate import checked, difference, probe
 from turnout.reshape.factors import errors, matrices, routed_layers, whole, with_factors
@@ -19,6 +20,7 @@ __all__ = ["latent_experts"]
 _WHERE = "turnout.reshape.latent_experts"
 
 
+@expects(lm=LM)
 def latent_experts(
     lm: LM,
     *,

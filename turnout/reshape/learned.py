@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token import Poly
 from turnout.errors import CheckpointError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reading import parse_json
@@ -24,6 +25,7 @@ _FORMAT = "turnout.routers/1"
 _WHERE = "turnout.reshape.load_routers"
 
 
+@expects(path=PATH, model=nn.Module)
 def save_routers(path: str | Path, model: nn.Module) -> Report:
     """Writes what the routers of the model's adapters hold to ``routers.safetensors`` in a folder, whole or not at all.
 
@@ -51,17 +53,29 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    layers = _layers(model)
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
-        for name, layer in layers.items()
+    params = write_routers(path, model, router_tensors(model, {}))
+    return Report("save_routers", {"modules": list(_layers(model)), "params": params})
+
+
+def router_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MODULE.PARAMETER -> what the routers hold, or a state dict of the model says that they do."""
+    return {
+        f"{name}.{key}": state.get(f"{name}.router.{key}", tensor).detach()
+        for name, layer in _layers(model).items()
         for key, tensor in layer.router.state_dict().items()
     }
-    kinds = json.dumps({name: _kind(layer) for name, layer in layers.items()})
-    save_tensors(Path(path) / ROUTERS_FILE, tensors, {"format": _FORMAT, "routers": kinds})
-    return Report("save_routers", {"modules": list(layers), "params": sum(t.numel() for t in tensors.values())})
 
 
+def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Writes the routers' tensors; how many numbers they hold."""
+    kinds = json.dumps({name: _kind(layer) for name, layer in _layers(model).items()})
+    metadata = {"format": _FORMAT, "routers": kinds}
+    held = {key: tensor.clone() for key, tensor in tensors.items()}  # layers may share a router
+    save_tensors(Path(path) / ROUTERS_FILE, held, metadata)
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+@expects(model=nn.Module, path=PATH)
 def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]:
     """The same model with the routers that ``save_routers`` wrote; changed in place, all of them or none.
 
@@ -98,6 +112,7 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
     return model, Report("load_routers", {"modules": list(layers)})
 
 
+@expects(model=nn.Module)
 @torch.no_grad()
 def fold_adapters(
     model: nn.Module, name: str, *, task: int | Literal["average"] | None = None, base: str | None = None
@@ -122,8 +137,7 @@ def fold_adapters(
 
     Raises:
         UsageError: the model has no adapters, or another router: what it adds depends on the input; or Poly, and no
-            known task; or "average", and maps that only some of the adapters change, where a mean of factors has no
-            one meaning.
+            known task; or "average", and maps that only some adapters change: a mean of factors has no one meaning.
 
     >>> import torch
     >>> from turnout.paths import LoRA, ScaLearn
@@ -142,12 +156,8 @@ def fold_adapters(
     layers = _layers(model)
     everyone = {adapter for layer in layers.values() for adapter in layer.names}
     for module, layer in layers.items():
-        if task == "average" and set(layer.names) != everyone:
-            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
-            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
-            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         if task is not None:
-            factor[module] = _merged(layer, module, task)
+            factor[module] = _merged(layer, module, task, everyone)
             continue
         fold = getattr(layer.router, "fold", None)
         if fold is None:
@@ -164,10 +174,16 @@ def fold_adapters(
     return PeftAdapter(name, base, factor)
 
 
-def _merged(layer: Adapter, module: str, task: int | Literal["average"]) -> tuple[Tensor, Tensor, float]:
+def _merged(
+    layer: Adapter, module: str, task: int | Literal["average"], everyone: set[str]
+) -> tuple[Tensor, Tensor, float]:
     """A, B and scale of the adapters' average with the weights of a task, or with equal ones."""
     weights = layer.paths.weights()
     if task == "average":
+        if set(layer.names) != everyone:
+            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
+            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
+            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         weight_SN = weights.down_RD.new_full((1, weights.num_paths), 1 / weights.num_paths)
     elif isinstance(layer.router, Poly):
         weight_SN = layer.router.weights(task).to(weights.down_RD)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
@@ -32,6 +33,7 @@ class _Group:
     label_E: Tensor
 
 
+@expects(lm=LM)
 def merge_experts(
     lm: LM, *, keep: int, batches: Iterable[Tensor] | None = None, align: bool = True,
     by: Literal["routing", "random"] = "routing", seed: int = 0,

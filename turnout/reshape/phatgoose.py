@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from turnout.decide.token.gate import linear
 from turnout.errors import UsageError, word
+from turnout.expects import PATH, expects
 from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import GATES_FILE, read_adapter, write_gates
 from turnout.reshape.attach import attach, detach
@@ -39,6 +40,7 @@ class SigmoidGate(nn.Module):
         return Routing.from_dense(weight_T1, mask_TE=torch.ones_like(weight_T1, dtype=torch.bool))
 
 
+@expects(model=nn.Module, adapter=PATH)
 def train_gates(
     model: nn.Module,
     adapter: str | Path,

@@ -8,9 +8,10 @@ from torch import nn
 
 from turnout.decide.token import Poly
 from turnout.errors import ShapeError, UsageError, nearest, word
+from turnout.expects import expects
 from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import PeftAdapter
-from turnout.reshape.attach import CHOICE
+from turnout.reshape.live import CHOICE
 from turnout.types import Report
 
 __all__ = ["add_tasks", "fresh_adapters"]
@@ -18,6 +19,7 @@ __all__ = ["add_tasks", "fresh_adapters"]
 _WHERE = "turnout.reshape.fresh_adapters"
 
 
+@expects(model=nn.Module)
 def fresh_adapters(
     model: nn.Module,
     modules: Sequence[str],
@@ -70,6 +72,7 @@ def fresh_adapters(
     return adapters
 
 
+@expects(model=nn.Module)
 def add_tasks(
     model: nn.Module, count: int = 1, *, generator: torch.Generator | None = None
 ) -> tuple[nn.Module, Report]:

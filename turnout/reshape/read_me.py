@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.lm import build_pre_gate
 from turnout.paths import FeedForward
@@ -26,6 +27,7 @@ _LAYERS = {"scores": "softmax", "renormalize": True, "rate": 0.0}
 _SHOWN = 8  # so many batches tell how often router and labels agree
 
 
+@expects(lm=LM)
 def read_me(
     lm: LM,
     domains: Mapping[str, Iterable[Tensor]],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import MODELS, expects
 from turnout.reshape.match import distance, filled, matched, refuse_infinite, rounded, tensors
 from turnout.types import Report
 
@@ -17,6 +18,7 @@ __all__ = ["Soup", "soup"]
 _WHERE = "turnout.reshape.soup"
 
 
+@expects(shards=MODELS)
 def soup(shards: Mapping[str, nn.Module], *, counts: Mapping[str, int] | None = None) -> tuple[nn.Module, Report]:
     """The mean of the models that were trained on shards of the data.
 

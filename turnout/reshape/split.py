@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
 from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text
@@ -25,6 +26,7 @@ _BY = ("cluster", "coactivation", "gradient", "random")
 _SPREAD, _ALL = 1e-3, 1e-6
 
 
+@expects(lm=LM)
 def split(
     lm: LM,
     *,
@@ -64,7 +66,8 @@ def split(
 
     Source: Zhu et al., 2024, "LLaMA-MoE: Building Mixture-of-Experts from LLaMA with Continual Pre-training"; "cluster"
     and "coactivation" after Zhang et al., 2022, "MoEfication". No neuron is shared; co-activation is clustered, not
-    cut with METIS; the chosen experts are not scaled up.
+    cut with METIS; we cluster rows of the gate, LLaMA-MoE those of the up projection; the chosen experts are not scaled
+    up, where LLaMA-MoE multiplies by E / K.
     """
     text = checked(batches, lm, _WHERE)
     if by not in _BY:

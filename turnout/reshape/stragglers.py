@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
+from turnout.expects import CALLED, expects
 from turnout.measure import layers_of, sharpness
 from turnout.reshape.interpolate import interpolate
 from turnout.reshape.match import blend, combine, matched, tensors
@@ -21,6 +22,7 @@ _WHERE = "turnout.reshape.stragglers"
 Loss = Callable[[nn.Module], Tensor]
 
 
+@expects(first=nn.Module, second=nn.Module, loss=CALLED)
 def stragglers(
     first: nn.Module,
     second: nn.Module,
@@ -82,6 +84,7 @@ def stragglers(
     return Report("stragglers", values, () if out else (f"no layer is {factor:g} times as sharp as the median one",))
 
 
+@expects(first=nn.Module, second=nn.Module)
 def interpolate_sparse(
     first: nn.Module, second: nn.Module, layers: Sequence[str], *, position: float = 0.5, keep: float = 0.2
 ) -> tuple[nn.Module, Report]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import MODELS, expects
 from turnout.reshape.match import blend, matched
 from turnout.types import Report
 
@@ -14,6 +15,7 @@ __all__ = ["task_vectors"]
 _WHERE = "turnout.reshape.task_vectors"
 
 
+@expects(model=nn.Module, tuned=MODELS)
 def task_vectors(
     model: nn.Module, tuned: Sequence[nn.Module], *, scales: float | Sequence[float] = 1.0
 ) -> tuple[nn.Module, Report]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.expects import expects
 from turnout.types import Routing
 
 __all__ = ["load_balance_loss", "router_z_loss"]
 
 
+@expects(routing=Routing)
 def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     """How uneven one layer's routing is: 1 when load and scores are even, E when one expert gets everything.
 
@@ -52,6 +54,7 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
     return routing.num_experts * (chosen_E / chosen_E.sum().clamp_min(1) * mean_E).sum()
 
 
+@expects(routing=Routing)
 def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     """How large one layer's logits are: the mean over tokens of (log sum_e exp logit_e)^2.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import TrainingError, UsageError, word
+from turnout.expects import CALLED, expects, several
 
 __all__ = ["Client", "Round", "aggregate", "federate"]
 
@@ -60,6 +61,7 @@ class Local(Protocol):
         """Trains; only what travels asks for gradients."""
 
 
+@expects(states=several(Mapping))
 def aggregate(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Name -> the weighted mean over those states that have it, worked out in float64 and rounded once.
 
@@ -91,6 +93,7 @@ def aggregate(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) 
     return found
 
 
+@expects(model=nn.Module, clients=several(Client), local=CALLED)
 def federate(
     model: nn.Module,
     clients: Sequence[Client],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects, several
 from turnout.models.jets import Jets
 from turnout.train.federated import Client, Round, federate
 
@@ -16,6 +17,7 @@ __all__ = ["fedjets"]
 _WHERE = "turnout.train.fedjets"
 
 
+@expects(jets=Jets, clients=several(Client))
 def fedjets(
     jets: Jets,
     clients: Sequence[Client],

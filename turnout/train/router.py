@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import Adapter
 from turnout.train.descend import descend, unique
 
@@ -14,6 +15,7 @@ __all__ = ["train_routers"]
 _WHERE = "turnout.train.train_routers"
 
 
+@expects(model=nn.Module)
 def train_routers(
     model: nn.Module,
     batches: Iterable[Any],

@@ -3,10 +3,12 @@
 import math
 
 from turnout.errors import UsageError, word
+from turnout.expects import NUMBER, expects
 
 __all__ = ["cosine", "wsd"]
 
 
+@expects(step=NUMBER)
 def cosine(step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup: int = 0) -> float:
     """The learning rate of one step: a linear warm-up, then half a cosine down to ``min_lr``.
 
@@ -39,6 +41,7 @@ def cosine(step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup: int
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * along)) / 2
 
 
+@expects(step=NUMBER)
 def wsd(step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup: int = 0, decay: float = 0.2) -> float:
     """The learning rate of one step: warm-up, a long stable stretch, then a short decay to ``min_lr``.
 

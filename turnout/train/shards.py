@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.layers import Sharded
 from turnout.train.descend import descend
 
@@ -14,6 +15,7 @@ __all__ = ["train_shards"]
 _WHERE = "turnout.train.train_shards"
 
 
+@expects(model=nn.Module)
 def train_shards(
     model: nn.Module,
     batches: Iterable[Any],

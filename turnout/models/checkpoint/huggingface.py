@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.own import carry, check_shape, empty, opened, outline, read_json
+from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
 from turnout.models.checkpoint.ties import refuse_ties
 from turnout.models.families.express import architecture_of, family_of
@@ -33,6 +34,7 @@ _OLD = ("quantization_config", "compression_config", "auto_map", "transformers_w
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 
 
+@expects(path=PATH)
 def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
@@ -41,7 +43,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     Of quantised weights only those of gpt-oss (MXFP4) are read, as the bfloat16 numbers that they stand for.
 
     Args:
-        path: a folder with config.json and model.safetensors, or its shards and their index.
+        path: a folder with config.json and weights, found in transformers' order: the file that config.json names
+            (``transformers_weights``), else model.safetensors, else the shards of its index.
         dtype: of the weights; None for the one they are stored in, which must then be one for all.
 
     Raises:
@@ -78,6 +81,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     return lm.eval()
 
 
+@expects(lm=LM, path=PATH)
 def to_hf(
     lm: LM,
     path: str | Path,
@@ -118,7 +122,8 @@ def to_hf(
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path, like = Path(path), lm.origin if like is None else Path(like)
+    path, lm = Path(path), bare(lm)
+    like = lm.origin if like is None else Path(like)
     old = _old_keys(like)
     family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     refuse_ties(lm, family)

@@ -4,27 +4,30 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from turnout import reading
-from turnout.errors import CheckpointError, TurnoutError, word
+from turnout.errors import CheckpointError, TurnoutError, UsageError, word
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
 from turnout.reading import check_fields
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
+from turnout.wrappers import plain_names, stripped, unwrapped
 
 __all__ = ["load", "save"]
 
 _FORMAT = "turnout.lm/1"
+_WHERE = "turnout.models.checkpoint.save"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
@@ -34,7 +37,8 @@ _TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
-def save(path: str | Path, lm: LM) -> None:
+@expects(path=PATH)
+def save(path: str | Path, lm: nn.Module) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 
     The weights are written first and config.json, with their digest, last: what a crash leaves in between is refused by
@@ -42,9 +46,10 @@ def save(path: str | Path, lm: LM) -> None:
 
     Args:
         path: the folder; made when missing.
-        lm: the model, on any device.
+        lm: the model, on any device; also a compiled or otherwise wrapped one, which is written as what it is inside.
 
     Raises:
+        UsageError: there is no LM in it.
         StorageError: the disk is full, or the folder is not writable.
 
     >>> import tempfile
@@ -56,7 +61,7 @@ def save(path: str | Path, lm: LM) -> None:
 
     Source: none; safetensors and json.
     """
-    path = Path(path)
+    path, lm = Path(path), bare(lm)
     tensors = {name: tensor.detach().contiguous() for name, tensor in stored(lm).items()}
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
     if lm.origin is not None and lm.origin != path and lm.origin != path / ORIGIN:
@@ -70,6 +75,7 @@ def save(path: str | Path, lm: LM) -> None:
     write_whole(path / "config.json", json.dumps(sealed(body), indent=2) + "\n")
 
 
+@expects(path=PATH)
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 
@@ -89,8 +95,9 @@ def load(path: str | Path) -> LM:
     _check_header(path / _WEIGHTS, config)
     lm = empty(config, dtype)
     with opened(path / _WEIGHTS) as file, torch.no_grad():
-        for name, slot in stored(lm).items():
-            fill(slot, file.get_tensor(name), f"{name} in {path / _WEIGHTS}")
+        slots = stored(lm)
+        for name, key in _keys(file.keys(), slots).items():
+            fill(slots[name], file.get_tensor(key), f"{name} in {path / _WEIGHTS}")
     reading.check_link(path / ORIGIN)
     lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
     return lm.eval()
@@ -145,12 +152,31 @@ def _altered(path: Path, problem: str) -> CheckpointError:
 def _check_header(weights: Path, config: LMConfig) -> None:
     """Refuses weights whose names or shapes are not those of the configuration."""
     with opened(weights) as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    check_sizes(weights.parent, config, shapes)
-    slots = stored(outline(config))
-    check_names(weights, set(slots), set(shapes))
-    for name, slot in slots.items():
-        check_shape(shapes[name], slot.shape, f"{name} in {weights}")
+        shapes = {stripped(name): file.get_slice(name).get_shape() for name in file.keys()}
+        check_sizes(weights.parent, config, shapes)
+        slots = stored(outline(config))
+        keys = _keys(file.keys(), slots)
+        check_names(weights, set(slots), set(keys))
+        for name, slot in slots.items():
+            check_shape(file.get_slice(keys[name]).get_shape(), slot.shape, f"{name} in {weights}")
+
+
+def _keys(found: Iterable[str], slots: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each tensor in the file -> what it is called there, perhaps after a wrapper."""
+    return {key if key in slots else stripped(key): key for key in found}
+
+
+def bare(lm: nn.Module) -> LM:
+    """The LM inside all wrappers.
+
+    Raises:
+        UsageError: there is none.
+    """
+    inside = unwrapped(lm)
+    if not isinstance(inside, LM):
+        got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
+        raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
+    return inside
 
 
 def stored(lm: LM) -> dict[str, Tensor]:
@@ -159,7 +185,7 @@ def stored(lm: LM) -> dict[str, Tensor]:
     for name, module in lm.named_modules():
         if isinstance(module, Bank):
             tensors |= {f"{name}.up": module.up_EDH, f"{name}.down": module.down_EFD}
-    return tensors
+    return {plain: tensors[name] for name, plain in plain_names(lm, tensors).items()}
 
 
 class _Unset(TorchFunctionMode):

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from turnout.expects import PATH, expects
 from turnout.models.checkpoint.own import describe, read_json
 from turnout.models.checkpoint.survey import survey
 from turnout.models.config import LMConfig
@@ -36,6 +37,7 @@ class Peek:
     dtype: torch.dtype
 
 
+@expects(path=PATH)
 def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
     """The configuration of the model in a folder, with the headers of all weights checked against it.
 

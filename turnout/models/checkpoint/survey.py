@@ -113,7 +113,7 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
     family = family_of(keys)
     if family is None:
         raise _unknown(path, keys)
-    code = (keys.get("auto_map") or {}).get("AutoModelForCausalLM")
+    code = dict(keys["auto_map"]).get("AutoModelForCausalLM") if isinstance(keys.get("auto_map"), dict) else None
     if code and str(code).rpartition(".")[2] != family.architecture and family.model_type == keys["model_type"]:
         got, fix = f"{code}, code of the folder's own", f"remove auto_map if {family.architecture} computes the same"
         allowed = f"name {family.architecture}, which is all that is known of here"
@@ -129,7 +129,7 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
 
 def _unknown(path: Path, keys: Mapping[str, Any]) -> CheckpointError:
     """Why a config.json is of none of our architectures, and what can be done with the model all the same."""
-    where, names, kind = path / "config.json", [str(name) for name in keys.get("architectures") or []], ""
+    where, names = path / "config.json", [str(name) for name in keys.get("architectures") or []]
     kind = str(keys.get("model_type"))
     types = {family.model_type: family for family in FAMILIES}
     classes = {family.architecture: family for family in FAMILIES}

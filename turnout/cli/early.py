@@ -1,0 +1,47 @@
+"""Mistakes that can be known before torch loads, which takes seconds: paths that are not there."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from turnout.errors import UsageError, word
+
+__all__ = ["check_data", "check_there"]
+
+
+def check_there(what: str, paths: Iterable[str | None], where: str) -> None:
+    """Refuses a path that does not exist, with the nearest name beside it.
+
+    Args:
+        what: the path as the user knows it: ``"RUN"``, ``"--prompts"``.
+        paths: what was given; None is passed over.
+        where: the command.
+
+    Raises:
+        UsageError: one of them is not there.
+
+    >>> check_there("RUN", ["/", None], "turnout eval")
+
+    Source: none; plain bookkeeping.
+    """
+    for path in map(Path, filter(None, paths)):
+        if path.exists():
+            continue
+        folder = path.parent
+        names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+        fix = f"did you mean {folder / close[0]}?" if close else "check the spelling of the path"
+        if str(path).count("/") == 1 and not close and not folder.exists():
+            fix += "; a name of the hub is no path: download it first, and name its folder"
+        got = f"{path}, which does not exist"
+        raise UsageError(word(what, got=got, allowed="exist", where=where, fix=fix.rstrip("?") if close else fix))
+
+
+def check_data(texts: Iterable[str], where: str) -> None:
+    """The same for ``--data [NAME=]PATH``; names of data sets are left to whoever loads them.
+
+    Raises:
+        UsageError: a path is not there.
+    """
+    paths = [text if "=" not in text or "/" in text.partition("=")[0] else text.partition("=")[2] for text in texts]
+    check_there("--data", [path for path in paths if not path.startswith("hf:")], where)
