@@ -122,10 +122,9 @@ def detach(model: nn.Module) -> tuple[nn.Module, Report]:
 
 def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_base: bool) -> list[PeftAdapter]:
     """The adapters, read; a model that they cannot go on is refused."""
-    if not isinstance(model, nn.Module) or isinstance(adapters, str | Path | PeftAdapter):
-        got = f"a {type(model).__name__} and a {type(adapters).__name__}"
-        allowed, fix = "be a live model and a list of adapters", "call attach(model, [FOLDER, FOLDER])"
-        raise UsageError(word("model and adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if isinstance(adapters, str | Path | PeftAdapter):
+        got, fix = f"a {type(adapters).__name__}", "call attach(model, [FOLDER, FOLDER])"
+        raise UsageError(word("adapters", got=got, allowed="be a list of adapters", where=_WHERE, fix=fix))
     found = [one if isinstance(one, PeftAdapter) else read_adapter(one) for one in adapters]
     strangers = {type(module).__module__.partition(".")[0] for module in (model, *model.modules())}
     if "peft" in strangers:
