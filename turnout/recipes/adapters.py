@@ -33,13 +33,10 @@ _WHERE = "turnout convert --adapters"
 _FORMAT = "turnout.adaptation/1"
 # What run.json says was asked for.
 _ASKED: dict[str, Any] = {
-    "source": str,
-    "adapters": list[str],
-    "router": str,
-    **{"router_options": dict | None, "gate_text": dict[str, str] | None, "text": str | None},
-    **{"text_tokens": int, "any_base": bool},
+    "source": str, "adapters": list[str], "router": str, "router_options": dict | None, "text": str | None,
+    "gate_text": dict[str, str] | None, "text_tokens": int, "any_base": bool,
     "dtype": Literal["float64", "float32", "float16", "bfloat16"] | None,
-}
+}  # fmt: skip
 # The routers that need nothing but the adapters' own folders.
 _READY = ("arrow", "even", "phatgoose")
 
