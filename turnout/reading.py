@@ -115,7 +115,7 @@ def plain_name(name: object, refuse: Refuse) -> str:
     Source: none; plain bookkeeping.
     """
     sound = isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= _NAME_BYTES and name not in (".", "..")
-    if not sound or re.search(r"[/\\:\x00-\x1f]", name):
+    if not isinstance(name, str) or not sound or re.search(r"[/\\:\x00-\x1f]", name):
         raise refuse(f"{name!r:.80} where the plain name of a file belongs")
     return name
 
@@ -346,7 +346,7 @@ def _deeper(body: object, depth: int) -> bool:
 
 
 def _shown(value: object) -> str:
-    kind = {dict: "an object", list: "a list"}.get(type(value))
+    kind = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else ""
     if isinstance(value, int) and abs(value) >= _WHOLE:
         return "a whole number beyond 64 bits"
     return kind if kind and value else f"{value!r:.80}"

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -274,4 +276,4 @@ def digest(path: str | Path) -> str:
     Source: none; plain bookkeeping.
     """
     with open_regular(path, any_link=True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(typing.cast(io.BufferedReader, file), "sha256").hexdigest()

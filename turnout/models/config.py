@@ -310,7 +310,7 @@ def _refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
 def _positive(name: str, got: object, where: str) -> None:
     if not isinstance(got, int) or isinstance(got, bool) or got < 1:
         _refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
-    if got >= _SIZES:
+    if isinstance(got, int) and got >= _SIZES:
         _refuse(name, got, f"be below {_SIZES:,}", where, f"a smaller {name}")
 
 

@@ -105,7 +105,9 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a phrase that names the file; None when every byte is as written."""
     try:
         manifest = read_json(path / "manifest.json", refuse=CheckpointError)
-        check_fields(manifest, {"format": Literal[_FORMAT], "files": dict[str, dict[str, Any]]}, CheckpointError)
+        check_fields(
+            manifest, {"format": Literal["turnout.checkpoint/1"], "files": dict[str, dict[str, Any]]}, CheckpointError
+        )
         check_fields(manifest["files"], dict.fromkeys(_FILES, dict), CheckpointError)
         for name in _FILES:
             check_fields(manifest["files"][name], {"bytes": int, "sha256": str}, CheckpointError)
