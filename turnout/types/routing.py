@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, UsageError, word
-from turnout.reading import check_safetensors
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
 
 _FORMAT = "turnout.routing/1"
@@ -348,39 +347,29 @@ class Routing:
 
     def save(self, path: str | Path) -> None:
         """Writes the routing to one safetensors file, aside first and then renamed."""
-        from safetensors.torch import save_file
-
         optional = {name: getattr(self, name) for name in ("wanted_E", "score_TE", "logit_TE", "real_T")}
         tensors = {"token_R": self.token_R, "weight_R": self.weight_R, "offset_E": self.offset_E}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": _FORMAT, "num_tokens": str(self.num_tokens)}
-        write_whole(path, lambda aside: save_file(tensors, aside, metadata=metadata))
+        save_tensors(Path(path), tensors, {"format": _FORMAT, "num_tokens": str(self.num_tokens)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The routing that ``save`` wrote.
 
         Raises:
-            CheckpointError: the file is missing, truncated or not a routing.
+            CheckpointError: the file is missing, truncated, altered or not a routing.
         """
-        from safetensors import SafetensorError, safe_open
 
+        def refuse(problem: object) -> CheckpointError:
+            allowed, fix = f"be a whole {_FORMAT} safetensors file", "write it again with Routing.save"
+            return CheckpointError(
+                word("the file", got=f"{path} ({problem})", allowed=allowed, where="Routing.load", fix=fix)
+            )
+
+        meta, tensors = load_tensors(Path(path), refuse, ("format", "num_tokens"), any_link=True)
+        if meta.get("format") != _FORMAT:
+            raise refuse(f"format {meta.get('format')!r}")
         try:
-            check_safetensors(Path(path), any_link=True)
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != _FORMAT:
-                    raise SafetensorError(f"format {meta.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                word(
-                    "the file",
-                    got=f"{path} ({error})",
-                    allowed=f"be a whole {_FORMAT} safetensors file",
-                    where="Routing.load",
-                    fix="write it again with Routing.save",
-                )
-            ) from error
+            return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise refuse(error) from error
