@@ -112,7 +112,7 @@ def test_the_hubs_cache_is_read_through_its_links(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/etc/x", "a\\b", "c:x", "a\0b", "a\nb", None, 3, ["a"]]
+    "name", ["", ".", "..", "../x", "a/b", "/etc/x", "a\\b", "c:x", "a\0b", "a\nb", "é" * 128, None, 3, ["a"]]
 )
 def test_names_of_files_are_plain(name) -> None:
     with pytest.raises(DataError, match="plain name of a file"):

@@ -38,6 +38,8 @@ TOKENIZER_BYTES = 256 * _MIB
 LINE_BYTES = 64 * _MIB
 # The most that safetensors itself reads.
 _HEADER_BYTES = 100_000_000
+# The most that the usual file systems take.
+_NAME_BYTES = 255
 _DEPTH = 64
 _WHOLE = 1 << 63
 
@@ -112,7 +114,8 @@ def plain_name(name: object, refuse: Refuse) -> str:
 
     Source: none; plain bookkeeping.
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\:\x00-\x1f]", name):
+    sound = isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= _NAME_BYTES and name not in (".", "..")
+    if not isinstance(name, str) or not sound or re.search(r"[/\\:\x00-\x1f]", name):
         raise refuse(f"{name!r:.80} where the plain name of a file belongs")
     return name
 
@@ -343,7 +346,7 @@ def _deeper(body: object, depth: int) -> bool:
 
 
 def _shown(value: object) -> str:
-    kind = {dict: "an object", list: "a list"}.get(type(value))
+    kind = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else ""
     if isinstance(value, int) and abs(value) >= _WHOLE:
         return "a whole number beyond 64 bits"
     return kind if kind and value else f"{value!r:.80}"

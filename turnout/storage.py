@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -211,13 +213,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_whole(path, lambda aside: save_file(kept, aside, metadata=whole))
 
 
-def load_tensors(path: Path, refuse: Refuse, names: Iterable[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def load_tensors(
+    path: Path, refuse: Refuse, names: Iterable[str], *, any_link: bool = False
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata and the tensors of a file that ``save_tensors`` wrote, all as they were then.
 
     Args:
         path: the file.
         refuse: words what is wrong.
         names: of the metadata that it may have. A file of earlier versions has no hash, and is read without.
+        any_link: follow links wherever they lead: for a file that the user named.
 
     Raises:
         TurnoutError: not a whole safetensors file, or one that was altered; what ``refuse`` words.
@@ -231,7 +236,7 @@ def load_tensors(path: Path, refuse: Refuse, names: Iterable[str]) -> tuple[dict
     from safetensors import SafetensorError, safe_open
 
     try:
-        check_safetensors(path, refuse)
+        check_safetensors(path, refuse, any_link=any_link)
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -271,4 +276,4 @@ def digest(path: str | Path) -> str:
     Source: none; plain bookkeeping.
     """
     with open_regular(path, any_link=True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(typing.cast(io.BufferedReader, file), "sha256").hexdigest()

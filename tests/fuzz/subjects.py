@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from turnout.errors import CheckpointError
 from turnout.measure import ConversionData, ReportData, RunData, conversion_html, report_html
 from turnout.measure.runs import read_run
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
+from turnout.models.checkpoint.peft import write_gates
 from turnout.models.config import MLAConfig
 from turnout.recipes import tiny
 from turnout.recipes.convert import convert
 from turnout.recipes.run import Run
 from turnout.recipes.steps import Drop, Merge
-from turnout.reshape import attach, attach_folder, save_attached
+from turnout.reshape import attach, attach_folder, attach_shards, load_shards, save_attached, save_shards
+from turnout.train import state
 from turnout.train.data import Document, TokenSet, prepare
 from turnout.train.data.tokenizer import check_tokenizer, load_tokenizer
 from turnout.types import Routing, Trace, TraceWriter
@@ -89,7 +92,8 @@ def _read_hf(path: Path, out: Path) -> Any:
     lm(torch.arange(8)[None])
     checkpoint.to_hf(lm, out / "hf")
     # What it computes, told apart from what it starts from when it is made anew.
-    return dataclasses.replace(lm.config, init_std=0.02), _tensors(dict(lm.state_dict()))
+    config = dataclasses.replace(lm.config, init_std=0.02).to_json_dict()
+    return json.dumps(config, sort_keys=True), _tensors(dict(lm.state_dict()))
 
 
 def _linears() -> nn.Module:
@@ -113,6 +117,57 @@ def _adapter(path: Path) -> None:
 def _read_adapter(path: Path, out: Path) -> Any:
     one = read_adapter(path)
     return one.base, {name: (_tensors({"a": a, "b": b}), scale) for name, (a, b, scale) in one.factor.items()}
+
+
+def _gates(path: Path) -> None:
+    write_adapter(path, _peft("one"))
+    write_gates(path, {"a": torch.linspace(0, 1, 8), "b": torch.linspace(0, 1, 12)})
+
+
+def _read_gates(path: Path, out: Path) -> Any:
+    return _tensors(dict(read_adapter(path).gate))
+
+
+def _pair() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(8, 4)}) for _ in range(2))
+
+
+def _shards(path: Path) -> None:
+    path.mkdir()
+    model, _ = attach_shards(_pair(), ["proj"], budget=1, rank=2, shards=2, private=0)
+    save_shards(path, model)
+
+
+def _read_shards(path: Path, out: Path) -> Any:
+    model, _ = load_shards(_pair(), path)
+    return _tensors(dict(model.state_dict()))
+
+
+def _state(path: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = _linears()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model["b"](model["a"](torch.ones(1, 8))).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def _checkpoint(path: Path) -> None:
+    state.save(path, 3, *_state(path), {"window": {"loss": 1.5}}, keep=1)
+
+
+def _read_checkpoint(path: Path, out: Path) -> Any:
+    model, optimizer = _state(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = state.choose(path, "latest")
+    if found is None:
+        raise CheckpointError("no checkpoint")
+    body = state.load(found, model, optimizer)
+    moments = {str(key): _tensors(value) for key, value in optimizer.state_dict()["state"].items()}
+    return body, moments, _tensors(dict(model.state_dict()))
 
 
 def _attached(path: Path) -> None:
@@ -218,6 +273,9 @@ SUBJECTS = {
     "llama": Subject(_dense, _read_hf),
     "adapter": Subject(_adapter, _read_adapter),
     "attached": Subject(_attached, _read_attached),
+    "gates": Subject(_gates, _read_gates),
+    "shards": Subject(_shards, _read_shards, hashed=True),
+    "checkpoint": Subject(_checkpoint, _read_checkpoint, hashed=True),
     "tokens": Subject(_tokens, _read_tokens, hashed=True),
     "trace": Subject(_trace, _read_trace, hashed=True),
     "run": Subject(_run, _read_a_run),

@@ -468,6 +468,40 @@ def test_encoder_and_decoder_have_masks_of_their_own():
     model(x(), None, x(1), None)
 
 
+class Seeing(nn.Module):
+    """Text and a picture of as many patches as the text has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.tower = heard(depth=1), Tower().eval()
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, pixel_values=None):
+        return self.text(None, attention_mask, inputs_embeds), self.tower(pixel_values)
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layer()
+
+    def forward(self, pixel_values, attention_mask=None):
+        return self.layer(pixel_values.flatten(2).transpose(1, 2))
+
+
+def test_a_mask_of_text_is_none_of_a_picture():
+    model, picture = Seeing(), x(1).detach().transpose(1, 2).reshape(3, 8, 5, 1)
+    assert listens(model.tower)
+    listen(model)
+    listen(model.tower)
+    text, seen = model(None, MASK, x(), picture)
+    assert torch.equal(text, heard(depth=1)(None, MASK, x())) and torch.equal(seen, model.tower.layer(x(1)))
+    long = torch.ones(3, 20)  # of samples, not of what they become
+    assert torch.equal(model.tower(picture, long), seen)
+    long[0, 10:] = 0
+    with pytest.raises(ShapeError, match="some of it padding"):
+        model.tower(picture, long)
+
+
 def test_tokens_that_were_mixed_or_cut_are_no_sequences():
     model = heard(depth=1)
     inner = model.layers[0]

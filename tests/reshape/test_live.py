@@ -265,6 +265,10 @@ def test_the_base_stands_still_unless_told_and_asks_again_afterwards():
         detach(model)
         assert asking(model) == before
     wanted = logits(model)
+    attach(model.model, adapters(model.model), router="smear")  # a part of it
+    assert asking(model) != before
+    detach(model)
+    assert asking(model) == before and torch.equal(logits(model), wanted)
     asking_model, _ = scale_and_shift(model, ["lm_head"], query=nn.Flatten(), query_width=9, pool_size=3)
     assert detach(asking_model)[0] is model and asking(model) == before and torch.equal(logits(model), wanted)
     assert type(model) is transformers.LlamaForCausalLM and type(model.model) is transformers.LlamaModel

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from pathlib import Path
 
@@ -279,3 +280,39 @@ def test_a_full_disk_is_named_and_leaves_no_trace(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "t" / "trace.json").exists()
+
+
+@pytest.mark.parametrize("name", ["document.bin", "domain.bin", "start.001.bin", "expert.000.bin", "weight.001.bin"])
+def test_a_bit_that_flips_under_the_same_size_and_time_is_seen_when_it_is_opened(name, tmp_path):
+    record(tmp_path / "t", 5)
+    file = tmp_path / "t" / name
+    data, before = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=f"{name} was altered"):
+        Trace.open(tmp_path / "t")
+
+
+def test_a_head_that_was_altered_is_refused(tmp_path):
+    record(tmp_path / "t", 5)
+    text = (tmp_path / "t" / "trace.json").read_text()
+    for old, new in (
+        ('"domains": [', '"domains": ["x", '),
+        ('"num_experts_L": [', '"num_experts_L": [1'),
+        ("sha256", "sha255"),
+    ):
+        assert old in text
+        (tmp_path / "t" / "trace.json").write_text(text.replace(old, new, 1))
+        with pytest.raises(CheckpointError):
+            Trace.open(tmp_path / "t")
+
+
+def test_a_column_of_another_place_is_refused(tmp_path):
+    record(tmp_path / "t", 5)
+    head = json.loads((tmp_path / "t" / "trace.json").read_text())
+    column = head["columns"].pop("domain.bin")
+    forge(tmp_path / "t", columns=head["columns"] | {"../domain.bin": column})
+    (tmp_path / "t" / "domain.bin").rename(tmp_path / "domain.bin")
+    with pytest.raises(CheckpointError, match="plain name of a file"):
+        Trace.open(tmp_path / "t")

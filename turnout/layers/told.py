@@ -28,6 +28,8 @@ _TOKENS = {
     "encoder_outputs": "attention_mask",
     "labels": "decoder_attention_mask",
 }
+# And those of pictures and sounds: what comes in has another length than what the layers see.
+_SIGNALS = ("pixel_values", "input_features", "input_values")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,11 +93,11 @@ def given(
         outer.call,
         in_backward(),
     )
-    token = _SAID.set(inner)
     try:
+        _SAID.set(inner)  # inside, so that no interrupt falls between
         yield
     finally:
-        _SAID.reset(token)
+        _SAID.set(outer)
 
 
 # ---- what a model is called with
@@ -115,9 +117,10 @@ class Listening:
 
 
 def listens(module: nn.Module) -> bool:
-    """Whether a module is a model in itself: one that is told its tokens and their mask."""
+    """Whether a module is a model in itself: one that is told its tokens and their mask, or is shown something."""
     names = _parameters(type(module).forward)
-    return "attention_mask" in names and any(name in names for name in ("input_ids", "inputs_embeds"))
+    told = "attention_mask" in names and any(name in names for name in ("input_ids", "inputs_embeds"))
+    return told or any(name in names for name in _SIGNALS)
 
 
 def listen(module: nn.Module, extra: tuple[type, ...] = ()) -> None:
@@ -172,11 +175,11 @@ def _telling(forward: Callable[..., Any]) -> Callable[..., Any]:
         outer = _SAID.get()
         bound = {**dict.fromkeys(names), **dict(zip(names, arguments, strict=False)), **keywords}
         call = _call(bound, arguments, outer.call)
-        token = _SAID.set(dataclasses.replace(outer, call=call, backward=in_backward()))
         try:
+            _SAID.set(dataclasses.replace(outer, call=call, backward=in_backward()))
             return forward(self, *arguments, **keywords)
         finally:
-            _SAID.reset(token)
+            _SAID.set(outer)
 
     return told
 
@@ -200,7 +203,8 @@ def _call(told: Mapping[str, Any], arguments: Sequence[Any], outer: _Call | None
     if batch is None:  # no model of transformers: the first tensor has the batch, and what its lengths are is open
         first = next((one for one in (*arguments, *told.values()) if isinstance(one, Tensor) and one.ndim), None)
         batch = None if first is None else first.shape[0]
-        parts = [(None, told.get("attention_mask"))]
+        mask, signal = told.get("attention_mask"), any(told.get(name) is not None for name in _SIGNALS)
+        parts = [(mask.shape[-1] if signal and isinstance(mask, Tensor) else None, mask)]
     return _Call(batch, tuple(parts), outer)
 
 

@@ -222,7 +222,7 @@ class Certificate:
             CheckpointError: not a certificate, or altered since.
         """
         body = parse_json(text, _refuse)
-        check_fields(body, {"format": Literal[_FORMAT], "sha256": str}, _refuse)
+        check_fields(body, {"format": Literal["turnout.certificate/1"], "sha256": str}, _refuse)
         check_seal(body, _refuse)
         fields = {name: item for name, item in body.items() if name not in ("format", "sha256")}
         try:

@@ -348,7 +348,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     for text in _text(path).splitlines():
         with contextlib.suppress(CheckpointError):
             line = parse_json(text, CheckpointError, finite=False)
-            check_fields(line, _LINE, CheckpointError)
+            _check(line, _LINE)
             found[line.get("kind"), line["step"]] = line
     yield from sorted(found.values(), key=lambda line: line["step"])
 
@@ -363,10 +363,18 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
 def _json(path: Path, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     try:
         body = read_json(path, refuse=CheckpointError, finite=False, any_link=True)
-        check_fields(body, kinds, CheckpointError)
+        _check(body, kinds)
         return body, ""
     except (OSError, CheckpointError) as error:
         return {}, getattr(error, "strerror", None) or str(error)
+
+
+def _check(body: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    check_fields(body, kinds, CheckpointError)
+    loads = [body.get("load") if "load" in kinds else None, *(body.get("load_by_domain") or {}).values()]
+    shares = [share for load in loads for share_E in load or () for share in share_E]
+    if shares and not 0 <= min(shares) <= max(shares) <= 1.001:
+        raise CheckpointError(f"a load of {max(shares, key=abs):.3g}, which is no share")
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -309,7 +310,7 @@ def _refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
 def _positive(name: str, got: object, where: str) -> None:
     if not isinstance(got, int) or isinstance(got, bool) or got < 1:
         _refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
-    if got >= _SIZES:
+    if isinstance(got, int) and got >= _SIZES:
         _refuse(name, got, f"be below {_SIZES:,}", where, f"a smaller {name}")
 
 
@@ -359,6 +360,14 @@ def _check_rope(scaling: Mapping[str, object] | None) -> None:
         _refuse(
             "rope_scaling", dict(scaling), f"give {', '.join(missing)}, a number", "LMConfig", f"{missing[0]} in it"
         )
+    wrong = [name for name in _ROPE_NEEDS[kind] if not 0 < float(typing.cast(float, scaling[name])) < math.inf]
+    if wrong:
+        _refuse(
+            "rope_scaling", dict(scaling), f"have {', '.join(wrong)} above 0", "LMConfig", f"{wrong[0]}=1.0 or more"
+        )
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:  # pyrefly: ignore
+        allowed = "have low_freq_factor below high_freq_factor"
+        _refuse("rope_scaling", dict(scaling), allowed, "LMConfig", "low_freq_factor=1.0, high_freq_factor=4.0")
 
 
 def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: int) -> None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from turnout.layers import Adapter
 from turnout.measure import AdaptationData, adaptation_html, hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
 from turnout.models.checkpoint.own import read_json
+from turnout.reading import check_fields
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.partial import Part, Say, unfinished
 from turnout.reshape import attach, detach, save_adapters, train_gates
@@ -30,6 +31,12 @@ __all__ = ["Adapted", "adapt", "adapt_again", "is_adaptation", "load_base", "out
 
 _WHERE = "turnout convert --adapters"
 _FORMAT = "turnout.adaptation/1"
+# What run.json says was asked for.
+_ASKED: dict[str, Any] = {
+    "source": str, "adapters": list[str], "router": str, "router_options": dict | None, "text": str | None,
+    "gate_text": dict[str, str] | None, "text_tokens": int, "any_base": bool,
+    "dtype": Literal["float64", "float32", "float16", "bfloat16"] | None,
+}  # fmt: skip
 # The routers that need nothing but the adapters' own folders.
 _READY = ("arrow", "even", "phatgoose")
 
@@ -211,8 +218,18 @@ def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) 
         TurnoutError: the model, an adapter or a text that it names has gone.
     """
     path = Path(run_json)
-    asked = dict(read_json(path / "run.json" if path.is_dir() else path, _WHERE)["settings"])
-    dtype = getattr(torch, asked.pop("dtype")) if asked["dtype"] else asked.pop("dtype")
+    body = read_json(path / "run.json" if path.is_dir() else path, _WHERE)
+
+    def refuse(problem: str) -> UsageError:
+        got, fix = f"{path} ({problem})", "name a folder that turnout convert --adapters wrote"
+        return UsageError(word("run.json", got=got, allowed="be of a choice of adapters", where=_WHERE, fix=fix))
+
+    check_fields(body, {"settings": dict}, refuse)
+    asked = dict(body["settings"])
+    check_fields(asked, _ASKED, refuse)
+    if strange := sorted(set(asked) - set(_ASKED)):
+        raise refuse(f"the setting {strange[0]!r:.80}")
+    dtype = asked.pop("dtype") and getattr(torch, body["settings"]["dtype"])
     return adapt(asked.pop("source"), asked.pop("adapters"), out, dtype=dtype, say=say, part=part, **asked)
 
 

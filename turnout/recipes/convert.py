@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from turnout.measure import Certificate, ConversionData, certify, conversion_htm
 from turnout.measure.certificate import inputs_digest
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
+from turnout.reading import check_fields
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.held_out import measured
@@ -35,6 +36,16 @@ __all__ = ["Conversion", "convert", "is_conversion", "repeat"]
 _WHERE = "turnout convert"
 _FORMAT = "turnout.conversion/1"
 _TOKENS = 65_536
+# What run.json says was asked for.
+_ASKED: dict[str, Any] = {
+    "source": str,
+    "steps": list[dict],
+    "as_format": Literal["transformers", "model"] | None,
+    "calibration": dict | None,
+    "text_tokens": int | None,
+    "dtype": Literal["float64", "float32", "float16", "bfloat16"] | None,
+    "seed": int | None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,20 +200,26 @@ def repeat(
     """
     path = Path(run_json)
     path = path / "run.json" if path.is_dir() else path
-    body = read_json(path, _WHERE).get("conversion")
-    if not isinstance(body, dict) or not isinstance(body.get("steps"), list):
-        fix = "name a folder that turnout convert wrote"
-        raise UsageError(word("run.json", got=str(path), allowed="be of a conversion", where=_WHERE, fix=fix))
+
+    def refuse(problem: str) -> UsageError:
+        got, fix = f"{path} ({problem})", "name a folder that turnout convert wrote"
+        return UsageError(word("run.json", got=got, allowed="be of a conversion", where=_WHERE, fix=fix))
+
+    whole = read_json(path, _WHERE)
+    check_fields(whole, {"conversion": dict}, refuse)
+    body = whole["conversion"]
+    check_fields(body, _ASKED, refuse)
     text = body.get("calibration") or {}
+    check_fields(text, {"source": str | None}, refuse)
     return convert(
         body["source"],
         [step_from_json(step) for step in body["steps"]],
         out,
         as_format=body.get("as_format"),
         text=text.get("source"),
-        text_tokens=int(body.get("text_tokens", _TOKENS)),
+        text_tokens=body.get("text_tokens") or _TOKENS,
         dtype=getattr(torch, body["dtype"]) if body.get("dtype") else None,
-        seed=int(body.get("seed", 0)),
+        seed=body.get("seed") or 0,
         say=say,
         part=part,
     )

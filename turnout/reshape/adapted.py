@@ -100,6 +100,7 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
         StorageError: the folder cannot be written.
 
     >>> import tempfile, torch
+    >>> from turnout.models.checkpoint import PeftAdapter
     >>> one = PeftAdapter("a", None, {"0": (torch.ones(2, 8), torch.ones(4, 2), 0.5)})
     >>> model, _ = attach(nn.Sequential(nn.Linear(8, 4)), [one], router="smear")
     >>> place = Path(tempfile.mkdtemp()) / "out"
@@ -183,6 +184,20 @@ def attach_folder(
     any_base = any_base or _is_from(model, path)
     if (path / SHARDS_FILE).exists() and not (path / FILE).exists():
         return load_shards(model, path, any_base=any_base)
+    body, folders = _described(path)
+    if body.get("router") is None and router is None:
+        got, fix = "none", "pass router=BUILD, the function that attach was given"
+        allowed = "be given: those of this folder were built by a function"
+        raise UsageError(word("the router", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    build, options = str(body["router"]) if router is None else router, body.get("router_options") or {}
+    found = attach(model, folders, router=build, router_options=options, any_base=any_base, freeze=freeze)
+    if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
+        load_routers(model, path)
+    return found
+
+
+def _described(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """What ``adapters.json`` says, every field of its type, and the folders of the adapters, all within this one."""
     body = read_json(path / FILE, _WHERE)
 
     def refuse(problem: str) -> CheckpointError:
@@ -194,16 +209,7 @@ def attach_folder(
     folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
     for folder in (path / "adapters", *folders):
         check_link(folder, refuse)
-    options = body.get("router_options") or {}
-    if body.get("router") is None and router is None:
-        got, fix = "none", "pass router=BUILD, the function that attach was given"
-        allowed = "be given: those of this folder were built by a function"
-        raise UsageError(word("the router", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    build = str(body["router"]) if router is None else router
-    found = attach(model, folders, router=build, router_options=options, any_base=any_base, freeze=freeze)
-    if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
-        load_routers(model, path)
-    return found
+    return body, folders
 
 
 def _is_from(model: nn.Module, path: Path) -> bool:

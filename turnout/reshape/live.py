@@ -116,15 +116,15 @@ def saved_by(model: nn.Module, saver: Saver) -> None:
 
 def leave_alone(model: nn.Module) -> None:
     """Undoes ``alive``, ``freeze`` and ``saved_by``; the layers themselves are put back before."""
-    for module in model.modules():
+    for module in list(model.modules()):  # it may have been one within this one that was changed
         unlisten(module)
-    if hasattr(model, SHARDS):
-        delattr(model, SHARDS)
-    trained = vars(model).pop(_TRAINED, None)
-    for name, parameter in model.named_parameters(remove_duplicate=False) if trained is not None else ():
-        parameter.requires_grad_(name in trained)
-    for name in (CHOICE, _SAVER, _ASKING):
-        vars(model).pop(name, None)
+        if hasattr(module, SHARDS):
+            delattr(module, SHARDS)
+        trained = vars(module).pop(_TRAINED, None)
+        for name, parameter in module.named_parameters(remove_duplicate=False) if trained is not None else ():
+            parameter.requires_grad_(name in trained)
+        for name in (CHOICE, _SAVER, _ASKING):
+            vars(module).pop(name, None)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

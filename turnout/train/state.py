@@ -105,12 +105,16 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a phrase that names the file; None when every byte is as written."""
     try:
         manifest = read_json(path / "manifest.json", refuse=CheckpointError)
-        check_fields(manifest, {"format": Literal[_FORMAT], "files": dict[str, dict[str, Any]]}, CheckpointError)
+        check_fields(
+            manifest, {"format": Literal["turnout.checkpoint/1"], "files": dict[str, dict[str, Any]]}, CheckpointError
+        )
         check_fields(manifest["files"], dict.fromkeys(_FILES, dict), CheckpointError)
+        for name in _FILES:
+            check_fields(manifest["files"][name], {"bytes": int, "sha256": str}, CheckpointError)
         written = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, CheckpointError, KeyError) as error:
+    except (OSError, CheckpointError) as error:
         return f"manifest.json cannot be read ({error})"
     for name, (size, sha256) in written.items():
         try:

@@ -62,7 +62,7 @@ class Report:
         body = parse_json(text, _refuse, finite=False)
         check_fields(
             body,
-            {"format": Literal[_FORMAT], "title": str, "values": dict[str, Any], "notes": list[str]}
+            {"format": Literal["turnout.report/1"], "title": str, "values": dict[str, Any], "notes": list[str]}
             | {"context": dict[str, Any]},
             _refuse,
         )

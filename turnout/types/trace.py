@@ -19,7 +19,7 @@ FORMAT = "turnout.trace/2"
 LAYER_COLUMNS = {"start": "<i8", "expert": "<u2", "weight": "<f4"}
 DOCUMENT_COLUMNS = {"document": "<i8", "domain": "<u2"}
 _HEAD = {
-    "format": Literal[FORMAT],
+    "format": Literal["turnout.trace/2"],
     "columns": dict[str, dict],
     "num_experts_L": list[int],
     "layers": list[str],

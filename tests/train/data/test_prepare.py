@@ -413,3 +413,25 @@ def test_rows_in_a_folder(tmp_path) -> None:
     (tmp_path / "data" / "rows.jsonl").write_text("\n".join(rows))
     tokens = make({"a": tmp_path / "data"}, tmp_path / "out", field="body")
     assert sorted(documents(tokens, "train") + documents(tokens, "held_out")) == sorted(t.content for t in texts())
+
+
+def test_tokens_that_were_altered_are_prepared_again_and_that_is_said(folder, tmp_path) -> None:
+    """What a run or its resume trains on is what was prepared, or is made again; never other bytes in silence."""
+    before = make({"a": folder}, tmp_path / "out")
+    file = tmp_path / "out" / "train" / "token.bin"
+    whole, data, times = file.read_bytes(), bytearray(file.read_bytes()), file.stat()
+    data[-2] ^= 3
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    told: list[str] = []
+
+    class Tell:
+        def __call__(self, stage, done, total):
+            pass
+
+        def say(self, text):
+            told.append(text)
+
+    after = make({"a": folder}, tmp_path / "out", quiet=False, progress=Tell())
+    assert file.read_bytes() == whole and after.digest == before.digest
+    assert any("again" in text and "token.bin (SHA-256" in text for text in told), told

@@ -1,6 +1,7 @@
 """Token sets on disk: whole or an error that names the file."""
 
 import json
+import os
 import re
 import shutil
 
@@ -112,3 +113,67 @@ def test_its_columns_go_into_torch(whole) -> None:
     split = TokenSet.open(whole).held_out
     sizes = torch.from_numpy(split.document_N[1:] - split.document_N[:-1])
     assert int(sizes.sum()) == split.num_tokens
+
+
+NAMES = [
+    "tokenizer.json",
+    *(f"{side}/{column}.bin" for side in ("train", "held_out") for column in ("token", "document", "domain")),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bit_that_flips_under_the_same_size_and_time_is_seen_when_it_is_opened(name, copy) -> None:
+    TokenSet.open(copy)
+    data, before = bytearray((copy / name).read_bytes()), (copy / name).stat()
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    os.utime(copy / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} \(SHA-256"):
+        TokenSet.open(copy)
+    TokenSet.open(copy, verify=False) if name.endswith("token.bin") else None
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("document.bin", {1: 2**40}, "follow each other"),
+        ("document.bin", {0: 5}, "follow each other"),
+        ("document.bin", {1: -1}, "follow each other"),
+        ("domain.bin", {0: 7}, "the domain 7"),
+        ("token.bin", {0: 65_000}, "the token 65000 of a vocabulary"),
+    ],
+)
+def test_columns_that_point_outside_each_other_are_refused_though_their_hashes_fit(copy, name, values, says) -> None:
+    file = copy / "train" / name
+    dtype = {"document.bin": "<i8", "domain.bin": "<u2", "token.bin": "<u2"}[name]
+    column = np.fromfile(file, dtype)
+    for place, value in values.items():
+        column[place] = value
+    column.tofile(file)
+    head = json.loads((copy / "tokens.json").read_text())
+    head["files"][f"train/{name}"]["sha256"] = digest(file)
+    del head["sha256"]
+    (copy / "tokens.json").write_text(json.dumps(sealed(head)))
+    with pytest.raises(CheckpointError, match=says):
+        TokenSet.open(copy)
+
+
+def test_a_head_that_was_altered_is_refused_and_one_of_earlier_versions_is_read(copy) -> None:
+    head = json.loads((copy / "tokens.json").read_text())
+    (copy / "tokens.json").write_text(json.dumps(head | {"domains": [f"{name}x" for name in head["domains"]]}))
+    with pytest.raises(CheckpointError, match="its content is not what its sha256 says"):
+        TokenSet.open(copy)
+    del head["sha256"]
+    (copy / "tokens.json").write_text(json.dumps(head))
+    assert TokenSet.open(copy).domains == tuple(head["domains"])
+    (copy / "tokens.json").write_text(json.dumps(head | {"sha255": "0"}))
+    with pytest.raises(CheckpointError, match="no sha256"):
+        TokenSet.open(copy)
+
+
+def test_a_huge_set_says_that_it_is_checked(copy, capsys, monkeypatch) -> None:
+    TokenSet.open(copy)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("turnout.train.data.shards._TOLD_BYTES", 1)
+    TokenSet.open(copy)
+    assert "checking the SHA-256" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import Slot, slots
 from turnout.models.families.typed import check_types
 from turnout.models.lm import LM, LMConfig
+from turnout.reading import check_fields
 from turnout.storage import read_error, write_whole
 
 __all__ = ["from_hf", "to_hf"]
@@ -258,12 +259,21 @@ def _describe_tokenizer(path: Path, max_seq: int) -> dict[str, Any]:
     """Says what a tokenizer of ours is, for AutoTokenizer; the id that ends a text, for config.json."""
     if not (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").exists():
         return {}
-    added = read_json(path / "tokenizer.json", "to_hf").get("added_tokens") or []
-    ends = {token["content"]: token["id"] for token in added if token["content"] == _END and token.get("special")}
+    body = read_json(path / "tokenizer.json", "to_hf")
+    check_fields(body, {"added_tokens": list[dict] | None}, _bad_tokenizer)
+    added = [token for token in body.get("added_tokens") or [] if token.get("content") == _END and token.get("special")]
+    for token in added:
+        check_fields(token, {"id": int}, _bad_tokenizer)
+    ends = {_END: added[0]["id"]} if added else {}
     keys = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq}
     keys |= {"clean_up_tokenization_spaces": False, **({"eos_token": _END} if ends else {})}
     write_whole(path / "tokenizer_config.json", json.dumps(keys, indent=2) + "\n")
     return {"eos_token_id": ends[_END]} if ends else {}
+
+
+def _bad_tokenizer(problem: str) -> CheckpointError:
+    fix = "restore it from a copy"
+    return CheckpointError(word("tokenizer.json", got=problem, allowed="be sound", where="to_hf", fix=fix))
 
 
 def _write_config(

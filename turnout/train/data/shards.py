@@ -203,7 +203,7 @@ def _head(path: Path) -> dict[str, Any]:
     if head.get("format") != FORMAT:
         raise refuse(f"not of the format {FORMAT}")
     check_fields(head, _HEAD, refuse)
-    check_seal(head, refuse, (*_HEAD, "format", "settings", "splits", "fingerprint"))
+    check_seal(head, refuse, (*_HEAD, "format", "settings", "splits", "fingerprint", "held_out_text"))
     if set(head["files"]) != _FILES:
         raise refuse(f"its files are {', '.join(sorted(head['files']))[:120]}")
     for name, file in head["files"].items():
