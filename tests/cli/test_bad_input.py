@@ -112,7 +112,7 @@ THEIRS: dict[str, tuple[Harm, str]] = {
     ),
     "architecture we lack": (
         lambda path: keys(path, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
-        "It would need logit soft-capping and norms after attention and feed-forward",
+        "It has logit soft-capping and norms after attention and feed-forward, which no model here has",
     ),
     "architecture nobody knows": (
         lambda path: keys(path, model_type="zzz", architectures=["ZzzForCausalLM"]),
