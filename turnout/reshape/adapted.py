@@ -194,12 +194,11 @@ def attach_folder(
     folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
     for folder in (path / "adapters", *folders):
         check_link(folder, refuse)
-    options = body.get("router_options") or {}
     if body.get("router") is None and router is None:
-        got, fix = "none", "pass router=BUILD, the function that attach was given"
-        allowed = "be given: those of this folder were built by a function"
-        raise UsageError(word("the router", got=got, allowed=allowed, where=_WHERE, fix=fix))
+        fix, allowed = "pass router=BUILD, as attach was given it", "be given: this folder's were built by a function"
+        raise UsageError(word("the router", got=None, allowed=allowed, where=_WHERE, fix=fix))
     build = str(body["router"]) if router is None else router
+    options = body.get("router_options") or {}
     found = attach(model, folders, router=build, router_options=options, any_base=any_base, freeze=freeze)
     if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
         load_routers(model, path)
