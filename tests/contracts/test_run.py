@@ -369,3 +369,51 @@ def test_a_routing_made_by_hand_reads_no_other_memory(backend, tokens, stored, t
         up, down = (stack.transpose(1, 2).contiguous().transpose(1, 2) for stack in (up, down))
     with pytest.raises((ShapeError, IndexError, RuntimeError)):
         execute(torch.randn(tokens, 16), broken, ExpertWeights(up.requires_grad_(train), down), backend=backend)
+
+
+def negated(*shape: int) -> Tensor:
+    """A view whose negation is left for later."""
+    return torch.complex(torch.randn(shape), torch.randn(shape)).conj().imag
+
+
+def inference(*shape: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.randn(shape)
+
+
+ODD = {
+    "windows": lambda *shape: torch.randn(sum(shape)).as_strided(shape, (1,) * len(shape)),
+    "expanded": lambda *shape: torch.randn((*(1 for _ in shape[:-1]), shape[-1])).expand(shape),
+    "all the same": lambda *shape: torch.randn((1,) * len(shape)).expand(shape),
+    "axes turned": lambda *shape: torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "every other": lambda *shape: torch.randn((*shape[:-1], 2 * shape[-1]))[..., ::2],
+    "shifted": lambda *shape: torch.randn(shape[0] + 1, *shape[1:])[1:],
+    "negated": negated,
+    "of inference": inference,
+}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_memory(backend, tokens, odd):
+    """Whatever a view may be, in every place; large enough for the products of oneDNN."""
+    torch.manual_seed(0)
+    D, H, E = 64, 96, 3
+    routing, plain = top(0, tokens, E, 2), torch.randn
+    for place in range(5):
+        make = [ODD[odd] if one == place else plain for one in range(5)]
+        x, up, down = make[0](tokens, D), make[1](E, D, H), make[2](E, H, D)
+        weights = ExpertWeights(up, down, make[3](E, H), make[4](E, D), activation="gelu")
+        with torch.no_grad():
+            found, wanted = (execute(x, routing, weights, backend=one) for one in (backend, "reference"))
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * scale)
+        if odd == "of inference":  # of which torch keeps nothing for a backward pass
+            continue
+        leaf = plain(tokens, D).requires_grad_() if place else x.clone().requires_grad_()
+        slopes = [
+            torch.autograd.grad(execute(leaf, routing, weights, backend=one).square().sum(), leaf)[0]
+            for one in (backend, "reference")
+        ]
+        torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4 * float(slopes[1].abs().max()))

@@ -175,11 +175,11 @@ def change(folder: Path, **keys: Any) -> None:
 def test_without_transformers_it_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock.importlib.util, "find_spec", lambda name: None)
     done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
-    assert "not checked: transformers, which is not installed" in done.summary()
+    assert "not checked with transformers: it is not installed" in done.summary()
     assert done.record["stock"]["version"] is None
 
 
 def test_without_memory_it_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "free_memory", lambda: 1000)
     done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
-    assert "not checked: float32, for want of memory" in done.summary()
+    assert "not checked with transformers: float32, for want of memory" in done.summary()

@@ -115,3 +115,16 @@ def test_a_mean_of_factors_asks_for_adapters_of_the_same_maps():
     with pytest.raises(UsageError, match="a at 1"):
         fold_adapters(ours, "mean", task="average")
     assert fold_adapters(ours, "first", task=0).factor.keys() == {"0", "1"}
+
+
+def test_routers_that_are_not_finite_are_refused_by_name(tmp_path):
+    factor = {"0": (torch.ones(1, 4), torch.ones(4, 1), 1.0)}
+    found = [PeftAdapter("a", None, factor), PeftAdapter("b", None, factor)]
+    ours, _ = attach(nn.Sequential(nn.Linear(4, 4)), found, router="smear")
+    before = ours[0].router.weight.detach().clone()
+    ours[0].router.weight.data[1, 2] = float("nan")
+    save_routers(tmp_path, ours)
+    ours[0].router.weight.data.copy_(before)
+    with pytest.raises(CheckpointError, match=r"0\.weight must be finite"):
+        load_routers(ours, tmp_path)
+    assert torch.equal(ours[0].router.weight, before)

@@ -14,7 +14,7 @@ from turnout.train.data import python_text
 _LAYERS, _WIDTH, _CONTEXT, _EMBED = 16, 48, 8, 8
 _BATCH, _STEPS, _TAUGHT = 128, 500, 600
 _BUDGET = 2
-# What is shared, the rate that was best for it (of 3, 6, 12 and 24 thousandths) on seed 9, and the budget.
+# What is shared, the rate that was best for it (of 6, 12 and 24 thousandths) on a design seed, and the budget.
 _ARMS = {
     "mos": ({"rank": 8, "shards": 4, "private": 1}, 1.2e-2, _BUDGET),
     "subset": ({"rank": 8, "shards": 1, "private": 0, "dissociate": False}, 1.2e-2, _BUDGET),

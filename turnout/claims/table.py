@@ -14,6 +14,7 @@ import torch
 from turnout import __version__
 from turnout.claims.claim import Claim, Note, Result, Values
 from turnout.errors import UsageError, word
+from turnout.reading import read_json
 from turnout.storage import write_whole
 
 __all__ = ["Table", "measured"]
@@ -43,18 +44,18 @@ class Table:
             self.claims = self._kept()
 
     def _kept(self) -> dict[str, Mapping[str, object]]:
-        try:
-            there = json.loads(self.path.read_text(encoding="utf-8"))
-            context = {name: there[name] for name in self.context}
-            claims = {str(claim["name"]): claim for claim in there["claims"]}
-        except (ValueError, KeyError, TypeError):
-            context, claims = {}, {}
-        if context != self.context:
-            differs = [name for name in self.context if context.get(name) != self.context[name]]
-            allowed = "hold results of these seeds and this code"
-            got, fix = f"{self.path}, which differs in {', '.join(differs)}", "leave --resume out to measure all again"
-            raise UsageError(word("the file", got=got, allowed=allowed, where=_WHERE, fix=fix))
-        return claims
+        there = read_json(self.path, refuse=self._refused, any_link=True)
+        differs = [name for name, value in self.context.items() if there.get(name) != value]
+        claims = there.get("claims")
+        if not isinstance(claims, list) or not all(isinstance(claim, dict) and "name" in claim for claim in claims):
+            raise self._refused("no list of claims")
+        if differs:
+            raise self._refused(f"one that differs in {', '.join(differs)}")
+        return {str(claim["name"]): claim for claim in claims}
+
+    def _refused(self, what: str) -> UsageError:
+        allowed, fix = "hold results of these seeds and this code", "leave --resume out to measure all again"
+        return UsageError(word(f"the file {self.path}", got=what, allowed=allowed, where=_WHERE, fix=fix))
 
     def add(self, result: Result, order: Sequence[str]) -> None:
         """Keeps a result, claims in this order."""

@@ -309,6 +309,7 @@ class LM(nn.Module):
             if isinstance(moe, FeedForward):
                 products += moe.up.numel() + moe.down.numel()
                 continue
+            assert isinstance(moe, MoE)
             bank = moe.bank
             used = min(_experts_per_token(config), bank.num_experts)
             spent = bank.cost(1, used)

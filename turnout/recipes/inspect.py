@@ -24,6 +24,7 @@ from turnout.measure import (
     read_run,
     report_html,
 )
+from turnout.measure.memory import free_memory
 from turnout.models import LM, checkpoint
 from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
@@ -70,7 +71,7 @@ def measure_model(
                 fix="leave it out: a dense model decides nothing",
             )
         )
-    batches = windows(tokens.held_out, batch=_EVAL_BATCH, seq=seq, limit=limit)
+    batches = windows(tokens.held_out, batch=_rows(seq * tokens.vocab_size), seq=seq, limit=limit)
     if trace is None:
         return bits_per_byte(model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains)
     config = model.config.moe
@@ -87,6 +88,12 @@ def measure_model(
         return bits_per_byte(
             model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains, trace=writer
         )
+
+
+def _rows(logits: int) -> int:
+    """How many rows to measure at once: as many as there is memory for; the numbers do not depend on it."""
+    free = free_memory()
+    return _EVAL_BATCH if free is None else max(1, min(_EVAL_BATCH, free // (2 * 4 * logits)))
 
 
 def passage(model: LM, tokens: TokenSet, *, length: int) -> Passage:

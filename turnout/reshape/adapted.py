@@ -100,6 +100,7 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
         StorageError: the folder cannot be written.
 
     >>> import tempfile, torch
+    >>> from turnout.models.checkpoint import PeftAdapter
     >>> one = PeftAdapter("a", None, {"0": (torch.ones(2, 8), torch.ones(4, 2), 0.5)})
     >>> model, _ = attach(nn.Sequential(nn.Linear(8, 4)), [one], router="smear")
     >>> place = Path(tempfile.mkdtemp()) / "out"
@@ -195,10 +196,10 @@ def attach_folder(
     for folder in (path / "adapters", *folders):
         check_link(folder, refuse)
     if body.get("router") is None and router is None:
-        fix, allowed = "pass router=BUILD, as attach was given it", "be given: this folder's were built by a function"
-        raise UsageError(word("the router", got=None, allowed=allowed, where=_WHERE, fix=fix))
-    build = str(body["router"]) if router is None else router
-    options = body.get("router_options") or {}
+        got, fix = "none", "pass router=BUILD, the function that attach was given"
+        allowed = "be given: those of this folder were built by a function"
+        raise UsageError(word("the router", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    build, options = str(body["router"]) if router is None else router, body.get("router_options") or {}
     found = attach(model, folders, router=build, router_options=options, any_base=any_base, freeze=freeze)
     if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
         load_routers(model, path)

@@ -78,7 +78,8 @@ def _fields(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, LM):
         return meaning(model.config)
     config = getattr(model, "config", None)
-    keys = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+    to_dict = getattr(config, "to_dict", None)
+    keys = to_dict() if callable(to_dict) else config
     keys = keys if isinstance(keys, Mapping) else getattr(keys, "__dict__", {})
     keys = {str(name): value for name, value in keys.items()}
     family = family_of(keys)

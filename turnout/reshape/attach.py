@@ -56,9 +56,9 @@ def attach(
         ``params_added`` and ``params_active_added`` what it costs.
 
     Raises:
-        UsageError: no adapter, two of the same name, a model that already has some, or one without linear maps.
-        UnknownNameError: no router is called that.
-        CheckpointError: an adapter's folder is not whole, or its shapes are not those of the model.
+        UsageError: no adapter, two of one name, a model with some, PEFT's layers or no linear maps; a wrong option.
+        UnknownNameError: no router, or none of its options, is called that.
+        CheckpointError: an adapter's folder is not whole, or its numbers or copies are not for this model.
         ShapeError: the adapters come from different base models.
 
     >>> from turnout.models.checkpoint import PeftAdapter
@@ -71,9 +71,8 @@ def attach(
     Source: Hu et al., 2021, "LoRA", for the adapters; each router names its own.
     """
     found = _found(model, adapters, any_base)
-    build, options = _builder(router), dict(router_options or {})
-    if isinstance(router, str):
-        check_options(router, options, len(found))
+    options = dict(router_options or {})
+    build = _builder(router, options, len(found))
     sites = _sites(model, found)
     everyone, shared = tuple(one.name for one in found), dict[object, nn.Module]()
     made = {name: _adapter(model, name, present, build, options, shared, everyone) for name, present in sites.items()}
@@ -145,11 +144,15 @@ def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_b
     return found
 
 
-def _builder(router: str | Callable[[Site], nn.Module]) -> Callable[[Site], nn.Module]:
+def _builder(
+    router: str | Callable[[Site], nn.Module], options: Mapping[str, Any], count: int
+) -> Callable[[Site], nn.Module]:
+    """What builds the routers, with options that it takes."""
     if callable(router):
         return router
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=_WHERE)
+    check_options(router, options, count)
     return ROUTERS[router]
 
 

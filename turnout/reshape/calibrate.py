@@ -1,8 +1,9 @@
 """Text through a model that is being changed: what its layers see, and what the change does to its output."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,24 +26,42 @@ def blocks(lm: LM) -> list[Block]:
     return cast(list[Block], list(lm.blocks))
 
 
-def checked(batches: Iterable[Tensor] | None, lm: LM, where: str) -> tuple[Tensor, ...]:
-    """The batches as a tuple of (B, S) ids on the model's device; () for None.
+def checked(batches: Iterable[Tensor | Mapping[str, Tensor]] | None, lm: LM, where: str) -> tuple[Tensor, ...]:
+    """The batches as a tuple of (B, S) ids on the model's device, without padding; () for None.
+
+    A mapping with ``input_ids`` and an ``attention_mask``, as tokenizers give it, becomes rows of its tokens alone.
 
     Raises:
         DataError: no batch at all, or something that is not a tensor of (B, S) ids.
     """
     if batches is None:
         return ()
-    found = (batches,) if isinstance(batches, Tensor) else tuple(batches)
+    given = (batches,) if isinstance(batches, Tensor | Mapping) else tuple(batches)
+    found = tuple(part for item in given for part in _tokens(item, where))
     wrong = [item for item in found if not isinstance(item, Tensor) or item.ndim != 2 or item.is_floating_point()]
     if wrong or not found:
         got = f"a {type(wrong[0]).__name__}" + _shape(wrong[0]) if wrong else "none"
-        fix = "pass [batch.id_BS for batch in ...], at least one, or batches=None"
+        fix = "pass [batch.id_BS for batch in ...], or what a tokenizer gives, at least one, or batches=None"
         raise DataError(word("batches", got=got, allowed="be tensors (B, S) of token ids", where=where, fix=fix))
     if not any(item.numel() for item in found):
         got, fix = f"{len(found)} without a token", "pass ids of shape (B, S) with B and S of 1 or more"
         raise DataError(word("batches", got=got, allowed="hold at least one token", where=where, fix=fix))
     return tuple(item.to(lm.embedding.device) for item in found)
+
+
+def _tokens(item: Any, where: str) -> Iterator[Any]:
+    """The rows of a padded batch without their padding, those of one length that stand beside each other together."""
+    if not isinstance(item, Mapping):
+        yield item
+        return
+    id_BS, mask_BS = item.get("input_ids"), item.get("attention_mask")
+    if not isinstance(id_BS, Tensor) or not isinstance(mask_BS, Tensor) or mask_BS.shape != id_BS.shape:
+        got, allowed = f"a mapping of {', '.join(map(str, item))}", "hold input_ids and attention_mask of one shape"
+        fix = "pass what tokenizer(..., padding=True, return_tensors='pt') gives"
+        raise DataError(word("a batch", got=got, allowed=allowed, where=where, fix=fix))
+    rows = [row_S[real_S] for row_S, real_S in zip(id_BS, mask_BS.bool(), strict=True) if bool(real_S.any())]
+    for _, group in itertools.groupby(rows, key=len):
+        yield torch.stack(list(group))
 
 
 def _shape(item: object) -> str:

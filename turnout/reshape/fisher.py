@@ -95,7 +95,8 @@ def fisher_information(
 
     F = E_x E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2, elementwise: gradients are taken one example at a time and
     squared before they are averaged, and y comes from the model itself, not from the data. Every position
-    of a sequence is an example, given what stands before it. Frozen parameters have none: 0.
+    of a sequence is an example, given what stands before it, but for what an ``attention_mask`` calls padding. Frozen
+    parameters have none: 0.
 
     Args:
         model: run in evaluation mode, each item of a batch alone; it is left as it is, gradients included.
@@ -194,6 +195,9 @@ def _log_probabilities(model: nn.Module, example: Any, logits: Callable[[nn.Modu
         got = f"a {type(output).__name__}"
         raise UsageError(word("the model's output", got=got, allowed="be logits (..., V)", where=_WHERE, fix=fix))
     score_NV = output.flatten(0, -2) if output.ndim > 1 else output[None]
+    mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+    if mask is not None and mask.numel() == len(score_NV):
+        score_NV = score_NV[mask.flatten().bool()]  # padding is no example
     return score_NV.double().log_softmax(-1)
 
 

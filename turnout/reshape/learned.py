@@ -107,6 +107,8 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
         shapes = [tuple(side[key].shape) if key in side else None for side in (tensors, slots)]
         if shapes[0] != shapes[1]:
             raise _bad(file, key, f"shape {shapes[0]}", f"have the shape {shapes[1]}, as in the model")
+        if not bool(tensors[key].isfinite().all()):
+            raise _bad(file, key, "numbers that are not", "be finite")
     for key, slot in slots.items():
         slot.copy_(tensors[key])
     return model, Report("load_routers", {"modules": list(layers)})

@@ -89,5 +89,7 @@ def _product(rows: Tensor, stack: Tensor, end_E: Tensor) -> Tensor:
         rows = F.pad(rows, (0, pad_in))
         stack = F.pad(stack, (0, pad_out, 0, pad_in))
     aligned = all(stride * stack.element_size() % 16 == 0 for stride in stack.stride() if stride != 1)
-    stack = stack if aligned and 1 in stack.stride()[1:] else stack.contiguous()
+    (_, high, wide), (_, down, across) = stack.shape, stack.stride()
+    apart = (across == 1 and down >= wide) or (down == 1 and across >= high)  # not one row for all, nor windows
+    stack = stack if aligned and apart else stack.contiguous()
     return F.grouped_mm(rows.contiguous(), stack, offs=end_E)[:, :outside]

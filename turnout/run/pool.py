@@ -63,5 +63,6 @@ class Pool:
         self._idle.extend(rest)
         lent = memoryview(self._make(size) if found is None else found)
         # The finalizer holds the block; at the end of the process it does not run, since threads may still compute.
-        weakref.finalize(lent, self._idle.append, (lent.obj, loan)).atexit = False
+        end: Any = weakref.finalize(lent, self._idle.append, (lent.obj, loan))
+        end.atexit = False
         return lent

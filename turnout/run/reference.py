@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,9 +196,10 @@ def as_reference(executor: Executor) -> Executor:
 def by_reference(routing: Routing, activation: Activation, interleaved: bool) -> Callable[..., Tensor]:
     """What an executor computes from x, the combine weights and the stacks, by operations that torch differentiates."""
 
-    def run(x_TD: Tensor, weight_R: Tensor, *stacks: Tensor | None) -> Tensor:
-        up, down, *biases = (stack if stack is None else stack.to(x_TD.dtype) for stack in stacks)
-        weights = ExpertWeights(up, down, *biases, activation, interleaved)
+    def run(x_TD: Tensor, weight_R: Tensor, *stacks: Any) -> Tensor:
+        up, down = (stack.to(x_TD.dtype) for stack in stacks[:2])
+        up_bias, down_bias = (bias if bias is None else bias.to(x_TD.dtype) for bias in stacks[2:])
+        weights = ExpertWeights(up, down, up_bias, down_bias, activation, interleaved)
         return reference(x_TD, dataclasses.replace(routing, weight_R=weight_R), weights)
 
     return run

@@ -31,6 +31,7 @@ from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.progress import Progress, progress_for
+from turnout.train.room import check_room
 from turnout.train.signals import Stop, listening
 from turnout.train.step import Step
 from turnout.wrappers import unwrapped
@@ -81,8 +82,8 @@ def train(
         The result; evaluations and seconds count what came before a resume.
 
     Raises:
-        UsageError: the folder holds another run, is in use, or is of a run on other data; or the model has routers that
-            learn from the load, but nothing names its ``routers``.
+        UsageError: the folder holds another run, is in use, or is of a run on other data; the batch does not fit into
+            memory; or the model has routers that learn from the load, but nothing names its ``routers``.
         CheckpointError: the checkpoint is missing, damaged (names the last whole one) or of another model.
         TrainingError: a loss or gradient is not finite.
         StorageError: the disk is full; nothing saved is lost.
@@ -143,10 +144,11 @@ class _Run:
         # What can be wrong with the input is found before anything is written.
         if tensorboard:
             need_tensorboard()
-        next(self._held_out())
         checkpoints.clean(self.folder)
         path = None if wanted is None else checkpoints.choose(self.folder, wanted)
         stream = Stream(self.tokens.train, batch=config.batch, seq=config.seq, seed=config.seed)
+        check_room(self.model, Stream(self.tokens.train, batch=1, seq=config.seq, seed=config.seed).batch(0), config)
+        next(self._held_out())
         self.work = Step(self.model, config, stream)
         changed: dict[str, Any] = {}
         if path is not None:

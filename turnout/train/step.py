@@ -249,7 +249,8 @@ class Step:
                     if self._ranks > 1:
                         torch.distributed.all_reduce(load_E := load_E.clone())
                     # A frozen run must not let its biases drift on.
-                    router.after_step(load_E * (1 - self._frozen.long()) if self._lazy else load_E)
+                    moved_E = load_E * (1 - self._frozen.long()) if self._lazy else load_E
+                    router.after_step(moved_E)  # pyrefly: ignore[not-callable]
 
     def _failure(self, step: int, lr: float, loss: float) -> TrainingError:
         weights = _non_finite((name, p) for name, p in self.model.named_parameters())

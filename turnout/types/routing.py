@@ -11,7 +11,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, ShapeError, UsageError, word
 from turnout.reading import check_safetensors
 from turnout.storage import write_whole
-from turnout.types.sound import check_dense, check_dropped, check_entries, check_kinds, check_range, problem
+from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
 
 _FORMAT = "turnout.routing/1"
 
@@ -82,16 +82,7 @@ class Routing:
             ShapeError: the two are not (T, K).
             UsageError: an index is no expert's, ``dropped`` is one's, or a dtype is another.
         """
-        if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
-            raise ShapeError(
-                word(
-                    "index_TK and weight_TK",
-                    got=f"{tuple(index_TK.shape)} and {tuple(weight_TK.shape)}",
-                    allowed="have the same shape (T, K)",
-                    where="Routing.from_topk",
-                    fix="pass both results of the same torch.topk call",
-                )
-            )
+        check_topk(index_TK, weight_TK, where="Routing.from_topk")
         num_tokens, top_k = index_TK.shape
         if dropped is not None:
             check_dropped(dropped, num_experts)
@@ -99,7 +90,6 @@ class Routing:
             entries = token_R, index_TK[token_R, place_R], weight_TK[token_R, place_R]
             sizes = {"num_tokens": num_tokens, "num_experts": num_experts}
             return cls.from_entries(*entries, **sizes, score_TE=score_TE, logit_TE=logit_TE)
-        check_kinds(index_TK, weight_TK, where="Routing.from_topk")
         check_range("expert", index_TK, num_experts, where="Routing.from_topk")
         # Narrow keys sort several times faster (a radix sort pays per byte); values and order are the same.
         narrow = index_TK.device.type in ("cpu", "cuda") and num_experts <= 32768
@@ -180,11 +170,6 @@ class Routing:
         """R, the number of entries."""
         return self.token_R.numel()
 
-    @property
-    def num_real(self) -> int:
-        """The rows that are tokens, all but padding."""
-        return self.num_tokens if self.real_T is None else int(self.real_T.sum())
-
     def bounds(self) -> list[int]:
         """Where each expert's entries begin, and where the last one's end, on the host; a GPU is waited for.
 
@@ -195,6 +180,11 @@ class Routing:
         if bound_E[0] != 0 or bound_E[-1] != self.num_entries or bound_E != sorted(bound_E):
             self.validate()
         return bound_E
+
+    @property
+    def num_real(self) -> int:
+        """The rows that are tokens, all but padding."""
+        return self.num_tokens if self.real_T is None else int(self.real_T.sum())
 
     @functools.cached_property
     def load_E(self) -> Tensor:
@@ -237,15 +227,9 @@ class Routing:
             ShapeError: the two routings are not over the same number of tokens.
         """
         if self.num_tokens != after.num_tokens:
-            raise ShapeError(
-                word(
-                    "the two routings",
-                    got=f"{self.num_tokens} and {after.num_tokens} tokens",
-                    allowed="route the same tokens",
-                    where="Routing.affinity",
-                    fix="take both from one forward pass",
-                )
-            )
+            got, fix = f"{self.num_tokens} and {after.num_tokens} tokens", "take both from one forward pass"
+            allowed, where = "route the same tokens", "Routing.affinity"
+            raise ShapeError(word("the two routings", got=got, allowed=allowed, where=where, fix=fix))
         here_TE = self.detach()._pattern(torch.float64)
         return (here_TE.t() @ after.detach()._pattern(torch.float64)).long()
 
@@ -316,15 +300,9 @@ class Routing:
             UsageError: capacity is below 1, or priority is neither of the two.
         """
         if capacity < 1 or priority not in ("weight", "position"):
-            raise UsageError(
-                word(
-                    "capacity and priority",
-                    got=f"{capacity} and {priority!r}",
-                    allowed="be at least 1, and 'weight' or 'position'",
-                    where="Routing.truncate",
-                    fix="pass capacity=1 or more and priority='weight'",
-                )
-            )
+            got, fix = f"{capacity} and {priority!r}", "pass capacity=1 or more and priority='weight'"
+            allowed, where = "be at least 1, and 'weight' or 'position'", "Routing.truncate"
+            raise UsageError(word("capacity and priority", got=got, allowed=allowed, where=where, fix=fix))
         rank_R = torch.arange(self.num_entries, device=self.token_R.device)
         if priority == "weight":
             heavy_R = torch.argsort(self.weight_R.detach(), descending=True, stable=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 
-__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "problem"]
+__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "check_topk", "problem"]
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -44,6 +44,18 @@ def problem(routing: Any) -> str | None:
     if not bool(torch.isfinite(routing.weight_R).all()):
         return "weights that are not finite"
     return None
+
+
+def check_topk(index_TK: Tensor, weight_TK: Tensor, *, where: str) -> None:
+    """Raises unless they are the two results of a top-k."""
+    if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
+        got, fix = (
+            f"{tuple(index_TK.shape)} and {tuple(weight_TK.shape)}",
+            "pass both results of the same torch.topk call",
+        )
+        allowed = "have the same shape (T, K)"
+        raise ShapeError(word("index_TK and weight_TK", got=got, allowed=allowed, where=where, fix=fix))
+    check_kinds(index_TK, weight_TK, where=where)
 
 
 def check_entries(

@@ -107,6 +107,10 @@ def test_what_is_worked_out_is_passed_over_and_not_written(name: str, tmp_path: 
     lm = model()
     checkpoint.to_hf(lm, tmp_path / "a")
     more = {f"model.layers.{n}.self_attn.{name}": torch.ones(4) for n in range(2)}
+    checkpoint.to_hf(lm, tmp_path / "cut", shard_bytes=20_000)  # and where the index does not know of it
+    shard = sorted((tmp_path / "cut").glob("*.safetensors"))[0]
+    save_file(load_file(shard) | more, shard, metadata={"format": "pt"})
+    assert torch.equal(logits(checkpoint.from_hf(tmp_path / "cut")), logits(lm))
     store(tmp_path / "a", lambda tensors: tensors | more)
     read = checkpoint.from_hf(tmp_path / "a")
     assert torch.equal(logits(read), logits(lm))

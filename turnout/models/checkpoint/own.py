@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import PATH, expects
+from turnout.measure.memory import free_memory
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
@@ -27,7 +28,7 @@ from turnout.wrappers import plain_names, stripped, unwrapped
 __all__ = ["load", "save"]
 
 _FORMAT = "turnout.lm/1"
-_WHERE = "turnout.models.checkpoint.save"
+_WHERE, _LOAD = "turnout.models.checkpoint.save", "turnout.models.checkpoint.load"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
@@ -81,6 +82,7 @@ def load(path: str | Path) -> LM:
 
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not of this model; the message names it.
+        UsageError: there is no memory for it.
 
     >>> load("no/such/folder")
     Traceback (most recent call last):
@@ -90,6 +92,10 @@ def load(path: str | Path) -> LM:
     """
     path = Path(path)
     config, dtype, sha256 = _described(path)
+    size, free = (path / _WEIGHTS).stat().st_size, free_memory()
+    if free is not None and size > free:
+        got, fix = f"{free:,} bytes free", "close other programs, or use a larger machine"
+        raise UsageError(word("the memory", got=got, allowed=f"hold the {size:,} of {path}", where=_LOAD, fix=fix))
     if digest(path / _WEIGHTS) != sha256:
         raise _refusal("the weights", f"{path / _WEIGHTS} with another SHA-256", "be as they were written", _RESTORE)
     _check_header(path / _WEIGHTS, config)

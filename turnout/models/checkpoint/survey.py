@@ -82,7 +82,6 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
     if doubts := obstacles(config, family):
         raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    where = {name: file for name, file in where.items() if not _WORKED_OUT.search(name)}
     scales = _unpacked(where, dtypes, shapes) if keys.get("quantization_config") else {}
     if any(map(family.keys(keys).get, AHEAD)) and any(layer_of(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
@@ -174,7 +173,7 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
     """The shard, stored dtype and shape of every tensor, from the headers alone; every shard must be there.
 
     Of several sets of weights it is the one that transformers takes: what config.json names, then the single file, then
-    the shards of the index.
+    the shards of the index. What is no weight is passed over.
     """
     first = _first(path, keys)
     if first.endswith(".json"):
@@ -196,7 +195,7 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
     where, dtypes, shapes = {}, {}, {}
     for shard in shards:
         with opened(path / shard) as file:
-            for name in file.keys():
+            for name in filter(_is_weight, file.keys()):
                 if listed and listed.get(name) != shard:
                     got, fix = f"{name} in {path / shard}", "use the index that belongs to these shards"
                     raise CheckpointError(
@@ -205,8 +204,12 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
                 stored = file.get_slice(name)
                 where[name], dtypes[name], shapes[name] = shard, stored.get_dtype(), stored.get_shape()
     if listed:
-        check_names(path / first, set(listed), set(where))
+        check_names(path / first, set(filter(_is_weight, listed)), set(where))
     return where, dtypes, shapes
+
+
+def _is_weight(name: str) -> bool:
+    return not _WORKED_OUT.search(name)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -29,8 +29,9 @@ def refuse_ties(lm: LM, family: Family) -> None:
         return
     for number, block in enumerate(lm.blocks):
         ff = getattr(block, "ff", None)
-        weight_ED = ff.router.weight if isinstance(ff, MoE) and ff.router is not None else None
-        if isinstance(weight_ED, Tensor) and isinstance(ff.bank, Bank) and _virtual(weight_ED, ff.bank):
+        if not isinstance(ff, MoE) or ff.router is None or not isinstance(ff.bank, Bank):
+            continue
+        if isinstance(ff.router.weight, Tensor) and _virtual(ff.router.weight, ff.bank):
             got = f"different experts with equal router rows (layer {number}), in {lm.embedding.dtype}"
             fix = "use --granularity 1; or --dtype float32, and load it in float32; or keep it in turnout's own format"
             fix += " (--as model)"
