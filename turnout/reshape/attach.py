@@ -74,8 +74,7 @@ def attach(
     options = dict(router_options or {})
     build = _builder(router, options, len(found))
     sites = _sites(model, found)
-    everyone = tuple(one.name for one in found)
-    shared: dict[object, nn.Module] = {}
+    everyone, shared = tuple(one.name for one in found), dict[object, nn.Module]()
     made = {name: _adapter(model, name, present, build, options, shared, everyone) for name, present in sites.items()}
     report = _report(model, made, found, sites, router)
     alive(model)  # only now: a refusal above leaves the model as it was
