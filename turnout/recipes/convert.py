@@ -8,16 +8,17 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from turnout import __version__
-from turnout.errors import UsageError, word
+from turnout.errors import CheckpointError, word
 from turnout.measure import Certificate, ConversionData, certify, conversion_html, hardware
 from turnout.measure.certificate import inputs_digest
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
+from turnout.reading import check_fields
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.held_out import measured
@@ -185,10 +186,7 @@ def repeat(
     """
     path = Path(run_json)
     path = path / "run.json" if path.is_dir() else path
-    body = read_json(path, _WHERE).get("conversion")
-    if not isinstance(body, dict) or not isinstance(body.get("steps"), list):
-        fix = "name a folder that turnout convert wrote"
-        raise UsageError(word("run.json", got=str(path), allowed="be of a conversion", where=_WHERE, fix=fix))
+    body = _asked(path)
     text = body.get("calibration") or {}
     return convert(
         body["source"],
@@ -196,12 +194,41 @@ def repeat(
         out,
         as_format=body.get("as_format"),
         text=text.get("source"),
-        text_tokens=int(body.get("text_tokens", _TOKENS)),
+        text_tokens=body.get("text_tokens", _TOKENS),
         dtype=getattr(torch, body["dtype"]) if body.get("dtype") else None,
-        seed=int(body.get("seed", 0)),
+        seed=body.get("seed", 0),
         say=say,
         part=part,
     )
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What a conversion's run.json asks for, every field of its type.
+
+    Raises:
+        CheckpointError: a field is missing, of another type, or out of range.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "name a folder that turnout convert wrote, or restore the file from a copy"
+        return CheckpointError(
+            word("run.json", got=f"{path} ({problem})", allowed="be of a conversion", where=_WHERE, fix=fix)
+        )
+
+    body = read_json(path, _WHERE).get("conversion")
+    if not isinstance(body, dict):
+        raise refuse("no conversion in it")
+    dtypes = Literal["float16", "bfloat16", "float32", "float64"] | None
+    check_fields(
+        body,
+        {"source": str, "steps": list[dict[str, Any]], "as_format": Literal["transformers", "model"] | None}
+        | {"calibration": dict[str, Any] | None, "text_tokens": int | None, "dtype": dtypes, "seed": int | None},
+        refuse,
+    )
+    check_fields(body.get("calibration") or {"source": ""}, {"source": str}, refuse)
+    if body.get("text_tokens", 1) is None or body.get("text_tokens", 1) < 1 or body.get("seed", 0) is None:
+        raise refuse(f"text_tokens {body.get('text_tokens')!r} and seed {body.get('seed')!r}")
+    return body
 
 
 def _fill(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: Say) -> dict[str, Any]:
