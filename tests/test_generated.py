@@ -102,11 +102,15 @@ def test_drift_is_seen(tmp_path: Path) -> None:
 def test_table_of_claims() -> None:
     """The numbers of docs/claims.json, rounded; a claim that does not hold says so."""
     row = {"metric": "MaxVio", "relation": "below", "measured": [0.1, 0.2, 0.3], "control": [1.0, 1.0, 1.0]}
-    row |= {"control_name": "bias off", "bound": None, "spread": 0.1234567, "holds": False}
-    claim = {"name": "loss_free", "statement": "Even | free.", "source": "Wang et al., 2024", "evidence": [row]}
-    claim |= {"note": "2 layers", "seconds": 61.2, "holds": False}
+    row |= {"against": "bias off", "bound": None, "spread": 0.1234567, "holds": False}
+    bits = row | {"metric": "bits", "relation": "no_worse", "difference": 0.01, "margin": 0.2, "why": "a step's worth"}
+    bits |= {"headline": True, "holds": True}
+    claim = {"name": "loss_free", "statement": "Even | free.", "source": "Wang et al., 2024", "evidence": [row, bits]}
+    claim |= {"note": "2 layers", "off": "no update", "seconds": 61.2, "holds": False}
     text = generated.methods({"claims": [claim], "torch": "2.13.0"})
     cells = "MaxVio | 0.2 ± 0.1 | bias off | 1 ± 0 | below, by more than 0.1235 | **no** |\n"
     assert f"| `loss_free` | Wang et al., 2024 | Even \\| free. | {cells}" in text
-    assert "- `loss_free`: 2 layers; 61 s.\n" in text
+    assert "| bits (headline) | 0.2 ± 0.1 |" in text
+    assert "| no worse: 0.01 + 0.1235 at most 0.2, a step's worth | yes |\n" in text
+    assert "- `loss_free`: off is no update. 2 layers; 61 s.\n" in text
     assert "- torch: 2.13.0\n" in text

@@ -20,6 +20,7 @@ __all__ = [
     "Refuse",
     "check_fields",
     "check_link",
+    "check_safetensors",
     "open_regular",
     "parse_json",
     "plain_name",
@@ -35,6 +36,8 @@ _MIB = 1 << 20
 _JSON_BYTES = 64 * _MIB
 TOKENIZER_BYTES = 256 * _MIB
 LINE_BYTES = 64 * _MIB
+# The most that safetensors itself reads.
+_HEADER_BYTES = 100_000_000
 _DEPTH = 64
 _WHOLE = 1 << 63
 
@@ -248,6 +251,37 @@ def parse_json(
     if not isinstance(body, top):
         raise refuse(f"a JSON {type(body).__name__}")
     return body
+
+
+def check_safetensors(path: Path, refuse: Refuse | None = None, *, any_link: bool = False) -> None:
+    """Refuses what safetensors would read without a word: a link out of the folder, a pipe, a tensor named twice.
+
+    Args:
+        path: the file. Of its bytes, the header is read.
+        refuse: words what is wrong; None for a CheckpointError that names the path.
+        any_link: follow links wherever they lead.
+
+    Raises:
+        TurnoutError: what ``refuse`` words; all else about the file is the library's to say.
+        OSError: there is no such file, or it may not be read.
+
+    >>> check_safetensors(Path("/dev/zero"))
+    Traceback (most recent call last):
+    turnout.errors.CheckpointError: the file must be readable in turnout; got /dev/zero (a device, not a file)...
+
+    Source: the file format of safetensors.
+    """
+    refuse = refuse or _refusing(path)
+    with open_regular(path, refuse=refuse, any_link=any_link) as file:
+        size = int.from_bytes(file.read(8), "little")
+        left = os.fstat(file.fileno()).st_size - 8
+        if not 2 <= size <= min(left, _HEADER_BYTES):
+            raise refuse(f"a header of {size:,} bytes in a file of {left + 8:,}")
+        header = parse_json(file.read(size), refuse)
+    metadata = header.get("__metadata__")
+    check_fields(header, dict.fromkeys(header, dict), refuse)
+    if metadata is not None:
+        check_fields(metadata, dict.fromkeys(metadata, str), refuse)
 
 
 def check_fields(body: Mapping[str, Any], kinds: Mapping[str, Any], refuse: Refuse) -> None:

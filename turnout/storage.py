@@ -3,15 +3,30 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from turnout.errors import StorageError, word
-from turnout.reading import open_regular
+import torch
+from torch import Tensor
 
-__all__ = ["digest", "read_error", "write_whole"]
+from turnout.errors import StorageError, TurnoutError, word
+from turnout.reading import Refuse, check_safetensors, open_regular
+
+__all__ = [
+    "check_seal",
+    "create",
+    "digest",
+    "load_tensors",
+    "open_own",
+    "read_error",
+    "save_tensors",
+    "sealed",
+    "write_whole",
+]
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -38,13 +53,10 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            aside.write_text(content, encoding="utf-8")
-        elif isinstance(content, bytes):
-            aside.write_bytes(content)
-        else:
-            aside.touch()
-            mode = aside.stat().st_mode
+        with create(aside) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            file.write(content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else b"")
+        if callable(content):
             content(aside)
             # Some libraries make files that nobody else may read.
             aside.chmod(mode)
@@ -58,6 +70,39 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
         if system is None:
             raise
         raise read_error(system, path, "write_whole") from error
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, open for writing, in the place of whatever is there; a link there is removed, not followed.
+
+    Raises:
+        OSError: it cannot be made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, create(Path(folder, "new")) as file:
+    ...     file.write(b"bytes")
+    5
+
+    Source: none; plain bookkeeping.
+    """
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+
+
+def open_own(path: Path) -> BinaryIO:
+    """A file of ours to read and add to, made where it is missing; a link in its place is not followed.
+
+    Raises:
+        OSError: it cannot be opened.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, open_own(Path(folder, "log")) as file:
+    ...     file.write(b"line")
+    4
+
+    Source: none; plain bookkeeping.
+    """
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a+b")
 
 
 def _system_error(error: BaseException) -> OSError | None:
@@ -93,12 +138,122 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
         errno.ENOENT: ("exist", "check the spelling of the path"),
         errno.EEXIST: ("be a folder", "it is a file: choose another path"),
         errno.ENOTDIR: ("lie in a folder", "one of its parents is a file: choose another path"),
+        errno.ELOOP: ("be a file, not a link", "remove the link: what it leads to is not written"),
         errno.EISDIR: ("be a file", "it is a folder: choose another path"),
     }
     allowed, fix = fixes.get(error.errno or 0, ("be readable and writable", "see the system's message"))
     return StorageError(
         word("the path", got=f"{path} ({error.strerror or error})", allowed=allowed, where=where, fix=fix)
     )
+
+
+def sealed(body: Mapping[str, object]) -> dict[str, object]:
+    """The JSON object with the SHA-256 of its content beside it. That is no signature: it tells damage, not malice.
+
+    >>> sealed({"a": 1})["sha256"][:8]
+    'f9d86028'
+
+    Source: none; plain bookkeeping.
+    """
+    return {**body, "sha256": _seal(body)}
+
+
+def check_seal(body: Mapping[str, object], refuse: Refuse, names: Iterable[str] | None = None) -> None:
+    """Refuses an object that was altered since it was sealed.
+
+    Args:
+        body: what was read.
+        refuse: words what is wrong.
+        names: what it may hold where it has no seal, as folders of earlier versions have none; None where it must.
+
+    Raises:
+        TurnoutError: what ``refuse`` words.
+
+    >>> check_seal(sealed({"a": 1}), StorageError)
+
+    Source: none; plain bookkeeping.
+    """
+    rest = {name: item for name, item in body.items() if name != "sha256"}
+    if "sha256" not in body and names is not None:
+        if strange := sorted(set(rest) - set(names)):
+            raise refuse(f"no sha256, and the key {strange[0]!r:.80}, which nobody wrote there")
+    elif body.get("sha256") != _seal(rest):
+        raise refuse("its content is not what its sha256 says; whoever changed it on purpose may remove that key")
+
+
+def _seal(body: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file of our own, with the SHA-256 of all that it holds in its metadata.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: what it says of itself.
+
+    Raises:
+        StorageError: it cannot be written.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(Path(folder, "a"), {"one": torch.ones(1)}, {"format": "b"})
+    ...     load_tensors(Path(folder, "a"), StorageError, {"format"})
+    ({'format': 'b'}, {'one': tensor([1.])})
+
+    Source: the file format of safetensors.
+    """
+    from safetensors.torch import save_file
+
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole = {**metadata, "sha256": _tensor_seal(kept, metadata)}
+    write_whole(path, lambda aside: save_file(kept, aside, metadata=whole))
+
+
+def load_tensors(path: Path, refuse: Refuse, names: Iterable[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file that ``save_tensors`` wrote, all as they were then.
+
+    Args:
+        path: the file.
+        refuse: words what is wrong.
+        names: of the metadata that it may have. A file of earlier versions has no hash, and is read without.
+
+    Raises:
+        TurnoutError: not a whole safetensors file, or one that was altered; what ``refuse`` words.
+
+    >>> load_tensors(Path("no/such/file"), StorageError, ())
+    Traceback (most recent call last):
+    turnout.errors.StorageError: [Errno 2] No such file or directory: 'no/such/file'
+
+    Source: the file format of safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_safetensors(path, refuse)
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, TurnoutError):
+            raise
+        raise refuse(str(error)) from error
+    sha256 = metadata.pop("sha256", None)
+    if sha256 is None and (strange := sorted(set(metadata) - set(names))):
+        raise refuse(f"no sha256 in its metadata, and the key {strange[0]!r:.80}, which nobody wrote there")
+    if sha256 not in (None, _tensor_seal(tensors, metadata)):
+        raise refuse("its content is not what its sha256 says")
+    return metadata, tensors
+
+
+def _tensor_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def digest(path: str | Path) -> str:

@@ -153,10 +153,11 @@ def test_lists(capsys):
 
 
 def test_verify_writes_what_it_saw(tmp_path, capsys):
-    assert main(["verify", "expert_choice", "--quiet", "--json", str(tmp_path / "c.json")]) == 0
-    (claim,) = json.loads((tmp_path / "c.json").read_text())
-    assert claim["holds"] is True
-    assert len(claim["evidence"][0]["measured"]) >= 3
+    file = tmp_path / "c.json"
+    assert main(["verify", "backends", "--quiet", "--seeds", "0,1,2", "--json", str(file)]) == 0
+    (claim,) = json.loads(file.read_text())["claims"]
+    assert claim["holds"] is True and claim["off"] == "two experts swapped"
+    assert len(claim["evidence"][0]["measured"]) == 3
 
 
 @pytest.mark.parametrize(

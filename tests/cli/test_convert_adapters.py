@@ -104,12 +104,30 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(place, tmp_path, capsys):
         (("--adapters", "a", "--split", 4), "come without steps"),
         (("--router", "arrow"), "add --adapters"),
         (("--adapters", "a", "--calibration", "nowhere"), "nowhere"),
+        (("--adapters", "a", "b", "--top-k", 3), "the number of adapters, 2"),
+        (("--adapters", "a", "b", "--top-k", 0), "the number of adapters, 2"),
+        (("--adapters", "a", "b", "--router", "even", "--top-k", 1), "options of 'even' must be none"),
+        (("--adapters", "a", "b", "--router", "glider"), "what every request asks for"),
+        (("--adapters", "a", "--router", "phatgoose", "--gate-text", "a=nowhere"), "nowhere"),
+        (("--adapters", "a", "b", "--router", "phatgoose", "--gate-text", "a=text"), "--gate-text b=TEXT"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_left(place, tmp_path, capsys, arguments, said):
-    assert convert(place, *arguments, "--out", tmp_path / "out") == 2
-    assert said in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_is_refused_by_the_run_and_the_dry_run_and_nothing_is_left(
+    place, tmp_path, capsys, arguments, said
+):
+    for more in (("--out", tmp_path / "out"), ("--dry-run",)):
+        assert convert(place, *arguments, *more) == 2
+        assert said in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_factors_that_the_type_cannot_hold_are_refused_by_the_dry_run_too(place, tmp_path, capsys):
+    (name, (a, b, scale)), *_ = read_adapter(place / "a").factor.items()
+    write_adapter(tmp_path / "c", PeftAdapter("c", "somewhere/base", {name: (a * 1e6, b, scale)}))
+    for more in (("--out", tmp_path / "out"), ("--dry-run",)):
+        assert convert(place, "--adapters", tmp_path / "c", "--dtype", "float16", *more) == 2
+        assert "not finite as torch.float16" in capsys.readouterr().err
+    assert convert(place, "--adapters", tmp_path / "c", "--dry-run") == 0
 
 
 def test_an_adapter_of_another_base_is_refused_unless_told(place, tmp_path, capsys):

@@ -343,3 +343,29 @@ def test_user_mistakes():
             execute(x.double(), routing, weights, backend=name)
     with pytest.raises(UsageError, match="backend='sort'"):
         execute(*make(routing, dtype=torch.float64), backend="grouped")
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("stored", ["in, out", "out, in"])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [{"offset_E": [0, 1, 2]}, {"offset_E": [0, 9, 400]}, {"offset_E": [1, 2, None]}, {"token_R": -1}, {"token_R": 400}],
+)
+def test_a_routing_made_by_hand_reads_no_other_memory(backend, tokens, stored, train, change):
+    """Its entries and offsets may be anything."""
+    sound = top(0, tokens, 2, 1)
+    R = sound.num_entries
+    if "offset_E" in change:
+        offset_E = torch.tensor([R if bound is None else bound for bound in change["offset_E"]])
+        broken = dataclasses.replace(sound, offset_E=offset_E)
+    else:
+        token_R = sound.token_R.clone()
+        token_R[0] = change["token_R"]
+        broken = dataclasses.replace(sound, token_R=token_R)
+    up, down = torch.randn(2, 16, 32), torch.randn(2, 16, 16)
+    if stored == "out, in":
+        up, down = (stack.transpose(1, 2).contiguous().transpose(1, 2) for stack in (up, down))
+    with pytest.raises((ShapeError, IndexError, RuntimeError)):
+        execute(torch.randn(tokens, 16), broken, ExpertWeights(up.requires_grad_(train), down), backend=backend)

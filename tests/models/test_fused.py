@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from turnout.errors import ShapeError
-from turnout.models import token_loss
+from turnout.errors import ShapeError, UsageError
+from turnout.models import head_loss, token_loss
 from turnout.models.fused import by_hand, rms_norm, turn
 
 
@@ -65,3 +65,63 @@ def test_loss_of_extreme_logits_is_finite() -> None:
 def test_loss_refuses_targets_of_other_positions() -> None:
     with pytest.raises(ShapeError, match="same shape"):
         token_loss(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+
+
+def losses(vocab: int = 5, width: int = 3):
+    hidden, weight = torch.randn(4, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    return {
+        "token_loss": lambda target: token_loss(hidden @ weight.t(), target),
+        "head_loss": lambda target: head_loss(hidden, weight, target),
+    }, (hidden, weight)
+
+
+@pytest.mark.parametrize("name", ["token_loss", "head_loss"])
+@pytest.mark.parametrize("wrong", [-1, -99, -101, 5, 1 << 40])
+def test_a_target_is_a_token_or_none(name, wrong) -> None:
+    with pytest.raises(UsageError, match=f"a target must be from 0 to 4, or -100.*got {wrong}"):
+        losses()[0][name](torch.tensor([0, -100, wrong, 4]))
+
+
+@pytest.mark.parametrize("name", ["token_loss", "head_loss"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
+def test_targets_of_another_dtype_are_refused(name, dtype) -> None:
+    with pytest.raises(UsageError, match=r"torch\.int64"):
+        losses()[0][name](torch.zeros(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["token_loss", "head_loss"])
+def test_no_target_at_all_is_a_sum_of_nothing(name) -> None:
+    made, leaves = losses()
+    loss = made[name](torch.full((4,), -100))
+    want = F.cross_entropy(leaves[0] @ leaves[1].t(), torch.full((4,), -100), reduction="sum")
+    assert float(loss.detach()) == float(want.detach()) == 0
+    for slope in torch.autograd.grad(loss, leaves):
+        assert torch.equal(slope, torch.zeros_like(slope))
+
+
+def test_what_torch_makes_by_default_changes_nothing() -> None:
+    """Some set the default dtype while a model is loaded."""
+    x, target, weight = torch.randn(1, 4, 2, 6), torch.tensor([1, 2, -100, 0]), torch.randn(5, 6)
+    angle = torch.randn(4, 3)
+
+    def run() -> list[torch.Tensor]:
+        leaves = [one.clone().requires_grad_() for one in (x, weight)]
+        heads = turn(leaves[0], angle.cos(), angle.sin())
+        loss = head_loss(heads[0, :, 0], leaves[1], target) + token_loss(heads[0, :, 1] @ leaves[1].t(), target)
+        return [heads, loss, *torch.autograd.grad(loss, leaves)]
+
+    usual = run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found, wanted in zip(other, usual, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+def test_angles_that_learn_have_a_gradient() -> None:
+    angle = torch.randn(4, 3, requires_grad=True)
+    turn(torch.randn(1, 4, 2, 6), angle.cos(), angle.sin()).square().sum().backward()
+    turn(torch.randn(1, 4, 2, 6), angle.cos(), angle.sin())[..., :2].sum().backward()
+    assert angle.grad is not None and bool((angle.grad != 0).any())

@@ -13,7 +13,7 @@ from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes import room
 from turnout.recipes.convert import convert, repeat
 from turnout.recipes.plan import make_plan
-from turnout.recipes.steps import Drop, Merge, Split, Upcycle
+from turnout.recipes.steps import Densify, Drop, Merge, Split, Upcycle
 from turnout.reshape import upcycle
 from turnout.types import Report
 
@@ -276,15 +276,30 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(llama, tmp_path,
         ("llama", [Upcycle(8, 2), Upcycle(8, 2)], "be dense"),
         ("llama", [Drop(share=0.5, by="random")], "have experts"),
         ("mixtral", [Drop(share=0.9, by="random")], "top_k=2"),
+        ("mixtral", [Drop(count=0, by="random")], "a step must change the model .* 8 experts"),
+        ("mixtral", [Drop(share=0.1, by="random")], "be at least one expert .*--drop-experts 12.5%"),
+        ("mixtral", [Densify()], "a step must change the model .*densify"),
+        ("mixtral", [Drop(count=2, by="random"), Densify()], "a step must change the model .*densify"),
+        ("llama", [Split(1, 1)], "a step must change the model .*split"),
+        ("deepseek", [Drop(share=0.2, by="random")], "each of the 2 groups .*--drop-experts 25%"),
         ("mixtral", [Drop(share=0.25)], "--calibration must be given for drop_experts"),
         ("mixtral", [Merge(4)], "--calibration must be given for merge_experts"),
         ("llama", [Split(4, 2, by="gradient")], "--by cluster"),
         ("llama", [Split(7, 2)], "divide the hidden width 48"),
     ],
 )
-def test_steps_that_do_not_fit_are_refused_in_the_plan(llama, mixtral, kind, steps, words):
+def test_steps_that_do_not_fit_are_refused_in_the_plan(llama, mixtral, deepseek, kind, steps, words):
     with pytest.raises(UsageError, match=words):
-        make_plan({"llama": llama, "mixtral": mixtral}[kind], steps)
+        make_plan({"llama": llama, "mixtral": mixtral, "deepseek": deepseek}[kind], steps)
+
+
+def test_fine_experts_are_refused_in_bf16_where_transformers_would_tear_them(tmp_path, llama):
+    half = folders.make(tmp_path / "half", "llama", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"granularity=2 in bfloat16.*--granularity 1, or --dtype float32"):
+        make_plan(half, [Upcycle(8, 4, 2)])
+    make_plan(half, [Upcycle(8, 4, 2)], as_format="model")
+    make_plan(half, [Upcycle(8, 8, 2)])  # all of them are chosen
+    assert "load it in float32" in str(make_plan(half, [Upcycle(8, 4, 2)], dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("kind", "by"), [(Split, "clustr"), (Drop, "rep")])

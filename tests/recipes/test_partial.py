@@ -205,6 +205,35 @@ def test_a_piece_that_was_damaged_is_named(source, text, tmp_path, monkeypatch):
         chain(source, text, tmp_path / "out")
 
 
+def test_a_piece_of_the_same_size_with_other_numbers_is_refused(source, text, tmp_path, monkeypatch):
+    part = half(source, text, tmp_path / "out", monkeypatch)
+    piece = sorted((part / "kept").rglob("*.safetensors"))[0]
+    data = bytearray(piece.read_bytes())
+    data[-3] ^= 1
+    piece.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{piece.name}.*its content is not what its sha256 says"):
+        chain(source, text, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["done.json", "result"])
+def test_a_result_that_changes_before_it_is_compared_is_refused(source, text, tmp_path, monkeypatch, name):
+    def stop(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converting, "_compare", stop)
+    with pytest.raises(Interrupted):
+        chain(source, text, tmp_path / "out")
+    monkeypatch.undo()
+    part = tmp_path / "out.part"
+    file = part / name if name == "done.json" else next((part / "result").rglob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    place = data.index(b"bits_per_byte") + 20 if name == "done.json" else len(data) - 3
+    data[place] = ord("7") if data[place] == ord("6") else ord("6")
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="the result must be as it was written"):
+        chain(source, text, tmp_path / "out")
+
+
 def test_two_processes_do_not_convert_in_one_place(source, text, tmp_path):
     with locked(tmp_path / "out.part"), pytest.raises(UsageError, match=f"in which process {os.getpid()} is convert"):
         chain(source, text, tmp_path / "out")

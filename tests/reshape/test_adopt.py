@@ -408,6 +408,15 @@ def test_entries_of_other_ranks_are_dropped_as_transformers_drops_them(num_exper
             torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 5, 300])
+def test_an_index_that_transformers_does_not_know_either_is_refused(wrong, sharded):
+    index, weight = torch.tensor([[0, 4], [wrong, 1]]), torch.ones(2, 2)
+    with pytest.raises(UsageError, match=f"got {wrong}"):
+        _routing(index, weight, 4, sharded)
+    assert _routing(index[:1], weight[:1], 4, sharded).validate().num_entries == 1
+
+
 def test_routing_of_nothing():
     empty = torch.zeros(0, 2)
     assert _routing(empty.long(), empty, 4, True).num_entries == 0

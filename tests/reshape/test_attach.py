@@ -10,6 +10,7 @@ from turnout.errors import CheckpointError, ShapeError, UnknownNameError, UsageE
 from turnout.layers import Adapter, given
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
 from turnout.reshape import attach, detach
+from turnout.reshape.routers import ROUTERS
 from turnout.types import Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
@@ -215,3 +216,118 @@ def test_smear_routes_the_same_with_padding_and_by_a_query_the_same_in_every_cal
         later = asked(long[:, 6:], past_key_values=first.past_key_values).logits
         assert torch.allclose(torch.cat((first.logits, later), 1), whole, atol=1e-5)
         assert asked.generate(long, max_new_tokens=2, do_sample=False).shape == (1, 11)
+
+
+def factors(*modules: str, seed: int = 0, size: float = 0.2) -> dict:
+    chance, maps = torch.Generator().manual_seed(seed), dict(model().named_modules())
+    return {
+        name: (
+            size * torch.randn(2, maps[name].in_features, generator=chance),
+            size * torch.randn(maps[name].out_features, 2, generator=chance),
+            0.5,
+        )
+        for name in modules
+    }
+
+
+Q, V, K = (f"model.layers.0.self_attn.{part}_proj" for part in "qvk")
+
+
+@torch.no_grad()
+def test_even_is_the_mean_of_all_adapters_also_where_some_change_nothing(tmp_path):
+    targets = (["q_proj", "v_proj"], ["q_proj"], ["q_proj", "down_proj"])
+    paths = [folder(tmp_path, f"a{n}", n, target_modules=names) for n, names in enumerate(targets)]
+    judge = peft.PeftModel.from_pretrained(model(), paths[0], adapter_name="a0")
+    for n in (1, 2):
+        judge.load_adapter(paths[n], adapter_name=f"a{n}")
+    judge.add_weighted_adapter(["a0", "a1", "a2"], [1 / 3] * 3, "mean", combination_type="cat")
+    judge.set_adapter("mean")
+    ours, _ = attach(model(), paths, router="even")
+    assert float((ours(ids()).logits - judge(ids()).logits).abs().max()) <= 1e-5
+
+
+MAPS = [(Q, V), (Q,), (Q, K)]
+OPTIONS = {
+    "arrow": {"top_k": 3},
+    "phatgoose": {"top_k": 3},
+    "glider": {"top_k": 3, "embeddings": {f"a{n}": torch.eye(3)[n] for n in range(3)}},
+    "poly": {"share": True},
+    "scalearn": {"share": True, "dropout": 0.0},
+    "smear": {},
+    "even": {},
+}
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+@torch.no_grad()
+def test_every_router_takes_adapters_of_different_maps(router):
+    found = [
+        PeftAdapter(f"a{n}", None, factors(*maps, seed=n), dict.fromkeys(maps, torch.ones(32)))
+        for n, maps in enumerate(MAPS)
+    ]
+    ours, _ = attach(model(), found, router=router, router_options=OPTIONS[router])
+    with given(task_B=torch.zeros(2, dtype=torch.long), query_BQ=torch.eye(3)[:2]):
+        logits = ours(ids()).logits
+    assert logits.isfinite().all()
+    alone, all_of_it = ours.get_submodule(V), ours.get_submodule(Q)
+    assert (alone.names, all_of_it.names) == (("a0",), ("a0", "a1", "a2"))
+    x = torch.randn(1, 5, 32)
+    with given(task_B=torch.tensor([0]), query_BQ=torch.eye(3)[:1]):
+        routing = alone.decide(x)[0].dense()
+    wanted = 1 / 3 if router == "even" else 1.0  # who chooses has one to choose; the mean is of all
+    assert torch.allclose(routing, torch.full_like(routing, wanted))
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "error", "said"),
+    [
+        ("arrow", {"topk": 2}, UnknownNameError, "Did you mean 'top_k'"),
+        ("smear", {"gian": 2.0}, UnknownNameError, "Did you mean 'gain'"),
+        ("poly", {"tasks": 2}, UnknownNameError, "num_tasks"),
+        ("glider", {"embedding": {}}, UnknownNameError, "Did you mean 'embeddings'"),
+        ("even", {"top_k": 1}, UsageError, "be none"),
+        ("arrow", {"top_k": 3}, ShapeError, "number of adapters, 2"),
+        ("arrow", {"top_k": 0}, ShapeError, "number of adapters, 2"),
+        ("arrow", {"top_k": "2"}, UsageError, "top_k must be a int"),
+        ("arrow", {"top_k": True}, UsageError, "top_k"),
+        ("arrow", {"temperature": float("nan")}, UsageError, "temperature"),
+        ("smear", {"gain": float("inf")}, UsageError, "gain"),
+        ("smear", {"query_width": "8"}, UsageError, "query_width"),
+        ("scalearn", {"share": 1}, UsageError, "share"),
+        ("poly", {"num_tasks": 2.5}, UsageError, "num_tasks"),
+        ("glider", {"embeddings": {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}}, UsageError, "finite"),
+    ],
+)
+def test_options_that_a_router_does_not_take_are_refused_by_name(router, options, error, said):
+    found = [PeftAdapter(name, None, factors(Q, V), dict.fromkeys((Q, V), torch.ones(32))) for name in "ab"]
+    ours = model()
+    with pytest.raises(error, match=said):
+        attach(ours, found, router=router, router_options=options)
+    assert not any(isinstance(module, Adapter) for module in ours.modules())
+
+
+def test_what_is_no_base_model_is_named(tmp_path):
+    path = folder(tmp_path, "a", 1)
+    with pytest.raises(UsageError, match=r"PeftModel\w* with layers of PEFT.*unload"):
+        attach(peft.PeftModel.from_pretrained(model(), path), [path])
+    injected = model()
+    injected.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UsageError, match="LlamaForCausalLM with layers of PEFT"):
+        attach(injected, [path])
+    with pytest.raises(UsageError, match=r"model must be a model.*load the model first"):
+        attach(str(path), [path])
+    for wrong in (str(path), path, read_adapter(path)):
+        with pytest.raises(UsageError, match="be a list of adapters"):
+            attach(model(), wrong)
+
+
+def test_factors_that_the_models_type_cannot_hold_are_refused_by_name():
+    large = {Q: (torch.full((2, 32), 1e5), torch.ones(32, 2), 1.0)}
+    attach(model(), [PeftAdapter("a", None, large)])
+    for bad, kind in (
+        (large, torch.float16),
+        ({Q: (torch.full((2, 32), float("nan")), torch.ones(32, 2), 1.0)}, torch.float32),
+        ({Q: (torch.ones(2, 32), torch.ones(32, 2), float("inf"))}, torch.float32),
+    ):
+        with pytest.raises(CheckpointError, match=rf"q_proj, in adapter 'bad'.*{kind}"):
+            attach(model().to(kind), [PeftAdapter("good", None, factors(Q)), PeftAdapter("bad", None, bad)])

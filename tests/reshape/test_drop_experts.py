@@ -126,7 +126,19 @@ def test_groups_are_pruned_equally(text) -> None:
         drop_experts(lm, keep=5, batches=text)
     with pytest.raises(UsageError, match="from 4 experts"):  # one open group must hold both experts of a token
         drop_experts(lm, keep=2, batches=text)
-    assert drop_experts(lm, share=0.4, batches=text)[1]["num_experts"] == [8, 6]
+    report = drop_experts(lm, share=0.4, batches=text)[1]
+    assert report["num_experts"] == [8, 6]
+    assert "3.2 of 8 experts were asked for; 2 went, whole ones in each of 2 groups" in report.notes
+
+
+def test_a_share_of_less_than_one_expert_a_group_is_refused() -> None:
+    lm = sparse(router="GroupLimited", num_experts=8, num_groups=2, top_groups=1)
+    with pytest.raises(UsageError, match=r"each of the 2 groups.*share=0\.25 or more"):
+        drop_experts(lm, share=0.2, by="random")
+    small = sparse(router="GroupLimited", num_experts=8, num_groups=4, top_groups=2)
+    with pytest.raises(UsageError, match="none can go: the router scores a group by its two best"):
+        drop_experts(small, share=0.25, by="random")
+    assert drop_experts(lm, share=0.0, by="random")[1].notes == ("nothing was dropped",)
 
 
 def test_what_cannot_be_pruned_is_refused(text) -> None:

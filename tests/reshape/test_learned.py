@@ -106,3 +106,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         fold_adapters(ours, "one")
     with pytest.raises(UsageError, match="attach"):
         save_routers(tmp_path, model())
+
+
+def test_a_mean_of_factors_asks_for_adapters_of_the_same_maps():
+    factor = (torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    found = [PeftAdapter("a", None, {"0": factor, "1": factor}), PeftAdapter("b", None, {"0": factor})]
+    ours, _ = attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), found, router="poly")
+    with pytest.raises(UsageError, match="a at 1"):
+        fold_adapters(ours, "mean", task="average")
+    assert fold_adapters(ours, "first", task=0).factor.keys() == {"0", "1"}

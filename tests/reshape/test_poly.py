@@ -181,17 +181,19 @@ def test_what_does_not_fit_is_refused_and_nothing_half_written_stays(tmp_path, m
         adapters_of(model())
     ours = model()
     attach(ours, fresh_adapters(ours, MAPS, count=2, rank=2), router=lambda site: nn.Identity())
-    with pytest.raises(UsageError, match="by name"):
-        save_attached(tmp_path / "out", ours)
+    save_attached(tmp_path / "made", ours)
+    with pytest.raises(UsageError, match="built by a function"):
+        attach_folder(model(), tmp_path / "made")
+    attach_folder(model(), tmp_path / "made", router=lambda site: nn.Identity())
     with pytest.raises(ShapeError, match="parts"):
         inventory(5)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         save_attached(tmp_path / "file" / "out", inventory(1))
-    monkeypatch.setattr("turnout.reshape.adapted.save_routers", lambda *_: 1 / 0)
+    monkeypatch.setattr("turnout.reshape.beside.write_routers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_attached(tmp_path / "out", inventory(1))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "made"]
 
 
 def test_ranks_may_differ_in_the_average():

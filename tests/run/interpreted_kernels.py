@@ -268,6 +268,19 @@ def test_frozen_parts():
         same(x.detach(), routing.detach(), ExpertWeights(**{**frozen, name: stack}))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_second_derivatives(bias):
+    found = []
+    for f in (kernels, reference):
+        x, routing, weights = make(ragged(33, 11, 3, 0.5), width=8, hidden=8, bias=bias, activation="gelu")
+        given = [x, *leaves(x, routing, weights).values()]
+        first = torch.autograd.grad(f(x, routing, weights).square().sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(sum(slope.square().sum() for slope in first), given))
+    for got, wanted in zip(*found, strict=True):
+        assert float(wanted.abs().max()) > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_what_is_kept_for_the_backward_pass():
     """Of floating point that is not an argument: the up product alone; nothing at all without a gradient."""
     x, routing, weights = make(top(30, 32, 4, 2), width=16, hidden=24)

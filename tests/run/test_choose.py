@@ -1,14 +1,15 @@
 """The choice of an executor, its reasons, and the refit of its constants."""
 
 import json
+import os
 
 import pytest
 import torch
 
-from turnout.errors import UnknownNameError
+from turnout.errors import StorageError, UnknownNameError
 from turnout.run import EXECUTORS, calibrate, choose, execute
 from turnout.run.calibrate import _fit
-from turnout.run.choose import _constants
+from turnout.run.choose import _constants, _path, constants_path
 from turnout.types import ExpertWeights, Routing
 
 
@@ -66,9 +67,73 @@ def test_other_versions_constants_are_not_used(cache):
     assert choose(*case()).name in ("sort", "grouped")
 
 
-def test_damaged_constants_are_not_used(cache):
-    cache.write_text("{")
-    assert choose(*case()).name in ("sort", "grouped")
+GOOD = {"sort": [1.0, 0, 0, 0], "grouped": [2.0, 0, 0, 0]}
+MALFORMED = {
+    "cut off": "{",
+    "a list": "[]",
+    "no version": {"torch": ..., "seconds": {}},
+    "a version of another type": {"torch": 2, "seconds": {}},
+    "no seconds": {"seconds": ...},
+    "seconds of another type": {"seconds": []},
+    "a situation of another type": {"seconds": {"cpu float32 forward": [1, 2]}},
+    "seconds that are no list": {"seconds": {"cpu float32 forward": GOOD | {"sort": 1.0}}},
+    "words": {"seconds": {"cpu float32 forward": GOOD | {"sort": ["1", "2", "3", "4"]}}},
+    "too few": {"seconds": {"cpu float32 forward": GOOD | {"sort": [1.0]}}},
+    "too many": {"seconds": {"cpu float32 forward": GOOD | {"sort": [1.0] * 5}}},
+    "below zero": {"seconds": {"cpu float32 forward": GOOD | {"sort": [-1.0, 0, 0, 0]}}},
+    "null": {"seconds": {"cpu float32 forward": None}},
+    "an executor of no such name": {"seconds": {"cpu float32 forward": GOOD | {"warp": [0, 0, 0, 0]}}},
+    "without sort": {"seconds": {"cpu float32 forward": {"grouped": [1.0, 0, 0, 0]}}},
+    "not a number": {"seconds": {"cpu float32 forward": GOOD | {"sort": [float("nan"), 0, 0, 0]}}},
+    "deep": "[" * 100_000,
+    "half a character": b'{"torch": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_constants_are_ignored_and_that_is_said_once(cache, name, recwarn):
+    body = MALFORMED[name]
+    if isinstance(body, dict):
+        body = {"torch": torch.__version__, "seconds": {}} | body
+        body = json.dumps({key: value for key, value in body.items() if value is not ...})
+    _constants.cache_clear()
+    cache.write_bytes(body if isinstance(body, bytes) else body.encode())
+    for _ in range(3):
+        assert choose(*case()).name in ("sort", "grouped")
+        torch.testing.assert_close(execute(*case()), execute(*case(), backend="reference"))
+    said = [str(one.message) for one in recwarn.list]
+    assert len(said) == 1 and "executors.json is ignored" in said[0] and "remove it" in said[0], said
+
+
+def test_a_user_without_a_home_has_the_shipped_constants(monkeypatch, recwarn):
+    for name in ("HOME", "TURNOUT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    _path.cache_clear()
+    torch.testing.assert_close(execute(*case()), execute(*case(), backend="reference"))
+    assert choose(*case()).name in EXECUTORS
+    with pytest.raises(StorageError, match="set TURNOUT_CACHE"):
+        constants_path()
+    _path.cache_clear()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "below a file"])
+def test_a_cache_that_is_no_file_is_ignored(cache, what, recwarn, monkeypatch, tmp_path):
+    _constants.cache_clear()
+    if what == "a pipe":
+        os.mkfifo(cache)
+    elif what == "a folder":
+        cache.mkdir()
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path / "file" / "below"))
+    torch.testing.assert_close(execute(*case()), execute(*case(), backend="reference"))
+    assert len(recwarn.list) == (what != "below a file")
 
 
 def test_double_precision_never_goes_to_a_product_that_lacks_it(cache):

@@ -7,7 +7,7 @@ import torch
 
 from turnout.paths import Bank, FeedForward
 from turnout.run import sort
-from turnout.run.sort import _batches, _neighbours, _rounded
+from turnout.run.plan import _batches, _neighbours, _rounded
 from turnout.types import ExpertWeights, Routing
 
 

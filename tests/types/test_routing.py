@@ -190,10 +190,74 @@ def test_what_is_broken_is_named(changes, named):
         whole(**changes).validate()
 
 
-@pytest.mark.parametrize("index", [[[0, 0]], [[0, 4]], [[0, 255]]])
-def test_from_topk_of_impossible_experts_does_not_validate(index):
+def test_from_topk_of_an_expert_twice_does_not_validate():
     with pytest.raises(ShapeError):
-        Routing.from_topk(torch.tensor(index), torch.ones(1, 2), num_experts=4).validate()
+        Routing.from_topk(torch.tensor([[0, 0]]), torch.ones(1, 2), num_experts=4).validate()
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 4, 5, 255, 256, 1 << 40])
+@pytest.mark.parametrize("num_experts", [4, 256, 257, 40_000])
+def test_an_index_of_no_expert_is_refused_unless_it_is_named(wrong, num_experts):
+    if 0 <= wrong < num_experts:
+        return
+    index_TK, weight_TK = torch.tensor([[0, wrong], [3, 1]]), torch.tensor([[0.5, 0.25], [1.0, 2.0]])
+    with pytest.raises(UsageError, match=f"got {wrong}"):
+        Routing.from_topk(index_TK, weight_TK, num_experts=num_experts)
+    made = Routing.from_topk(index_TK, weight_TK, num_experts=num_experts, dropped=wrong).validate()
+    assert made.num_entries == 3 and made.dense()[0, 0] == 0.5 and made.dense()[1, 1] == 2
+    with pytest.raises(UsageError, match="index of experts"):
+        Routing.from_topk(index_TK, weight_TK, num_experts=num_experts, dropped=-7)
+    with pytest.raises(UsageError, match="index of experts"):
+        Routing.from_entries(
+            torch.tensor([0]), torch.tensor([wrong]), torch.ones(1), num_tokens=1, num_experts=num_experts
+        )
+
+
+def test_what_stands_for_no_expert_is_no_expert():
+    index, weight = torch.tensor([[0, 4]]), torch.ones(1, 2)
+    with pytest.raises(UsageError, match="be an index of no expert"):
+        Routing.from_topk(index, weight, num_experts=4, dropped=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64])
+def test_whole_numbers_of_any_kind(dtype):
+    index, weight = torch.tensor([[2, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    made, wanted = (Routing.from_topk(one, weight, num_experts=3) for one in (index.to(dtype), index))
+    assert torch.equal(made.token_R, wanted.token_R) and torch.equal(made.offset_E, wanted.offset_E)
+    token, expert = torch.tensor([1, 0, 1], dtype=dtype), torch.tensor([2, 1, 0], dtype=dtype)
+    listed = Routing.from_entries(token, expert, torch.ones(3), num_tokens=200, num_experts=200)
+    assert listed.validate().token_R.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("index", "weight"),
+    [
+        (torch.tensor([[0.0, 1.7]]), torch.ones(1, 2)),
+        (torch.tensor([[False, True]]), torch.ones(1, 2)),
+        (torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long)),
+        (torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.complex64)),
+    ],
+)
+def test_other_kinds_of_numbers_are_refused(index, weight):
+    with pytest.raises(UsageError, match="whole numbers and floating point"):
+        Routing.from_topk(index, weight, num_experts=4)
+
+
+@pytest.mark.parametrize("token", [-1, 3])
+def test_a_token_that_is_not_there_is_refused(token):
+    with pytest.raises(UsageError, match="an index of tokens"):
+        Routing.from_entries(torch.tensor([0, token]), torch.tensor([0, 1]), torch.ones(2), num_tokens=3, num_experts=2)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ShapeError, match="token_R, expert_R"):
+        Routing.from_entries(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(2), num_tokens=3, num_experts=2)
+    with pytest.raises(ShapeError, match="weight_TE and mask_TE"):
+        Routing.from_dense(torch.ones(3, 2), mask_TE=torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="keep_R"):
+        whole().keep(torch.tensor([0, 1, 2]))
+    with pytest.raises(UsageError, match="an index of labels"):
+        whole().relabel(torch.tensor([0, 1, 2]), 2)
 
 
 def test_printing():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from turnout.errors import CheckpointError, ShapeError, StorageError, UnknownNameError, UsageError
+from turnout.storage import sealed
 from turnout.types import Routing, Trace, TraceWriter
 
 EXPERTS = (4, 6)
@@ -91,7 +92,7 @@ def test_affinity_between_layers_survives(tmp_path):
 def test_token_ids_are_absent_unless_asked_for(tmp_path):
     trace, _, _ = record(tmp_path / "without")
     assert not (tmp_path / "without" / "token_id.bin").exists()
-    assert "token_id" not in json.loads((tmp_path / "without" / "trace.json").read_text())["column_bytes"]
+    assert "token_id" not in json.loads((tmp_path / "without" / "trace.json").read_text())["columns"]
     with pytest.raises(UsageError, match="token_ids=True"):
         trace.column("token_id")
     trace, dense_L, _ = record(tmp_path / "with", token_ids=True)
@@ -164,14 +165,15 @@ def test_a_truncated_or_missing_column_is_refused(name, tmp_path):
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=r"turnout\.trace/1"):
+        with pytest.raises(CheckpointError, match=r"turnout\.trace/2"):
             Trace.open(path)
 
 
 def forge(folder: Path, **changes) -> None:
     head = json.loads((folder / "trace.json").read_text())
     head |= changes
-    (folder / "trace.json").write_text(json.dumps({name: value for name, value in head.items() if value is not ...}))
+    head = {name: value for name, value in head.items() if value is not ... and name != "sha256"}
+    (folder / "trace.json").write_text(json.dumps(sealed(head)))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": "turnout.trace/2"}', '{"format": "turnout.trace/1"}'])
@@ -189,7 +191,7 @@ def test_a_broken_head_is_refused(text, tmp_path):
         {"num_documents": 1000},
         {"num_experts_L": [4, 6, 8]},
         {"layers": ["0"]},
-        {"column_bytes": {}},
+        {"columns": {}},
         {"has_token_ids": True},
         {"num_tokens": "many"},
         {"domains": 3},

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.digits import CLASSES, LOOKS, SIDE, digits
 from turnout.layers.scaled import Asking
+from turnout.paths import SSF
 from turnout.reshape.scale_and_shift import scale_and_shift
 from turnout.train.federated import Client, federate
 from turnout.types import Given
 
 _HIDDEN, _CLIENTS, _OWN, _HELD_OUT = 64, 8, 600, 3000
-_POOL, _TOP_K, _MATCH = 12, 2, 0.1
+_POOL, _TOP_K, _MATCH, _SPREAD = 12, 2, 0.1, 0.02
 _ROUNDS, _PER_ROUND, _STEPS, _BATCH, _RATE = 20, 4, 20, 32, 0.2
 
 
@@ -22,8 +23,8 @@ def fedins() -> Claim:
     """A pool of twelve scales and shifts, two for each instance, errs less than one set that all instances share.
 
     The frozen network knows plain digits; clients hold digits in three of six looks each. Both ways take the same
-    rounds, clients, steps and head. The query is what the frozen network's last hidden layer sees, standardised by what
-    it saw of plain digits.
+    rounds, clients, steps and head, and start at random, as published; clients weigh alike. The query is what the
+    frozen network's last hidden layer sees, standardised by what it saw of plain digits.
 
     >>> fedins().off
     'one set for all instances'
@@ -128,6 +129,9 @@ class _World:
         model, _ = scale_and_shift(
             copy.deepcopy(self.net), ["0", "2"], query=query, trained=["4"], generator=generator, **sizes
         )
+        for pool in (module for module in model.modules() if isinstance(module, SSF)):
+            nn.init.normal_(pool.scale, 1.0, _SPREAD, generator=generator)
+            nn.init.normal_(pool.shift, 0.0, _SPREAD, generator=generator)
         return model
 
     @torch.no_grad()

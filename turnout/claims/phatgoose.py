@@ -67,7 +67,8 @@ def _measure(seed: int) -> Values:
         }
     with tempfile.TemporaryDirectory(prefix="turnout-claim-") as folder:
         far = trained(World(seed, folder, distance=4.0))
-        oracle, one = far.oracle(), {"top_k": 1}
+        oracle = far.oracle()
+        one: dict[str, object] = {"top_k": 1}
         return found | {
             "far": far.score("phatgoose", options=one).loss / oracle,
             "far, top 2": far.score("phatgoose").loss / oracle,

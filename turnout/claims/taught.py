@@ -11,7 +11,7 @@ from turnout.measure import bits_per_byte
 from turnout.models import LM, MoEConfig
 from turnout.train.data import windows
 
-STEPS, HIDDEN = 300, 192
+STEPS, HIDDEN, SCORED = 300, 192, 32_768
 EXPERTS, TOP_K = 16, 2
 UNEVEN = 0.01  # the weight of an auxiliary loss that leaves the load uneven
 
@@ -46,5 +46,5 @@ def score(lm: LM) -> float:
     """Held-out bits per byte on the text of the trials."""
     tokens = text()
     lm.eval()
-    held_out = windows(tokens.held_out, batch=8, seq=SEQ, limit=32_768)
+    held_out = windows(tokens.held_out, batch=8, seq=SEQ, limit=SCORED)
     return bits_per_byte(lm, held_out, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains).bits_per_byte

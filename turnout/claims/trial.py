@@ -12,6 +12,7 @@ from turnout.train.data import TokenSet, prepare, python_text
 from turnout.train.loop import TrainConfig, train
 
 VOCAB, SEQ = 512, 128
+BYTES, HELD_OUT = 1_000_000, 65_536  # of each domain; tokens that a trial is measured on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ def text() -> TokenSet:
     """The demo's three domains, a megabyte of each, as tokens of a 512-word vocabulary; prepared once a process."""
     folder = tempfile.TemporaryDirectory(prefix="turnout-claims-")
     text.folder = folder  # type: ignore[attr-defined]  # lives as long as the process, then is removed
-    return prepare(python_text(limit_bytes=1_000_000), Path(folder.name), vocab_size=VOCAB, held_out=0.1, quiet=True)
+    return prepare(python_text(limit_bytes=BYTES), Path(folder.name), vocab_size=VOCAB, held_out=0.1, quiet=True)
 
 
 def small(moe: MoEConfig | None, *, hidden: int, width: int = 64) -> LMConfig:
@@ -55,7 +56,7 @@ def trial(model: LMConfig | LM, *, seed: int, steps: int, **train_fields: float)
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
     fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10} | train_fields
-    every = {"eval_every": steps, "checkpoint_every": steps, "log_every": steps}
+    every = {"eval_tokens": HELD_OUT, "eval_every": steps, "checkpoint_every": steps, "log_every": steps}
     config = TrainConfig(steps=steps, seed=seed, **every, **fields)  # pyrefly: ignore[bad-argument-type]
     with tempfile.TemporaryDirectory(prefix="turnout-trial-") as out:
         network = LM(model, seed=seed) if isinstance(model, LMConfig) else model

@@ -164,15 +164,15 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
     if set(given) - {"--top-k"} or arguments.as_format:
         got = ", ".join([*(set(given) - {"--top-k"}), *(["--as"] if arguments.as_format else [])])
         raise _refusal("--adapters", f"also {got}", "come without steps", "convert first, then train adapters of that")
-    gate_text = {}
+    gate_text: dict[str, str] = {}
     for pair in arguments.gate_text:
         name, equals, place = pair.partition("=")
         if not equals or not place:
             raise _refusal("--gate-text", pair, "be ADAPTER=PATH", f"write --gate-text {name or 'math'}=math.txt")
         gate_text[name] = place
-    options = {"router": arguments.router or "arrow", "any_base": arguments.any_base, "gate_text": gate_text}
+    options: dict[str, Any] = {"router": arguments.router or "arrow", "any_base": arguments.any_base}
     options |= {"router_options": {"top_k": given["--top-k"]} if "--top-k" in given else {}}
-    options |= {"text": arguments.calibration}
+    options |= {"gate_text": gate_text, "text": arguments.calibration, "dtype": dtype}
     if arguments.dry_run:
         print(outline_adapters(arguments.path, arguments.adapters, **options))
         return 0
@@ -184,7 +184,6 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
             arguments.adapters,
             arguments.out,
             text_tokens=arguments.calibration_tokens,
-            dtype=dtype,
             say=progress.say,
             part=progress.part,
             **options,

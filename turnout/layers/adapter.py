@@ -1,93 +1,20 @@
 """A linear map with adapters and a router that chooses among them, for each token or for each sequence."""
 
-import contextlib
-import contextvars
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import ShapeError, UsageError, word
+from turnout.errors import ShapeError, word
+from turnout.layers.stock import as_if_plain
+from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
 from turnout.types import Given, Routing, spread
+from turnout.wrappers import unwrapped
 
-__all__ = ["Adapter", "SequenceRouter", "given"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Said:
-    """What ``given`` said, in the shapes of the model's own input."""
-
-    mask_BS: Tensor | None = None
-    task_B: Tensor | None = None
-    query_BQ: Tensor | None = None
-    batch: int | None = None
-    outer: "_Said | None" = None
-
-
-_NOTHING = _Said()
-_SAID: contextvars.ContextVar[_Said] = contextvars.ContextVar("turnout_given", default=_NOTHING)
-
-
-@contextlib.contextmanager
-def given(
-    *,
-    mask_BS: Tensor | None = None,
-    task_B: Tensor | None = None,
-    query_BQ: Tensor | None = None,
-    batch: int | None = None,
-) -> Iterator[None]:
-    """Says, for all calls inside, what routers of adapters may want to know about the sequences of the batch.
-
-    What an inner ``given`` leaves out holds as the outer one said it.
-
-    Args:
-        mask_BS: (B, S) true at tokens, false at padding; with a KV cache the last columns belong to the new tokens.
-            A model that ``turnout.reshape.attach`` changed reads it from ``attention_mask`` by itself.
-        task_B: (B,) int64, the number of each sequence's task.
-        query_BQ: (B, Q) an embedding of each sequence's request.
-        batch: B, needed only where linear maps see tokens without a batch axis.
-
-    >>> import torch
-    >>> with given(task_B=torch.tensor([0])):
-    ...     pass
-
-    Source: none; plain bookkeeping.
-    """
-    outer = _SAID.get()
-    inner = _Said(
-        outer.mask_BS if mask_BS is None else mask_BS,
-        outer.task_B if task_B is None else task_B,
-        outer.query_BQ if query_BQ is None else query_BQ,
-        outer.batch if batch is None else batch,
-        outer.outer,
-    )
-    token = _SAID.set(inner)
-    try:
-        yield
-    finally:
-        _SAID.reset(token)
-
-
-def overhear(model: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
-    """A pre-forward hook: what the model is called with says which tokens are padding, until ``leave``."""
-    outer = _SAID.get()
-    new: dict[str, object] = {"outer": outer}
-    ids = next((keywords[key] for key in ("input_ids", "inputs_embeds") if keywords.get(key) is not None), None)
-    ids = arguments[0] if ids is None and arguments else ids
-    if isinstance(ids, Tensor):
-        new["batch"] = ids.shape[0]
-    if isinstance(mask := keywords.get("attention_mask"), Tensor):
-        new["mask_BS"] = mask
-    _SAID.set(dataclasses.replace(outer, **new))  # pyrefly: ignore[bad-argument-type]
-
-
-def leave(model: nn.Module, arguments: object, output: object) -> None:
-    """A forward hook: forgets what ``overhear`` heard, also after an error."""
-    _SAID.set(_SAID.get().outer or _NOTHING)
+__all__ = ["Adapter", "SequenceRouter"]
 
 
 @runtime_checkable
@@ -141,13 +68,25 @@ class Adapter(nn.Module):
         super().__init__()
         shape = tuple(getattr(base, "weight", torch.empty(0)).shape)
         fits = (paths.up.shape[1], paths.down.shape[1])
-        if (len(shape) == 2 and shape != fits) or getattr(router, "num_experts", paths.num_paths) != paths.num_paths:
-            got = f"a linear map {shape}, and a router of {getattr(router, 'num_experts', '?')}"
+        experts = getattr(unwrapped(router), "num_experts", paths.num_paths)
+        if (len(shape) == 2 and shape != fits) or experts != paths.num_paths:
+            got = f"a linear map {shape}, and a router of {experts}"
             allowed = f"be {fits} for these adapters, and a router of {paths.num_paths}"
             fix = "build adapters and router for this linear map"
             raise ShapeError(word("base and router", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix))
         self.base, self.paths, self.router = base, paths, router
         self.names = tuple(names or map(str, range(paths.num_paths)))
+        as_if_plain(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear map, for whoever looks at it."""
+        return self.base.weight  # pyrefly: ignore[bad-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the linear map."""
+        return self.base.bias  # pyrefly: ignore[bad-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., O) the linear map of x (..., D), and what the chosen adapters add.
@@ -160,8 +99,8 @@ class Adapter(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing, found = self.decide(x)
         x_TD = x_TD.to(self.paths.down.dtype)
-        parts = getattr(self.router, "parts", None)
-        fold = getattr(self.router, "fold", None)
+        asked = unwrapped(self.router)
+        parts, fold = getattr(asked, "parts", None), getattr(asked, "fold", None)
         if fold is not None:
             added_TO = low_rank(x_TD, routing, fold(self.paths.weights()))
         elif parts is None:
@@ -173,9 +112,10 @@ class Adapter(nn.Module):
     def decide(self, x: Tensor) -> tuple[Routing, Given | None]:
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""
         x_TD = x.reshape(-1, x.shape[-1])
-        if not hasattr(self.router, "parts") and not getattr(self.router, "needs_given", False):
+        asked = unwrapped(self.router)
+        if not hasattr(asked, "parts") and not getattr(asked, "needs_given", False):
             # A capacity alone lets one token take another's place; else padding is nobody's business here, as in PEFT.
-            real_T = None if getattr(self.router, "capacity_factor", None) is None else real(x)
+            real_T = None if getattr(asked, "capacity_factor", None) is None else real(x)
             return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
         return self.router(x_TD, given=found), found
@@ -184,44 +124,3 @@ class Adapter(nn.Module):
 def _sequence(found: Given | None) -> Tensor:
     assert found is not None  # decide gives it to routers of sequences
     return found.sequence_T
-
-
-def real(x: Tensor) -> Tensor | None:
-    """(T,) bool, false where the tokens of x (..., D) are padding, as ``given`` or the model's call said; None if none.
-
-    Raises:
-        ShapeError: what it said does not fit x.
-    """
-    keep_T = None if _SAID.get().mask_BS is None else about(x).keep_T
-    return None if keep_T is None or bool(keep_T.all()) else keep_T
-
-
-def about(x: Tensor) -> Given:
-    """What ``given`` said, for the flattened tokens of x (..., D)."""
-    said = _SAID.get()
-    tokens = x.shape[:-1].numel()
-    batch = x.shape[0] if x.ndim > 2 else said.batch
-    mask_BS = said.mask_BS
-    if mask_BS is not None and mask_BS.ndim != 2:
-        allowed, fix = "be (B, S), true at tokens", "pass the tokenizer's attention_mask"
-        got = f"shape {tuple(mask_BS.shape)}"
-        raise ShapeError(word("the mask", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix))
-    if batch is None and mask_BS is not None:
-        batch = mask_BS.shape[0]
-    if batch is None:
-        if x.ndim > 1:
-            fix = "pass x with a batch axis, or call inside `with turnout.layers.given(batch=...):`"
-            allowed = "have a batch axis, (B, S, D), for a router of sequences"
-            got = f"shape {tuple(x.shape)}"
-            raise UsageError(word("x", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix))
-        batch = 1
-    each = tokens // max(batch, 1)
-    if each * batch != tokens or (mask_BS is not None and (mask_BS.shape[0] != batch or mask_BS.shape[1] < each)):
-        got = f"x {tuple(x.shape)}, batch {batch}, mask {None if mask_BS is None else tuple(mask_BS.shape)}"
-        allowed = "be of the same sequences"
-        fix = "give the mask of this very batch"
-        raise ShapeError(word("x and given", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix))
-    keep_T = None
-    if mask_BS is not None and each:
-        keep_T = mask_BS[:, mask_BS.shape[1] - each :].reshape(-1).to(x.device).bool()
-    return Given.of(batch, tokens, keep_T=keep_T, task_B=said.task_B, query_BQ=said.query_BQ, device=x.device)

@@ -11,6 +11,7 @@ from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
 from turnout.types.weights import Activation
+from turnout.wrappers import unwrapped
 
 __all__ = ["MoE"]
 
@@ -84,7 +85,8 @@ class MoE(nn.Module):
                     fix="pass shared_hidden, or shared_gate=False",
                 )
             )
-        of = getattr(router, "width", width), getattr(router, "num_experts", num_experts)
+        asked = None if router is None else unwrapped(router)
+        of = getattr(asked, "width", width), getattr(asked, "num_experts", num_experts)
         if of != (width, num_experts):
             raise ShapeError(
                 word(

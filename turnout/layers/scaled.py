@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token import FedIns
-from turnout.layers.adapter import about, given
+from turnout.layers.stock import as_if_plain
+from turnout.layers.told import about, given
 from turnout.paths import SSF
 
 __all__ = ["Asking", "Scaled"]
@@ -30,6 +31,17 @@ class Scaled(nn.Module):
     def __init__(self, base: nn.Module, paths: SSF, router: nn.Module) -> None:
         super().__init__()
         self.base, self.paths, self.router = base, paths, router
+        as_if_plain(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer, for whoever looks at it."""
+        return self.base.weight  # pyrefly: ignore[bad-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the layer."""
+        return self.base.bias  # pyrefly: ignore[bad-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives, scaled and shifted.
@@ -62,20 +74,20 @@ class Asking(nn.Module):
         super().__init__()
         self.model, self.query, self.router = model, query.requires_grad_(False).eval(), router
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model gives."""
-        query_BQ = self.ask(*inputs)
+        query_BQ = self.ask(*inputs, **named)
         with given(query_BQ=query_BQ, batch=len(query_BQ)):
-            return self.model(*inputs)
+            return self.model(*inputs, **named)
 
-    def match(self, *inputs: Any) -> Tensor:
+    def match(self, *inputs: Any, **named: Any) -> Tensor:
         """How near the queries of these inputs are to the keys they choose, a scalar; training adds 1 - match."""
-        return self.router.match(self.ask(*inputs))
+        return self.router.match(self.ask(*inputs, **named))
 
     @torch.no_grad()
-    def ask(self, *inputs: Any) -> Tensor:
+    def ask(self, *inputs: Any, **named: Any) -> Tensor:
         """(B, Q) the query of each instance."""
-        return self.query(*inputs)
+        return self.query(*inputs, **named)
 
     def train(self, mode: bool = True) -> "Asking":
         """The query's network stays in evaluation mode."""

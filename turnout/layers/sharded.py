@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
+from turnout.layers.stock import as_if_plain
 from turnout.paths import Shards
 
 __all__ = ["Sharded"]
@@ -39,11 +40,22 @@ class Sharded(nn.Module):
             raise ShapeError(word("base and number", got=got, allowed=allowed, where="turnout.layers.Sharded", fix=fix))
         self.base, self.number = base, number
         self._of = (paths,)  # in a tuple, and so not registered
+        as_if_plain(self)
 
     @property
     def paths(self) -> Shards:
         """The shards."""
         return self._of[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear map, for whoever looks at it."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the linear map."""
+        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., O) the linear map of x (..., D), and what the adapter adds."""

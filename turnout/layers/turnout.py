@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
 from turnout.expects import POLICY, expects
-from turnout.layers.adapter import about
-from turnout.layers.adapter import real as padding
+from turnout.layers.told import about
+from turnout.layers.told import real as padding
 from turnout.types import Routing, spread
+from turnout.wrappers import unwrapped
 
 __all__ = ["Routed", "Turnout"]
 
@@ -79,7 +80,7 @@ class Turnout(nn.Module):
             ShapeError: token_id or real does not fit x.
         """
         x_TD = x.reshape(-1, x.shape[-1])
-        if hasattr(self.policy, "parts"):
+        if hasattr(unwrapped(self.policy), "parts"):
             found = about(x)
             if real is not None:
                 found = dataclasses.replace(found, keep_T=_fitting("real", real, x))
@@ -109,7 +110,7 @@ def decide(
     ids_T = None if token_id is None else _fitting("token_id", token_id, x)
     real_T = padding(x) if real is None else _fitting("real", real, x).to(x.device).bool()
     known = {}
-    if getattr(policy, "needs_given", False):
+    if getattr(unwrapped(policy), "needs_given", False):
         known = {"given": dataclasses.replace(about(x), keep_T=real_T).tokens()}
     if real_T is None:
         return policy(x_TD, token_id_T=ids_T, generator=generator, **known)

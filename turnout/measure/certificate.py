@@ -15,7 +15,7 @@ from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import expects
 from turnout.fields import build, plain
 from turnout.reading import check_fields, parse_json
-from turnout.storage import write_whole
+from turnout.storage import check_seal, sealed, write_whole
 
 __all__ = [
     "Certificate",
@@ -212,7 +212,7 @@ class Certificate:
     def to_json(self) -> str:
         """The certificate as JSON text, sealed with the SHA-256 of its content. That is no signature."""
         body = {"format": _FORMAT, **plain(self)}
-        return json.dumps(body | {"sha256": _seal(body)}, indent=2, allow_nan=False)
+        return json.dumps(sealed(body), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -223,10 +223,10 @@ class Certificate:
         """
         body = parse_json(text, _refuse)
         check_fields(body, {"format": Literal[_FORMAT], "sha256": str}, _refuse)
-        if body.pop("sha256") != _seal(body):
-            raise _refuse("its content is not what its sha256 says")
+        check_seal(body, _refuse)
+        fields = {name: item for name, item in body.items() if name not in ("format", "sha256")}
         try:
-            return build(cls, {name: item for name, item in body.items() if name != "format"}, "the certificate")
+            return build(cls, fields, "the certificate")
         except (KeyError, TypeError, TurnoutError) as error:
             raise _refuse(str(error)) from error
 
@@ -312,10 +312,6 @@ def _refuse(problem: str) -> CheckpointError:
     return CheckpointError(
         word("the certificate", got=problem, allowed=allowed, where="Certificate.from_json", fix=fix)
     )
-
-
-def _seal(body: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _short(sha256: str | None) -> str:

@@ -11,9 +11,10 @@ from turnout.expects import expects
 from turnout.measure.bars import expert_cells, gap_bars, pair_bars, share_bars
 from turnout.measure.certificate import Certificate
 from turnout.measure.charts import tracks
+from turnout.measure.conversion_record import check_record
 from turnout.measure.page import dot, flat, fold, frame, missing, table
 from turnout.measure.report import quantity
-from turnout.reading import read_json, read_text
+from turnout.reading import check_fields, read_json, read_text
 
 __all__ = ["ConversionData", "conversion_html"]
 
@@ -50,19 +51,21 @@ class ConversionData:
             CheckpointError: it is no conversion's, or a file is damaged.
         """
         folder = Path(folder)
+
+        def refuse(problem: str) -> CheckpointError:
+            got, fix = f"{folder} ({problem})", "name a folder that turnout convert wrote"
+            where = "ConversionData.open"
+            return CheckpointError(word("the folder", got=got, allowed="be a conversion's", where=where, fix=fix))
+
         try:
-            record = read_json(folder / "run.json", refuse=CheckpointError, finite=False)["conversion"]
-            rows, steps = record["plan"], record["steps"]
+            body = read_json(folder / "run.json", refuse=refuse, finite=False)
             found = folder / "certificate.json"
             certificate = Certificate.from_json(read_text(found)) if found.is_file() else None
-            if len(rows) != len(steps) + 1:
-                raise ValueError(f"{len(steps)} steps and {len(rows)} lines of the plan")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            got, fix = f"{folder} ({error})", "name a folder that turnout convert wrote"
-            raise CheckpointError(
-                word("the folder", got=got, allowed="be a conversion's", where="ConversionData.open", fix=fix)
-            ) from error
-        return cls(folder.resolve().name, record, certificate)
+        except OSError as error:
+            raise refuse(str(error)) from error
+        check_fields(body, {"conversion": dict}, refuse)
+        check_record(body["conversion"], refuse)
+        return cls(folder.resolve().name, body["conversion"], certificate)
 
     @property
     def source(self) -> str:

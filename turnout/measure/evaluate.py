@@ -1,18 +1,20 @@
 """Held-out bits per byte, overall and per domain, with the expert load that came about on the way."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.errors import DataError, ShapeError, word
 from turnout.expects import CALLED, expects
 from turnout.measure.load import entropy, max_vio
 from turnout.types import Routing, TraceWriter
+from turnout.wrappers import takes
 
 __all__ = ["Evaluation", "bits_per_byte"]
 
@@ -20,7 +22,10 @@ IGNORE = -100
 
 
 class Batch(Protocol):
-    """Tokens, what follows each of them (-100 where nothing is to be predicted), and the domain of each row."""
+    """Tokens, what follows each of them (-100 where nothing is to be predicted), and the domain of each row.
+
+    It may have a ``real_BS``, (B, S) bool: false at padding.
+    """
 
     @property
     def id_BS(self) -> Tensor: ...
@@ -114,14 +119,17 @@ def bits_per_byte(
     """How many bits the model needs for each byte of held-out text.
 
     bits per byte = sum of -ln p(target) over all predicted tokens / ln 2 / sum of their bytes. Tokens that stand
-    for no byte (special ones) count with their nats and no bytes. Positions without a target are padding: neither
-    their likelihood nor their routing counts, except in ``dropped``, which is about whole batches.
+    for no byte (special ones) count with their nats and no bytes. Positions without a target count nowhere: neither
+    their likelihood nor their routing. The number does not depend on how rows are batched and padded: padding is not
+    shown to the model, or is masked where ``forward`` takes an ``attention_mask``; and rows are given one by one to a
+    model whose routers let tokens take each other's place (a capacity, ``ExpertChoice``).
 
     Args:
-        forward: (B, S) token ids -> logits (B, S, V) and one Routing per routed layer over the B·S tokens. Put the
-            model into ``eval()`` before.
+        forward: (B, S) token ids -> logits (B, S, V) and one Routing per routed layer over the B·S tokens: a model,
+            or a function. Put the model into ``eval()`` before.
         batches: each with ``id_BS``, ``target_BS`` (-100 where there is nothing to predict) and ``domain_B`` (indices
-            into ``domains``; may be None or missing when there is at most one domain).
+            into ``domains``; may be None or missing when there is at most one domain). Padding is where its ``real_BS``
+            is false; where it has none, what stands after the last target of a row.
         byte_length_V: (V,) UTF-8 bytes that each token stands for; a numpy array is fine.
         domains: their names; default one, ``"all"``.
         trace: a TraceWriter, entered, which gets every row as a document with its routings.
@@ -144,19 +152,58 @@ def bits_per_byte(
     names = tuple(domains) or ("all",)
     length_V = torch.as_tensor(byte_length_V).long()
     sums = _Sums(len(names))
-    for batch in batches:
-        output = forward(batch.id_BS)
-        target_BS = batch.target_BS
-        domain_B = _domains(batch, names)
+    for output, id_BS, target_BS, domain_B in _calls(forward, batches, names):
         keep_BS = target_BS != IGNORE
         sums.add_likelihood(_nats(output.logits_BSV, target_BS), target_BS, length_V, domain_B)
         if len(output.routings):
             kept = [_kept(routing, keep_BS) for routing in output.routings]
             sums.add_routings(output.routings, kept, domain_B.repeat_interleave(keep_BS.sum(1).cpu()))
             if trace is not None:
-                ids = {"token_id_T": batch.id_BS[keep_BS]} if trace.token_ids else {}
+                ids = {"token_id_T": id_BS[keep_BS]} if trace.token_ids else {}
                 trace.add(kept, document_tokens=keep_BS.sum(1).tolist(), document_domains=domain_B.tolist(), **ids)
     return sums.finish(names)
+
+
+def _calls(
+    forward: Callable[..., Output], batches: Iterable[Batch], names: Sequence[str]
+) -> Iterator[tuple[Output, Tensor, Tensor, Tensor]]:
+    """What the model makes of the rows of the batches, in order, with their ids, targets and domains."""
+    masks, alone = takes(forward, "attention_mask"), rows_mix(forward)
+    for batch in batches:
+        id_BS, target_BS, domain_B = batch.id_BS, batch.target_BS, _domains(batch, names)
+        real_BS, said = _real(batch)
+        target_BS = target_BS.masked_fill(~real_BS.to(target_BS.device), IGNORE)
+        if not alone and (masks or not said or bool(real_BS.all())):
+            padded = not bool(real_BS.all())
+            output = forward(id_BS, attention_mask=real_BS) if masks and padded else forward(id_BS)
+            alone = any(routing.wanted_E is not None for routing in output.routings)
+            # Padding at the end, of which the model knows nothing, matters to routers alone.
+            if not alone and (masks or not padded or not len(output.routings)):
+                yield output, id_BS, target_BS, domain_B
+                continue
+        length_B = real_BS.sum(1).tolist()
+        # Rows of one length that stand beside each other go together.
+        for length, group in itertools.groupby(range(len(id_BS)), key=length_B.__getitem__):
+            rows = list(group)
+            for some in [[row] for row in rows] if alone else [rows]:
+                if length:
+                    id_NS, target_NS = (each[some][real_BS[some]].view(-1, length) for each in (id_BS, target_BS))
+                    yield forward(id_NS), id_NS, target_NS, domain_B[some]
+
+
+def _real(batch: Batch) -> tuple[Tensor, bool]:
+    """(B, S) bool, false at padding: as the batch says, else after the last target of each row; and whether it says."""
+    said = getattr(batch, "real_BS", None)
+    if said is not None:
+        return torch.as_tensor(said).bool(), True
+    kept_BS = batch.target_BS != IGNORE
+    return kept_BS.flip(1).cumsum(1).flip(1) > 0, False
+
+
+def rows_mix(forward: Callable[..., Any]) -> bool:
+    """Whether the rows of a batch are not independent: a router limits how many tokens an expert takes."""
+    modules = list(forward.modules()) if isinstance(forward, nn.Module) else []
+    return any(getattr(module, "capacity_factor", None) is not None for module in modules)
 
 
 class _Sums:
@@ -271,7 +318,8 @@ def _kept(routing: Routing, keep_BS: Tensor) -> Routing:
         return routing
     part = routing.keep(keep_T[routing.token_R])
     place_T = keep_T.long().cumsum(0) - 1
-    return dataclasses.replace(part, token_R=place_T[part.token_R], num_tokens=int(keep_T.sum()), wanted_E=None)
+    count = int(keep_T.sum())
+    return dataclasses.replace(part, token_R=place_T[part.token_R], num_tokens=count, wanted_E=None, real_T=None)
 
 
 def _shares(load_LE: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -17,6 +17,9 @@ __all__ = ["Passage", "ReportData", "RunData", "read_run"]
 
 # Keys of run.json that say where and how it ran, not what it is.
 _BESIDE = ("hardware", "command", "tokens_digest", "held_out_text", "versions", "commit", "cost")
+_MEASURED: dict[str, Any] = {"load": list[list[float]] | None, "by_domain": dict[str, Any] | None}
+_LINE = {"step": int, "kind": str | None, **_MEASURED}
+_RESULT = {"load_by_domain": dict[str, list[list[float]]] | None, "passage": dict | None, **_MEASURED}
 Route = tuple[int, float, float | None]
 Shares = Sequence[Sequence[float]]
 
@@ -252,7 +255,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     Source: none; plain bookkeeping.
     """
     folder = Path(folder)
-    run, problem = _json(folder / "run.json")
+    run, problem = _json(folder / "run.json", {"hardware": dict | None, "command": str | None})
     if problem:
         raise CheckpointError(
             word(
@@ -265,7 +268,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         )
     notes: list[str] = []
     metrics = tuple(_lines(folder / "metrics.jsonl"))
-    result, problem = _json(folder / "result.json")
+    result, problem = _json(folder / "result.json", _RESULT)
     if not metrics:
         notes.append("no metrics.jsonl: the run has not logged anything yet")
     if problem and (folder / "result.json").exists():
@@ -345,7 +348,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     for text in _text(path).splitlines():
         with contextlib.suppress(CheckpointError):
             line = parse_json(text, CheckpointError, finite=False)
-            check_fields(line, {"step": int, "kind": str | None}, CheckpointError)
+            check_fields(line, _LINE, CheckpointError)
             found[line.get("kind"), line["step"]] = line
     yield from sorted(found.values(), key=lambda line: line["step"])
 
@@ -357,9 +360,11 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return statistics.median(known[1:] or known) if known else None
 
 
-def _json(path: Path) -> tuple[dict[str, Any], str]:
+def _json(path: Path, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     try:
-        return read_json(path, refuse=CheckpointError, finite=False, any_link=True), ""
+        body = read_json(path, refuse=CheckpointError, finite=False, any_link=True)
+        check_fields(body, kinds, CheckpointError)
+        return body, ""
     except (OSError, CheckpointError) as error:
         return {}, getattr(error, "strerror", None) or str(error)
 

@@ -15,6 +15,7 @@ from turnout.models.padding import Places
 from turnout.models.pre_gate import PreGate
 from turnout.paths import FeedForward
 from turnout.types import Routing
+from turnout.wrappers import unwrapped
 
 __all__ = ["Block", "build_pre_gate", "build_router"]
 
@@ -68,7 +69,7 @@ class Block(nn.Module):
         """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
         x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache, places))
         normed_BSD = self.ff_norm(x_BSD)
-        if isinstance(self.ff, FeedForward):
+        if isinstance(unwrapped(self.ff), FeedForward):
             return self._add(x_BSD, self.ff(normed_BSD)), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
         routed = self.ff(normed_BSD, **call, real=None if places is None else places.real_BS)

@@ -1,6 +1,7 @@
 """The configuration of a language model: frozen, checked when it is made, and JSON there and back."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -13,6 +14,9 @@ __all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig"]
 
 # Routers: those of single layers, and the one that routes all layers at once.
 _ROUTERS = (*token.__all__, "PreGate")
+
+# No tensor of a model has a side of 2^31; what is worked out from sizes below it ends.
+_SIZES = 1 << 31
 
 _ROPE_NEEDS = {
     "linear": ("factor",),
@@ -234,7 +238,7 @@ class LMConfig:
         _check_layers("window_layers", self.window_layers, self.layers)
         if self.moe is not None:
             _check_layers("moe.layers", self.moe.layers, self.layers)
-            _check_each_layer(self.moe, sum(self.is_routed(layer) for layer in range(self.layers)))
+            _check_each_layer(self.moe, self.layers if self.moe.layers == "all" else len(self.moe.layers))
 
     @property
     def head_width(self) -> int:
@@ -305,11 +309,14 @@ def _refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
 def _positive(name: str, got: object, where: str) -> None:
     if not isinstance(got, int) or isinstance(got, bool) or got < 1:
         _refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
+    if got >= _SIZES:
+        _refuse(name, got, f"be below {_SIZES:,}", where, f"a smaller {name}")
 
 
 def _near_divisor(of: int, near: int) -> int:
     """The divisor of ``of`` that is closest to ``near``."""
-    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: abs(n - near))
+    pairs = ((n, of // n) for n in range(1, math.isqrt(of) + 1) if of % n == 0)
+    return min(sorted(n for pair in pairs for n in pair), key=lambda n: abs(n - near))
 
 
 def _check_heads(config: LMConfig) -> None:

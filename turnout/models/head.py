@@ -5,10 +5,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from turnout.errors import ShapeError, word
-from turnout.models.fused import IGNORE, token_loss
+from turnout.models.fused import IGNORE, check_targets, plain_loss, token_loss
+from turnout.run.composed import composes, slopes, transformed
 from turnout.run.product import linear, product
 from turnout.types import Routing
 
@@ -42,13 +43,13 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, keep: bool) -> Tensor:
         of_x, of_weight = (keep and wanted for wanted in ctx.needs_input_grad[:2])  # pyrefly: ignore[missing-attribute]
-        nats_T = torch.empty(len(x_TD), device=x_TD.device)
+        nats_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
         grad_TD = torch.empty_like(x_TD) if of_x else None
-        grad_VD = torch.zeros(weight_VD.shape, device=x_TD.device) if of_weight else None
+        grad_VD = x_TD.new_zeros(weight_VD.shape, dtype=torch.float32) if of_weight else None
         for start in range(0, len(x_TD), _ROWS):
             rows = slice(start, start + _ROWS)
-            x_ND, chosen_N1 = x_TD[rows], target_T[rows, None].clamp(min=0)
-            counts_N1 = (target_T[rows, None] != IGNORE).float()
+            x_ND, counts_N1 = x_TD[rows], target_T[rows, None] != IGNORE
+            chosen_N1, counts_N1 = target_T[rows, None] * counts_N1, counts_N1.float()
             logit_NV = product(x_ND, weight_VD.t()).float()
             peak_N1, logit_N1 = logit_NV.amax(1, keepdim=True), logit_NV.gather(1, chosen_N1)
             # exp by powers of 2: torch's exp takes four times as long on a CPU.
@@ -64,19 +65,25 @@ class _HeadLoss(torch.autograd.Function):
             if grad_VD is not None:
                 grad_VD += product(share_NV.t(), x_ND)
         grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
-        ctx.save_for_backward(*grads)  # pyrefly: ignore[bad-argument-type] - it takes None as well
+        # What went in is for a second derivative alone.
+        ctx.save_for_backward(*grads, x_TD, weight_VD, target_T)  # pyrefly: ignore[bad-argument-type] - None as well
         return nats_T.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, slope: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
-        grad_TD, grad_VD = ctx.saved_tensors
+        grad_TD, grad_VD, *inputs = ctx.saved_tensors
+        if composes(slope):
+            return *slopes(_composition, inputs, (*ctx.needs_input_grad[:2], False), slope)[:2], None, None
         return (
             None if grad_TD is None else grad_TD * slope.to(grad_TD.dtype),
             None if grad_VD is None else grad_VD * slope.to(grad_VD.dtype),
             None,
             None,
         )
+
+
+def _composition(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    return plain_loss(torch.nn.functional.linear(x_TD, weight_VD), target_T)
 
 
 def head_loss(hidden_BSD: Tensor, weight_VD: Tensor, target_BS: Tensor) -> Tensor:
@@ -91,10 +98,11 @@ def head_loss(hidden_BSD: Tensor, weight_VD: Tensor, target_BS: Tensor) -> Tenso
         target_BS: (...) int64, which token came; -100 for none.
 
     Returns:
-        A scalar in fp32, differentiable once.
+        A scalar in fp32; 0 where no target counts.
 
     Raises:
         ShapeError: hidden_BSD and target_BS do not fit each other.
+        UsageError: a target is neither a token nor -100 (looked at on a CPU), or they are not int64.
 
     >>> float(head_loss(torch.zeros(1, 2, 3), torch.ones(4, 3), torch.tensor([[3, -100]])))  # log 4
     1.3862943649291992
@@ -105,7 +113,8 @@ def head_loss(hidden_BSD: Tensor, weight_VD: Tensor, target_BS: Tensor) -> Tenso
         got, fix = f"{tuple(hidden_BSD.shape)} and {tuple(target_BS.shape)}", "pass the targets of the same positions"
         allowed = "have the same shape but for the width"
         raise ShapeError(word("hidden_BSD and target_BS", got=got, allowed=allowed, where="head_loss", fix=fix))
-    if hidden_BSD.device.type != "cpu" or torch.compiler.is_compiling():
+    check_targets(target_BS, len(weight_VD), where="head_loss")
+    if hidden_BSD.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
         return token_loss(linear(hidden_BSD, weight_VD), target_BS)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

@@ -19,6 +19,7 @@ from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
+from turnout.wrappers import unwrapped
 
 __all__ = [
     "LM",
@@ -100,7 +101,8 @@ class LM(nn.Module):
     @property
     def routers(self) -> list[nn.Module]:
         """The routers of the routed layers, in layer order; one that routes all layers stands there for each."""
-        found = [self.pre_gate or block.ff.router for block in self._blocks() if isinstance(block.ff, MoE)]
+        parts = [unwrapped(block.ff) for block in self._blocks()]
+        found = [self.pre_gate or part.router for part in parts if isinstance(part, MoE)]
         return [router for router in found if router is not None]
 
     def _blocks(self) -> list[Block]:
@@ -303,15 +305,16 @@ class LM(nn.Module):
         for layer, block in enumerate(self._blocks()):
             products += sum(p.weight.numel() for p in block.attention.modules() if isinstance(p, Projection))
             products += attended(config, layer, seq)
-            if isinstance(block.ff, FeedForward):
-                products += block.ff.up.numel() + block.ff.down.numel()
+            moe = unwrapped(block.ff)
+            if isinstance(moe, FeedForward):
+                products += moe.up.numel() + moe.down.numel()
                 continue
-            moe, bank = block.ff, block.ff.bank
+            bank = moe.bank
             used = min(_experts_per_token(config), bank.num_experts)
             spent = bank.cost(1, used)
             active -= (spent.params or 0) - (spent.params_active or 0)
             products += (spent.flops or 0.0) / 2
-            always = [getattr(moe.router, "weight", None), moe.shared_gate]
+            always = [None if moe.router is None else getattr(unwrapped(moe.router), "weight", None), moe.shared_gate]
             always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
             products += sum(p.numel() for p in always if p is not None)
         products += 0 if self.pre_gate is None else self.pre_gate.products(seq)

@@ -1,9 +1,12 @@
 """Feed-forward paths: a bank of experts with stacked weights, and the dense one that is always on."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.paths.layout import align_fused_optimizers
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
@@ -60,6 +63,7 @@ class Bank(nn.Module):
         _check("turnout.paths.Bank", activation, num_experts=num_experts, width=width, hidden=hidden)
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
         wide = hidden * (2 if activation in GATED else 1)
+        align_fused_optimizers()
         # Of shape (out, in), as nn.Linear and most checkpoints, but in memory (in, out): as fast to train, and up to
         # twelve times as fast for the few rows of decoding (turnout.run.decode).
         self.up = nn.Parameter(torch.empty(num_experts, width, wide).transpose(1, 2))
@@ -71,6 +75,10 @@ class Bank(nn.Module):
                 # Drawn in the order of the shape, so that the numbers do not depend on the storage.
                 drawn = torch.empty(stack.shape).transpose(1, 2).normal_(0, std, generator=generator)
                 stack.copy_(drawn.transpose(1, 2))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        align_fused_optimizers()  # a bank that another process sent
+        super().__setstate__(state)
 
     @property
     def up_EDH(self) -> Tensor:

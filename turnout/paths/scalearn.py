@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import LowRankWeights, Routing
+from turnout.types.recall import steady
 
 __all__ = ["ScaLearn"]
 
@@ -79,6 +80,7 @@ class ScaLearn(nn.Module):
             raise ShapeError(word("the adapters", got=got, allowed=allowed, where=_WHERE, fix="build it for these"))
         omega_NO = self.omega
         if self.training and self.dropout:
+            generator = steady(generator)
             device = omega_NO.device if generator is None else generator.device
             chance_NO = torch.rand(omega_NO.shape, generator=generator, device=device).to(omega_NO.device)
             omega_NO = omega_NO * (chance_NO >= self.dropout) / (1 - self.dropout)

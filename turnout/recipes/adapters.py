@@ -125,7 +125,7 @@ def adapt(
     """
     out, path = Path(out), Path(path)
     asked: dict[str, Any] = {"router": router, "router_options": router_options, "gate_text": gate_text, "text": text}
-    outlined = outline_adapters(path, adapters, **asked, any_base=any_base)
+    outlined = outline_adapters(path, adapters, **asked, any_base=any_base, dtype=dtype)
     texts = {name: str(Path(place).resolve()) for name, place in (gate_text or {}).items()}
     source, options = str(path.resolve()), dict(router_options or {})
     settings: dict[str, Any] = {"source": source, "adapters": [str(Path(one).resolve()) for one in adapters]}
@@ -244,11 +244,12 @@ def outline_adapters(
     gate_text: Mapping[str, str | Path] | None = None,
     text: str | Path | None = None,
     any_base: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Adapted:
     """What ``adapt`` would put on the model, and whatever it would refuse, checked; no weight of the model is read.
 
     Args:
-        path, adapters, router, router_options, gate_text, text, any_base: as in ``adapt``.
+        path, adapters, router, router_options, gate_text, text, any_base, dtype: as in ``adapt``.
 
     Raises:
         TurnoutError: a folder that is not whole, adapters that do not fit the model, a router of no such name, options
@@ -270,7 +271,7 @@ def outline_adapters(
         if not Path(place).exists():
             got, allowed, fix = str(place), "be a file or folder that is there", "check the spelling of the path"
             raise UsageError(word("the text", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    model = _outline(path)
+    model = _outline(path, dtype)
     _, report = attach(model, found, router=even, any_base=any_base)
     values = {**report.values, "router": router}
     return Adapted(None, tuple(found), dataclasses.replace(report, values=values), {}, {}, {})
@@ -333,13 +334,13 @@ def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
                 logging.enable_progress_bar()
 
 
-def _outline(path: str | Path) -> Any:
+def _outline(path: str | Path, dtype: torch.dtype | None) -> Any:
     """The same without its weights."""
     with _explained(path), torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
         model.config._name_or_path = str(path)
         return model
 

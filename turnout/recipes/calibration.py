@@ -13,7 +13,7 @@ from turnout.errors import DataError, word
 from turnout.models import LMConfig
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
-from turnout.train.data.tokenizer import separator_id
+from turnout.train.data.tokenizer import refuse_chance, separator_id
 
 __all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
 
@@ -97,7 +97,9 @@ def calibration(
     """
     place = find_tokenizer(folder)
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
-    ids, sizes, seen, left_out = _read(source, load_tokenizer(place), wanted, own=own)
+    tokenizer = load_tokenizer(place)
+    refuse_chance(tokenizer)
+    ids, sizes, seen, left_out = _read(source, tokenizer, wanted, own=own)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
         got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"

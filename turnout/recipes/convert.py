@@ -26,6 +26,7 @@ from turnout.recipes.partial import MemoryShortError, Part, Partial, Say, refuse
 from turnout.recipes.plan import Format, Plan, make_plan
 from turnout.recipes.run import Run
 from turnout.recipes.steps import Step, step_from_json, step_json
+from turnout.recipes.stock import check_with_transformers, said
 from turnout.reshape.kept import keeping
 from turnout.storage import digest, write_whole
 from turnout.types import Report
@@ -61,7 +62,7 @@ class Conversion:
         return tuple(Report.from_json(json.dumps(step["report"])) for step in self.record["steps"])
 
     def summary(self) -> str:
-        """Two lines: where it is, and how far the logits moved; with text a third, what that means for it."""
+        """Where it is, how far the logits moved, what transformers says to it; with text, what that means for it."""
         gap = self.certificate.logits
         moved = f"logits at most {_number(gap.max_abs)} apart ({_number(gap.relative)} relative)"
         moved += f", top token the same at {100 * gap.top1:.4g} %"
@@ -71,6 +72,8 @@ class Conversion:
             moved = f"nothing can be said: {self.certificate.lost} (A the input, B the output)"
         about = f"input against output, {self.certificate.inputs.tokens} random tokens"
         lines = [f"{self.out}: {self.plan.architecture}", f"{about}: {moved}"]
+        if stock := self.record.get("stock"):
+            lines.append(said(stock))
         if held_out := self.record["held_out"]:
             before, after = (held_out[name]["bits_per_byte"] for name in ("before", "after"))
             lines.append(f"held-out text: {before:.4f} bits per byte before, {after:.4f} after")
@@ -94,7 +97,8 @@ def convert(
     """Reads a model, takes the steps in their order, and writes a folder of the same kind, whole or not at all.
 
     What is finished of each step, layer by layer and batch by batch, is kept in ``OUT.part`` until the end. The same
-    call goes on from there after the process was stopped, whatever stopped it, and ends with the same bits.
+    call goes on from there after the process was stopped, whatever stopped it, and ends with the same bits. Where
+    transformers is installed, it loads a folder of its kind whole, and to the same logits, before that takes its place.
 
     Args:
         path: a folder of transformers, one that ``checkpoint.save`` wrote, or a run folder.
@@ -131,7 +135,7 @@ def convert(
         done = place.written() or _fill(plan, found, seed, place, tell)
         tell("comparing what was written with what was read")
         certificate = _compare(plan, place.result, out)
-        body = _record(plan, done, found, certificate, seed, text_tokens)
+        body = _record(plan, done | _judged(plan, place.result, tell), found, certificate, seed, text_tokens)
         _describe(place.result, out.name, body, certificate)
     return Conversion(out, plan, body["conversion"], certificate)
 
@@ -294,6 +298,14 @@ def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
     return dataclasses.replace(found, b=dataclasses.replace(found.b, name=str(out)))
 
 
+def _judged(plan: Plan, result: Path, say: Say) -> dict[str, Any]:
+    """What transformers says to its own kind of folder."""
+    if plan.target != "transformers":
+        return {}
+    say("loading what was written with transformers")
+    return {"stock": check_with_transformers(result, params=plan.rows[-1].params)}
+
+
 def _describe(result: Path, name: str, body: Mapping[str, Any], certificate: Certificate) -> None:
     certificate.save(result / "certificate.json")
     write_whole(result / "report.html", conversion_html(ConversionData(name, body["conversion"], certificate)))
@@ -324,6 +336,7 @@ def _record(
         "compared": {"verdict": certificate.verdict, "max_abs": gap.max_abs, "relative": gap.relative},
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
+        **({"stock": done["stock"]} if "stock" in done else {}),
     }
     if plan.target != "run":
         return {"format": _FORMAT, "conversion": conversion}

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from turnout.errors import Interrupted, StorageError, TurnoutError, UsageError, word
-from turnout.models.checkpoint.own import opened, read_json
-from turnout.storage import read_error, write_whole
+from turnout import reading
+from turnout.errors import CheckpointError, Interrupted, StorageError, TurnoutError, UsageError, word
+from turnout.models.checkpoint.own import read_json
+from turnout.storage import check_seal, digest, load_tensors, read_error, save_tensors, sealed, write_whole
 from turnout.train.folder import locked, write_failure
 
 __all__ = ["MemoryShortError", "Part", "Partial", "Say", "refuse_existing", "unfinished"]
@@ -23,6 +23,7 @@ __all__ = ["MemoryShortError", "Part", "Partial", "Say", "refuse_existing", "unf
 _WHERE = "turnout convert"
 # The first file of such a folder, by which it is known: what is converted, and how.
 _MARK, _DONE, _RESULT, _KEPT = "turnout-convert.json", "done.json", "result", "kept"
+_PIECE = "turnout.piece/1"
 Say = Callable[[str], None]
 Part = Callable[[str, int, int], None]
 
@@ -58,17 +59,28 @@ class Pieces:
         path = self._folder / f"{name}.safetensors"
         if not path.is_file():
             return None
-        with opened(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+
+        def refuse(problem: str) -> CheckpointError:
+            got, fix = f"{path} ({problem})", "remove the file: what it held is worked out again"
+            return CheckpointError(word("a piece", got=got, allowed="be as it was written", where=_WHERE, fix=fix))
+
+        metadata, tensors = load_tensors(path, refuse, ("format",))
+        if metadata != {"format": _PIECE}:
+            raise refuse("no piece of this version")
+        return tensors
 
     def put(self, name: str, piece: Mapping[str, Tensor]) -> None:
         """Writes the file, aside first and then renamed."""
-        tensors = {key: tensor.detach().contiguous() for key, tensor in piece.items()}
-        write_whole(self._folder / f"{name}.safetensors", lambda aside: save_file(tensors, aside))
+        save_tensors(self._folder / f"{name}.safetensors", piece, {"format": _PIECE})
 
     def tell(self, what: str, done: int, of: int) -> None:
         """Passes it on."""
         self._part(what, done, of)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): digest(file) for file in files}
 
 
 class Partial:
@@ -102,7 +114,19 @@ class Partial:
 
     def written(self) -> dict[str, Any] | None:
         """What ``finish`` was given, where the weights of the result are all written; None before."""
-        return read_json(self.folder / _DONE, _WHERE) if (self.folder / _DONE).is_file() else None
+        if not (self.folder / _DONE).is_file():
+            return None
+
+        def refuse(problem: str) -> CheckpointError:
+            got, fix = f"{self.folder / _DONE} ({problem})", f"remove {self.folder} to begin anew"
+            return CheckpointError(word("the result", got=got, allowed="be as it was written", where=_WHERE, fix=fix))
+
+        body = reading.read_json(self.folder / _DONE, refuse=refuse, finite=False)
+        check_seal(body, refuse)
+        found = _digests(self.result)
+        if any(found.get(name) != sha256 for name, sha256 in body["files"].items()):
+            raise refuse("the files of the result are others than were written")
+        return body["done"]
 
     def clear(self) -> None:
         """Removes a result that was not finished."""
@@ -110,7 +134,7 @@ class Partial:
 
     def finish(self, body: Mapping[str, Any]) -> None:
         """Says that the weights of the result are all written, and what there is to tell of them."""
-        write_whole(self.folder / _DONE, json.dumps(body) + "\n")
+        write_whole(self.folder / _DONE, json.dumps(sealed({"done": body, "files": _digests(self.result)})) + "\n")
 
 
 @contextlib.contextmanager
@@ -166,7 +190,8 @@ def _refuse_other(folder: Path, settings: Mapping[str, Any]) -> None:
             fix = f"move {folder} away, or name another folder"
             raise StorageError(word(str(folder), got="something else", allowed="be free to use", where=_WHERE, fix=fix))
         return
-    begun = read_json(folder / _MARK, _WHERE).get("settings") or {}
+    begun = read_json(folder / _MARK, _WHERE).get("settings")
+    begun = begun if isinstance(begun, dict) else {}
     now = json.loads(json.dumps(settings))
     for name in now:
         if begun.get(name) != now[name]:

@@ -1,28 +1,27 @@
 """A choice of adapters on disk: their folders as PEFT wrote them, and which router takes which of them."""
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.expects import PATH, expects
-from turnout.layers import Adapter
 from turnout.models.checkpoint.own import read_json
-from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter
-from turnout.reshape.attach import CHOICE, attach
-from turnout.reshape.learned import ROUTERS_FILE, load_routers, save_routers
-from turnout.reshape.routers import GATED, ROUTERS, check_options
-from turnout.storage import read_error, write_whole
+from turnout.models.checkpoint.peft import read_adapter
+from turnout.reading import check_fields, check_link, plain_name
+from turnout.reshape.attach import attach
+from turnout.reshape.beside import FILE, FORMAT, adapters_of, describe, refuse_names, writer
+from turnout.reshape.learned import ROUTERS_FILE, load_routers
+from turnout.reshape.routers import ROUTERS, Site, check_options
+from turnout.reshape.shards import SHARDS_FILE, load_shards
+from turnout.storage import read_error
 from turnout.types import Report
 
 __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 
-_FORMAT = "turnout.adapters/1"
-_FILE = "adapters.json"
 _WHERE = "turnout.reshape.attach_folder"
 
 
@@ -67,49 +66,18 @@ def save_adapters(
     _refuse_existing(path, where)
     found = [(folder, read_adapter(folder)) for folder in adapters]
     names = [one.name for _, one in found]
-    _refuse_names(names, where)
+    refuse_names(names, where)
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
-    for folder, one in found:
-        place = path / "adapters" / one.name
+    every = {name: _files(Path(folder)) for (folder, _), name in zip(found, names, strict=True)}
+    for name, files in every.items():
+        place = path / "adapters" / name
         place.mkdir(parents=True)
-        for file in sorted(Path(folder).iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".md"):
-                shutil.copyfile(file, place / file.name)
-    _describe(path, base, router, router_options, names)
+        for file in files:
+            shutil.copyfile(file, place / file.name)
+    describe(path, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
-
-
-@expects(model=nn.Module)
-def adapters_of(model: nn.Module) -> list[PeftAdapter]:
-    """The adapters of an attached model as they are now, for instance after training; copies.
-
-    Args:
-        model: one that ``attach`` gave adapters.
-
-    Raises:
-        UsageError: it has none.
-
-    >>> import torch
-    >>> one = PeftAdapter("a", None, {"0": (torch.ones(2, 8), torch.ones(4, 2), 0.5)})
-    >>> model, _ = attach(nn.Sequential(nn.Linear(8, 4)), [one])
-    >>> [(one.name, one.factor["0"][2]) for one in adapters_of(model)]
-    [('a', 0.5)]
-
-    Source: none; plain bookkeeping.
-    """
-    factor: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
-    if not layers:
-        fix, where = "call turnout.reshape.attach first", "turnout.reshape.adapters_of"
-        raise UsageError(word("model", got="no adapters", allowed="have adapters", where=where, fix=fix))
-    for module, layer in layers.items():
-        for n, name in enumerate(layer.names):
-            a, b, scale = layer.paths.factors(n)
-            factor.setdefault(name, {})[module] = (a.detach().clone(), b.detach().clone(), scale)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return [PeftAdapter(name, base, found) for name, found in factor.items()]
 
 
 @expects(path=PATH, model=nn.Module)
@@ -121,8 +89,8 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
 
     Args:
         path: the new folder.
-        model: ``attach``-ed with a router by name that needs nothing else from the adapters' folders: not "phatgoose"
-            or "glider".
+        model: one that ``attach`` changed. Where its router was a function, ``attach_folder`` is to be given that
+            again.
 
     Returns:
         A report: the adapters, the router, and how many numbers the routers hold.
@@ -141,22 +109,12 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
     Source: none; the folder format of PEFT, several times.
     """
     path, where = Path(path), "turnout.reshape.save_attached"
-    router, options = getattr(model, CHOICE, (None, {}))
-    if router is None or router in GATED:
-        fix = "attach with a router by name, such as router='poly'; for gates, turnout.reshape.save_adapters"
-        got, allowed = f"the router {router!r}", "have been chosen by name, and need no gates in the adapters' folders"
-        raise UsageError(word("the model's router", got=got, allowed=allowed, where=where, fix=fix))
     _refuse_existing(path, where)
-    adapters = adapters_of(model)
-    _refuse_names([one.name for one in adapters], where)
+    write = writer(model, {})
     aside = path.with_name(path.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        for one in adapters:
-            write_adapter(aside / "adapters" / one.name, one)
-        learned = save_routers(aside, model)
-        names = [one.name for one in adapters]
-        _describe(aside, adapters[0].base, router, options, names)
+        report = write(aside)
         if path.is_dir():
             path.rmdir()  # empty, or it would have been refused
         aside.rename(path)
@@ -165,7 +123,15 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
         if isinstance(error, OSError):
             raise read_error(error, path, where) from error
         raise
-    return Report("save_attached", {"adapters": names, "router": router, "params_router": learned["params"]})
+    return report
+
+
+def _files(folder: Path) -> list[Path]:
+    """What of an adapter's folder is copied; not what a stranger's folder points at elsewhere."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".md")]
+    for file in files:
+        check_link(file)
+    return [file for file in files if file.is_file()]
 
 
 def _refuse_existing(path: Path, where: str) -> None:
@@ -177,46 +143,31 @@ def _refuse_existing(path: Path, where: str) -> None:
         )
 
 
-def _refuse_names(names: Sequence[str], where: str) -> None:
-    """Refuses adapters that cannot each have a folder of their name."""
-    plain = [name for name in names if name and name not in (".", "..") and Path(name).name == name]
-    if not names or len(set(plain)) < len(names):
-        got, fix = ", ".join(map(repr, names)) or "none", "rename the adapters' folders"
-        allowed = "be at least one, each of its own name, which may be a folder's"
-        raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
-
-
-def _describe(
-    path: Path, base: str | None, router: str, options: Mapping[str, Any] | None, names: Sequence[str]
-) -> None:
-    """Writes ``adapters.json``, the last of a folder's files."""
-    body = {"format": _FORMAT, "base": base, "router": router, "router_options": dict(options or {})}
-    write_whole(path / _FILE, json.dumps(body | {"adapters": list(names)}, indent=2, default=_numbers) + "\n")
-
-
-def _numbers(value: object) -> list[Any]:
-    """A tensor in JSON; fp32 numbers come back to the bit."""
-    if not isinstance(value, Tensor):
-        allowed, fix = "be what JSON can hold, or tensors", "leave it out here, and attach with it in code"
-        got, where = type(value).__name__, "turnout.reshape.save_adapters"
-        raise UsageError(word("router_options", got=got, allowed=allowed, where=where, fix=fix))
-    return value.detach().cpu().tolist()
-
-
 @expects(model=nn.Module, path=PATH)
-def attach_folder(model: nn.Module, path: str | Path, *, any_base: bool = False) -> tuple[nn.Module, Report]:
-    """The same model with the adapters and the router of a folder that ``save_adapters`` wrote; changed in place.
+def attach_folder(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    any_base: bool = False,
+    freeze: bool = True,
+    router: Callable[[Site], nn.Module] | None = None,
+) -> tuple[nn.Module, Report]:
+    """The same model with what a folder has for it: adapters and their router, or shards; changed in place.
 
     Args:
         model: a live model of the architecture that the adapters were trained on.
-        path: the folder, for instance what ``turnout convert --adapters`` wrote.
+        path: what ``save_adapters`` or ``save_attached`` wrote, ``turnout convert --adapters``, or the
+            ``save_pretrained`` of a live model; then ``model`` may be what ``from_pretrained(path)`` gives.
         any_base: as in ``attach``.
+        freeze: as in ``attach``.
+        router: the function that built the routers, for a folder of a model where it was one.
 
     Returns:
-        What ``attach`` gives.
+        What ``attach`` gives, or ``attach_shards``.
 
     Raises:
         CheckpointError: the folder is not whole.
+        UsageError: its router was a function, and none is given.
 
     >>> import tempfile, torch
     >>> from turnout.models.checkpoint import PeftAdapter, write_adapter
@@ -229,15 +180,33 @@ def attach_folder(model: nn.Module, path: str | Path, *, any_base: bool = False)
     Source: none; ``attach``.
     """
     path = Path(path)
-    body = read_json(path / _FILE, _WHERE)
-    names = body.get("adapters")
-    if body.get("format") != _FORMAT or not isinstance(names, list) or any(Path(name).name != name for name in names):
-        got = f"{path / _FILE} of format {body.get('format')!r} with {names!r}"
-        fix = "name a folder that save_adapters wrote"
-        raise CheckpointError(word("the adapters", got=got, allowed=f"be {_FORMAT}", where=_WHERE, fix=fix))
-    folders = [path / "adapters" / name for name in names]
+    any_base = any_base or _is_from(model, path)
+    if (path / SHARDS_FILE).exists() and not (path / FILE).exists():
+        return load_shards(model, path, any_base=any_base)
+    body = read_json(path / FILE, _WHERE)
+
+    def refuse(problem: str) -> CheckpointError:
+        got, fix = f"{path / FILE} ({problem})", "name a folder that save_adapters wrote"
+        return CheckpointError(word("the adapters", got=got, allowed=f"be {FORMAT}", where=_WHERE, fix=fix))
+
+    kinds = {"format": Literal["turnout.adapters/1"], "adapters": list[str], "router": str | None}
+    check_fields(body, kinds | {"router_options": dict[str, Any] | None}, refuse)
+    folders = [path / "adapters" / plain_name(name, refuse) for name in body["adapters"]]
+    for folder in (path / "adapters", *folders):
+        check_link(folder, refuse)
     options = body.get("router_options") or {}
-    model, report = attach(model, folders, router=str(body["router"]), router_options=options, any_base=any_base)
+    if body.get("router") is None and router is None:
+        got, fix = "none", "pass router=BUILD, the function that attach was given"
+        allowed = "be given: those of this folder were built by a function"
+        raise UsageError(word("the router", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    build = str(body["router"]) if router is None else router
+    found = attach(model, folders, router=build, router_options=options, any_base=any_base, freeze=freeze)
     if (path / ROUTERS_FILE).exists():  # what they learned: save_routers
         load_routers(model, path)
-    return model, report
+    return found
+
+
+def _is_from(model: nn.Module, path: Path) -> bool:
+    """Whether the model was read from this very folder, whose adapters may name the base that it was before."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return bool(name) and Path(name).exists() and Path(name).resolve() == path.resolve()

@@ -237,17 +237,10 @@ def _forward(
 
 
 def _routing(index_TK: Tensor, weight_TK: Tensor, num_experts: int, sharded: bool) -> Routing:
-    """The decision; under expert parallelism the index E stands for an expert elsewhere, and is no entry here."""
+    """The decision; the index E, by which transformers means an expert elsewhere, is no entry here."""
     # On the CPU looking is free; elsewhere it would wait for the device, and only sharded experts can be meant.
     if (sharded or index_TK.device.type == "cpu") and index_TK.numel() and int(index_TK.max()) >= num_experts:
-        here_TK = index_TK < num_experts
-        return Routing.from_entries(
-            here_TK.nonzero()[:, 0],
-            index_TK[here_TK],
-            weight_TK[here_TK],
-            num_tokens=index_TK.shape[0],
-            num_experts=num_experts,
-        )
+        return Routing.from_topk(index_TK, weight_TK, num_experts=num_experts, dropped=num_experts)
     return Routing.from_topk(index_TK, weight_TK, num_experts=num_experts)
 
 

@@ -12,20 +12,18 @@ from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.expects import expects
-from turnout.layers.adapter import Adapter, leave, overhear
-from turnout.layers.sharded import Sharded
+from turnout.layers import Adapter, Asking, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, same_base
 from turnout.paths import LoRA
+from turnout.reshape.beside import writer
+from turnout.reshape.live import CHOICE, alive, leave_alone, put, saved_by
+from turnout.reshape.live import freeze as freeze_all
 from turnout.reshape.routers import ROUTERS, Site, check_options
 from turnout.types import Report
 
 __all__ = ["attach", "detach"]
 
 _WHERE = "turnout.reshape.attach"
-SHARDS = "turnout_shards"  # where ``attach_shards`` keeps the pools
-FROZEN = "_turnout_frozen"  # and what it froze
-_HOOKS = "_turnout_adapter_hooks"  # what an attached model remembers for ``detach``
-CHOICE = "_turnout_adapter_choice"  # and for ``save_attached``: the router's name, or None, and its options
 
 
 @expects(model=nn.Module)
@@ -36,11 +34,14 @@ def attach(
     router: str | Callable[[Site], nn.Module] = "arrow",
     router_options: Mapping[str, Any] | None = None,
     any_base: bool = False,
+    freeze: bool = True,
 ) -> tuple[nn.Module, Report]:
     """The same model, each adapted linear map an ``Adapter`` of all adapters that change it; changed in place.
 
-    A map that only some adapters change chooses among those. The base weights stay where they are, under ``base``;
-    padding is read from ``attention_mask``, so that ``generate`` and Trainer go on as before. ``detach`` undoes it.
+    A map that only some adapters change chooses among those. Padding is read from ``attention_mask``, however it is
+    passed. The base is frozen, so that any loop trains adapters and routers alone. In the state dict the base keeps its
+    names, with the adapters beside it; ``save_pretrained`` writes a folder that transformers loads as the base, and
+    ``attach_folder`` as the whole. ``detach`` undoes all of it.
 
     Args:
         model: a transformers model, or any module whose linear maps the adapters name.
@@ -48,6 +49,7 @@ def attach(
         router: a name (see ``turnout.reshape.routers.ROUTERS``), or a function from a ``Site`` to a router.
         router_options: keywords of the router, such as ``{"top_k": 1}``.
         any_base: take adapters that say they were trained on a model of another name; shapes are checked anyway.
+        freeze: False leaves the base as trainable as it is.
 
     Returns:
         ``model`` itself, and a report: ``modules`` names the adapted maps, ``adapters`` and ``ranks`` what there is,
@@ -76,26 +78,28 @@ def attach(
     everyone = tuple(one.name for one in found)
     shared: dict[object, nn.Module] = {}
     made = {name: _adapter(model, name, present, build, options, shared, everyone) for name, present in sites.items()}
-    for name, adapter in made.items():  # only now: a refusal above leaves the model as it was
+    report = _report(model, made, found, sites, router)
+    alive(model)  # only now: a refusal above leaves the model as it was
+    if freeze:
+        freeze_all(model)
+    for name, adapter in made.items():
         put(model, name, adapter)
-    hooks = (
-        model.register_forward_pre_hook(overhear, with_kwargs=True),
-        model.register_forward_hook(leave, always_call=True),
-    )
-    setattr(model, _HOOKS, hooks)
     setattr(model, CHOICE, (router if isinstance(router, str) else None, options))
-    return model, _report(made, found, sites, router)
+    saved_by(model, writer)
+    return model, report
 
 
 @expects(model=nn.Module)
 def detach(model: nn.Module) -> tuple[nn.Module, Report]:
-    """The same model without its adapters: every linear map is the very module it was; changed in place.
+    """The same model without its adapters: every layer is the very module it was; changed in place.
+
+    Parameters ask for gradients again as they did before, and the model's class is what it was.
 
     Args:
-        model: what ``attach`` or ``attach_shards`` was given.
+        model: what ``attach``, ``attach_shards`` or ``scale_and_shift`` was given, or the last one's result.
 
     Returns:
-        ``model`` itself, and a report whose ``modules`` names the maps that were put back.
+        ``model`` itself, or what the asking model held; and a report whose ``modules`` names what was put back.
 
     >>> from turnout.models.checkpoint import PeftAdapter
     >>> linear = nn.Linear(8, 4)
@@ -108,25 +112,19 @@ def detach(model: nn.Module) -> tuple[nn.Module, Report]:
 
     Source: none; plain bookkeeping.
     """
-    made = {name: module for name, module in model.named_modules() if isinstance(module, Adapter | Sharded)}
-    for name, adapter in made.items():
-        put(model, name, adapter.base)
-    vars(model).pop(CHOICE, None)
-    if hasattr(model, SHARDS):
-        delattr(model, SHARDS)
-    for parameter in vars(model).pop(FROZEN, ()):
-        parameter.requires_grad_(True)
-    for hook in vars(model).pop(_HOOKS, ()):
-        hook.remove()
+    model = model.model if isinstance(model, Asking) else model
+    made = {name: module for name, module in model.named_modules() if isinstance(module, Adapter | Scaled | Sharded)}
+    for name, changed in made.items():
+        put(model, name, changed.base)
+    leave_alone(model)
     return model, Report("detach", {"modules": list(made)})
 
 
 def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_base: bool) -> list[PeftAdapter]:
     """The adapters, read; a model that they cannot go on is refused."""
-    if not isinstance(model, nn.Module) or isinstance(adapters, str | Path | PeftAdapter):
-        got = f"a {type(model).__name__} and a {type(adapters).__name__}"
-        allowed, fix = "be a live model and a list of adapters", "call attach(model, [FOLDER, FOLDER])"
-        raise UsageError(word("model and adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if isinstance(adapters, str | Path | PeftAdapter):
+        got, fix = f"a {type(adapters).__name__}", "call attach(model, [FOLDER, FOLDER])"
+        raise UsageError(word("adapters", got=got, allowed="be a list of adapters", where=_WHERE, fix=fix))
     found = [one if isinstance(one, PeftAdapter) else read_adapter(one) for one in adapters]
     strangers = {type(module).__module__.partition(".")[0] for module in (model, *model.modules())}
     if "peft" in strangers:
@@ -139,7 +137,7 @@ def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_b
         got = ", ".join(names) or "none"
         allowed, fix = "be at least one, each of its own name", "rename the folders of those that share a name"
         raise UsageError(word("adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    if any(isinstance(module, Adapter | Sharded) for module in model.modules()):
+    if any(isinstance(module, Adapter | Scaled | Sharded) for module in model.modules()):
         got, allowed = "adapters already", "have none"
         fix = "call turnout.reshape.detach(model) first, and attach all at once"
         raise UsageError(word("model", got=got, allowed=allowed, where=_WHERE, fix=fix))
@@ -164,7 +162,40 @@ def _sites(model: nn.Module, found: list[PeftAdapter]) -> dict[str, list[PeftAda
         for name, factor in one.factor.items():
             _fit(modules, name, one.name, factor)
             sites.setdefault(name, []).append(one)
+        _same_copies(modules, one)
+        without = _without(modules, one)
+        if without and one.settings is not None and not one.settings.starts_at_nothing:
+            got = f"{', '.join(without[:3])} of {len(without)} without, in adapter {one.name!r}"
+            allowed = "be there for every map that its settings name: init_lora_weights=False starts them at random"
+            fix = "save the adapter again, whole"
+            raise CheckpointError(word("an adapter's factors", got=got, allowed=allowed, where=_WHERE, fix=fix))
     return {name: sites[name] for name in modules if name in sites}
+
+
+def _without(modules: Mapping[str, nn.Module], one: PeftAdapter) -> list[str]:
+    """The linear maps that an adapter's settings name and its folder has no factors for."""
+    if one.settings is None:
+        return []
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in one.factor]
+    return [name for name in linear if one.settings.targeted(name)]
+
+
+def _same_copies(modules: Mapping[str, nn.Module], one: PeftAdapter) -> None:
+    """Refuses an adapter that brings weights of another base along, such as embeddings of another size."""
+    wrong = []
+    for name, copy in one.copies.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.shape != copy.shape:
+            wrong.append(name)
+        elif not weight.is_meta and not torch.equal(weight.detach().cpu(), copy.to(weight.dtype)):
+            wrong.append(name)
+    if wrong:
+        got = f"{', '.join(f'{name} {tuple(one.copies[name].shape)}' for name in wrong)} in adapter {one.name!r}"
+        fix = "put these weights into the base model first (resize its embeddings where they differ in size)"
+        allowed = "be those of the base model: an adapter belongs to the base that it was trained on"
+        raise CheckpointError(
+            word("weights of a base model beside an adapter", got=got, allowed=allowed, where=_WHERE, fix=fix)
+        )
 
 
 def _fit(modules: Mapping[str, nn.Module], name: str, adapter: str, factor: tuple[Tensor, Tensor, float]) -> None:
@@ -194,12 +225,6 @@ def _fit(modules: Mapping[str, nn.Module], name: str, adapter: str, factor: tupl
         raise CheckpointError(word("an adapter's factors", got=got, allowed="be finite", where=_WHERE, fix=fix))
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Sets the module of that name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def _adapter(
     model: nn.Module,
     name: str,
@@ -209,13 +234,13 @@ def _adapter(
     shared: dict[object, nn.Module],
     everyone: tuple[str, ...],
 ) -> Adapter:
-    """The linear map of that name with these adapters, theirs frozen, and a router of them."""
+    """The linear map of that name with these adapters and a router of them."""
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     factors = [one.factor[name] for one in present]
     width, out = factors[0][0].shape[1], factors[0][1].shape[0]
     paths = LoRA(width, out, [a.shape[0] for a, _, _ in factors], scales=[scale for _, _, scale in factors])
-    paths.to(linear.weight).requires_grad_(False)
+    paths.to(linear.weight)
     for n, (a, b, _) in enumerate(factors):
         paths.fill(n, a, b)
     gates = tuple(one.gate.get(name) for one in present)
@@ -226,13 +251,17 @@ def _adapter(
 
 
 def _report(
+    model: nn.Module,
     made: Mapping[str, Adapter],
     found: list[PeftAdapter],
     sites: Mapping[str, list[PeftAdapter]],
     router: str | Callable[[Site], nn.Module],
 ) -> Report:
     partly = {name: len(present) for name, present in sites.items() if len(present) < len(found)}
-    notes = (f"{len(partly)} maps are changed by some of the adapters only",) if partly else ()
+    notes = [f"{len(partly)} maps are changed by some of the adapters only"] if partly else []
+    for one in found:
+        if without := _without(dict(model.named_modules()), one):
+            notes.append(f"{one.name} has no factors for {len(without)} maps that its settings name: {without[0]}")
     deciders = {id(adapter.router): adapter.router for adapter in made.values()}
     decides = sum(parameter.numel() for one in deciders.values() for parameter in one.parameters())
     values: dict[str, Any] = {
@@ -243,4 +272,4 @@ def _report(
         "params_added": sum(adapter.paths.cost().params or 0 for adapter in made.values()),
         "params_router": decides,
     }
-    return Report("attach", values, notes)
+    return Report("attach", values, tuple(notes))

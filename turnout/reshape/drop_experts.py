@@ -83,7 +83,7 @@ def drop_experts(
         **bill(lm, new),
         **difference(lm, new, text or probe(lm, seed)),
     }
-    return new, Report("drop_experts", values, _notes(moe, left))
+    return new, Report("drop_experts", values, (*_notes(moe, left), *_rounded(moe, left, share)))
 
 
 def planned(config: LMConfig, *, keep: int | None = None, share: float | None = None) -> LMConfig:
@@ -220,6 +220,17 @@ def _too_small(moe: MoEConfig, share: float) -> UsageError:
     elif groups > 1 and moe.num_experts // groups <= 2 and moe.router_options.get("group_score", "top2") == "top2":
         fix = "none can go: the router scores a group by its two best experts; merge experts instead"
     return UsageError(word("share", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _rounded(moe: MoEConfig, left: int, share: float | None) -> tuple[str, ...]:
+    """Says where fewer went than were asked for."""
+    asked, gone = (share or 0.0) * moe.num_experts, moe.num_experts - left
+    by = f" in each of {_groups(moe)} groups" if _groups(moe) > 1 else ""
+    return (
+        (f"{asked:g} of {moe.num_experts} experts were asked for; {gone} went, whole ones{by}",)
+        if asked > gone + 1e-9
+        else ()
+    )
 
 
 def _notes(moe: MoEConfig, left: int) -> tuple[str, ...]:

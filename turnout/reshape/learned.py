@@ -1,6 +1,5 @@
 """What the routers of attached adapters have learned, on disk: one safetensors file beside the adapters."""
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from turnout.layers import Adapter, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reading import parse_json
 from turnout.run.low_rank import merge
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["ROUTERS_FILE", "fold_adapters", "load_routers", "save_routers"]
@@ -54,18 +53,26 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    from safetensors.torch import save_file
+    params = write_routers(path, model, router_tensors(model, {}))
+    return Report("save_routers", {"modules": list(_layers(model)), "params": params})
 
-    layers = _layers(model)
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
-        for name, layer in layers.items()
+
+def router_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MODULE.PARAMETER -> what the routers hold, or a state dict of the model says that they do."""
+    return {
+        f"{name}.{key}": state.get(f"{name}.router.{key}", tensor).detach()
+        for name, layer in _layers(model).items()
         for key, tensor in layer.router.state_dict().items()
     }
-    kinds = json.dumps({name: _kind(layer) for name, layer in layers.items()})
+
+
+def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Writes the routers' tensors; how many numbers they hold."""
+    kinds = json.dumps({name: _kind(layer) for name, layer in _layers(model).items()})
     metadata = {"format": _FORMAT, "routers": kinds}
-    write_whole(Path(path) / ROUTERS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
-    return Report("save_routers", {"modules": list(layers), "params": sum(t.numel() for t in tensors.values())})
+    held = {key: tensor.clone() for key, tensor in tensors.items()}  # layers may share a router
+    save_tensors(Path(path) / ROUTERS_FILE, held, metadata)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 @expects(model=nn.Module, path=PATH)
@@ -130,8 +137,7 @@ def fold_adapters(
 
     Raises:
         UsageError: the model has no adapters, or another router: what it adds depends on the input; or Poly, and no
-            known task; or "average", and maps that only some of the adapters change, where a mean of factors has no
-            one meaning.
+            known task; or "average", and maps that only some adapters change: a mean of factors has no one meaning.
 
     >>> import torch
     >>> from turnout.paths import LoRA, ScaLearn
@@ -150,12 +156,8 @@ def fold_adapters(
     layers = _layers(model)
     everyone = {adapter for layer in layers.values() for adapter in layer.names}
     for module, layer in layers.items():
-        if task == "average" and set(layer.names) != everyone:
-            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
-            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
-            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         if task is not None:
-            factor[module] = _merged(layer, module, task)
+            factor[module] = _merged(layer, module, task, everyone)
             continue
         fold = getattr(layer.router, "fold", None)
         if fold is None:
@@ -172,10 +174,16 @@ def fold_adapters(
     return PeftAdapter(name, base, factor)
 
 
-def _merged(layer: Adapter, module: str, task: int | Literal["average"]) -> tuple[Tensor, Tensor, float]:
+def _merged(
+    layer: Adapter, module: str, task: int | Literal["average"], everyone: set[str]
+) -> tuple[Tensor, Tensor, float]:
     """A, B and scale of the adapters' average with the weights of a task, or with equal ones."""
     weights = layer.paths.weights()
     if task == "average":
+        if set(layer.names) != everyone:
+            got, allowed = f"{', '.join(layer.names)} at {module}", "all change the same maps for task='average'"
+            fix, where = "leave out the adapters that do not", "turnout.reshape.fold_adapters"
+            raise UsageError(word("the adapters", got=got, allowed=allowed, where=where, fix=fix))
         weight_SN = weights.down_RD.new_full((1, weights.num_paths), 1 / weights.num_paths)
     elif isinstance(layer.router, Poly):
         weight_SN = layer.router.weights(task).to(weights.down_RD)
@@ -204,22 +212,13 @@ def _kind(layer: Adapter) -> list[Any]:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        kinds = parse_json(metadata.get("routers", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    if metadata.get("format") != _FORMAT or not isinstance(kinds, dict):
+    metadata, tensors = load_tensors(file, refuse, ("format", "routers"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", str(metadata.get("format")), f"be {_FORMAT}")
-    return kinds, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
+    return parse_json(metadata.get("routers", ""), refuse), tensors
 
 
 def _bad(file: Path, what: str, got: str, allowed: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Models that can be merged: whether they are of one architecture, and a copy whose tensors are mixed from theirs."""
+"""Models that can be merged: whether their tensors are of one architecture, and a copy with theirs mixed."""
 
 import copy
 import difflib
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.reshape.agree import differences, refuse_unlike
 
 __all__ = [
     "Mix",
@@ -39,7 +40,8 @@ def matched(models: Sequence[nn.Module], where: str, *, least: int = 1) -> list[
     """The tensors of each model, all with the names, shapes and dtypes of the first.
 
     Raises:
-        UsageError: too few models, something that is not one, or names or dtypes that differ.
+        UsageError: too few models, something that is not one, names or dtypes that differ, or configurations, modules
+            or vocabularies that give equal shapes another meaning.
         ShapeError: shapes that differ.
     """
     if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
@@ -52,6 +54,7 @@ def matched(models: Sequence[nn.Module], where: str, *, least: int = 1) -> list[
     found = [tensors(model) for model in models]
     for index, other in enumerate(found):
         _same(found[0], other, f"model {index}", where)
+    refuse_unlike(models, where)
     return found
 
 
@@ -130,7 +133,7 @@ def blend(models: Sequence[nn.Module], mix: Mix, where: str) -> tuple[nn.Module,
         UsageError: the models do not match, or a tensor is not finite before or after.
     """
     found = matched(models, where)
-    mixed, notes, kept = dict[str, Tensor](), list[str](), 0
+    mixed, notes, kept = dict[str, Tensor](), differences(models), 0
     parameters = {name for name, _ in models[0].named_parameters()}
     for name, first in found[0].items():
         values = [each[name].to(first.device) for each in found]

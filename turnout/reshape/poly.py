@@ -11,7 +11,7 @@ from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.expects import expects
 from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import PeftAdapter
-from turnout.reshape.attach import CHOICE
+from turnout.reshape.live import CHOICE
 from turnout.types import Report
 
 __all__ = ["add_tasks", "fresh_adapters"]

@@ -1,7 +1,7 @@
 """A frozen model with pools of scales and shifts behind its layers, chosen for each instance by what it shows."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from turnout.errors import UsageError, nearest, word
 from turnout.expects import expects
 from turnout.layers.scaled import Asking, Scaled
 from turnout.paths import SSF
+from turnout.reshape.live import alive, freeze, put, saved_by
 from turnout.types import Report
 
 __all__ = ["scale_and_shift"]
@@ -33,7 +34,8 @@ def scale_and_shift(
     """The model frozen, with a pool behind each of the named layers and one set of keys for all; changed in place.
 
     Each instance takes the members with the keys nearest to its query, and goes through their average. At the start the
-    model computes what it did. ``query`` may share layers with it: the layers themselves stay as they are.
+    model computes what it did. ``query`` may share layers with it: the layers themselves stay as they are. ``detach``
+    undoes it.
 
     Args:
         model: any whose named layers give features in the last axis.
@@ -58,24 +60,33 @@ def scale_and_shift(
     80
 
     Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning"; Lian et al., 2022, "Scaling
-    & Shifting Your Features". There each member of the pool has a classifier of its own too.
+    & Shifting Your Features". There each member of the pool has a classifier of its own too, and
+    members start at random, scales from N(1, 0.02) and shifts from N(0, 0.02); ours start where the model is unchanged.
     """
     found = dict(model.named_modules())
     _check(found, modules, trained)
     router = FedIns(query_width, pool_size, top_k=top_k, query_width=query_width, generator=generator)
-    model.requires_grad_(False)
+    alive(model)
+    freeze(model)
     query.requires_grad_(False)
     for name in trained:
         found[name].requires_grad_(True)
     for name in modules:
-        layer, weight = found[name], cast(Tensor, found[name].weight)
-        parent, _, leaf = name.rpartition(".")
-        scaled = Scaled(layer, SSF(pool_size, len(weight)).to(weight), router.to(weight.device))
-        setattr(model.get_submodule(parent), leaf, scaled)
+        weight = cast(Tensor, found[name].weight)
+        put(model, name, Scaled(found[name], SSF(pool_size, len(weight)).to(weight), router.to(weight.device)))
+    saved_by(model, _refuse)
     asking = Asking(model, query, router)
     count = sum(parameter.numel() for parameter in asking.parameters() if parameter.requires_grad)
     values = {"modules": list(modules), "pool_size": pool_size, "top_k": top_k, "params_trained": count}
     return asking, Report("scale_and_shift", values)
+
+
+def _refuse(model: nn.Module, state: object) -> NoReturn:
+    got, allowed = "a model with pools of scales and shifts", "be one that can be put together from a folder"
+    fix = (
+        "save asking.state_dict(), and load it after the same call of scale_and_shift; or detach(asking), for the base"
+    )
+    raise UsageError(word("what to save", got=got, allowed=allowed, where="save_pretrained", fix=fix))
 
 
 def _check(found: Mapping[str, nn.Module], modules: Sequence[str], trained: Sequence[str]) -> None:

@@ -1,8 +1,7 @@
 """MoS on a live model: adapters put together from shared shards, trained, saved as one file, and put on again."""
 
-import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.expects import PATH, expects
-from turnout.layers import Adapter, Sharded
+from turnout.layers import Adapter, Scaled, Sharded
 from turnout.models.checkpoint.peft import PeftAdapter, same_base
 from turnout.paths import Shards
-from turnout.reading import parse_json
-from turnout.reshape.attach import FROZEN, SHARDS, put
+from turnout.reading import check_fields, parse_json
+from turnout.reshape.live import SHARDS, alive, put, saved_by
+from turnout.reshape.live import freeze as freeze_all
 from turnout.reshape.poly import named_linears
-from turnout.storage import write_whole
+from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
 __all__ = ["SHARDS_FILE", "attach_shards", "load_shards", "save_shards"]
@@ -41,11 +41,13 @@ def attach_shards(
     alpha: float = 16.0,
     together: Literal["name", "shape"] = "name",
     generator: torch.Generator | None = None,
+    freeze: bool = True,
 ) -> tuple[nn.Module, Report]:
     """The same model, each named linear map with an adapter of ``rank`` from pools that they share; changed in place.
 
     Everything else is frozen, so that any loop trains the pools alone: ``model.turnout_shards``. At the start the model
-    computes what it did. ``detach`` undoes it; ``fold_adapters`` makes an ordinary adapter of it.
+    computes what it did. ``detach`` undoes it; ``fold_adapters`` makes an ordinary adapter of it. ``save_pretrained``
+    writes a folder that transformers loads as the base, and ``load_shards`` as the whole.
 
     Args:
         model: any with ``nn.Linear`` maps.
@@ -58,6 +60,7 @@ def attach_shards(
         alpha: of the scale alpha / rank.
         together: maps of the same last name and shape share pools, or all maps of the same shape.
         generator: where the chance of indices and starting weights comes from.
+        freeze: False leaves everything else as trainable as it is.
 
     Returns:
         ``model`` itself, and a report: ``groups`` names the maps that share, ``params_trained`` is what the pools hold
@@ -81,11 +84,10 @@ def attach_shards(
         raise UsageError(word("together", got=together, allowed=allowed, where=_WHERE, fix=fix))
     maps = named_linears(model, modules, _WHERE)
     groups = _groups(maps, together)
-    options: dict[str, Any] = {"budget": budget, "rank": rank, "shards": shards, "private": private}
-    options |= {"dissociate": dissociate, "alpha": alpha, "generator": generator}
+    options = {"budget": budget, "rank": rank, "shards": shards, "private": private, "dissociate": dissociate}
+    options |= {"alpha": alpha, "generator": generator}  # pyrefly: ignore[unsupported-operation]
     pools = {key: _shards([maps[name] for name in names], options) for key, names in groups.items()}
-    _put(model, groups, pools)
-    return model, Report("attach_shards", _values(groups, pools))
+    return model, Report("attach_shards", _put(model, groups, pools, freeze))
 
 
 @expects(path=PATH, model=nn.Module)
@@ -117,8 +119,12 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
 
     Source: none; the safetensors format.
     """
-    from safetensors.torch import save_file
+    write = _writer(model, {})
+    return write(Path(path))
 
+
+def _writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Report]:
+    """A function that writes the shards to a folder; tensors of a state dict stand in the place of the model's own."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Sharded)}
     held: nn.ModuleDict = getattr(model, SHARDS, nn.ModuleDict())
     pools = {key: one for key, one in held.items() if isinstance(one, Shards)}
@@ -130,13 +136,17 @@ def save_shards(path: str | Path, model: nn.Module) -> Report:
         names = {layer.number: name for name, layer in layers.items() if layer.paths is one}
         groups[key] = {"modules": [names[m] for m in range(one.maps)], "options": _options(one)}
         for name in _TENSORS:
-            tensor = getattr(one, name).detach().cpu().contiguous()
+            tensor = state.get(f"{SHARDS}.{key}.{name}", getattr(one, name)).detach().cpu().contiguous()
             tensors[f"{key}.{name}"] = tensor if tensor.is_floating_point() else tensor.int()
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     metadata = {"format": _FORMAT, "shards": json.dumps({"base": base, "groups": groups})}
-    write_whole(Path(path) / SHARDS_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
     params = sum(one.cost().params or 0 for one in pools.values())
-    return Report("save_shards", {"modules": list(layers), "params": params})
+
+    def write(path: Path) -> Report:
+        save_tensors(path / SHARDS_FILE, tensors, metadata)
+        return Report("save_shards", {"modules": list(layers), "params": params})
+
+    return write
 
 
 @expects(model=nn.Module, path=PATH)
@@ -171,19 +181,18 @@ def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -
     for key, group in body["groups"].items():
         groups[key] = list(group["modules"])
         pools[key] = _pool(model, file, key, group, tensors)
-    _put(model, groups, pools)
-    return model, Report("load_shards", _values(groups, pools))
+    return model, Report("load_shards", _put(model, groups, pools, True))
 
 
-def _values(groups: dict[str, list[str]], pools: Mapping[str, Shards]) -> dict[str, Any]:
+def _values(groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards]) -> dict[str, Any]:
     costs = [(one.cost(), one.maps) for one in pools.values()]
     trained = sum(cost.params or 0 for cost, _ in costs)
     alone = sum((cost.params_active or 0) * maps for cost, maps in costs)
-    return {"groups": groups, "params_trained": trained, "params_as_lora": alone}
+    return {"groups": dict(groups), "params_trained": trained, "params_as_lora": alone}
 
 
 def _fresh(model: nn.Module) -> None:
-    if any(isinstance(module, Adapter | Sharded) for module in model.modules()):
+    if any(isinstance(module, Adapter | Scaled | Sharded) for module in model.modules()):
         got, allowed = "adapters already", "have none"
         fix = "call turnout.reshape.detach(model) first"
         raise UsageError(word("model", got=got, allowed=allowed, where=_WHERE, fix=fix))
@@ -202,17 +211,21 @@ def _groups(maps: Mapping[str, nn.Linear], together: str) -> dict[str, list[str]
     }
 
 
-def _put(model: nn.Module, groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards]) -> None:
-    """The maps changed, everything else frozen, the pools in the model."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
+def _put(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], pools: Mapping[str, Shards], freeze: bool
+) -> dict[str, Any]:
+    """The maps changed, everything else frozen, the pools in the model; what there is to report."""
+    alive(model)
+    if freeze:
+        freeze_all(model)
     for key, names in groups.items():
         for number, name in enumerate(names):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)  # checked before
             put(model, name, Sharded(linear, pools[key], number).train(linear.training))
     setattr(model, SHARDS, nn.ModuleDict({f"{key}": one for key, one in pools.items()}))
-    vars(model)[FROZEN] = trained
+    saved_by(model, _writer)
+    return _values(groups, pools)
 
 
 def _options(one: Shards) -> dict[str, Any]:
@@ -252,24 +265,17 @@ def _shards(linears: Sequence[nn.Linear], options: Mapping[str, Any]) -> Shards:
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(file, "the file", problem, "be a whole safetensors file, as it was written")
 
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        body = parse_json(metadata.get("shards", "{}"), functools.partial(_refuse, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _bad(file, "the file", str(error), "be a whole safetensors file") from error
-    groups = body.get("groups") if isinstance(body, dict) else None
-    sound = isinstance(groups, dict) and all({"modules", "options"} <= one.keys() for one in groups.values())
-    if metadata.get("format") != _FORMAT or not groups or not sound:
+    metadata, tensors = load_tensors(file, refuse, ("format", "shards"))
+    if metadata.get("format") != _FORMAT:
         raise _bad(file, "the format", metadata.get("format"), f"be {_FORMAT}, with its groups")
+    body = parse_json(metadata.get("shards", ""), refuse)
+    check_fields(body, {"base": str | None, "groups": dict[str, dict]}, refuse)
+    for group in body["groups"].values():
+        check_fields(group, {"modules": list[str], "options": dict[str, Any]}, refuse)
     return body, tensors
-
-
-def _refuse(file: Path, problem: str) -> CheckpointError:
-    return _bad(file, "what the file says of itself", problem, "be as it was written")
 
 
 def _bad(file: Path, what: str, got: object, allowed: str) -> CheckpointError:

@@ -66,7 +66,8 @@ def split(
 
     Source: Zhu et al., 2024, "LLaMA-MoE: Building Mixture-of-Experts from LLaMA with Continual Pre-training"; "cluster"
     and "coactivation" after Zhang et al., 2022, "MoEfication". No neuron is shared; co-activation is clustered, not
-    cut with METIS; the chosen experts are not scaled up.
+    cut with METIS; we cluster rows of the gate, LLaMA-MoE those of the up projection; the chosen experts are not scaled
+    up, where LLaMA-MoE multiplies by E / K.
     """
     text = checked(batches, lm, _WHERE)
     if by not in _BY:

@@ -66,8 +66,10 @@ def upcycle(
     (6, True)
 
     Source: Komatsuzaki et al., 2023, "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints"; shards and
-    virtual groups as He et al., 2024, "Upcycling Large Language Models into Mixture of Experts". They scale all weights
-    of an expert, which is exact for linear layers only; we scale the down product alone, which always is.
+    virtual groups as He et al., 2024, "Upcycling Large Language Models into Mixture of Experts". They spread the
+    scale over both matrices by its cube root, which is exact for their squared ReLU and not for SwiGLU; the second
+    alone, as here, is exact for every activation, and they found it worse. They also found weights from a softmax over
+    all experts better than the renormalised ones that we need for the exact start.
     """
     text = checked(batches, lm, _WHERE) or probe(lm, seed)
     config = planned(lm.config, num_experts=num_experts, top_k=top_k, granularity=granularity, layers=layers)

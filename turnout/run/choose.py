@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turnout.errors import nearest
+from turnout.errors import CheckpointError, StorageError, nearest, word
+from turnout.reading import check_fields, read_json
 from turnout.run.decode import suits_decoding
 from turnout.run.grouped import grouped
 from turnout.run.kernels import kernels
@@ -70,24 +71,65 @@ class Choice:
 
 
 def constants_path() -> Path:
-    """Where ``turnout.run.calibrate`` keeps this machine's constants: in $TURNOUT_CACHE, or ~/.cache/turnout."""
-    return _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    """Where ``turnout.run.calibrate`` keeps this machine's constants: in $TURNOUT_CACHE, or ~/.cache/turnout.
+
+    Raises:
+        StorageError: neither is set, and this user has no home.
+    """
+    path = _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    if path is None:
+        fix = "set TURNOUT_CACHE to a folder that can be written"
+        where = "turnout.run.calibrate"
+        raise StorageError(word("the cache", got="a user without a home", allowed="have a place", where=where, fix=fix))
+    return path
 
 
 @functools.cache
-def _path(own: str | None, cache: str | None) -> Path:
+def _path(own: str | None, cache: str | None) -> Path | None:
     # Kept, because every call of ``execute`` asks: making paths would take a tenth of a decoding step.
-    return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "executors.json"
+    try:
+        return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "executors.json"
+    except RuntimeError:  # a container's user that no list of users has, without HOME
+        return None
+
+
+def _measured() -> Mapping[str, Mapping[str, list[float]]]:
+    """What is known of this machine, whatever its environment: a cache is never a reason not to run."""
+    path = _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    return _CONSTANTS if path is None else _constants(path)
 
 
 @functools.cache
 def _constants(path: Path) -> Mapping[str, Mapping[str, list[float]]]:
-    """The shipped constants, overlaid by this machine's own where it was calibrated with this version of torch."""
+    """The shipped constants, overlaid by this machine's own where it was calibrated with this version of torch.
+
+    What cannot be read is ignored, and said once; that there is no such file is the usual case, and is not.
+    """
     try:
-        own = json.loads(path.read_text())
-    except (OSError, ValueError):
+        own = read_json(path, refuse=CheckpointError, any_link=True)
+        check_fields(own, {"torch": str}, CheckpointError)
+        if own["torch"] != torch.__version__:
+            return _CONSTANTS
+        check_fields(own, {"seconds": dict[str, dict[str, list[float]]]}, CheckpointError)
+        for situation, seconds in own["seconds"].items():
+            _check_seconds(situation, seconds)
+    except (FileNotFoundError, NotADirectoryError):
         return _CONSTANTS
-    return {**_CONSTANTS, **own["seconds"]} if own.get("torch") == torch.__version__ else _CONSTANTS
+    except (OSError, CheckpointError) as error:
+        fix = "remove it, or measure again with turnout.run.calibrate"
+        text = f"{path} is ignored, and the shipped measurements taken: {error}. Nearest fix: {fix}."
+        warnings.warn(text, UserWarning, stacklevel=2)
+        return _CONSTANTS
+    return {**_CONSTANTS, **own["seconds"]}
+
+
+def _check_seconds(situation: str, seconds: Mapping[str, list[float]]) -> None:
+    count = len(features(1, 1, 1, 1, True))
+    wrong = [name for name, each in seconds.items() if len(each) != count or min(each) < 0]
+    strange = [name for name in seconds if name not in EXECUTORS | _ON_CUDA]
+    if wrong or strange or "sort" not in seconds:
+        name = (strange or wrong or ["sort"])[0]
+        raise CheckpointError(f"{situation!r} has no {count} numbers of 0 or more for the executor {name!r}")
 
 
 def features(entries: int, experts: int, width: int, hidden: int, gated: bool) -> tuple[float, float, float, float]:
@@ -115,7 +157,7 @@ def _decodes(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
 def _predict(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[str, dict[str, float]]:
     """The situation, and the predicted seconds of each executor measured in it, the fastest first."""
     situation = _situation(x_TD, weights, routing)
-    measured = _constants(constants_path()).get(situation, {})
+    measured = _measured().get(situation, {})
     sizes = features(routing.num_entries, routing.num_experts, weights.width, weights.hidden, weights.gated)
     seconds = {name: sum(a * b for a, b in zip(each, sizes, strict=True)) for name, each in measured.items()}
     if weights.width % 8 or weights.hidden % 8:  # it would copy all weights to pad them

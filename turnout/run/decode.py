@@ -93,7 +93,7 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _count(end: int, step: int = 1) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(0, end, step)
+        return torch.arange(0, end, step, device="cpu")
 
 
 def _bags(stack_EIO: Tensor, expert_R: Tensor, row_RI: Tensor, *, whole: bool = False) -> Tensor:
@@ -108,7 +108,7 @@ def _bags(stack_EIO: Tensor, expert_R: Tensor, row_RI: Tensor, *, whole: bool = 
 
 def _spans(routing: Routing) -> list[tuple[int, int, int]]:
     """Every expert with entries, and where they begin and end."""
-    bound = itertools.pairwise(routing.offset_E.tolist())
+    bound = itertools.pairwise(routing.bounds())
     return [(expert, start, end) for expert, (start, end) in enumerate(bound) if start < end]
 
 

@@ -5,13 +5,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import UsageError, word
-from turnout.run.reference import activate, prepare, uncompiled
+from turnout.run.reference import activate, as_reference, prepare, uncompiled
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["grouped"]
 
 
 @uncompiled
+@as_reference
 def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, by two grouped products over rows sorted by expert.
 
@@ -60,7 +61,7 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
             for stack in stacks:
                 nothing = nothing if stack is None else nothing + stack.sum()
             return (y_TD + 0 * nothing).to(dtype)
-        end_E = routing.offset_E[1:].to(torch.int32)
+        end_E = _ends(routing)
         hidden_RH = _product(x_TD.index_select(0, routing.token_R), weights.up_EDH, end_E)
         if weights.up_bias_EH is not None:
             hidden_RH = hidden_RH + weights.up_bias_EH.index_select(0, routing.expert_R)
@@ -70,6 +71,13 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
             out_RD = out_RD + weights.down_bias_ED.index_select(0, routing.expert_R)
         out_RD = out_RD.to(wide) * routing.weight_R[:, None].to(wide)
         return y_TD.index_add(0, routing.token_R, out_RD).to(dtype)
+
+
+def _ends(routing: Routing) -> Tensor:
+    """(E,) int32, where each expert's rows end; torch's product believes anything, so on a CPU they are looked at."""
+    if routing.offset_E.device.type == "cpu":
+        routing.bounds()
+    return routing.offset_E[1:].to(torch.int32)
 
 
 def _product(rows: Tensor, stack: Tensor, end_E: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, word
+from turnout.run.composed import transformed
 from turnout.run.product import linear, product
 from turnout.run.workspace import room
 from turnout.types import Routing
@@ -79,7 +80,7 @@ def low_rank(x_TD: Tensor, routing: Routing, weights: LowRankWeights) -> Tensor:
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x_TD, routing.weight_R, weights.down_RD, weights.up_RO)
     )
-    looks = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = x_TD.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
     gather = _chosen if looks and not trains else _gathered
     if pays(routing, weights, trains=trains) or (looks and trains and not sound(weights.down_RD, weights.up_RO)):
         return gather(x_TD, routing, weights)
@@ -172,8 +173,9 @@ def _table(border_N: tuple[int, ...], scale_N: tuple[float, ...]) -> tuple[Tenso
     """Rows of the factors (N, r), a map's last one again where it has fewer; whether none has; scales that differ."""
     most = max(b - a for a, b in pairwise(border_N))
     with torch.inference_mode(False):
-        index_Nr = torch.tensor([[min(row, b - 1) for row in range(a, a + most)] for a, b in pairwise(border_N)])
-        scales = torch.tensor(scale_N) if len(set(scale_N)) > 1 else None
+        rows = [[min(row, b - 1) for row in range(a, a + most)] for a, b in pairwise(border_N)]
+        index_Nr = torch.tensor(rows, device="cpu")
+        scales = torch.tensor(scale_N, dtype=torch.float32, device="cpu") if len(set(scale_N)) > 1 else None
     return index_Nr, all(b - a == most for a, b in pairwise(border_N)), scales
 
 
@@ -181,13 +183,13 @@ def _hidden(x_TD: Tensor, routing: Routing, weights: LowRankWeights, rank: int |
     """(R, r) each entry's token through the first factor of its map, zero beyond that map's rank."""
     rows, count, size = routing.num_entries, weights.num_paths, x_TD.element_size()
     grouped = rank and 0 < rows < _FEW * count and size <= 4 and not (weights.width * size % 16 or rank * size % 16)
+    bound = routing.bounds()
     if grouped:
         stack_NDr = weights.down_RD.reshape(count, rank, weights.width).transpose(1, 2)
         end_N = routing.offset_E[1:].to(torch.int32)
         return torch.nn.functional.grouped_mm(x_TD.index_select(0, routing.token_R), stack_NDr, offs=end_N)
     most = rank or max(weights.rank_N)
     hidden_Rr = x_TD.new_empty(rows, most) if rank else x_TD.new_zeros(rows, most)
-    bound = routing.offset_E.tolist()
     buffer = room((max(b - a for a, b in pairwise(bound)), weights.width), x_TD.dtype, x_TD.device)
     for (start, end), (a, b) in zip(pairwise(bound), pairwise(weights.border_N), strict=True):
         if start < end:

@@ -6,11 +6,15 @@ the same torch carries for bf16 and convolutions, uses all of AVX-512 there and 
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from turnout.errors import UsageError, word
+from turnout.run.composed import composes, transformed
 
 __all__ = ["linear", "onednn_is_faster", "product"]
 
@@ -39,20 +43,43 @@ def onednn_is_faster() -> bool:
 
 def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
     return (
-        multiply_adds >= _LEAST
+        0 < multiply_adds >= _LEAST
         and a.dtype == b.dtype == torch.float32
-        and a.device.type == b.device.type == "cpu"
+        and a.is_cpu
+        and b.is_cpu
         and onednn_is_faster()
         and not torch.compiler.is_compiling()
     )
+
+
+def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
+    """Whether they are an affine map of ordinary tensors, as oneDNN's product takes it on trust."""
+    if weight_OI.ndim != 2 or x.shape[-1] != weight_OI.shape[1] or transformed():
+        return False
+    if bias_O is not None:  # it is read as one number after another
+        if bias_O.dtype != torch.float32 or bias_O.shape != weight_OI.shape[:1] or not bias_O.is_contiguous():
+            return False
+        if not bias_O.is_cpu or not _plain(bias_O):
+            return False
+    return _plain(x) and _plain(weight_OI)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Not of a subclass, not sparse, its negation not left for later, and no rows that share memory, as windows do."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided or tensor.is_neg():
+        return False
+    if tensor.is_contiguous():
+        return True
+    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return all(after == 0 or after >= stride * size for (stride, size), (after, _) in itertools.pairwise(strides))
 
 
 def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tensor:
     """(M, N) = a_MK @ b_KN by the fastest kernel of this machine; outside autograd.
 
     Args:
-        a_MK: (M, K), any strides.
-        b_KN: (K, N), any strides.
+        a_MK: (M, K), any strides, so that no two numbers share their memory.
+        b_KN: (K, N), likewise.
         out_MN: where the result goes; a new tensor when None.
 
     >>> product(torch.ones(2, 3), torch.ones(3, 4)).tolist()
@@ -77,13 +104,13 @@ class _Linear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, slope_MO: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         x_MI, weight_OI = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        times = torch.mm if composes(slope_MO) else product
         return (
-            product(slope_MO, weight_OI) if of_x else None,
-            product(slope_MO.t(), x_MI) if of_weight else None,
+            times(slope_MO, weight_OI) if of_x else None,
+            times(slope_MO.t(), x_MI) if of_weight else None,
             slope_MO.sum(0) if of_bias else None,
         )
 
@@ -97,14 +124,22 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         bias_O: (O,) or None.
 
     Returns:
-        (..., O), differentiable once.
+        (..., O).
+
+    Raises:
+        UsageError: x and the weight one of them has no numbers, on the device "meta".
 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([2, 4])
 
     Source: none; torch's own kernels.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    if torch.is_autocast_enabled("cpu") or not _suits(x, weight_OI, rows * weight_OI.numel()):
+    if x.is_meta != weight_OI.is_meta:  # torch would give what was in memory where one of them is "meta"
+        got, fix = f"{x.device} and {weight_OI.device}", "move one to the other's, or load the weights"
+        where, allowed = "turnout.run.linear", "be the same"
+        raise UsageError(word("the devices of x and the weight", got=got, allowed=allowed, where=where, fix=fix))
+    rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    suits = _suits(x, weight_OI, rows * weight_OI.numel()) and not torch.is_autocast_enabled("cpu")
+    if not suits or not _fits(x, weight_OI, bias_O):
         return torch.nn.functional.linear(x, weight_OI, bias_O)
     return _Linear.apply(x.reshape(rows, -1), weight_OI, bias_O).view(*x.shape[:-1], -1)

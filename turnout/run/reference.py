@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.run.composed import transformed
 from turnout.types import ExpertWeights, Routing
-from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE
+from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE, Activation
 
-__all__ = ["Executor", "activate", "prepare", "reference", "trains", "uncompiled"]
+__all__ = ["Executor", "activate", "as_reference", "by_reference", "prepare", "reference", "trains", "uncompiled"]
 
 Executor = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
@@ -167,11 +168,11 @@ def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     with torch.autocast(x_TD.device.type, enabled=False):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-        bound_E = routing.offset_E.tolist()
+        bound_E = routing.bounds()
         for e in range(weights.num_experts):
             rows = slice(bound_E[e], bound_E[e + 1])
             token_C = routing.token_R[rows]
-            hidden = x_TD[token_C] @ weights.up_EDH[e]
+            hidden = x_TD.index_select(0, token_C) @ weights.up_EDH[e]
             if weights.up_bias_EH is not None:
                 hidden = hidden + weights.up_bias_EH[e]
             out_CD = activate(hidden, weights.activation, interleaved=weights.interleaved) @ weights.down_EFD[e]
@@ -179,3 +180,24 @@ def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
                 out_CD = out_CD + weights.down_bias_ED[e]
             y_TD = y_TD.index_add(0, token_C, out_CD.to(wide) * routing.weight_R[rows, None].to(wide))
         return y_TD.to(dtype)
+
+
+def as_reference(executor: Executor) -> Executor:
+    """The executor, and ``reference`` in its place under torch.func and forward mode, of which its code knows less."""
+
+    @functools.wraps(executor)
+    def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        return (reference if transformed() else executor)(x_TD, routing, weights)
+
+    return run
+
+
+def by_reference(routing: Routing, activation: Activation, interleaved: bool) -> Callable[..., Tensor]:
+    """What an executor computes from x, the combine weights and the stacks, by operations that torch differentiates."""
+
+    def run(x_TD: Tensor, weight_R: Tensor, *stacks: Tensor | None) -> Tensor:
+        up, down, *biases = (stack if stack is None else stack.to(x_TD.dtype) for stack in stacks)
+        weights = ExpertWeights(up, down, *biases, activation, interleaved)
+        return reference(x_TD, dataclasses.replace(routing, weight_R=weight_R), weights)
+
+    return run

@@ -5,49 +5,30 @@ groups whose intermediate results stay in the processor's cache, recomputes the 
 expert's gradient straight to its place.
 """
 
-import dataclasses
-import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from turnout.run.composed import composes, slopes
 from turnout.run.decode import decode, suits_decoding
+from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
-from turnout.run.product import onednn_is_faster, product
-from turnout.run.reference import prepare, trains, uncompiled
+from turnout.run.product import product
+from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["sort"]
 
-# Numbers per intermediate tensor of a group of experts: 512 KiB in fp32, which leaves several of them in cache.
-_GROUP = 1 << 17
-# oneDNN compiles a kernel for every new row count, which in training is every one, and keeps it. Counts are rounded up
-# to 8, and so that there are few: in fp32, where six of half a MB are kept for each, to about an eighth of themselves
-# or a 16th of the mean, which costs nothing that shows. In 16 bits, where it would, loads near the mean, which have
-# most rows when they are even, are rounded to a 32nd of it, and the others, which differ most from step to step, to a
-# 16th of the mean or of themselves.
-_LEAST, _STEPS = 8, 16
-_NEAR, _STEPS_NEAR = (0.75, 1.5), 32
-# fp32 products of fewer multiply-adds go to MKL, which compiles nothing.
-_SMALL = 1 << 20
-# Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
-_FEW = 16
-# A call of a 16-bit product costs as much as this many multiply-adds, so neighbours of about equal load share one.
-# Not two of them: that saves little, and is one more kernel for every row count.
-_CALL = 3_000_000
-_BATCHES = (8, 4)
-# Repeated rows are kept for the backward pass up to this many per entry; more are dropped and gathered again.
-_REPEATS = 1 / 16
-
 
 @uncompiled
+@as_reference
 def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, by one product per expert over rows sorted by expert.
 
-    Kept for the backward pass besides the inputs: the up products, (R, H), and nothing that grows with E.
+    Kept for the backward pass besides the inputs: the up products, (R, H), and nothing that grows with E. Second and
+    further derivatives, and those of torch.func and of forward mode, are ``reference``'s.
 
     Args:
         x_TD: (T, D), the tokens.
@@ -77,174 +58,16 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         return decode(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
-        plan = _plan(routing, weights, x_TD)
+        plan = plan_rows(routing, weights, x_TD)
         if train:
             return _Sort.apply(x_TD, routing.weight_R, *tensors, plan).to(dtype)
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
 
 
-class _Group(NamedTuple):
-    """Neighbouring experts with entries, and the bounds of their rows (one more than experts)."""
-
-    experts: list[int]
-    bound: list[int]
-    batched: bool  # the experts follow each other without a gap and have the same number of rows
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.bound[0], self.bound[-1])
-
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Each expert's part of the group's rows."""
-        return (rows,) if len(self.experts) == 1 else rows.split([b - a for a, b in itertools.pairwise(self.bound)])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How a routing is run: P rows, R of them entries and the rest copies that round up each expert's count."""
-
-    activation: str
-    interleaved: bool
-    hidden: int
-    num_tokens: int
-    token_P: Tensor
-    # Where each entry's row is (None: row r is entry r), and the rows ordered by token, (T, K) or ragged.
-    place_R: Tensor | None
-    entry_P: Tensor | None  # the entry that each row is or repeats, where there are repeats
-    order_R: Tensor
-    row_R: Tensor
-    start_T: Tensor | None
-    groups: list[_Group]
-
-    @property
-    def rows(self) -> int:
-        return self.token_P.numel()
-
-    @property
-    def most(self) -> int:
-        """Rows of the largest group."""
-        return max(group.bound[-1] - group.bound[0] for group in self.groups)
-
-    @property
-    def packs(self) -> bool:
-        """Whether enough rows are repeats that the up products are kept for the backward pass without them."""
-        return self.place_R is not None and self.rows > self.place_R.numel() * (1 + _REPEATS)
-
-    def spread(self, value_R: Tensor) -> Tensor:
-        """(P,) the values of the entries, zero on the rows that only round up."""
-        if self.place_R is None:
-            return value_R
-        return value_R.new_zeros(self.rows).index_copy_(0, self.place_R, value_R)
-
-    def collect(self, row_PD: Tensor, weight_R: Tensor | None) -> Tensor:
-        """(T, D) the sum of each token's rows, weighted by ``weight_R`` if given."""
-        each = None if weight_R is None else weight_R.index_select(0, self.order_R).to(row_PD.dtype)
-        if self.start_T is None:
-            index = self.row_R.view(self.num_tokens, -1)
-            each = None if each is None else each.view(index.shape)
-            return torch.nn.functional.embedding_bag(index, row_PD, mode="sum", per_sample_weights=each)
-        return torch.nn.functional.embedding_bag(
-            self.row_R, row_PD, self.start_T, mode="sum", per_sample_weights=each, include_last_offset=True
-        )
-
-
-def _plan(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> _Plan:
-    bound = routing.offset_E.tolist()
-    load = [b - a for a, b in itertools.pairwise(bound)]
-    token_P, place_R, entry_P = routing.token_R, None, None
-    step = max(_GROUP // weights.hidden, 1)
-    short = x_TD.dtype.itemsize == 2
-    each = routing.num_entries * weights.width * weights.hidden // max(len(load) - load.count(0), 1)
-    compiled = short or (x_TD.dtype == torch.float32 and each >= _SMALL and onednn_is_faster())
-    if compiled and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
-        mean = routing.num_entries / max(len(load) - load.count(0), 1)
-        load = [_rounded(count, mean, short) for count in load]
-        groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
-        token_P, place_R, entry_P = _spread_rows(routing, groups)
-    else:
-        groups = _neighbours(load, step)
-    order_R, start_T = routing.by_token
-    return _Plan(
-        activation=weights.activation,
-        interleaved=weights.interleaved,
-        hidden=weights.hidden,
-        num_tokens=routing.num_tokens,
-        token_P=token_P,
-        place_R=place_R,
-        entry_P=entry_P,
-        order_R=order_R,
-        row_R=order_R if place_R is None else place_R.index_select(0, order_R),
-        start_T=None if routing.top_k is not None else start_T,
-        groups=groups,
-    )
-
-
-def _rounded(count: int, mean: float, short: bool) -> int:
-    """A count that is at least as high, for loads of this mean, of 16 bits if ``short``."""
-    near = short and _NEAR[0] * mean <= count <= _NEAR[1] * mean
-    high = max(count if short else 2 * count, mean) / (_STEPS_NEAR if near else _STEPS)
-    unit = max(_LEAST, 1 << int(high).bit_length() >> 1)
-    return -(-count // unit) * unit
-
-
-def _neighbours(load: list[int], step: int) -> list[_Group]:
-    """Experts with entries in groups of at most ``step`` rows, an expert with more alone."""
-    groups: list[_Group] = []
-    end = 0
-    for expert, count in enumerate(load):
-        if count == 0:
-            continue
-        if not groups or end + count - groups[-1].bound[0] > step:
-            groups.append(_Group([], [end], False))
-        end += count
-        groups[-1].experts.append(expert)
-        groups[-1].bound.append(end)
-    return groups
-
-
-def _batches(load: list[int], size: int, step: int) -> list[_Group]:
-    """Experts alone, or neighbours with the same count where the rows that adds cost less than a call each."""
-    groups: list[_Group] = []
-    expert, end = 0, 0
-    while expert < len(load):
-        count, taken = load[expert], 1
-        for many in _BATCHES if count else ():
-            run = load[expert : expert + many]
-            most = max(run)
-            if len(run) == many and min(run) > 0 and most * many <= step:
-                if (most * many - sum(run)) * size < _CALL * (many - 1):
-                    count, taken = most, many
-                    break
-        if count:
-            bound = [end + i * count for i in range(taken + 1)]
-            groups.append(_Group([*range(expert, expert + taken)], bound, taken > 1))
-            end = bound[-1]
-        expert += taken
-    return groups
-
-
-def _spread_rows(routing: Routing, groups: list[_Group]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of the rows, rows of the entries, entries of the rows: each expert's last is repeated up to its count."""
-    device, offset_E = routing.offset_E.device, routing.offset_E
-    first = [0] * routing.num_experts
-    round_ = [0] * routing.num_experts
-    for group in groups:
-        for expert, (start, end) in zip(group.experts, itertools.pairwise(group.bound), strict=True):
-            first[expert], round_[expert] = start, end - start
-    shift_E = torch.tensor(first, device=device) - offset_E[:-1]
-    rows = groups[-1].bound[-1] if groups else 0
-    experts = torch.arange(routing.num_experts, device=device)
-    expert_P = torch.repeat_interleave(experts, torch.tensor(round_, device=device), output_size=rows)
-    entry_P = torch.arange(rows, device=device).sub_(shift_E.index_select(0, expert_P))
-    entry_P = torch.minimum(entry_P, (offset_E[1:] - 1).index_select(0, expert_P))
-    place_R = torch.arange(routing.num_entries, device=device) + shift_E.index_select(0, routing.expert_R)
-    return routing.token_R.index_select(0, entry_P), place_R, entry_P
-
-
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _products(group: _Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     if group.batched:
@@ -259,7 +82,7 @@ def _products(group: _Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Ten
             into.add_(bias[expert])
 
 
-def _outer(group: _Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
+def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Each expert's left^T right over its rows, written to its place in ``grad`` (E, I, O) in that dtype."""
     if grad.stride(1) == 1 and grad.stride(2) != 1:  # stored (E, O, I): make it there directly
         left, right, grad = right, left, grad.transpose(1, 2)
@@ -279,7 +102,7 @@ def _outer(group: _Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
 
 
 def _forward(
-    plan: _Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False
+    plan: Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The output, and the up products, of all rows if they are to be kept."""
     up_EDH, down_EFD, up_bias_EH, down_bias_ED = weights
@@ -312,9 +135,12 @@ class _Sort(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         x_TD, weight_R, *weights, h_PH = ctx.saved_tensors
+        if composes(grad_TD):
+            plan, inputs = ctx.plan, (x_TD, weight_R, *weights)
+            composition = by_reference(plan.routing, plan.activation, plan.interleaved)
+            return *slopes(composition, inputs, ctx.needs_input_grad[:6], grad_TD), None
         with torch.autocast(x_TD.device.type, enabled=False):
             work = _Backward(ctx.plan, x_TD, weight_R, weights, h_PH, grad_TD.contiguous(), ctx.needs_input_grad[:6])
             for group in ctx.plan.groups:
@@ -325,7 +151,7 @@ class _Sort(torch.autograd.Function):
 class _Backward:
     """The gradients of one backward pass while they are being filled in; lives for that pass alone."""
 
-    def __init__(self, plan: _Plan, x_TD, weight_R, weights, h_PH, grad_TD, wanted) -> None:
+    def __init__(self, plan: Plan, x_TD, weight_R, weights, h_PH, grad_TD, wanted) -> None:
         self.plan, self.x_TD, self.weights, self.h_PH, self.grad_TD = plan, x_TD, weights, h_PH, grad_TD
         self.weight_R = weight_R
         want_x, want_weight, *want = wanted
@@ -350,7 +176,7 @@ class _Backward:
             self.dh_NH = room((most, H), dtype, device)
             self.h_NH = room((most, H), dtype, device) if plan.packs else None
 
-    def take(self, group: _Group) -> None:
+    def take(self, group: Group) -> None:
         """Fills in what one group of experts contributes."""
         plan, rows = self.plan, group.rows
         up_EDH, down_EFD, _, _ = self.weights
@@ -375,7 +201,7 @@ class _Backward:
         if self.weights[2] is not None or self.weights[3] is not None:
             self._take_biases(group, g, dh, weight, dweight)
 
-    def _take_biases(self, group: _Group, g: Tensor, dh: Tensor, weight: Tensor, dweight: Tensor | None) -> None:
+    def _take_biases(self, group: Group, g: Tensor, dh: Tensor, weight: Tensor, dweight: Tensor | None) -> None:
         bias_ED, rows = self.weights[3], group.split
         dweights = group.split(dweight) if dweight is not None else [None] * len(group.experts)
         parts = zip(group.experts, rows(g), rows(dh), rows(weight), dweights, strict=True)

@@ -17,7 +17,7 @@ import torch
 from turnout import __version__
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.reading import read_json
-from turnout.storage import read_error, write_whole
+from turnout.storage import open_own, read_error, write_whole
 
 __all__ = ["locked", "read_run_json", "refuse_missing_run", "refuse_other_run", "write_failure"]
 
@@ -40,7 +40,7 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
     path = out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = open_own(path)
     except OSError as error:
         raise read_error(error, out, where) from error
     with file:
@@ -48,7 +48,7 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read(32).decode(errors="replace").strip() or "unknown"
             raise UsageError(
                 word(
                     "the output folder",
@@ -59,7 +59,7 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
                 )
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()}\n".encode())
         file.flush()
         yield
 

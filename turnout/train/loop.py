@@ -33,6 +33,7 @@ from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.progress import Progress, progress_for
 from turnout.train.signals import Stop, listening
 from turnout.train.step import Step
+from turnout.wrappers import unwrapped
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -63,7 +64,9 @@ def train(
 
     Args:
         model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
-            device. If it takes a ``generator``, it is given one seeded from (seed, step, micro-batch).
+            device. If it takes a ``generator``, it is given one seeded from (seed, step, micro-batch); if it takes an
+            ``attention_mask``, one for batches with padding. All this is found in what is wrapped too: compiled,
+            DistributedDataParallel, a module around it. Checkpoints are written in the names of the model inside.
         tokens: a TokenSet.
         config: the optimisation.
         out: a folder that holds no run; or, with ``resume``, the one that holds this run.
@@ -78,7 +81,8 @@ def train(
         The result; evaluations and seconds count what came before a resume.
 
     Raises:
-        UsageError: the folder holds another run, is in use, or is of a run on other data.
+        UsageError: the folder holds another run, is in use, or is of a run on other data; or the model has routers that
+            learn from the load, but nothing names its ``routers``.
         CheckpointError: the checkpoint is missing, damaged (names the last whole one) or of another model.
         TrainingError: a loss or gradient is not finite.
         StorageError: the disk is full; nothing saved is lost.
@@ -178,7 +182,9 @@ class _Run:
 
     def _arithmetic(self) -> str:
         """What the last bits of a sum depend on."""
-        return f"{self.work.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        inside = unwrapped(self.model)
+        around = "" if inside is self.model else f", in {type(self.model).__name__}"
+        return f"{self.work.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}{around}"
 
     def _check_same(self, body: Mapping[str, Any]) -> None:
         now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
@@ -293,7 +299,7 @@ class _Run:
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
                 found = bits_per_byte(
-                    lambda id_BS: self.model(id_BS.to(device)),
+                    _Placed(self.model, device),
                     self._held_out(),
                     torch.as_tensor(self.tokens.byte_length_V),
                     domains=self.tokens.domains,
@@ -353,6 +359,18 @@ class _Run:
             self.teller.stop()
         if self.metrics is not None:
             self.metrics.close()
+
+
+class _Placed(nn.Module):
+    """The model, for batches that are elsewhere."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, id_BS: torch.Tensor, **keywords: torch.Tensor) -> Any:
+        there = {name: value.to(self.device) for name, value in keywords.items()}
+        return self.model(id_BS.to(self.device), **there)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

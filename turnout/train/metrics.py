@@ -9,7 +9,7 @@ from typing import Any
 
 from turnout.errors import CheckpointError, MissingExtraError
 from turnout.reading import check_fields, parse_json, read_lines
-from turnout.storage import read_error, write_whole
+from turnout.storage import open_own, read_error, write_whole
 
 __all__ = ["Metrics", "need_tensorboard", "read_metrics", "rewind"]
 
@@ -61,7 +61,7 @@ class Metrics:
             # purge_step hides what a killed process wrote after its last checkpoint.
             self._writer = need_tensorboard()(str(tensorboard), purge_step=step + 1 if step else None)
         try:
-            self._file = path.open("a", encoding="utf-8")
+            self._file = open_own(path)
         except OSError as error:
             raise read_error(error, path, "turnout.train") from error
 
@@ -72,7 +72,7 @@ class Metrics:
             StorageError: the disk is full.
         """
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise read_error(error, self.path, "turnout.train") from error

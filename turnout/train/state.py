@@ -1,6 +1,7 @@
 """Training checkpoints: model and optimizer as safetensors, the rest as json, a manifest of digests written last.
 
-    checkpoints/step-00000100/model.safetensors       parameters and buffers (router biases are buffers)
+    checkpoints/step-00000100/model.safetensors       parameters and buffers (router biases are buffers), by the names
+                                                      that they have in the model itself, whatever it is wrapped in
                               optimizer.safetensors   the optimizer's state, by parameter name
                               state.json              step, sums of the unfinished log window, configuration
                               manifest.json           size and SHA-256 of the three, written last
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from turnout.errors import CheckpointError, StorageError, word
 from turnout.reading import check_fields, check_link, read_json
 from turnout.storage import digest, read_error, write_whole
+from turnout.wrappers import plain_names, stripped
 
 __all__ = ["checkpoint_name", "choose", "clean", "damage", "find", "load", "newest_whole", "save", "set_aside_after"]
 
@@ -192,18 +194,24 @@ def load(
     """
     from safetensors.torch import load_file
 
-    weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
+    held = _owned(model)
+
+    def known(name: str) -> str:  # what was saved before names were plain
+        return name if name in held else stripped(name)
+
+    weights = {known(name): tensor for name, tensor in load_file(path / _FILES[0]).items()}
+    tensors = load_file(path / _FILES[1])
     body = read_json(path / _FILES[2], finite=False)
     check(body)
-    held = _owned(model)
     _check_fit(
         path, {name: tuple(t.shape) for name, t in weights.items()}, {n: tuple(t.shape) for n, t in held.items()}
     )
     optimized = _optimized(model, optimizer)
     index = {name: i for i, (name, _) in enumerate(optimized)}
-    states: dict[int, dict[str, Any]] = {index[name]: dict(items) for name, items in body["optimizer"].items()}
+    states: dict[int, dict[str, Any]] = {index[known(name)]: dict(items) for name, items in body["optimizer"].items()}
     for key, tensor in tensors.items():
         name, _, item = key.rpartition("|")
+        name = known(name)
         parameter = optimized[index[name]][1]
         # In the parameter's own strides: fused AdamW on the CPU goes through the memory of all four without looking.
         like = torch.empty_like(
@@ -243,10 +251,10 @@ def _remove(path: Path) -> None:
 
 
 def _owned(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state dict by name, each tied tensor under its first name only."""
+    """The tensors of the state dict by plain name, each tied tensor under its first name only."""
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    owned = {}
-    for name, tensor in model.state_dict().items():
+    owned, tensors = {}, model.state_dict()
+    for name, tensor in zip(plain_names(model, tensors).values(), tensors.values(), strict=True):
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in seen:
             continue
@@ -256,8 +264,10 @@ def _owned(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters with their names, in the order that its state dict numbers them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """The optimizer's parameters with their plain names, in the order that its state dict numbers them."""
+    named = dict(model.named_parameters())
+    plain = plain_names(model, named)
+    names = {id(parameter): plain[name] for name, parameter in named.items()}
     return [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
 
 

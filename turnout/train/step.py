@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import TrainingError, word
+from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
 from turnout.train.balance import load_balance_loss, router_z_loss
+from turnout.wrappers import routers_of, takes
 
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
 
@@ -114,7 +114,8 @@ class Step:
         self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
         self.window = Window(self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self._draws = "generator" in inspect.signature(model.forward).parameters
+        self._draws, self._masks = takes(model, "generator"), takes(model, "attention_mask")
+        self._routers, self._ranks = _learning(model), _ranks(model)
         self._generator = torch.Generator(self.device) if self._draws else None
         self._lazy = self.device.type == "cuda"
         self._frozen = torch.zeros((), device=self.device)
@@ -177,8 +178,9 @@ class Step:
                 self._generator.manual_seed(seed)
             id_BS = batch.id_BS.to(self.device, non_blocking=True)
             target_BS = batch.target_BS.to(self.device, non_blocking=True)
+            real_BS = _real(batch)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                nats, routings = self._nats(id_BS, target_BS)
+                nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else real_BS.to(self.device))
             loss, aux, z = self._objective(nats / predicted, routings)
             loss.backward()
             with torch.no_grad():
@@ -189,12 +191,18 @@ class Step:
                 sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
         return sums
 
-    def _nats(self, id_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, Sequence[Any]]:
+    def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
         """The summed token loss and the routings."""
+        keywords: dict[str, Any] = {"generator": self._generator} if self._draws else {}
+        if real_BS is not None and self._masks:
+            keywords["attention_mask"] = real_BS
         if isinstance(self.model, LM):  # the logits are never whole
-            done = self.model.loss(id_BS, target_BS, generator=self._generator)
+            done = self.model.loss(id_BS, target_BS, **keywords)
             return done.nats, done.routings
-        output = self.model(id_BS, generator=self._generator) if self._draws else self.model(id_BS)
+        output = self.model(id_BS, **keywords)
+        if real_BS is not None and not self._masks and len(output.routings):
+            allowed, fix = "be known to a model that routes", "give its forward a keyword attention_mask, as LM has it"
+            raise UsageError(word("padding", got="a padded batch", allowed=allowed, where="turnout.train", fix=fix))
         return token_loss(output.logits_BSV, target_BS), output.routings
 
     def _objective(self, loss: Tensor, routings: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,12 +237,17 @@ class Step:
                 )
 
     def _after_step(self, load_L: Sequence[Tensor]) -> None:
-        routers = list(getattr(self.model, "routers", ()))
-        if not load_L or not routers:
+        if not load_L or not self._routers:
             return
+        if len(self._routers) != len(load_L):
+            got, fix = f"{len(self._routers)} for {len(load_L)} routings", "name a router once for each layer it routes"
+            allowed = "be one for each routing, in order"
+            raise UsageError(word("model.routers", got=got, allowed=allowed, where="turnout.train", fix=fix))
         with torch.no_grad():
-            for router, load_E in zip(routers, load_L, strict=True):
+            for router, load_E in zip(self._routers, load_L, strict=True):
                 if hasattr(router, "after_step"):
+                    if self._ranks > 1:
+                        torch.distributed.all_reduce(load_E := load_E.clone())
                     # A frozen run must not let its biases drift on.
                     router.after_step(load_E * (1 - self._frozen.long()) if self._lazy else load_E)
 
@@ -255,6 +268,35 @@ class Step:
                 fix=f"train with a lower lr (lr={self.config.lr / 2:g}), a longer warm-up or a smaller clip",
             )
         )
+
+
+def _learning(model: nn.Module) -> list[nn.Module]:
+    """The routers of the model, wherever it says what they are.
+
+    Raises:
+        UsageError: it has some that learn from the load, and nothing says which routing is whose.
+    """
+    found = routers_of(model)
+    deaf = [name for name, module in model.named_modules() if not found and hasattr(type(module), "after_step")]
+    if deaf:
+        allowed, fix = "name its routers, which learn from the load,", "give the model an attribute routers, in order"
+        got = f"one with {deaf[0]} ({len(deaf)} in all), and no attribute routers"
+        raise UsageError(word("the model", got=got, allowed=allowed, where="turnout.train", fix=fix))
+    return found
+
+
+def _ranks(model: nn.Module) -> int:
+    """How many processes train one model together."""
+    together = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    return torch.distributed.get_world_size() if together else 1
+
+
+def _real(batch: Any) -> Tensor | None:
+    """(B, S) bool, false at padding: as the batch says, else after the last target of each row; None for none."""
+    real_BS = getattr(batch, "real_BS", None)
+    if real_BS is None:
+        real_BS = (batch.target_BS != IGNORE).flip(1).cumsum(1).flip(1) > 0
+    return None if bool(real_BS.all()) else real_BS
 
 
 def _non_finite(tensors: Any) -> list[str]:

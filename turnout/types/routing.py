@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, UsageError, word
+from turnout.reading import check_safetensors
 from turnout.storage import write_whole
+from turnout.types.sound import check_dense, check_dropped, check_entries, check_kinds, check_range, problem
 
 _FORMAT = "turnout.routing/1"
 
@@ -66,12 +68,19 @@ class Routing:
         weight_TK: Tensor,
         *,
         num_experts: int,
+        dropped: int | None = None,
         score_TE: Tensor | None = None,
         logit_TE: Tensor | None = None,
     ) -> Self:
         """The routing in which token t goes to the K experts ``index_TK[t]`` with ``weight_TK[t]``.
 
-        The experts of one token must differ; ``validate`` checks it.
+        The experts of one token must differ; ``validate`` checks it. Entries of the index ``dropped``, which is no
+        expert's, are left out. On a CPU every index is looked at; elsewhere that would wait for the device, and an
+        index of no expert gives an undefined result.
+
+        Raises:
+            ShapeError: the two are not (T, K).
+            UsageError: an index is no expert's, ``dropped`` is one's, or a dtype is another.
         """
         if index_TK.ndim != 2 or index_TK.shape != weight_TK.shape:
             raise ShapeError(
@@ -84,6 +93,14 @@ class Routing:
                 )
             )
         num_tokens, top_k = index_TK.shape
+        if dropped is not None:
+            check_dropped(dropped, num_experts)
+            token_R, place_R = (index_TK != dropped).nonzero(as_tuple=True)
+            entries = token_R, index_TK[token_R, place_R], weight_TK[token_R, place_R]
+            sizes = {"num_tokens": num_tokens, "num_experts": num_experts}
+            return cls.from_entries(*entries, **sizes, score_TE=score_TE, logit_TE=logit_TE)
+        check_kinds(index_TK, weight_TK, where="Routing.from_topk")
+        check_range("expert", index_TK, num_experts, where="Routing.from_topk")
         # Narrow keys sort several times faster (a radix sort pays per byte); values and order are the same.
         narrow = index_TK.device.type in ("cpu", "cuda") and num_experts <= 32768
         kind = (torch.uint8 if num_experts <= 256 else torch.int16) if narrow else torch.int64
@@ -116,7 +133,14 @@ class Routing:
         score_TE: Tensor | None = None,
         logit_TE: Tensor | None = None,
     ) -> Self:
-        """The routing with these entries, given in any order."""
+        """The routing with these entries, given in any order.
+
+        Raises:
+            ShapeError: the three are not of the same shape (R,).
+            UsageError: a token or an expert is out of range (looked at on a CPU), or a dtype is another.
+        """
+        check_entries(token_R, expert_R, weight_R, num_tokens, num_experts, where="Routing.from_entries")
+        token_R, expert_R = token_R.long(), expert_R.long()
         entry_R = torch.argsort(expert_R * max(num_tokens, 1) + token_R)
         count_E = torch.bincount(expert_R, minlength=num_experts)
         return cls(
@@ -131,7 +155,12 @@ class Routing:
 
     @classmethod
     def from_dense(cls, weight_TE: Tensor, *, mask_TE: Tensor | None = None) -> Self:
-        """The routing whose entries are the true entries of ``mask_TE`` (default: the non-zeros of ``weight_TE``)."""
+        """The routing whose entries are the true entries of ``mask_TE`` (default: the non-zeros of ``weight_TE``).
+
+        Raises:
+            ShapeError: ``weight_TE`` is not (T, E), or the mask is of another shape.
+        """
+        check_dense(weight_TE, mask_TE, where="Routing.from_dense")
         chosen_TE = weight_TE != 0 if mask_TE is None else mask_TE
         expert_R, token_R = chosen_TE.t().nonzero(as_tuple=True)
         num_tokens, num_experts = weight_TE.shape
@@ -155,6 +184,17 @@ class Routing:
     def num_real(self) -> int:
         """The rows that are tokens, all but padding."""
         return self.num_tokens if self.real_T is None else int(self.real_T.sum())
+
+    def bounds(self) -> list[int]:
+        """Where each expert's entries begin, and where the last one's end, on the host; a GPU is waited for.
+
+        Raises:
+            ShapeError: the offsets are not those of the entries. A routing made by hand may hold any.
+        """
+        bound_E = self.offset_E.tolist()
+        if bound_E[0] != 0 or bound_E[-1] != self.num_entries or bound_E != sorted(bound_E):
+            self.validate()
+        return bound_E
 
     @functools.cached_property
     def load_E(self) -> Tensor:
@@ -216,7 +256,15 @@ class Routing:
     # ---- changing it
 
     def keep(self, keep_R: Tensor) -> Self:
-        """The routing with only the entries where ``keep_R`` is true; the load before is kept in ``wanted_E``."""
+        """The routing with only the entries where ``keep_R`` is true; the load before is kept in ``wanted_E``.
+
+        Raises:
+            ShapeError: not one bool for each entry.
+        """
+        if keep_R.shape != self.token_R.shape or keep_R.dtype != torch.bool:
+            got, fix = f"{keep_R.dtype} of shape {tuple(keep_R.shape)}", "pass a comparison, such as weight_R > 0.1"
+            allowed = f"be bool of shape ({self.num_entries},)"
+            raise ShapeError(word("keep_R", got=got, allowed=allowed, where="Routing.keep", fix=fix))
         kept_E = torch.zeros_like(self.load_E).index_add_(0, self.expert_R, keep_R.long())
         return dataclasses.replace(
             self,
@@ -238,11 +286,13 @@ class Routing:
 
         Raises:
             ShapeError: not one label for each expert.
+            UsageError: a label is out of range (looked at on a CPU).
         """
         if label_E.shape != (self.num_experts,):
             got, allowed = f"shape {tuple(label_E.shape)}", f"have one label for each of {self.num_experts} experts"
             fix = "pass a tensor (E,)"
             raise ShapeError(word("label_E", got=got, allowed=allowed, where="Routing.relabel", fix=fix))
+        check_range("label", label_E, num_experts, where="Routing.relabel")
         tokens = max(self.num_tokens, 1)
         key_N, place_R = torch.unique(label_E[self.expert_R] * tokens + self.token_R, return_inverse=True)
         border_E = torch.arange(num_experts + 1, device=key_N.device) * tokens
@@ -296,45 +346,18 @@ class Routing:
         Raises:
             ShapeError: an entry is out of range, out of order, repeated or not finite, or the offsets do not fit.
         """
-        problem = self._problem()
-        if problem:
+        wrong = problem(self)
+        if wrong:
             raise ShapeError(
                 word(
                     "a Routing",
-                    got=problem,
+                    got=wrong,
                     allowed="have in-range, finite, unrepeated entries sorted by expert, then token",
                     where="Routing.validate",
                     fix="build it with Routing.from_entries, which sorts",
                 )
             )
         return self
-
-    def _problem(self) -> str | None:
-        if self.offset_E.ndim != 1 or self.offset_E.numel() == 0:
-            return f"offsets of shape {tuple(self.offset_E.shape)}"
-        load_E, token_R = self.load_E, self.token_R
-        if self.weight_R.shape != token_R.shape:
-            return f"{tuple(self.weight_R.shape)} weights for {tuple(token_R.shape)} tokens"
-        if self.offset_E[0] != 0 or self.offset_E[-1] != self.num_entries or bool((load_E < 0).any()):
-            return f"offsets {self.offset_E.tolist()} for {self.num_entries} entries"
-        if self.wanted_E is not None and (self.wanted_E.shape != load_E.shape or bool((self.wanted_E < load_E).any())):
-            return f"wanted_E {self.wanted_E.tolist()} below the load {load_E.tolist()}"
-        for name, table in (("score_TE", self.score_TE), ("logit_TE", self.logit_TE)):
-            if table is not None and table.shape != (self.num_tokens, self.num_experts):
-                return f"{name} of shape {tuple(table.shape)} for {self.num_tokens} tokens x {self.num_experts} experts"
-        if self.real_T is not None and (self.real_T.shape != (self.num_tokens,) or self.real_T.dtype != torch.bool):
-            return f"real_T of {self.real_T.dtype} and shape {tuple(self.real_T.shape)} for {self.num_tokens} tokens"
-        if self.num_entries == 0:
-            return None
-        if int(token_R.min()) < 0 or int(token_R.max()) >= self.num_tokens:
-            return f"tokens {int(token_R.min())}..{int(token_R.max())} of {self.num_tokens}"
-        if self.real_T is not None and not bool(self.real_T[token_R].all()):
-            return "entries of padding"
-        if not bool((torch.diff(self.expert_R * self.num_tokens + token_R) > 0).all()):
-            return "entries that are unsorted or repeated"
-        if not bool(torch.isfinite(self.weight_R).all()):
-            return "weights that are not finite"
-        return None
 
     def __str__(self) -> str:
         load_E = self.load_E
@@ -366,6 +389,7 @@ class Routing:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_safetensors(Path(path), any_link=True)
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:

@@ -1,17 +1,18 @@
 """TraceWriter: records a Trace, document by document, at flat memory."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 
 from turnout.errors import ShapeError, StorageError, UsageError, word
-from turnout.storage import read_error, write_whole
+from turnout.storage import create, read_error, sealed, write_whole
 from turnout.types.routing import Routing
 from turnout.types.trace import DOCUMENT_COLUMNS, FORMAT, LAYER_COLUMNS
 
@@ -81,6 +82,7 @@ class TraceWriter:
         self._entries_L = [0] * len(self.layers)
         self._files = contextlib.ExitStack()
         self._columns: dict[str, BinaryIO] = {}
+        self._sums: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         names = [f"{name}.bin" for name in DOCUMENT_COLUMNS] + (["token_id.bin"] if self.token_ids else [])
@@ -88,7 +90,8 @@ class TraceWriter:
             names += [f"{name}.{layer:03d}.bin" for name in LAYER_COLUMNS]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._columns = {name: self._files.enter_context((self.path / name).open("wb")) for name in names}
+            self._columns = {name: self._files.enter_context(create(self.path / name)) for name in names}
+            self._sums = {name: hashlib.sha256() for name in names}
         except OSError as error:
             self._files.close()
             raise read_error(error, self.path, "TraceWriter") from error
@@ -173,7 +176,9 @@ class TraceWriter:
 
     def _append(self, name: str, values: object, dtype: str) -> None:
         try:
-            self._columns[name].write(np.ascontiguousarray(values, dtype).tobytes())
+            data = np.ascontiguousarray(values, dtype).tobytes()
+            self._columns[name].write(data)
+            self._sums[name].update(data)
         except OSError as error:
             raise read_error(error, self.path / name, "TraceWriter") from error
 
@@ -206,6 +211,9 @@ class TraceWriter:
             "num_documents": self.num_documents,
             "has_token_ids": self.token_ids,
             "context": self.context,
-            "column_bytes": {name: (self.path / name).stat().st_size for name in self._columns},
+            "columns": {
+                name: {"bytes": (self.path / name).stat().st_size, "sha256": self._sums[name].hexdigest()}
+                for name in self._columns
+            },
         }
-        write_whole(self.path / "trace.json", json.dumps(head, indent=2) + "\n")
+        write_whole(self.path / "trace.json", json.dumps(sealed(head), indent=2) + "\n")

@@ -93,7 +93,12 @@ def test_a_configuration_of_other_weights_is_refused(folder: Path) -> None:
         ({"heads": 3}, "heads=2"),
         ({"colour": 1}, "colour"),
     ):
-        (folder / "config.json").write_text(json.dumps(body | {"model": body["model"] | change}))
+        changed = body | {"model": body["model"] | change}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match="its content is not what its sha256 says"):
+            checkpoint.load(folder)
+        del changed["sha256"]  # as whoever edits it by hand is told to
+        (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=match):
             checkpoint.load(folder)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from turnout.errors import CheckpointError
+from turnout.storage import digest, sealed
 from turnout.train.data import Document, TokenSet, prepare
 from turnout.train.data.shards import SideWriter, token_dtype
 
@@ -100,8 +101,9 @@ def test_columns_that_do_not_fit_each_other(copy) -> None:
     head = json.loads((copy / "tokens.json").read_text())
     name = "train/domain.bin"
     (copy / name).write_bytes((copy / name).read_bytes() + b"\0\0")
-    head["files"][name]["bytes"] += 2
-    (copy / "tokens.json").write_text(json.dumps(head))
+    head["files"][name] = {"bytes": head["files"][name]["bytes"] + 2, "sha256": digest(copy / name)}
+    del head["sha256"]
+    (copy / "tokens.json").write_text(json.dumps(sealed(head)))
     with pytest.raises(CheckpointError, match="offsets"):
         TokenSet.open(copy)
 

@@ -1,14 +1,18 @@
 """The tokenizer: deterministic, lossless, and it knows its bytes."""
 
+import importlib
+import json
 import os
 import random
 import subprocess
 import sys
+import unicodedata
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from turnout.errors import CheckpointError, DataError, UsageError
+from turnout.train.data import Document, prepare
 from turnout.train.data.tokenizer import (
     SEPARATOR,
     byte_lengths,
@@ -100,6 +104,80 @@ def test_a_tokenizer_from_elsewhere_must_keep_every_byte() -> None:
         check_tokenizer(_other(special="[strange]"))
     with pytest.raises(UsageError, match="pass vocab_size=280"):
         check_tokenizer(_other(), vocab_size=279)
+
+
+NAIVE = "naïve café, Việt Nam, Ångström "
+
+
+def test_a_normalizer_is_told_by_the_texts_that_it_changes(tmp_path) -> None:
+    _other(normalizer=normalizers.NFC()).save(str(tmp_path / "tokenizer.json"))
+    texts = [Document(f"{n}.txt", NAIVE * n) for n in range(1, 9)]
+    tokens = prepare({"d": texts}, tmp_path / "a", tokenizer=tmp_path, held_out=1.0, quiet=True)
+    assert tokens.byte_length_V[tokens.held_out.token_T].sum() == sum(len(NAIVE.encode()) * n for n in range(1, 9))
+    texts.append(Document("decomposed.txt", unicodedata.normalize("NFD", NAIVE)))
+    with pytest.raises(
+        DataError, match=r"decomposed\.txt, which its normalizer \(NFC\) changes.*write the text as NFC"
+    ):
+        prepare({"d": texts}, tmp_path / "b", tokenizer=tmp_path, held_out=1.0, quiet=True)
+    assert not (tmp_path / "b" / "tokens.json").exists()
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Replace("q", "qqq"), normalizers.Replace("q", "x")])
+def test_a_replacement_that_the_probe_does_not_hold(normalizer, tmp_path) -> None:
+    """Also one of as many bytes, which no sum shows."""
+    _other(normalizer=normalizer).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"a\.txt, which its normalizer \(Replace\) changes: 'q?u?ite"):
+        prepare({"d": [Document("a.txt", "quite so")]}, tmp_path / "out", tokenizer=tmp_path, held_out=1.0, quiet=True)
+
+
+def test_bytes_that_a_tokenizer_does_not_know(tmp_path) -> None:
+    tokenizer = _other()
+    body = json.loads(tokenizer.to_str())
+    byte = next(token for token in body["model"]["vocab"] if token == "Z")
+    kept = {token: number for token, number in body["model"]["vocab"].items() if byte not in token}
+    body["model"]["vocab"] = {token: number for number, token in enumerate(kept)}
+    body["model"]["merges"] = [pair for pair in body["model"]["merges"] if byte not in "".join(pair)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    with pytest.raises(DataError, match=r"z\.txt, of whose 6 bytes it loses 2"):
+        prepare({"d": [Document("z.txt", "aZ bZ!")]}, tmp_path / "o", tokenizer=tmp_path, held_out=1.0, quiet=True)
+
+
+def test_dropout_is_refused(tmp_path) -> None:
+    tokenizer = _other()
+    tokenizer.model.dropout = 0.1
+    with pytest.raises(DataError, match=r"dropout=0\.1"):
+        check_tokenizer(tokenizer)
+
+
+def test_truncation_and_padding_are_not_for_texts(tmp_path) -> None:
+    tokenizer = _other()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (ids,) = encode(load_tokenizer(tmp_path), ["the cat sat on the mat"])
+    assert byte_lengths(tokenizer)[ids].sum() == 22 and 4 < len(ids) < 100
+
+
+def test_added_tokens_have_their_bytes(tmp_path) -> None:
+    tokenizer = _other()
+    tokenizer.add_tokens(["<tool>", AddedToken(" été", normalized=False)])
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "the <tool> in été <|im_end|> <|endoftext|>"
+    tokens = prepare({"d": [Document("a", text)]}, tmp_path / "o", tokenizer=tmp_path, held_out=1.0, quiet=True)
+    assert tokens.byte_length_V[tokens.held_out.token_T].sum() == len(text.encode())
+
+
+def test_a_preparation_from_before_texts_were_checked_is_done_again(tmp_path, monkeypatch) -> None:
+    _other(normalizer=normalizers.NFC()).save(str(tmp_path / "tokenizer.json"))
+    texts = [Document("a", unicodedata.normalize("NFD", NAIVE))]
+    with monkeypatch.context() as patch:
+        module = importlib.import_module("turnout.train.data.prepare")  # the package has the function under this name
+        patch.setattr(module, "check_text", lambda *_: None)
+        patch.setattr(module, "_checked", lambda fingerprint: fingerprint)
+        prepare({"d": texts}, tmp_path / "o", tokenizer=tmp_path, held_out=1.0, quiet=True)
+    with pytest.raises(DataError, match="NFC"):
+        prepare({"d": texts}, tmp_path / "o", tokenizer=tmp_path, held_out=1.0, quiet=True)
 
 
 FORK = """

@@ -35,9 +35,9 @@ class FedIns(nn.Module):
     >>> router(torch.tensor([[0.1, 9.0], [-2.0, 0.0]]), given=Given.of(2, 2)).dense().argmax(1).tolist()
     [1, 2]
 
-    Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning". In the published code the
-    keys start at zero, so that the first k are chosen at first, and, once they have moved towards queries that all lie
-    on one side, for ever; ours start at random. It takes one instance at a time; a batch would share one choice.
+    Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning". Keys start from a
+    normal distribution, in the published code from a truncated one. That code takes one instance at a time; a batch
+    would share one choice.
     """
 
     parts = 1  # a router of sequences: one row of the routing each
@@ -87,9 +87,9 @@ class FedIns(nn.Module):
         return Routing.from_topk(index_BK, weight_BK, num_experts=self.num_experts, logit_TE=near_BE)
 
     def match(self, query_BQ: Tensor) -> Tensor:
-        """The mean similarity of queries and the keys they choose, a scalar in [-1, 1]; 1 - match is the keys' loss."""
+        """The sum of a query's k similarities to the keys it chooses, the mean over queries; 1 - match is the loss."""
         near_BE = linear(_unit(query_BQ), _unit(self.weight))
-        return near_BE.gather(1, largest(near_BE, self.top_k)).mean()
+        return near_BE.gather(1, largest(near_BE, self.top_k)).sum(1).mean()
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
+from turnout.types.recall import steady
 
 Priority = Literal["weight", "position"]
 # Below this many scores one stable sort takes less time than the four small operations that build the keys.
@@ -90,7 +91,11 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
 
 
 def draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A tensor of chance, from ``torch.rand`` or ``torch.randn``, drawn on the generator's device."""
+    """A tensor of chance, from ``torch.rand`` or ``torch.randn``, drawn on the generator's device.
+
+    The layer may be run again in the backward pass (gradient checkpointing): it then draws the same.
+    """
+    generator = steady(generator)
     device = like.device if generator is None else generator.device
     return sample(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 

@@ -38,7 +38,8 @@ class GShard(nn.Module):
 
     Source: Lepikhin et al., 2020, "GShard", algorithm 2. The weights of a token whose second expert is skipped or
     dropped are not scaled up again, as there. A skipped second choice takes no place in its expert, as in the
-    authors' code; one group of tokens; dropless by default.
+    authors' code; one group of tokens; dropless by default. The paper's auxiliary loss counts first choices alone,
+    ``turnout.train.load_balance_loss`` both.
     """
 
     def __init__(

@@ -14,13 +14,14 @@ from torch import Tensor
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.own import carry, check_shape, empty, opened, outline, read_json
+from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
 from turnout.models.checkpoint.ties import refuse_ties
 from turnout.models.families.express import architecture_of, family_of
 from turnout.models.families.family import Family
 from turnout.models.families.meaning import meaning
 from turnout.models.families.tensors import Slot, slots
+from turnout.models.families.typed import check_types
 from turnout.models.lm import LM, LMConfig
 from turnout.storage import read_error, write_whole
 
@@ -42,7 +43,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     Of quantised weights only those of gpt-oss (MXFP4) are read, as the bfloat16 numbers that they stand for.
 
     Args:
-        path: a folder with config.json and model.safetensors, or its shards and their index.
+        path: a folder with config.json and weights, found in transformers' order: the file that config.json names
+            (``transformers_weights``), else model.safetensors, else the shards of its index.
         dtype: of the weights; None for the one they are stored in, which must then be one for all.
 
     Raises:
@@ -120,7 +122,8 @@ def to_hf(
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path, like = Path(path), lm.origin if like is None else Path(like)
+    path, lm = Path(path), bare(lm)
+    like = lm.origin if like is None else Path(like)
     old = _old_keys(like)
     family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     refuse_ties(lm, family)
@@ -182,7 +185,10 @@ def _old_keys(like: Path | None) -> dict[str, Any]:
     if like is None or not (like / "config.json").is_file():
         return {}
     keys = read_json(like / "config.json", "to_hf")
-    return keys if "model_type" in keys else {}
+    if "model_type" not in keys:
+        return {}
+    check_types(keys, str(like / "config.json"))
+    return keys
 
 
 def _old_plan(like: Path, old: Mapping[str, Any]) -> dict[str, str]:
@@ -216,7 +222,8 @@ def _write_weights(
         index = {"metadata": total, "weight_map": plan}
         if like is not None and (like / INDEX).is_file():
             old = read_json(like / INDEX, "to_hf")
-            same = old["weight_map"] == plan and (old.get("metadata") or total).get("total_size") == total["total_size"]
+            sized = (old.get("metadata") or total).get("total_size") == total["total_size"]
+            same = old.get("weight_map") == plan and sized
             index = old if same else index
         write_whole(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 

@@ -113,6 +113,11 @@ class LoraSettings:
             self._bad("base_model_name_or_path", repr(name), "be a name", "write the base model's name there")
         return name
 
+    @property
+    def starts_at_nothing(self) -> bool:
+        """Whether factors that a folder lacks are those of an adapter that adds nothing, as PEFT starts them."""
+        return self._config.get("init_lora_weights", True) is not False
+
     def scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of PEFT: the end of the module's name decides."""
         stated = self._of("rank_pattern", module, "r")

@@ -1,28 +1,34 @@
 """Our own format: a folder with config.json and model.safetensors, whose SHA-256 the former holds."""
 
 import contextlib
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from turnout import reading
-from turnout.errors import CheckpointError, TurnoutError, word
+from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import PATH, expects
+from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank
-from turnout.storage import digest, read_error, write_whole
+from turnout.reading import check_fields
+from turnout.storage import check_seal, digest, read_error, sealed, write_whole
+from turnout.wrappers import plain_names, stripped, unwrapped
 
 __all__ = ["load", "save"]
 
 _FORMAT = "turnout.lm/1"
+_WHERE = "turnout.models.checkpoint.save"
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
 ORIGIN = "origin"
@@ -31,8 +37,8 @@ _TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
-@expects(path=PATH, lm=LM)
-def save(path: str | Path, lm: LM) -> None:
+@expects(path=PATH)
+def save(path: str | Path, lm: nn.Module) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 
     The weights are written first and config.json, with their digest, last: what a crash leaves in between is refused by
@@ -40,9 +46,10 @@ def save(path: str | Path, lm: LM) -> None:
 
     Args:
         path: the folder; made when missing.
-        lm: the model, on any device.
+        lm: the model, on any device; also a compiled or otherwise wrapped one, which is written as what it is inside.
 
     Raises:
+        UsageError: there is no LM in it.
         StorageError: the disk is full, or the folder is not writable.
 
     >>> import tempfile
@@ -54,7 +61,7 @@ def save(path: str | Path, lm: LM) -> None:
 
     Source: none; safetensors and json.
     """
-    path = Path(path)
+    path, lm = Path(path), bare(lm)
     tensors = {name: tensor.detach().contiguous() for name, tensor in stored(lm).items()}
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
     if lm.origin is not None and lm.origin != path and lm.origin != path / ORIGIN:
@@ -65,7 +72,7 @@ def save(path: str | Path, lm: LM) -> None:
         "dtype": str(lm.embedding.dtype).removeprefix("torch."),
         "files": {_WEIGHTS: {"bytes": (path / _WEIGHTS).stat().st_size, "sha256": digest(path / _WEIGHTS)}},
     }
-    write_whole(path / "config.json", json.dumps(body, indent=2) + "\n")
+    write_whole(path / "config.json", json.dumps(sealed(body), indent=2) + "\n")
 
 
 @expects(path=PATH)
@@ -88,8 +95,10 @@ def load(path: str | Path) -> LM:
     _check_header(path / _WEIGHTS, config)
     lm = empty(config, dtype)
     with opened(path / _WEIGHTS) as file, torch.no_grad():
-        for name, slot in stored(lm).items():
-            fill(slot, file.get_tensor(name), f"{name} in {path / _WEIGHTS}")
+        slots = stored(lm)
+        for name, key in _keys(file.keys(), slots).items():
+            fill(slots[name], file.get_tensor(key), f"{name} in {path / _WEIGHTS}")
+    reading.check_link(path / ORIGIN)
     lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
     return lm.eval()
 
@@ -116,30 +125,58 @@ def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
             f"be of format {_FORMAT!r}",
             "it is a transformers folder: use from_hf" if foreign else "name a folder that save wrote",
         )
+    refuse = functools.partial(_altered, path)
+    check_fields(body, {"model": dict, "dtype": str, "files": dict[str, dict]}, refuse)
+    check_seal(body, refuse, ("format", "model", "dtype", "files"))
+    check_fields(body["files"], {_WEIGHTS: dict}, refuse)
+    check_fields(body["files"][_WEIGHTS], {"bytes": int, "sha256": str}, refuse)
+    if body["dtype"] not in _DTYPES:
+        raise refuse(f"the dtype {body['dtype']!r:.40}")
     try:
         config = LMConfig.from_json_dict(body["model"])
-        dtype = getattr(torch, body["dtype"])
-        expected = body["files"][_WEIGHTS]
-        size, sha256 = expected["bytes"], expected["sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _refusal("config.json", f"{path / 'config.json'} ({error!r})", "be whole", "restore it") from error
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    size, sha256 = body["files"][_WEIGHTS]["bytes"], body["files"][_WEIGHTS]["sha256"]
     weights = path / _WEIGHTS
     if not weights.is_file():
         raise _refusal("the weights", f"{weights}, which does not exist", "be there", _RESTORE)
     if weights.stat().st_size != size:
         raise _refusal("the weights", f"{weights} of {weights.stat().st_size} bytes", f"have {size} bytes", _RESTORE)
-    return config, dtype, sha256
+    return config, getattr(torch, body["dtype"]), sha256
+
+
+def _altered(path: Path, problem: str) -> CheckpointError:
+    return _refusal("config.json", f"{path / 'config.json'} ({problem})", "be whole", "restore it from a copy")
 
 
 def _check_header(weights: Path, config: LMConfig) -> None:
     """Refuses weights whose names or shapes are not those of the configuration."""
-    slots = stored(outline(config))
     with opened(weights) as file:
-        check_names(weights, set(slots), set(file.keys()))
+        shapes = {stripped(name): file.get_slice(name).get_shape() for name in file.keys()}
+        check_sizes(weights.parent, config, shapes)
+        slots = stored(outline(config))
+        keys = _keys(file.keys(), slots)
+        check_names(weights, set(slots), set(keys))
         for name, slot in slots.items():
-            check_shape(file.get_slice(name).get_shape(), slot.shape, f"{name} in {weights}")
+            check_shape(file.get_slice(keys[name]).get_shape(), slot.shape, f"{name} in {weights}")
+
+
+def _keys(found: Iterable[str], slots: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each tensor in the file -> what it is called there, perhaps after a wrapper."""
+    return {key if key in slots else stripped(key): key for key in found}
+
+
+def bare(lm: nn.Module) -> LM:
+    """The LM inside all wrappers.
+
+    Raises:
+        UsageError: there is none.
+    """
+    inside = unwrapped(lm)
+    if not isinstance(inside, LM):
+        got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
+        raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
+    return inside
 
 
 def stored(lm: LM) -> dict[str, Tensor]:
@@ -148,7 +185,7 @@ def stored(lm: LM) -> dict[str, Tensor]:
     for name, module in lm.named_modules():
         if isinstance(module, Bank):
             tensors |= {f"{name}.up": module.up_EDH, f"{name}.down": module.down_EFD}
-    return tensors
+    return {plain: tensors[name] for name, plain in plain_names(lm, tensors).items()}
 
 
 class _Unset(TorchFunctionMode):
@@ -181,7 +218,10 @@ def carry(source: Path, target: Path, *, with_config: bool = False) -> None:
         kept += [file for file in files if file.suffix == ".py" and file.is_file()]
     templates = source / _TEMPLATES
     kept += sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+    if source.is_symlink() and source.name == ORIGIN:
+        reading.check_link(source)
     for file in kept:
+        reading.check_link(file)
         place = target / file.relative_to(source)
         write_whole(place, lambda aside, file=file: shutil.copyfile(file, aside) and None)
 
@@ -222,14 +262,21 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: not a whole safetensors file.
     """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "it is truncated or damaged: copy or download it again"
+        return _refusal("the weights", f"{path} ({problem})", "be a whole safetensors file", fix)
+
     try:
+        reading.check_safetensors(path, refuse)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError as error:
         raise _refusal("the weights", f"{path}, which does not exist", "be there", "copy the file again") from error
+    except IsADirectoryError as error:
+        raise refuse("a folder") from error
     except SafetensorError as error:
-        fix = "it is truncated or damaged: copy or download it again"
-        raise _refusal("the weights", f"{path} ({error})", "be a whole safetensors file", fix) from error
+        raise refuse(str(error)) from error
 
 
 def check_names(path: Path, wanted: set[str], found: set[str]) -> None:

@@ -14,7 +14,8 @@ from turnout.errors import CheckpointError, ShapeError, word
 from turnout.expects import PATH, expects
 from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
-from turnout.storage import digest, write_whole
+from turnout.reading import check_safetensors, open_regular
+from turnout.storage import digest, load_tensors, save_tensors, write_whole
 
 __all__ = ["GATES_FILE", "PeftAdapter", "read_adapter", "write_adapter", "write_gates"]
 
@@ -25,6 +26,8 @@ _GATES_FORMAT = "turnout.phatgoose/1"
 _PREFIX = "base_model.model."
 # The end of the name of a module's factors; the rest of a key is "base_model.model." and the module's name.
 _FACTOR = re.compile(r"base_model\.model\.(.{1,1000})\.lora_([AB])\.weight")
+# A weight of the base model itself, which PEFT adds where it was resized, or stands under a map with an adapter.
+_COPY = re.compile(r"base_model\.model\.(.{1,1000}?)(?:\.base_layer)?\.weight")
 # Parts of names that PEFT adds around a module of the model.
 _PARTS = r"\.(base_layer|original_module|modules_to_save|token_adapter|trainable_tokens_\w+)\b"
 # What PEFT writes beside the factors, by what is in the key, and what it means. The first that fits names it.
@@ -43,11 +46,6 @@ _OTHERS: Sequence[tuple[str, str, str]] = (
         "put them into the base model and save that, and the adapter again without them",
     ),
     (r"\.lora_", "a factor of another kind than LoRA of a linear map", "train the adapter for linear maps alone"),
-    (
-        r"\.weight$",
-        "a copy of a weight of the base model, as of embeddings of another size: the adapter belongs to a base with it",
-        "put it into the base model and save that, and the adapter again with save_embedding_layers=False",
-    ),
     (r"\.bias$", "a trained bias of the base model", "train the adapter with bias='none'"),
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +60,8 @@ class PeftAdapter:
         base: the model it was trained on, as its configuration names it; None when it does not.
         factor: module -> (A (r, D), B (O, r), scale); the map's weight gains scale * B A.
         gate: module -> the gate (D,) that PHATGOOSE trained for the adapter there; empty when it has none.
+        copies: module -> a weight of the base model that the folder holds too; ``attach`` asks for a base with it.
+        settings: what its configuration says; None for one that comes from no folder.
 
     >>> import torch
     >>> PeftAdapter("math", None, {"q_proj": (torch.zeros(2, 8), torch.zeros(4, 2), 1.0)}).params
@@ -74,6 +74,8 @@ class PeftAdapter:
     base: str | None
     factor: Mapping[str, tuple[Tensor, Tensor, float]]
     gate: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    settings: LoraSettings | None = None
 
     @property
     def params(self) -> int:
@@ -110,13 +112,15 @@ def read_adapter(path: str | Path) -> PeftAdapter:
 
     settings = LoraSettings(read_json(path / "adapter_config.json", _WHERE), bad)
     pairs: dict[str, dict[str, Tensor]] = {}
-    others = []
+    copies, others = {}, []
     for key, tensor in sorted(_tensors(path).items()):
-        found = _FACTOR.fullmatch(key)
-        if found is None or re.search(_PARTS, f".{found[1]}"):
-            others.append(key)
-        else:
+        found, copy = _FACTOR.fullmatch(key), _COPY.fullmatch(key)
+        if found is not None and not re.search(_PARTS, f".{found[1]}"):
             pairs.setdefault(found[1], {})[found[2]] = _checked(path, key, tensor)
+        elif copy is not None and not re.search(rf"{_PARTS}|\.lora_", f".{copy[1]}"):
+            copies[copy[1]] = tensor
+        else:
+            others.append(key)
     if others:
         raise _other(path, others)
     factor: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -128,39 +132,40 @@ def read_adapter(path: str | Path) -> PeftAdapter:
             raise _bad(path, f"{module} in {_WEIGHTS}", f"shapes {shapes}", allowed, "save it again")
         if not settings.targeted(module):
             fix = f"restore adapter_config.json, or remove the factors of {module}"
-            got, allowed = (
-                f"{module}, for which there are factors",
-                "name every module with factors: PEFT ignores others",
-            )
+            got = f"factors of {module}, which target_modules, exclude_modules and layers_to_transform leave out"
+            allowed = "name every module with factors: PEFT ignores others"
             raise _bad(path, "target_modules", got, allowed, fix)
         factor[module] = (a, b, settings.scale(module, a.shape[0]))
     if not factor:
         allowed = "hold pairs of lora_A and lora_B, and nothing else"
         raise _bad(path, _WEIGHTS, "no factor", allowed, "save the adapter again")
     gate = _gates(path, {name: a.shape[1] for name, (a, _, _) in factor.items()})
-    return PeftAdapter(path.resolve().name, settings.base, factor, gate)
+    return PeftAdapter(path.resolve().name, settings.base, factor, gate, copies, settings)
 
 
 def _no_config(path: Path) -> CheckpointError:
     """What to say of a folder without a configuration; PEFT puts adapters of other names than "default" one deeper."""
     there, fix = "has none" if path.is_dir() else "does not exist", "name a folder that PEFT wrote"
-    deeper = sorted(path.glob("*/adapter_config.json"))[:3] if path.is_dir() else []
+    deeper = [file for place in ("*", "adapters/*") for file in sorted(path.glob(f"{place}/adapter_config.json"))[:3]]
     if deeper:
         fix = f"name {' or '.join(str(file.parent) for file in deeper)}"
     return _bad(path, "adapter_config.json", f"a folder that {there}", "be there", fix)
 
 
 def _other(path: Path, keys: list[str]) -> CheckpointError:
-    """What to say of tensors that are no factors of a linear map; the reason is that of the first."""
-    meaning, fix = "not a factor of LoRA", "remove it, if the adapter means nothing by it"
-    if not keys[0].startswith(_PREFIX):
-        meaning, fix = f"without {_PREFIX!r} at its start: PEFT does not read such a key", "save the adapter with PEFT"
-    for pattern, said, mend in _OTHERS if keys[0].startswith(_PREFIX) else ():
-        if re.search(pattern, keys[0]):
-            meaning, fix = said, mend
+    """What to say of tensors that are no factors of a linear map: what the most telling of them means."""
+    strange = [key for key in keys if not key.startswith(_PREFIX)]
+    first, meaning, fix = keys[0], "not a factor of LoRA", "remove it, if the adapter means nothing by it"
+    if strange:
+        first, fix = strange[0], "save the adapter with PEFT"
+        meaning = f"without {_PREFIX!r} at its start: PEFT does not read such a key"
+    for pattern, said, mend in () if strange else _OTHERS:
+        if found := [key for key in keys if re.search(pattern, key)]:
+            first, meaning, fix = found[0], said, mend
             break
-    more = f", and {len(keys) - 1} others: {', '.join(key[-60:] for key in keys[1:5])}" if keys[1:] else ""
-    got = f"{keys[0][:200]!r} ({meaning}){more}"
+    rest = [key[-60:] for key in keys if key != first]
+    more = f", and {len(rest)} others: {', '.join(rest[:4])}" if rest else ""
+    got = f"{first[:200]!r} ({meaning}){more}"
     return _bad(path, _WEIGHTS, got, "hold pairs of lora_A and lora_B of linear maps, and nothing else", fix)
 
 
@@ -255,28 +260,23 @@ def write_gates(path: str | Path, gate: Mapping[str, Tensor]) -> None:
     Source: Muqeeth et al., 2024, "Learning to Route Among Specialized Experts for Zero-Shot Generalization"; the
     file is our own.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     metadata = {"format": _GATES_FORMAT, "adapter": digest(path / _WEIGHTS)}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in gate.items()}
-    write_whole(path / GATES_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
+    save_tensors(path / GATES_FILE, tensors, metadata)
 
 
 def _gates(path: Path, width: Mapping[str, int]) -> dict[str, Tensor]:
     """The gates in an adapter's folder, none where there is no such file."""
-    from safetensors import SafetensorError, safe_open
-
     file = path / GATES_FILE
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         return {}
     fix = f"train them again with turnout.reshape.train_gates, or remove {GATES_FILE}"
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            gate = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise _bad(path, GATES_FILE, str(error), "be a whole safetensors file", fix) from error
+
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(path, GATES_FILE, problem, "be a whole safetensors file, as it was written", fix)
+
+    metadata, gate = load_tensors(file, refuse, ("format", "adapter"))
     if metadata.get("format") != _GATES_FORMAT or metadata.get("adapter") != digest(path / _WEIGHTS):
         got = (
             f"{metadata.get('format')}, of other weights" if metadata.get("format") == _GATES_FORMAT else str(metadata)
@@ -295,14 +295,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     file = path / _WEIGHTS
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         pickled = (path / "adapter_model.bin").exists()
         got = "adapter_model.bin, a pickle, which may run anything when it is opened" if pickled else "no such file"
         fix = "save the adapter again with safe_serialization=True, the default of PEFT since 0.6"
         raise _bad(path, "the weights", got, "be in adapter_model.safetensors", fix)
+
+    def refuse(problem: str) -> CheckpointError:
+        return _bad(path, file.name, problem, "be a file of this folder", "copy the file itself there")
+
     try:
+        open_regular(file, refuse=refuse).close()
+        check_safetensors(file)
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         allowed, fix = "be a whole safetensors file", "copy the file again"
         raise _bad(path, file.name, str(error), allowed, fix) from error
 

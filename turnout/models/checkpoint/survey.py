@@ -13,11 +13,14 @@ import torch
 from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import check_names, check_shape, opened, outline, read_json
+from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
 from turnout.models.families.family import Family, Names
 from turnout.models.families.tensors import slots
+from turnout.models.families.typed import check_types
+from turnout.reading import check_fields, plain_name
 
 __all__ = ["CORRECTION", "INDEX", "SINGLE", "Survey", "headers", "layer_of", "layout", "survey"]
 
@@ -68,7 +71,10 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
         CheckpointError: as ``from_hf``.
     """
     keys = read_json(path / "config.json", "turnout.models.checkpoint.from_hf")
+    check_types(keys, str(path / "config.json"))
     family = _family(path, keys)
+    where, dtypes, shapes = headers(path, keys)
+    _check_layers(path, keys, len(where))
     try:
         config = family.read(family.keys(keys))
     except TurnoutError as error:
@@ -76,13 +82,13 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
     if doubts := obstacles(config, family):
         raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    where, dtypes, shapes = headers(path, keys)
     where = {name: file for name, file in where.items() if not _WORKED_OUT.search(name)}
     scales = _unpacked(where, dtypes, shapes) if keys.get("quantization_config") else {}
     if any(map(family.keys(keys).get, AHEAD)) and any(layer_of(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
         where = {name: file for name, file in where.items() if layer_of(name) < config.layers}
     names = layout(family, where)
+    check_sizes(path, config, shapes)
     try:
         target = slots(outline(config), names)
     except TurnoutError as error:
@@ -95,11 +101,19 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     return Survey(family, config, dtype, names, where, scales)
 
 
+def _check_layers(path: Path, keys: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than tensors, before a list of them is made."""
+    if (keys.get("num_hidden_layers") or 0) > tensors:
+        got, fix = f"{keys['num_hidden_layers']} layers", "use the config.json that belongs to these weights"
+        allowed = f"have no more layers than the {tensors} tensors there"
+        raise CheckpointError(word("config.json", got=got, allowed=allowed, where=str(path), fix=fix))
+
+
 def _family(path: Path, keys: Mapping[str, Any]) -> Family:
     family = family_of(keys)
     if family is None:
         raise _unknown(path, keys)
-    code = (keys.get("auto_map") or {}).get("AutoModelForCausalLM")
+    code = dict(keys["auto_map"]).get("AutoModelForCausalLM") if isinstance(keys.get("auto_map"), dict) else None
     if code and str(code).rpartition(".")[2] != family.architecture and family.model_type == keys["model_type"]:
         got, fix = f"{code}, code of the folder's own", f"remove auto_map if {family.architecture} computes the same"
         allowed = f"name {family.architecture}, which is all that is known of here"
@@ -115,7 +129,7 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
 
 def _unknown(path: Path, keys: Mapping[str, Any]) -> CheckpointError:
     """Why a config.json is of none of our architectures, and what can be done with the model all the same."""
-    where, names, kind = path / "config.json", [str(name) for name in keys.get("architectures") or []], ""
+    where, names = path / "config.json", [str(name) for name in keys.get("architectures") or []]
     kind = str(keys.get("model_type"))
     types = {family.model_type: family for family in FAMILIES}
     classes = {family.architecture: family for family in FAMILIES}
@@ -164,7 +178,7 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
     """
     first = _first(path, keys)
     if first.endswith(".json"):
-        listed: dict[str, str] = read_json(path / first, "from_hf").get("weight_map") or {}
+        listed = _weight_map(path / first)
         shards = sorted(set(listed.values()))
     else:
         listed, shards = {}, [first]
@@ -195,15 +209,32 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
     return where, dtypes, shapes
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file, as the index of a folder says; every file by its plain name."""
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "download the index again; if it comes so, do not trust the model"
+        return CheckpointError(word("the index", got=problem, allowed="be sound", where=str(path), fix=fix))
+
+    body = read_json(path, "from_hf")
+    check_fields(body, {"weight_map": dict[str, str], "metadata": dict[str, Any] | None}, refuse)
+    for name in set(body["weight_map"].values()):
+        plain_name(name, refuse)
+    return body["weight_map"]
+
+
 def _first(path: Path, keys: Mapping[str, Any]) -> str:
     """The file to begin with, of all the weights that a folder may hold."""
     asked = keys.get("transformers_weights")
     if asked is not None:
-        plain = isinstance(asked, str) and Path(asked).name == asked
-        if not plain or not asked.endswith((".safetensors", ".safetensors.index.json")):
+
+        def refuse(problem: str) -> CheckpointError:
             fix, allowed = "remove the key, or name a .safetensors file or its index", "name a file of the folder"
             where = str(path / "config.json")
-            raise CheckpointError(word("transformers_weights", got=asked, allowed=allowed, where=where, fix=fix))
+            return CheckpointError(word("transformers_weights", got=problem, allowed=allowed, where=where, fix=fix))
+
+        if not plain_name(asked, refuse).endswith((".safetensors", ".safetensors.index.json")):
+            raise refuse(repr(asked))
         return asked
     if (path / "adapter_config.json").is_file():
         fix = "move the adapter into a folder of its own, and attach it with turnout.reshape.attach"
@@ -238,7 +269,8 @@ def _common_dtype(path: Path, dtypes: Mapping[str, str], asked: torch.dtype | No
 
 def layer_of(name: str) -> int:
     """The layer that a tensor belongs to, by its name; -1 for none."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdecimal() and len(number) < 10 else -1
 
 
 def _also(tied: bool) -> set[str]:

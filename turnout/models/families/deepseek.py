@@ -145,7 +145,7 @@ def silent(config: LMConfig) -> LMConfig | None:
 
 
 # Second names of keys, in transformers 5.
-ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+ALIASES = {"num_local_experts": "n_routed_experts"}
 # The router of the second version, but for its sizes.
 _SOFTMAX = {"scores": "softmax", "group_score": "max", "bias": False, "renormalize": False}
 _NAMES = Names(shared="shared_experts")

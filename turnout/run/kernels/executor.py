@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from turnout.errors import MissingExtraError, UsageError, word
-from turnout.run.reference import prepare, uncompiled
+from turnout.run.composed import composes, slopes
+from turnout.run.reference import as_reference, by_reference, prepare, uncompiled
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["kernels"]
@@ -54,13 +54,15 @@ def _check(x_TD: Tensor) -> None:
 
 
 @uncompiled
+@as_reference
 def kernels(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Each token's weighted sum of its experts' outputs, by grouped products in Triton on a GPU.
 
     The gather of tokens is part of the products that need it, and activation, biases and combine weights are part of
     their ends; one more kernel sums each token's rows, always in the same order. Only x and the up product are kept
     for the backward pass. The host waits for nothing, whatever the load. Products sum in fp32; fp32 operands are
-    taken exactly unless ``torch.set_float32_matmul_precision`` allows TF32.
+    taken exactly unless ``torch.set_float32_matmul_precision`` allows TF32. Further derivatives, and those of
+    torch.func, are ``reference``'s.
 
     Args:
         x_TD: (T, D), the tokens, in fp32, bf16 or fp16, on a CUDA device.
@@ -117,6 +119,7 @@ class _Layer(torch.autograd.Function):
         *stacks, routing, activation, interleaved, keep = rest
         weights = ExpertWeights(*stacks, activation=activation, interleaved=interleaved)
         ctx.activation, ctx.interleaved, ctx.rows = activation, interleaved, routing.num_entries
+        ctx.routing = routing.detach()
         if ctx.rows == 0:
             ctx.save_for_backward(x_TD, weight_R, *stacks)
             return torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
@@ -139,18 +142,20 @@ class _Layer(torch.autograd.Function):
         return dispatch.combine(out_RD, order_R, start_T, top_k)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope_TD: Tensor) -> Any:  # pyrefly: ignore[bad-override] - torch declares *grads
         x_TD, weight_R, *stacks = ctx.saved_tensors[:6]
         needed = ctx.needs_input_grad[:6]
+        if composes(slope_TD):
+            composition = by_reference(ctx.routing, ctx.activation, ctx.interleaved)
+            return *slopes(composition, (x_TD, weight_R, *stacks), needed, slope_TD), None, None, None, None
         if ctx.rows == 0:
             inputs = (x_TD, weight_R, *stacks)
             zeros = (torch.zeros_like(t) if need else None for t, need in zip(inputs, needed, strict=True))
             return *zeros, None, None, None, None
         with torch.cuda.device_of(x_TD):
             weights = ExpertWeights(*stacks, activation=ctx.activation, interleaved=ctx.interleaved)
-            slopes = _slopes(ctx, _dense_rows(x_TD), weight_R, weights, _dense_rows(slope_TD), needed)
-            return *slopes, None, None, None, None
+            found = _slopes(ctx, _dense_rows(x_TD), weight_R, weights, _dense_rows(slope_TD), needed)
+            return *found, None, None, None, None
 
 
 def _slopes(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from turnout.errors import DataError, word
+from turnout.reading import open_regular
 from turnout.storage import read_error
 
 __all__ = ["Document", "NotTextError"]
@@ -83,7 +84,7 @@ class Document:
     def _blocks(self) -> Iterator[bytes]:
         if isinstance(self.content, Path):
             try:
-                with self.content.open("rb") as file:
+                with open_regular(self.content, refuse=self._not_text, any_link=True) as file:
                     while block := file.read(PIECE):
                         yield block
             except OSError as error:

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import tokenizers
 
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
-from turnout.storage import digest, read_error, write_whole
+from turnout.storage import digest, open_own, read_error, sealed, write_whole
 from turnout.train.data.display import Display, display
 from turnout.train.data.documents import Source
 from turnout.train.data.reader import Reader, Settings, Survey
 from turnout.train.data.shards import COLUMNS, FORMAT, SIDES, SideWriter, TokenSet
 from turnout.train.data.tokenizer import (
     byte_lengths,
+    check_text,
     check_tokenizer,
     encode,
     load_tokenizer,
@@ -106,6 +107,8 @@ def _prepare(
         reader = Reader(domains, settings)
         _check_folder(out, reader)
         fingerprint = reader.fingerprint(loaded)
+        if loaded is not None:
+            fingerprint = _checked(fingerprint)
         if found := _found(out, fingerprint):
             return found
         with _locked(out, tell):
@@ -115,6 +118,11 @@ def _prepare(
         if isinstance(error, TurnoutError):
             raise
         raise read_error(error, error.filename or out, _WHERE) from error
+
+
+def _checked(fingerprint: str) -> str:
+    """Another fingerprint than before every text was checked: what was prepared then is prepared again."""
+    return hashlib.sha256(f"{fingerprint}, each text checked".encode()).hexdigest()
 
 
 def _check_folder(out: Path, reader: Reader) -> None:
@@ -163,7 +171,7 @@ def _strange(out: Path) -> list[str]:
 def _locked(out: Path, tell: Display) -> Iterator[None]:
     """Holds the folder; a second process waits, then finds what the first one made."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
+    with open_own(out / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -229,8 +237,8 @@ def _build(
         "fingerprint": fingerprint,
         "files": files,
     }
-    write_whole(out / "tokens.json", json.dumps(head, indent=2) + "\n")
-    tokens = TokenSet.open(out)
+    write_whole(out / "tokens.json", json.dumps(sealed(head), indent=2) + "\n")
+    tokens = TokenSet.open(out, verify=False)
     tell.say(f"prepared {tokens} in {out}")
     return tokens
 
@@ -263,12 +271,15 @@ def _tokenise(
     That is the sum of a hash for each held-out document: the same whatever the tokenizer and the order of files.
     """
     separator, held_out = separator_id(tokenizer), reader.settings.held_out
+    length_V = byte_lengths(tokenizer)
     texts: list[str] = []
-    marks: list[tuple[SideWriter, int | None]] = []  # where each text goes, and the domain when it begins a document
+    # Where each text goes, the domain when it begins a document, and the document's name.
+    marks: list[tuple[SideWriter, int | None, str]] = []
     size = 0
 
     def flush() -> None:
-        for ids, (writer, domain) in zip(encode(tokenizer, texts), marks, strict=True):
+        for text, ids, (writer, domain, name) in zip(texts, encode(tokenizer, texts), marks, strict=True):
+            check_text(tokenizer, length_V, text, ids, name)
             if domain is not None:
                 writer.begin(domain, separator)
             writer.add(ids)
@@ -283,7 +294,7 @@ def _tokenise(
         writer = writers[text.side(held_out)]
         for piece, domain in zip(text.pieces, itertools.chain([text.domain], itertools.repeat(None)), strict=False):
             texts.append(piece.decode())
-            marks.append((writer, domain))
+            marks.append((writer, domain, text.name))
             size += len(piece)
             if size >= _BATCH_BYTES:
                 flush()

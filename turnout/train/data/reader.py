@@ -68,6 +68,7 @@ class Text:
         digest: the SHA-256 of all its bytes.
         size: its bytes.
         pieces: its bytes, in pieces; to go through once.
+        name: what messages call it.
 
     Source: none; plain bookkeeping.
     """
@@ -76,6 +77,7 @@ class Text:
     digest: bytes
     size: int
     pieces: Iterable[bytes]
+    name: str = "a text"
 
     # Different bytes of the hash decide about different things, so that no decision leans on another.
     @property
@@ -192,7 +194,7 @@ class Reader:
                 held.append(piece)
             self.seen_bytes += len(piece)
             self._tell(self.seen_bytes)
-        return Text(domain, total.digest(), size, held if size <= _HELD_BYTES else document.pieces())
+        return Text(domain, total.digest(), size, held if size <= _HELD_BYTES else document.pieces(), document.name)
 
     def _cut(self, document: Document) -> Iterator[Document]:
         """The document, or its parts of about ``part_bytes``."""

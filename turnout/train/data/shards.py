@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from turnout.errors import CheckpointError, word
 from turnout.reading import check_fields, check_link, read_json
-from turnout.storage import digest, read_error
+from turnout.storage import check_seal, digest, read_error
 from turnout.train.data.tokenizer import byte_lengths, load_tokenizer
 
 __all__ = ["COLUMNS", "FORMAT", "SIDES", "SideWriter", "Split", "TokenSet"]
@@ -23,6 +24,7 @@ FORMAT = "turnout.tokens/1"
 SIDES = ("train", "held_out")
 COLUMNS = ("token.bin", "document.bin", "domain.bin")
 _OFFSET, _DOMAIN = "<i8", "<u2"
+_TOLD_BYTES, _SCAN = 4_000_000_000, 1 << 24
 _FILES = {"tokenizer.json", *(f"{side}/{column}" for side in SIDES for column in COLUMNS)}
 _HEAD = {
     "files": dict[str, dict],
@@ -118,11 +120,19 @@ class TokenSet:
     head: Mapping[str, Any] = dataclasses.field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """The tokens in this folder, mapped and not read, after the sizes of all files are checked.
+    def open(cls, path: str | Path, *, verify: bool = True) -> Self:
+        """The tokens in this folder, mapped, after every file is checked: its size, its SHA-256, and what it holds.
+
+        Everything is read once for that, about a gigabyte a second; above 4 GB stderr says so. Nothing is remembered
+        from one time to the next: bytes can change under the same size and time.
+
+        Args:
+            path: the folder.
+            verify: False for who has just written it, and knows; then only sizes are checked.
 
         Raises:
-            CheckpointError: the folder was never finished, or a file is missing, truncated or of another version.
+            CheckpointError: the folder was never finished, or a file is missing, truncated, altered or of another
+                version; says which.
         """
         path = Path(path)
         head = _head(path)
@@ -133,7 +143,12 @@ class TokenSet:
                 if found != file["bytes"]:
                     state = "missing" if found is None else f"{found} bytes long, not {file['bytes']}"
                     raise _corrupt(path / name, state)
+            if verify:
+                _verify(path, head)
             splits = [_map_split(path, name, head["vocab_size"]) for name in SIDES]
+            if verify:
+                for split in splits:
+                    _check_columns(path / split.name, split, head)
             digest = content_digest(head)
             rest = (tuple(head["domains"]), head["vocab_size"], head["separator_id"], digest, tuple(head["notes"]))
         except (KeyError, TypeError, AttributeError) as error:
@@ -141,18 +156,12 @@ class TokenSet:
         return cls(path, splits[0], splits[1], *rest, head)
 
     def verify(self) -> None:
-        """Reads every file and compares its SHA-256 with the one written down.
+        """Reads every file again and compares its SHA-256 with the one written down, as ``open`` did.
 
         Raises:
             CheckpointError: a file was altered; says which.
         """
-        for name, file in self.head["files"].items():
-            try:
-                found = digest(self.path / name)
-            except OSError as error:
-                raise _corrupt(self.path / name, str(error)) from error
-            if found != file["sha256"]:
-                raise _corrupt(self.path / name, f"SHA-256 {found[:12]}…, not {file['sha256'][:12]}…")
+        _verify(self.path, self.head)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -194,11 +203,37 @@ def _head(path: Path) -> dict[str, Any]:
     if head.get("format") != FORMAT:
         raise refuse(f"not of the format {FORMAT}")
     check_fields(head, _HEAD, refuse)
+    check_seal(head, refuse, (*_HEAD, "format", "settings", "splits", "fingerprint"))
     if set(head["files"]) != _FILES:
         raise refuse(f"its files are {', '.join(sorted(head['files']))[:120]}")
     for name, file in head["files"].items():
         check_fields(file, {"bytes": int, "sha256": str}, functools.partial(_corrupt, path / f"tokens.json, {name}"))
     return head
+
+
+def _verify(path: Path, head: Mapping[str, Any]) -> None:
+    size = sum(file["bytes"] for file in head["files"].values())
+    if size > _TOLD_BYTES:
+        print(f"checking the SHA-256 of {size / 1e9:.0f} GB of tokens in {path}", file=sys.stderr, flush=True)
+    for name, file in head["files"].items():
+        try:
+            found = digest(path / name)
+        except OSError as error:
+            raise _corrupt(path / name, str(error)) from error
+        if found != file["sha256"]:
+            raise _corrupt(path / name, f"SHA-256 {found[:12]}…, not {file['sha256'][:12]:.12}…")
+
+
+def _check_columns(path: Path, split: Split, head: Mapping[str, Any]) -> None:
+    """Refuses columns that point outside each other, whatever their hashes: whoever writes those writes these."""
+    starts, domains, vocab_size = split.document_N, split.domain_N, head["vocab_size"]
+    if len(domains) and (int(starts[0]) != 0 or int(np.diff(starts).min()) < 1):
+        raise _corrupt(path / "document.bin", "documents that do not follow each other")
+    if len(domains) and int(domains.max()) >= len(head["domains"]):
+        raise _corrupt(path / "domain.bin", f"the domain {int(domains.max())} of {len(head['domains'])}")
+    most = max((int(split.token_T[n : n + _SCAN].max()) for n in range(0, split.num_tokens, _SCAN)), default=0)
+    if most >= vocab_size or not 0 <= head["separator_id"] < vocab_size:
+        raise _corrupt(path / "token.bin", f"the token {most} of a vocabulary of {vocab_size}")
 
 
 def _map_split(path: Path, name: str, vocab_size: int) -> Split:

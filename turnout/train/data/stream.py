@@ -25,6 +25,7 @@ class Batch:
         id_BS: (B, S) int64.
         target_BS: (B, S) int64, the token after each; -100 where there is nothing to predict.
         domain_B: (B,) int64, the domain of each row, for evaluation; None where rows may span documents.
+        real_BS: (B, S) bool, false at padding; None where every position is a token.
 
     >>> Batch(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).num_targets
     2
@@ -35,6 +36,7 @@ class Batch:
     id_BS: Tensor
     target_BS: Tensor
     domain_B: Tensor | None = None
+    real_BS: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -206,4 +208,5 @@ def _rows(split: Split, start_B: np.ndarray, stop_B: np.ndarray, document_B: np.
         token_S = torch.from_numpy(np.asarray(split.token_T[start : min(start + seq + 1, stop)]).astype(np.int64))
         id_BS[row, : len(token_S) - 1] = token_S[:-1]
         target_BS[row, : len(token_S) - 1] = token_S[1:]
-    return Batch(id_BS, target_BS, torch.from_numpy(np.asarray(split.domain_N)[document_B].astype(np.int64)))
+    real_BS = target_BS != _IGNORE  # every token has its next: the last of a document is only predicted
+    return Batch(id_BS, target_BS, torch.from_numpy(np.asarray(split.domain_N)[document_B].astype(np.int64)), real_BS)

@@ -1,6 +1,6 @@
 """Byte-level BPE: trained on the spot, or loaded; every token stands for a known number of bytes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     tokenizer = open_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     tokenizer.encode_special_tokens = True
+    # Settings for batches of one model's prompts: of a text, they would cut off what is long, or add to what is short.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -193,12 +196,15 @@ def separator_id(tokenizer: Tokenizer) -> int:
 def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> None:
     """Sees that the tokenizer is byte-level and keeps every byte, so that bits per byte can be counted, and fits.
 
+    That is seen on one sentence; ``check_text`` sees it on every text.
+
     Args:
         tokenizer: a loaded one.
         vocab_size: the vocabulary of the model that will read its tokens; None for any.
 
     Raises:
-        DataError: it changes text, or its tokens do not say how many bytes they stand for.
+        DataError: it changes text, gives other tokens each time, or its tokens do not say how many bytes they stand
+            for.
         UsageError: it has more tokens than ``vocab_size``.
 
     >>> check_tokenizer(train_tokenizer(["a cat, a cat"], vocab_size=258), vocab_size=300)
@@ -206,6 +212,7 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> N
     Source: none; plain bookkeeping.
     """
     separator_id(tokenizer)
+    refuse_chance(tokenizer)
     length_V = byte_lengths(tokenizer)
     ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     if tokenizer.decode(ids, skip_special_tokens=False) != _PROBE or length_V[ids].sum() != len(_PROBE.encode()):
@@ -228,6 +235,62 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> N
                 fix=f"pass vocab_size={len(length_V)}",
             )
         )
+
+
+def refuse_chance(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that cuts the same text in another way each time.
+
+    >>> refuse_chance(train_tokenizer(["a cat, a cat"], vocab_size=258))
+
+    Source: Provilkov et al., 2020, "BPE-Dropout", which is for training alone.
+    """
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if dropout:
+        fix = "set model.dropout to null in its tokenizer.json"
+        allowed = "cut a text the same way each time"
+        raise DataError(
+            word("the tokenizer", got=f"one with dropout={dropout}", allowed=allowed, where=_WHERE, fix=fix)
+        )
+
+
+def check_text(tokenizer: Tokenizer, length_V: np.ndarray, text: str, ids: Sequence[int], name: str) -> None:
+    """Sees that these tokens are this text, byte for byte: what one sentence cannot tell of all texts.
+
+    Args:
+        tokenizer: that made them.
+        length_V: its ``byte_lengths``.
+        text: a document, or a piece of one.
+        ids: its tokens.
+        name: of the document.
+
+    Raises:
+        DataError: the tokenizer changed the text, or the tokens' bytes are not as many as the text's.
+
+    >>> tokenizer = train_tokenizer(["a cat, a cat"], vocab_size=258)
+    >>> check_text(tokenizer, byte_lengths(tokenizer), "cat", tokenizer.encode("cat").ids, "a.txt")
+
+    Source: none; a sum.
+    """
+    counted, size = int(length_V[np.asarray(ids, np.int64)].sum()), len(text.encode())
+    normalizer = tokenizer.normalizer
+    if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
+        kind = type(normalizer).__name__
+        got = f"{name}, which its normalizer ({kind}) changes: {_apart(text, changed)}"
+        fix = f"write the text as {kind} does before" if kind in ("NFC", "NFD", "NFKC", "NFKD") else "choose another"
+    elif counted != size:
+        got = f"{name}, of whose {size} bytes it " + (f"loses {size - counted}" if counted < size else "makes more")
+        fix = "choose a byte-level BPE without prefix space"
+    else:
+        return
+    allowed = "keep every byte of every text, or bits per byte would be wrong,"
+    fix += ", or leave tokenizer out to train one"
+    raise DataError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _apart(one: str, other: str) -> str:
+    """Where two texts differ first."""
+    at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return f"{one[at : at + 8]!r} to {other[at : at + 8]!r}"
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

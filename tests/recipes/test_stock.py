@@ -1,0 +1,185 @@
+"""Every family: transformers saves, turnout reshapes, transformers loads, generates, and computes what turnout does."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hf_folders as folders
+import pytest
+import torch
+
+from turnout.errors import CheckpointError
+from turnout.models import LM, checkpoint
+from turnout.models.families import FAMILIES
+from turnout.recipes import stock
+from turnout.recipes.convert import convert
+from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
+
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = MLA | {
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+}
+FEW = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+ROUTED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": FEW | {"head_dim": 8, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "qwen2_moe": FEW | {"shared_expert_intermediate_size": 18, "decoder_sparse_step": 2},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 12},
+    "deepseek_v3": DEEPSEEK | {"n_group": 2, "topk_group": 1},
+    "deepseek_v2": DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 8,
+    },
+    "granitemoe": {"num_local_experts": 8, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 12, "head_dim": 8},
+}
+# What each becomes with experts.
+DENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "llama": ({}, "MixtralForCausalLM"),
+    "mistral": ({"sliding_window": 6}, "MixtralForCausalLM"),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "Qwen2MoeForCausalLM"),
+    "qwen3": ({"head_dim": 8}, "Qwen3MoeForCausalLM"),
+}
+STEPS: dict[str, list[Step]] = {
+    "drop": [Drop(count=2, by="random")],
+    "merge": [Merge(4), Densify()],
+    "compress": [Compress(rank=4, rows=0.1, by="magnitude"), Densify()],
+    "latent": [Latent(rank=6), Densify()],
+}
+GROW: dict[str, list[Step]] = {
+    "upcycle": [Upcycle(4, 2)],
+    "upcycle to one": [Upcycle(4, 1)],
+    "upcycle and drop": [Upcycle(4, 2), Drop(count=1, by="random")],
+    "split": [Split(4, 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text(folders.TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of each family, made when asked for."""
+    return tmp_path_factory.mktemp("hf")
+
+
+def folder_of(made: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    path = made / f"{kind}-{dtype}"
+    keys = ROUTED.get(kind) or DENSE[kind][0]
+    return path if path.exists() else folders.make(path, kind, dtype, **keys)
+
+
+@torch.no_grad()
+def assert_stock(out: Path, architecture: str) -> None:
+    """transformers loads it whole, generates as turnout does, and its logits are turnout's."""
+    library = folders.transformers()
+    model, notes = library.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(notes.values()), notes
+    assert type(model).__name__ == architecture
+    lm, model = checkpoint.from_hf(out), model.eval()
+    id_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5))
+    want = model(id_BS).logits
+    assert want.std() > 0.05
+    torch.testing.assert_close(lm(id_BS).logits_BSV, want, rtol=0, atol=1e-4)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "temperature": None}
+    got = model.generate(id_BS[:1, :5], attention_mask=torch.ones(1, 5), **options)
+    assert got.tolist() == lm.generate(id_BS[:1, :5], tokens=4, temperature=0).tolist()
+
+
+def test_every_family_has_its_case() -> None:
+    assert {family.model_type for family in FAMILIES} == {*ROUTED, *DENSE}
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+@pytest.mark.parametrize("way", STEPS)
+def test_experts_of_every_family(kind: str, way: str, made: Path, text: Path, tmp_path: Path) -> None:
+    path = folder_of(made, kind)
+    steps, architecture = STEPS[way], json.loads((path / "config.json").read_text())["architectures"][0]
+    done = convert(path, steps, tmp_path / "out", text=text)
+    assert_stock(tmp_path / "out", architecture)
+    assert done.record["stock"]["dtypes"]["float32"]["max_abs"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("way", GROW)
+def test_dense_families_become_sparse(kind: str, way: str, made: Path, tmp_path: Path) -> None:
+    path, architecture = folder_of(made, kind), DENSE[kind][1]
+    if way == "upcycle to one" and architecture == "MixtralForCausalLM":
+        architecture = "Qwen2MoeForCausalLM"  # which leaves the weight of one expert as it is
+    convert(path, GROW[way], tmp_path / "out")
+    assert_stock(tmp_path / "out", architecture)
+    if way.startswith("upcycle"):
+        torch.testing.assert_close(folders.logits(tmp_path / "out"), folders.logits(path), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*ROUTED, *DENSE])
+def test_bf16_of_every_family(kind: str, made: Path, tmp_path: Path) -> None:
+    path = folder_of(made, kind, torch.bfloat16)
+    done = convert(path, STEPS["drop"] if kind in ROUTED else GROW["upcycle"], tmp_path / "out")
+    found = done.record["stock"]["dtypes"]
+    assert found["bfloat16"]["relative"] < 0.06 and found["float32"]["max_abs"] < 1e-4, found
+    assert "bfloat16 logits" in done.summary() and "float32 logits" in done.summary()
+
+
+def test_what_transformers_reads_otherwise_is_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of ours, planted in what is written: the folder never takes its place."""
+    path, write = folder_of(made, "mixtral"), checkpoint.to_hf
+
+    def wrong(lm: LM, out: Path) -> None:
+        write(lm, out)
+        change(out, rms_norm_eps=0.5)
+
+    monkeypatch.setattr(checkpoint, "to_hf", wrong)
+    monkeypatch.setattr(
+        stock, "_ours", lambda folder, id_BS, dtype: checkpoint.from_hf(path)(id_BS).logits_BSV.detach()
+    )
+    with pytest.raises(CheckpointError, match="compute the same in transformers"):
+        convert(path, STEPS["drop"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_does_not_find_whole_is_refused(made: Path, tmp_path: Path) -> None:
+    path, id_BS = shutil.copytree(folder_of(made, "llama"), tmp_path / "a"), torch.zeros(1, 4, dtype=torch.int64)
+    change(path, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="missing_keys"):
+        stock._theirs(path, id_BS, torch.float32)
+    change(path, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="unexpected_keys"):
+        stock._theirs(path, id_BS, torch.float32)
+    change(path, num_hidden_layers=2, intermediate_size=40)
+    with pytest.raises(CheckpointError, match="load in transformers"):
+        stock._theirs(path, id_BS, torch.float32)
+
+
+def change(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_without_transformers_it_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock.importlib.util, "find_spec", lambda name: None)
+    done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
+    assert "not checked: transformers, which is not installed" in done.summary()
+    assert done.record["stock"]["version"] is None
+
+
+def test_without_memory_it_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "free_memory", lambda: 1000)
+    done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
+    assert "not checked: float32, for want of memory" in done.summary()

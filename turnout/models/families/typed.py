@@ -1,0 +1,77 @@
+"""The keys of a config.json that are read, each with the type that it must have."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from turnout.errors import CheckpointError, word
+from turnout.reading import check_fields
+
+__all__ = ["check_types"]
+
+_WHOLE = (
+    "decoder_sparse_step first_k_dense_replace head_dim hidden_size intermediate_size kv_lora_rank "
+    "max_position_embeddings max_window_layers moe_intermediate_size n_group n_routed_experts n_shared_experts "
+    "num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
+    "num_mtp_layers num_nextn_predict_layers "
+    "original_max_position_embeddings q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "shared_expert_intermediate_size shared_intermediate_size sliding_window topk_group v_head_dim vocab_size"
+).split()
+_NUMBERS = (
+    "attention_multiplier clip_qkv embedding_multiplier initializer_range logits_scaling partial_rotary_factor "
+    "residual_multiplier rms_norm_eps rope_theta routed_scaling_factor swiglu_alpha swiglu_limit"
+).split()
+_FLAGS = (
+    "attention_bias mlp_bias norm_topk_prob qkv_bias rope_interleave tie_word_embeddings use_qk_norm use_sliding_window"
+).split()
+_TEXTS = "dtype hidden_act model_type scoring_func topk_method torch_dtype".split()
+_ROPE = "attention_factor beta_fast beta_slow factor high_freq_factor low_freq_factor mscale mscale_all_dim".split()
+_OTHERS = {
+    "architectures": list[str] | None,
+    "auto_map": dict[str, Any] | None,
+    "layer_types": list[str] | None,
+    "mlp_only_layers": list[int] | None,
+    "quantization_config": dict[str, Any] | None,
+    "rope_parameters": dict[str, Any] | None,
+    "rope_scaling": dict[str, Any] | None,
+}
+_KINDS: dict[str, types.UnionType] = {
+    **dict.fromkeys(_WHOLE, int | None),
+    **dict.fromkeys(_NUMBERS, float | None),
+    **dict.fromkeys(_FLAGS, bool | None),
+    **dict.fromkeys(_TEXTS, str | None),
+    **_OTHERS,
+}
+_ROPE_KINDS: dict[str, types.UnionType] = {
+    **dict.fromkeys((*_ROPE, "rope_theta", "partial_rotary_factor"), float | None),
+    **dict.fromkeys(("type", "rope_type"), str | None),
+    "original_max_position_embeddings": int | None,
+}
+# The largest side of a tensor that anybody has; lists of layers are made before any size is compared.
+_MOST = 1 << 31
+
+
+def check_types(keys: Mapping[str, Any], where: str = "config.json") -> None:
+    """Refuses a config.json with a key of another type than transformers writes, or of no possible size.
+
+    Raises:
+        CheckpointError: names the key, its value and its type.
+
+    >>> check_types({"hidden_size": "64"})
+    Traceback (most recent call last):
+    turnout.errors.CheckpointError: a key must have its type in config.json; got 'hidden_size' is '64', which must...
+
+    Source: the configurations of transformers.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "restore config.json from a copy"
+        return CheckpointError(word("a key", got=problem, allowed="have its type", where=where, fix=fix))
+
+    check_fields(keys, _KINDS, refuse)
+    for name in ("rope_scaling", "rope_parameters"):
+        check_fields(keys.get(name) or {}, _ROPE_KINDS, lambda problem, name=name: refuse(f"{name}: {problem}"))
+    for name in _WHOLE:
+        least = 1 if name == "decoder_sparse_step" else 0
+        if keys.get(name) is not None and not least <= keys[name] < _MOST:
+            raise refuse(f"{name!r} is {keys[name]}, which must be from {least} to below {_MOST:,}")

@@ -1,0 +1,155 @@
+"""What was written, held against transformers itself: whether it loads there whole, and computes what it does here."""
+
+import gc
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turnout.errors import CheckpointError, word
+from turnout.models import checkpoint
+from turnout.recipes.room import free_memory
+
+__all__ = ["check_with_transformers", "said"]
+
+_WHERE = "turnout convert"
+_ROWS, _LENGTH = 2, 32
+# In fp32: the furthest apart that a logit may be, against the largest. In half precision no two programs agree, single
+# tokens are far off where two experts score nearly the same, but neither may be much further from fp32 than the other.
+_SAME, _TIMES, _FLOOR = 1e-4, 4.0, 0.02
+# The weights, what reading adds to them, and what a short batch takes.
+_ROOM, _BESIDE = 1.3, 256 * 2**20
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_with_transformers(folder: Path, *, params: int) -> dict[str, Any]:
+    """Loads a folder with transformers and compares its logits with ours, in fp32 and in the dtype that is stored.
+
+    One model is in memory at a time. Code that the folder brings is not run.
+
+    Args:
+        folder: that ``to_hf`` wrote.
+        params: of its model, for the memory that it takes.
+
+    Returns:
+        ``version`` of transformers; ``dtypes``, for each how far its logits are from ours, the furthest, and relative
+        on average; and ``skipped``, what was not checked and why.
+
+    Raises:
+        CheckpointError: transformers refuses it, finds tensors missing, left over or of another shape, or computes
+            something else.
+
+    Source: none; transformers is the judge.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return {"version": None, "dtypes": {}, "skipped": ["transformers, which is not installed"]}
+    seen = checkpoint.peek(folder)
+    generator = torch.Generator().manual_seed(0)
+    id_BS = torch.randint(seen.config.vocab_size, (_ROWS, min(_LENGTH, seen.config.max_seq)), generator=generator)
+    found, skipped, exact_BSV = dict[str, Any](), list[str](), None
+    for dtype in dict.fromkeys((torch.float32, seen.dtype)):
+        name, memory = str(dtype).removeprefix("torch."), free_memory()
+        if memory is not None and memory < _ROOM * params * dtype.itemsize + _BESIDE:
+            skipped.append(f"{name}, for want of memory")
+            continue
+        ours_BSV = _ours(folder, id_BS, dtype)
+        theirs_BSV = _theirs(folder, id_BS, dtype)
+        if dtype not in _HALVES:
+            exact_BSV = ours_BSV
+        found[name] = _compare(folder, ours_BSV, theirs_BSV, exact_BSV, name)
+    import transformers
+
+    return {"version": transformers.__version__, "dtypes": found, "skipped": skipped}
+
+
+def said(found: dict[str, Any]) -> str:
+    """What ``check_with_transformers`` gave, as a line."""
+    dtypes = [
+        f"{name} logits {each['relative']:.2g} from turnout's, relative" for name, each in found["dtypes"].items()
+    ]
+    missed = f"not checked: {', '.join(found['skipped'])}" if found["skipped"] else ""
+    checked = f"transformers {found['version']} loads it: {', '.join(dtypes)}" if dtypes else ""
+    return "; ".join(filter(None, (checked, missed)))
+
+
+@torch.no_grad()
+def _ours(folder: Path, id_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    return checkpoint.from_hf(folder, dtype=dtype)(id_BS).logits_BSV.float()
+
+
+@torch.no_grad()
+def _theirs(folder: Path, id_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits of transformers' own model; nothing may be missing or left over when it loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions and of dtypes; what matters is in the notes
+        import transformers
+
+        quiet = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            model, notes = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+            logits_BSV = _run(model.eval(), id_BS)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever transformers says is the answer
+            if "allocate memory" in str(error):
+                raise
+            raise _refused(folder, f"{type(error).__name__}: {str(error)[:300]}", "load in transformers") from error
+        finally:
+            transformers.logging.set_verbosity(quiet[0])
+            if quiet[1]:
+                transformers.logging.enable_progress_bar()
+    wrong = {kind: sorted(map(str, names))[:3] for kind, names in notes.items() if names}
+    if wrong:
+        raise _refused(folder, f"{wrong} when transformers loads it", "be loaded whole")
+    del model
+    gc.collect()
+    return logits_BSV
+
+
+def _run(model: Any, id_BS: Tensor) -> Tensor:
+    """The logits; expert by expert where the sizes are none for the grouped product of this machine."""
+    try:
+        return model(id_BS).logits.float()
+    except RuntimeError as error:
+        if "multiple of 16 bytes" not in str(error):
+            raise
+    model.set_experts_implementation("eager")
+    return model(id_BS).logits.float()
+
+
+def _compare(
+    folder: Path, ours_BSV: Tensor, theirs_BSV: Tensor, exact_BSV: Tensor | None, name: str
+) -> dict[str, float]:
+    """How far apart they are; in half precision within what ours is from fp32, where that is known."""
+    worst, largest = float((ours_BSV - theirs_BSV).abs().max()), float(theirs_BSV.abs().max())
+    relative = _relative(theirs_BSV, ours_BSV)
+    within = worst <= _SAME * max(1.0, largest)
+    if "16" in name:
+        reference = ours_BSV if exact_BSV is None else exact_BSV
+        within = _relative(theirs_BSV, reference) <= _TIMES * _relative(ours_BSV, reference) + _FLOOR
+        within |= exact_BSV is None and relative <= _TIMES * _FLOOR
+    finite = bool(ours_BSV.isfinite().all() and theirs_BSV.isfinite().all())
+    if not finite:
+        raise _refused(folder, f"logits that are not finite in {name}", "be finite in transformers and here")
+    if not within:
+        got = f"logits {worst:.3g} apart in {name}, {relative:.2g} of their size on average"
+        raise _refused(folder, got, "compute the same in transformers and here")
+    return {"max_abs": worst, "relative": relative}
+
+
+def _relative(a_BSV: Tensor, b_BSV: Tensor) -> float:
+    """The distance of a token's logits against their length, on average."""
+    return float(((a_BSV - b_BSV).norm(dim=-1) / b_BSV.norm(dim=-1).clamp_min(1e-30)).mean())
+
+
+def _refused(folder: Path, got: str, allowed: str) -> CheckpointError:
+    fix = "keep the model in turnout's own format with --as model, and report this: a folder that transformers reads "
+    fix += "otherwise is a defect of turnout"
+    return CheckpointError(word("what was written", got=got, allowed=allowed, where=_WHERE, fix=fix))
