@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
 
-__all__ = ["CALLED", "MODELS", "NUMBER", "PATH", "POLICY", "Kind", "expects", "several"]
+__all__ = ["CALLED", "MODELS", "NUMBER", "PATH", "POLICY", "Kind", "expect", "expects", "several"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _MISSING = object()
 
 
@@ -79,6 +80,27 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'AEIO' or name.startswith('LM') else 'a'} {name}"
 
 
+def expect(name: str, value: object, kind: "Kind | type | tuple[type, ...]", where: str, *, call: str = "") -> None:
+    """Refuses a value that is not what it must be; for constructors, which ``expects`` would hide from type checkers.
+
+    Args:
+        name: of the parameter.
+        value: what was passed.
+        kind: a type, several of which one is enough, or a ``Kind``.
+        where: the function or class.
+        call: how it is called, where the order of arguments may be the mistake.
+
+    Raises:
+        UsageError: names what was passed, what is allowed, and how to get it.
+
+    >>> expect("path", "models/x", PATH, "turnout.models.checkpoint.load")
+
+    Source: none; plain bookkeeping.
+    """
+    if not (kind.fits(value) if isinstance(kind, Kind) else isinstance(value, kind)):
+        raise _refusal(name, value, kind, where, call)
+
+
 def expects(**kinds: "Kind | type | tuple[type, ...]") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """The function, which first looks whether the named arguments are what they must be.
 
@@ -104,17 +126,16 @@ def expects(**kinds: "Kind | type | tuple[type, ...]") -> Callable[[Callable[P, 
         parameters = inspect.signature(function).parameters
         places = {name: list(parameters).index(name) for name in kinds}
         rooms = function.__module__.split(".")[:-1]
-        name = function.__qualname__.removesuffix(".__init__")
-        where = ".".join([*(rooms if rooms[:1] == ["turnout"] else ["turnout"]), name])
+        where = ".".join([*(rooms if rooms[:1] == ["turnout"] else ["turnout"]), function.__name__])
 
-        call = _call(name, parameters) if PATH in kinds.values() and len(kinds) > 1 else ""
+        call = _call(function.__name__, parameters) if PATH in kinds.values() and len(kinds) > 1 else ""
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for one, kind in kinds.items():
                 value = args[places[one]] if len(args) > places[one] else kwargs.get(one, _MISSING)
-                if value is not _MISSING and not _fits(value, kind):
-                    raise _refusal(one, value, kind, where, call)
+                if value is not _MISSING:
+                    expect(one, value, kind, where, call=call)
             return function(*args, **kwargs)
 
         return checked
@@ -122,12 +143,8 @@ def expects(**kinds: "Kind | type | tuple[type, ...]") -> Callable[[Callable[P, 
     return wrap
 
 
-def _fits(value: object, kind: "Kind | type | tuple[type, ...]") -> bool:
-    return kind.fits(value) if isinstance(kind, Kind) else isinstance(value, kind)
-
-
 def _call(name: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    shown = [one.name for one in parameters.values() if one.kind is not one.KEYWORD_ONLY and one.name != "self"]
+    shown = [one.name for one in parameters.values() if one.kind is not one.KEYWORD_ONLY]
     return f"{name}({', '.join(shown)})" if len(shown) > 1 else ""
 
 

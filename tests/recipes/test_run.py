@@ -1,12 +1,17 @@
 """Run: overrides, run.json there and back, and what a user gets wrong."""
 
 import json
+import re
 
 import pytest
 
 from turnout import recipes
 from turnout.errors import CheckpointError, TurnoutError, UnknownNameError, UsageError
+from turnout.recipes import tiny
+from turnout.recipes.convert import repeat
+from turnout.recipes.execute import unexportable
 from turnout.recipes.run import Run, named_domains
+from turnout.recipes.size import check_size, least_bytes
 
 
 @pytest.fixture
@@ -58,7 +63,6 @@ def test_run_json_there_and_back(name, tmp_path):
         ("width", UsageError, "read field=value"),
         ("width=wide", UsageError, "be int"),
         ("steps=1.5", UsageError, "be int"),
-        ("hidden=64", UsageError, "model.hidden, model.moe.hidden share that name"),
         ("top_k=9", UsageError, "num_experts=8"),
         ("heads=5", UsageError, "heads"),
         ("schedule=cosinus", UsageError, "cosine"),
@@ -109,3 +113,65 @@ def test_the_twins_have_equal_active_flops():
     sparse, dense = (LM(recipes.find(name).model).cost(seq=256) for name in ("tiny", "tiny_dense"))
     assert sparse.flops <= dense.flops <= 1.001 * sparse.flops
     assert sparse.params > 2 * dense.params
+
+
+def test_a_short_name_of_several_fields_means_the_models_own() -> None:
+    changed = tiny().override(["layers=2", "hidden=64"])
+    assert (changed.model.layers, changed.model.hidden) == (2, 64)
+    assert changed.model.moe == tiny().model.moe
+    assert tiny().override(["moe.hidden=64"]).model.moe.hidden == 64
+
+
+@pytest.mark.parametrize(
+    ("assignments", "warmup"),
+    [
+        (["steps=60"], 6),
+        (["train.steps=8000"], 800),
+        (["steps=3"], 1),
+        (["steps=60", "warmup=20"], 20),
+        (["width=8"], 80),
+    ],
+)
+def test_warm_up_keeps_its_share_unless_it_is_set(assignments, warmup) -> None:
+    assert tiny().scaled([*assignments, "heads=4", "kv_heads=2"]).train.warmup == warmup
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_built() -> None:
+    run = tiny()
+    check_size(run)
+    for change in ("layers=1000000", "vocab_size=2000000000", "batch=100000000", "num_experts=100000000"):
+        with pytest.raises(UsageError, match=r"the memory must hold the .* that this run takes at the very least"):
+            check_size(run.override([change]), free=8 * 10**9)
+    least = least_bytes(run.override(["batch=4096"]))
+    with pytest.raises(UsageError, match=r"pass batch=(\d+), with accumulate=") as caught:
+        check_size(run.override(["batch=4096"]), free=least // 2)
+    fits = int(re.search(r"batch=(\d+)", str(caught.value))[1])
+    check_size(run.override([f"batch={fits}"]), free=least // 2)
+    assert 0 < fits < 4096
+
+
+def test_what_cannot_be_exported_is_said_before_it_is_trained() -> None:
+    assert unexportable(tiny()) == ""
+    said = unexportable(tiny().override(["router=ExpertChoice"]))
+    assert "stays in turnout's own format" in said and "architecture of transformers" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (("source",), 3), (("source",), None), (("steps",), {}), (("steps", 0), "x"), (("steps", 0), None),
+        (("calibration",), 5), (("calibration",), {"source": 5}), (("seed",), "nan"), (("seed",), None),
+        (("seed",), 10**30), (("text_tokens",), []), (("text_tokens",), 0), (("dtype",), "x"), (("dtype",), 1.5),
+        (("as_format",), "y"),
+    ],
+)  # fmt: skip
+def test_an_altered_run_json_of_a_conversion_is_refused(field, value, tmp_path) -> None:
+    body = {"source": "nowhere", "steps": [{"step": "densify"}], "as_format": None, "dtype": None, "seed": 0}
+    place = body | {"calibration": None, "text_tokens": 64}
+    if len(field) == 1:
+        place[field[0]] = value
+    else:
+        place[field[0]][field[1]] = value
+    (tmp_path / "run.json").write_text(json.dumps({"format": "turnout.conversion/1", "conversion": place}))
+    with pytest.raises(CheckpointError, match=r"run\.json must be of a conversion"):
+        repeat(tmp_path, tmp_path / "out")

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -32,3 +33,17 @@ def test_other_threads_catch_nothing():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_a_third_signal_does_not_strike_while_the_second_is_on_its_way_out() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    ended = False
+    with pytest.raises(KeyboardInterrupt), listening(lambda text: None):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            ended = True
+    assert ended and signal.getsignal(signal.SIGINT) == before

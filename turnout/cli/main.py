@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from turnout import __version__
@@ -74,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Source: none; argparse.
     """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        # From wherever a second one struck: while the first was told, or before a command had begun.
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # Before torch loads: threads that wait for each other sleep instead of spinning, which on a machine that does
@@ -88,15 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except Interrupted as stop:
+        _deaf(argv)
         print(f"turnout: {in_flags(str(stop), arguments.command)}", file=sys.stderr)
         return 130
     except TurnoutError as error:
         print(f"turnout {arguments.command}: error: {in_flags(str(error), arguments.command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        _deaf(argv)
         print("turnout: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say.
         sys.stderr.close()
         return 0
+
+
+def _deaf(argv: Sequence[str] | None) -> None:
+    """From here to the end of the process nothing is left to stop; a further Ctrl-C would only print a traceback."""
+    if argv is None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

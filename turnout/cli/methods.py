@@ -31,7 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
         module = importlib.import_module(f"turnout.{room}")
         rows = []
         for name in module.__all__:
-            text = inspect.getdoc(getattr(module, name)) or ""
+            item = getattr(module, name)
+            text = inspect.getdoc(item) or ""
+            if not callable(item) or "Source: none; plain" in text:
+                continue  # a table of methods, or what only serves them
             seen.add(name)
             if wanted in room or wanted in name.lower():
                 rows.append((name, text))

@@ -31,13 +31,10 @@ _TEXTS = (
     (re.compile(r"resume from (\S+?)([.;,]?)$"), r"pass --resume \1\2"),
     (re.compile(r", or batches=None"), ", or leave it out"),
     (re.compile(r"batches=\[[^\]]*\]"), "--calibration FILE"),
-    (re.compile(r"with turnout\.reshape\.densify\b"), "with --densify"),
+    (re.compile(r", turnout\.[a-z][\w.]+\)"), ")"),
     (re.compile(r"\bbatches\b(?= must)"), "--calibration"),
 )
-_CONVERT = (
-    (re.compile(r"\bone of ((?:\(\d+, \d+, \d+\)(?:, )?)+)"), None),
-    (re.compile(r"save it in turnout's own format"), "add --as model"),
-)
+_TRIPLES = re.compile(r"\bone of ((?:\(\d+, \d+, \d+\)(?:, )?)+)")
 
 
 def in_flags(message: str, command: str) -> str:
@@ -55,8 +52,7 @@ def in_flags(message: str, command: str) -> str:
     if command in _FIELDS:
         message = re.sub(r"=\((\d[\d.]*), (\d[\d.]*)\)", r"=[\1,\2]", message)
         return re.sub(r"\bor None\b", "or null", re.sub(r"=None\b", "=null", message))
-    for pattern, text in _CONVERT if command == "convert" else ():
-        message = pattern.sub(text if text is not None else _triples, message)
+    message = _TRIPLES.sub(_triples, message)
     where = next((name for name in _FLAGS if re.search(rf" in {re.escape(name)}[;:,.]? ", message)), None)
     if where is None:
         return message

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
-from turnout.expects import POLICY, expects
+from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
@@ -56,7 +56,6 @@ class MoE(nn.Module):
 
     label_E: Tensor | None
 
-    @expects(router=POLICY)
     def __init__(
         self,
         width: int,
@@ -75,6 +74,7 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        expect("router", router, POLICY, "turnout.layers.MoE")
         if shared_gate and shared_hidden is None:
             raise UsageError(
                 word(

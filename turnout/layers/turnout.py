@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.expects import POLICY, expects
+from turnout.expects import POLICY, expect
 from turnout.layers.told import about
 from turnout.layers.told import real as padding
 from turnout.types import Routing, spread
@@ -54,9 +54,10 @@ class Turnout(nn.Module):
     Source: Shazeer et al., 2017, "Outrageously Large Neural Networks"; any policy and any paths may be put in.
     """
 
-    @expects(paths=nn.Module, policy=POLICY)
     def __init__(self, paths: nn.Module, policy: nn.Module, *, backend: str = "auto") -> None:
         super().__init__()
+        expect("paths", paths, nn.Module, "turnout.layers.Turnout")
+        expect("policy", policy, POLICY, "turnout.layers.Turnout")
         self.paths, self.policy, self.backend = paths, policy, backend
 
     def forward(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
-from turnout.expects import expects
+from turnout.expects import expect
 from turnout.layers import MoE
 from turnout.models.attention import Cache, Projection, RMSNorm, attended
 from turnout.models.block import Block, build_pre_gate, build_router
@@ -81,9 +81,9 @@ class LM(nn.Module):
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
 
-    @expects(config=LMConfig)
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()
+        expect("config", config, LMConfig, "turnout.models.LM")
         generator = torch.Generator().manual_seed(seed)
         self.config = config
         self.embedding = nn.Parameter(

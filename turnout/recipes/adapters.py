@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from turnout import __version__
-from turnout.errors import MissingExtraError, UsageError, nearest, word
+from turnout.errors import CheckpointError, MissingExtraError, UsageError, nearest, word
 from turnout.layers import Adapter
 from turnout.measure import AdaptationData, adaptation_html, hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
@@ -31,11 +31,11 @@ __all__ = ["Adapted", "adapt", "adapt_again", "is_adaptation", "load_base", "out
 
 _WHERE = "turnout convert --adapters"
 _FORMAT = "turnout.adaptation/1"
-# What run.json says was asked for.
-_ASKED: dict[str, Any] = {
-    "source": str, "adapters": list[str], "router": str, "router_options": dict | None, "text": str | None,
-    "gate_text": dict[str, str] | None, "text_tokens": int, "any_base": bool,
-    "dtype": Literal["float64", "float32", "float16", "bfloat16"] | None,
+# What run.json asks for.
+_SETTINGS = {
+    "source": str, "adapters": list[str], "router": str, "router_options": dict[str, Any] | None,
+    "gate_text": dict[str, str] | None, "text": str | None, "text_tokens": int, "any_base": bool,
+    "dtype": Literal["float16", "bfloat16", "float32", "float64"] | None,
 }  # fmt: skip
 # The routers that need nothing but the adapters' own folders.
 _READY = ("arrow", "even", "phatgoose")
@@ -218,18 +218,20 @@ def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) 
         TurnoutError: the model, an adapter or a text that it names has gone.
     """
     path = Path(run_json)
-    body = read_json(path / "run.json" if path.is_dir() else path, _WHERE)
+    path = path / "run.json" if path.is_dir() else path
 
-    def refuse(problem: str) -> UsageError:
-        got, fix = f"{path} ({problem})", "name a folder that turnout convert --adapters wrote"
-        return UsageError(word("run.json", got=got, allowed="be of a choice of adapters", where=_WHERE, fix=fix))
+    def refuse(problem: str) -> CheckpointError:
+        fix = "name a folder that turnout convert --adapters wrote, or restore the file from a copy"
+        allowed = "be of a choice of adapters"
+        return CheckpointError(word("run.json", got=f"{path} ({problem})", allowed=allowed, where=_WHERE, fix=fix))
 
-    check_fields(body, {"settings": dict}, refuse)
+    body = read_json(path, _WHERE)
+    check_fields(body, {"settings": dict[str, Any]}, refuse)
     asked = dict(body["settings"])
-    check_fields(asked, _ASKED, refuse)
-    if strange := sorted(set(asked) - set(_ASKED)):
-        raise refuse(f"the setting {strange[0]!r:.80}")
-    dtype = asked.pop("dtype") and getattr(torch, body["settings"]["dtype"])
+    if strange := sorted(set(asked) - set(_SETTINGS)):
+        raise refuse(f"settings of other names: {', '.join(strange)[:80]}")
+    check_fields(asked, _SETTINGS, refuse)
+    dtype = getattr(torch, asked.pop("dtype")) if asked.get("dtype") else asked.pop("dtype", None)
     return adapt(asked.pop("source"), asked.pop("adapters"), out, dtype=dtype, say=say, part=part, **asked)
 
 

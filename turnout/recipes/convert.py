@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from turnout import __version__
-from turnout.errors import UsageError, word
+from turnout.errors import CheckpointError, word
 from turnout.measure import Certificate, ConversionData, certify, conversion_html, hardware
 from turnout.measure.certificate import inputs_digest
 from turnout.models import LM, checkpoint
@@ -36,16 +36,6 @@ __all__ = ["Conversion", "convert", "is_conversion", "repeat"]
 _WHERE = "turnout convert"
 _FORMAT = "turnout.conversion/1"
 _TOKENS = 65_536
-# What run.json says was asked for.
-_ASKED: dict[str, Any] = {
-    "source": str,
-    "steps": list[dict],
-    "as_format": Literal["transformers", "model"] | None,
-    "calibration": dict | None,
-    "text_tokens": int | None,
-    "dtype": Literal["float64", "float32", "float16", "bfloat16"] | None,
-    "seed": int | None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,29 +190,49 @@ def repeat(
     """
     path = Path(run_json)
     path = path / "run.json" if path.is_dir() else path
-
-    def refuse(problem: str) -> UsageError:
-        got, fix = f"{path} ({problem})", "name a folder that turnout convert wrote"
-        return UsageError(word("run.json", got=got, allowed="be of a conversion", where=_WHERE, fix=fix))
-
-    whole = read_json(path, _WHERE)
-    check_fields(whole, {"conversion": dict}, refuse)
-    body = whole["conversion"]
-    check_fields(body, _ASKED, refuse)
+    body = _asked(path)
     text = body.get("calibration") or {}
-    check_fields(text, {"source": str | None}, refuse)
     return convert(
         body["source"],
         [step_from_json(step) for step in body["steps"]],
         out,
         as_format=body.get("as_format"),
         text=text.get("source"),
-        text_tokens=body.get("text_tokens") or _TOKENS,
+        text_tokens=body.get("text_tokens", _TOKENS),
         dtype=getattr(torch, body["dtype"]) if body.get("dtype") else None,
-        seed=body.get("seed") or 0,
+        seed=body.get("seed", 0),
         say=say,
         part=part,
     )
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What a conversion's run.json asks for, every field of its type.
+
+    Raises:
+        CheckpointError: a field is missing, of another type, or out of range.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "name a folder that turnout convert wrote, or restore the file from a copy"
+        return CheckpointError(
+            word("run.json", got=f"{path} ({problem})", allowed="be of a conversion", where=_WHERE, fix=fix)
+        )
+
+    body = read_json(path, _WHERE).get("conversion")
+    if not isinstance(body, dict):
+        raise refuse("no conversion in it")
+    dtypes = Literal["float16", "bfloat16", "float32", "float64"] | None
+    check_fields(
+        body,
+        {"source": str, "steps": list[dict[str, Any]], "as_format": Literal["transformers", "model"] | None}
+        | {"calibration": dict[str, Any] | None, "text_tokens": int | None, "dtype": dtypes, "seed": int | None},
+        refuse,
+    )
+    check_fields(body.get("calibration") or {"source": ""}, {"source": str}, refuse)
+    if body.get("text_tokens", 1) is None or body.get("text_tokens", 1) < 1 or body.get("seed", 0) is None:
+        raise refuse(f"text_tokens {body.get('text_tokens')!r} and seed {body.get('seed')!r}")
+    return body
 
 
 def _fill(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: Say) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
 from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
 from turnout.recipes.run import Run
+from turnout.recipes.size import check_size
 from turnout.storage import write_whole
 from turnout.train.data import TokenSet, prepare, python_text
 from turnout.train.folder import read_run_json, refuse_missing_run, refuse_other_run
@@ -87,6 +88,7 @@ def execute(
         TurnoutError: the input, the folder or the training is at fault; the message says what to do.
     """
     out = Path(out)
+    check_size(run)
     model = LM(run.model, seed=run.train.seed)
     if not quiet and (why := unexportable(run)):
         print(f"note: {why}", file=sys.stderr)

@@ -29,6 +29,9 @@ def listening(say: Callable[[str], None]) -> Iterator[Stop]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.asked is not None:
+            # Once: another one would strike while the first is on its way out, in the middle of putting things back.
+            for one in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(one, signal.SIG_IGN)
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
         # The signal may have come in the middle of a print to the same stream, which Python does not allow to nest.

@@ -38,7 +38,7 @@ _TEMPLATES, _SMALL = "additional_chat_templates", 1 << 20
 _RESTORE = "restore it from a copy; for a run, turnout resumes from a checkpoint in its checkpoints folder"
 
 
-@expects(path=PATH)
+@expects(path=PATH, lm=nn.Module)
 def save(path: str | Path, lm: nn.Module) -> None:
     """Writes a model as a folder: config.json and model.safetensors.
 

@@ -1,0 +1,144 @@
+"""The command line answers in its own words: flags, never a function's parameters; and quickly where it can."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from turnout.cli.main import main
+from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+from turnout.recipes.doctor import _PARTS
+from turnout.train.data import train_tokenizer
+
+LINES = "\n".join(f"line {n}: " + " ".join(str(n * k) for k in range(20)) for n in range(60))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A dense Llama, a Mixtral of 8 experts, each with a tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("words")
+    sizes = {"vocab_size": 300, "width": 16, "layers": 2, "heads": 2, "max_seq": 64}
+    for name, config in (("dense", LMConfig(**sizes, hidden=24)), ("moe", LMConfig(**sizes, moe=MoEConfig(8, 2, 12)))):
+        checkpoint.to_hf(LM(config), folder / name)
+        train_tokenizer([LINES], vocab_size=300).save(str(folder / name / "tokenizer.json"))
+    (folder / "text.txt").write_text(LINES)
+    return folder
+
+
+CASES = {
+    "convert moe --drop-experts 7 --by random": "must leave the 2 of 8 experts.*pass --drop-experts 6",
+    "convert moe --drop-experts 0 --by random": "a whole number of at least 1.*pass --drop-experts 1",
+    "convert moe --drop-experts -1 --by random": "pass --drop-experts 1",
+    "convert moe --drop-experts 99% --by random": "got 99%.*pass --drop-experts 6",
+    "convert moe --drop-experts 120% --by random": "got 120%",
+    "convert moe --drop-experts abc": "write --drop-experts 25% or --drop-experts 2",
+    "convert moe --drop-experts 2 --by foo": "unknown --by of drop_experts 'foo'",
+    "convert moe --merge-experts 9 --calibration text.txt": "pass --merge-experts 8",
+    "convert moe --merge-experts 0 --calibration text.txt": "pass --merge-experts 1",
+    "convert moe --compress-experts 100 --calibration text.txt": "pass --compress-experts 12",
+    "convert moe --compress-experts 4 --rows 2 --calibration text.txt": "pass --rows 0.1",
+    "convert moe --latent 0": "pass --latent 1",
+    "convert moe --latent 99": "pass --latent 16",
+    "convert moe --latent 4": r"matrices out \(--densify\).*\(turnout convert --as model\)",
+    "convert dense --to moe --experts 4 --top-k 8": "pass --experts 4 --top-k 4 --granularity 1 or --experts 6",
+    "convert dense --to moe --experts 4 --top-k 2 --granularity 3": "got 4, 2 and 3.*--granularity 2",
+    "convert dense --to moe --experts 4": "add --top-k 2 behind it",
+    "convert dense --split 5 --top-k 2": "--split must divide.*pass --split 4",
+    "convert dense --split 4 --top-k 9": "pass --top-k 4",
+    "convert dense --split 4 --top-k 2 --by gradient": "add --calibration",
+    "convert dense --calibration-tokens 0 --calibration text.txt --split 4 --top-k 2": "--calibration-tokens must be",
+    "certify dense dense --bound 0": "pass --bound 1e-4, or leave it out",
+    "certify dense dense --bound nan": "pass --bound 1e-4",
+    "certify dense nowhere": "B must exist",
+    "sample moe --tokens 0": "pass --tokens 1",
+    "sample moe --tokens 999": "pass --tokens 6[0-9]",
+    "sample moe --temperature nan": "--temperature must be a number of at least 0",
+    "sample moe --top-k 0": "pass --top-k 1",
+    "eval moe": "add --data PATH",
+    "eval moe --data text.txt --limit 0": "--limit must be at least 2 tokens",
+    "eval moe --data text.txt --trace t": "--trace must be asked of a run",
+    "eval moe --data nowhere": "--data must exist",
+    "report moee": "did you mean moe",
+    "demo --steps 0": "pass --steps 1",
+}
+# What only Python has words for: a parameter with its value, or a function by its full name.
+PYTHON = re.compile(r"\b(?!max_seq|hidden|num_experts|vocab_size)[a-z_]+=\S|turnout\.[a-z_]+\.|None|True")
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_flags_are_answered_in_flags(line, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    dry = ["--dry-run"] if line.startswith("convert") else []
+    assert main([*line.split(), *dry]) == 2
+    said = capsys.readouterr().err
+    assert re.search(CASES[line], said, re.DOTALL), said
+    fix = said.partition("Nearest fix: ")[2] or said
+    assert not PYTHON.search(fix), fix
+
+
+def test_fields_of_a_run_are_written_as_a_shell_takes_them(capsys) -> None:
+    assert main(["train", "tiny", "betas=[2,3]", "--show"]) == 2
+    assert "pass betas=[0.9,0.95]" in capsys.readouterr().err
+    assert main(["train", "tiny", "clip=-1", "--show"]) == 2
+    assert "pass clip=null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert nowhere --densify --out o",
+        "convert . --to moe --experts 4 --out o",
+        "convert . --densify",
+        "eval nowhere",
+        "sample nowhere",
+        "report nowhere",
+        "certify nowhere .",
+        "run nowhere --out o",
+        "train tiny --data nowhere --out o",
+        "train --resume --out nowhere",
+    ],
+)
+def test_a_mistake_that_needs_no_torch_does_not_load_it(line) -> None:
+    code = f"import sys; from turnout.cli.main import main; print(main({line.split()!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"] and "Nearest fix: " in done.stderr
+
+
+def test_models_of_any_folder_are_sampled_and_measured(place, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    assert (
+        main(["convert", "moe", "--drop-experts", "2", "--by", "random", "--out", str(tmp_path / "c"), "--quiet"]) == 0
+    )
+    assert main(["convert", "moe", "--as", "model", "--out", str(tmp_path / "own"), "--quiet"]) == 0
+    capsys.readouterr()
+    found = []
+    for folder in ("moe", tmp_path / "c", tmp_path / "own"):
+        assert main(["sample", str(folder), "--prompt", "line 1", "--tokens", "4", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.startswith("line 1")
+        assert main(["eval", str(folder), "--data", "text.txt", "--json"]) == 0
+        values = json.loads(capsys.readouterr().out)["values"]
+        found.append(values["bits_per_byte"])
+        # All bytes but those of the first token of each row of 64 tokens.
+        size = len(LINES.encode())
+        assert size * 0.95 < values["bytes"] < size and values["max_vio"] >= 0
+    assert found[0] == pytest.approx(found[2], rel=1e-6) and found[0] != found[1]
+
+
+def test_the_doctor_names_extras_that_exist() -> None:
+    extras = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    known = set(extras["optional-dependencies"])
+    named = {extra for extra, _ in _PARTS.values() if extra is not None and " " not in extra}
+    assert named <= known and {"hf", "peft"} <= named and "triton" not in known
+
+
+def test_only_extras_that_exist_are_advised_anywhere() -> None:
+    root = Path(__file__).parents[2]
+    known = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*root.glob("turnout/**/*.py"), *root.glob("docs/guides/*.md"), root / "README.md"]
+    for file in files:
+        for extras in re.findall(r"turnout\[([a-z,]+)\]", file.read_text(encoding="utf-8")):
+            assert set(extras.split(",")) <= set(known), f"{file}: {extras}"

@@ -1,0 +1,54 @@
+"""Whether this machine can hold a training run, known before a weight is made."""
+
+from turnout.errors import UsageError, word
+from turnout.measure import quantity
+from turnout.recipes.room import free_memory
+from turnout.recipes.run import Run
+
+__all__ = ["check_size", "least_bytes"]
+
+# A weight, its gradient and two moments of AdamW, in fp32.
+_PER_WEIGHT = 16
+# What the objects of one block take whatever its sizes; measured at 0.1 MB and more.
+_PER_BLOCK = 100_000
+
+
+def least_bytes(run: Run) -> int:
+    """The fewest bytes that training takes: weights with all that belongs to them, and what backward needs of a batch.
+
+    Counted low, so that nothing is refused that would fit: of a batch only the inputs of the products of each block,
+    without logits, attention or what PyTorch keeps beside it.
+
+    Args:
+        run: what is to be trained.
+
+    Source: none; plain arithmetic.
+    """
+    model, moe = run.model, run.model.moe
+    routed = sum(model.is_routed(layer) for layer in range(min(model.layers, 100_000)))
+    dense = max(model.layers - routed, 0) * 3 * model.width * model.dense_hidden
+    experts = 0 if moe is None else routed * moe.num_experts * 3 * model.width * moe.hidden
+    weights = model.vocab_size * model.width + dense + experts + model.layers * model.width**2
+    kept = run.train.batch * run.train.seq * model.width * 4 * model.layers * (2 if run.train.dtype == "bf16" else 4)
+    return _PER_WEIGHT * weights + _PER_BLOCK * model.layers + kept
+
+
+def check_size(run: Run, *, free: int | None = None) -> None:
+    """Refuses a run that cannot fit, before anything is built.
+
+    Args:
+        run: what is to be trained.
+        free: bytes; None for what the machine says is free, where it says so.
+
+    Raises:
+        UsageError: too large; says what would fit.
+    """
+    free, need = free_memory() if free is None else free, least_bytes(run)
+    if free is None or need <= free:
+        return
+    model, train = run.model, run.train
+    each = 4 * train.seq * model.width * model.layers * (2 if train.dtype == "bf16" else 4)
+    fits = (free - (need - train.batch * each)) // max(each, 1)
+    fix = f"pass batch={fits}, with accumulate= for the rest" if fits >= 1 else "make it smaller"
+    got, allowed = f"{quantity(free)}B free", f"hold the {quantity(need)}B that this run takes at the very least"
+    raise UsageError(word("the memory", got=got, allowed=allowed, where=f"recipe {run.recipe!r}", fix=fix))
