@@ -123,8 +123,7 @@ def convert(
         plan.check_room(out)
     say(str(plan))
     found = None if text is None else _read_text(plan, text, text_tokens, say)
-    settings = _settings(plan, found, seed)
-    with unfinished(out, settings, part) as place, _enough_memory(plan):
+    with unfinished(out, _settings(plan, found, seed), part) as place, _enough_memory(plan):
 
         def tell(what: str) -> None:
             place.doing = what
