@@ -139,7 +139,7 @@ def test_warm_up_keeps_its_share_unless_it_is_set(assignments, warmup) -> None:
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_built() -> None:
     run = tiny()
     check_size(run)
-    for change in ("layers=1000000", "vocab_size=1000000000000", "batch=100000000", "num_experts=100000000"):
+    for change in ("layers=1000000", "vocab_size=2000000000", "batch=100000000", "num_experts=100000000"):
         with pytest.raises(UsageError, match=r"the memory must hold the .* that this run takes at the very least"):
             check_size(run.override([change]), free=8 * 10**9)
     least = least_bytes(run.override(["batch=4096"]))

@@ -96,8 +96,8 @@ class Drop:
 
     def planned(self, config: LMConfig) -> LMConfig:
         """The configuration afterwards."""
-        whole = self.count is not None and self.count >= 1 and self.share is None
-        part = self.share is not None and 0 < self.share < 1 and self.count is None
+        whole = self.count is not None and self.count >= 0 and self.share is None
+        part = self.share is not None and 0 <= self.share < 1 and self.count is None
         if not whole and not part:
             got = self.count if self.share is None else f"{100 * self.share:g}%"
             allowed = "be a whole number of at least 1, or a share above 0 and below 100%,"
