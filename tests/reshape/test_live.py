@@ -342,7 +342,7 @@ def test_weights_tied_again_are_tied_and_of_another_size_refused():
     with pytest.raises(UsageError, match=r"weight of a changed layer must keep the shape \(64, 16\).*detach"):
         model.lm_head.weight = nn.Parameter(torch.zeros(70, 16))
     model.resize_token_embeddings(70)  # behind its back
-    with pytest.raises(ShapeError, match="70 features of the linear map.*detach before"):
+    with pytest.raises(ShapeError, match=r"70 features of the linear map.*detach before"):
         logits(model)
 
 
