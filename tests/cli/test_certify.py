@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from turnout.cli.main import main
 from turnout.measure import Certificate
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+from turnout.recipes.certify import certify_folders
 
 CONFIG = LMConfig(
     vocab_size=40,
@@ -203,3 +204,38 @@ def test_mistakes_are_one_line_and_exit_2(folders: Path, tmp_path: Path, argumen
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+# ---- what inputs must be long enough to show
+
+
+@pytest.mark.parametrize(
+    ("windows", "max_seq", "verdict", "said"),
+    [
+        ((None, 80), 128, "different", ()),
+        ((100, 80), 128, "different", ()),
+        ((80, 80), 128, "bit-equal", ()),
+        ((None, 1500), 2048, "bit-equal", ("beyond 1500 tokens they part, and the longest input here has 64",)),
+    ],
+)
+def test_windows_show_in_rows_that_are_longer(windows, max_seq, verdict, said, tmp_path: Path) -> None:
+    for name, window in zip("ab", windows, strict=True):
+        config = LMConfig(vocab_size=40, width=16, layers=2, heads=2, max_seq=max_seq, window=window, init_std=0.3)
+        checkpoint.save(tmp_path / name, LM(config))
+    found, _ = certify_folders(tmp_path / "a", tmp_path / "b")
+    assert found.verdict == verdict and len(found.notes) == len(said)
+    assert all(one in note for one, note in zip(said, found.notes, strict=True))
+
+
+def test_prompts_too_short_for_windows_and_other_lengths_are_told(tmp_path: Path) -> None:
+    for name, window, max_seq in (("a", None, 64), ("b", 8, 32)):
+        config = LMConfig(vocab_size=40, width=16, layers=2, heads=2, max_seq=max_seq, window=window, init_std=0.3)
+        checkpoint.save(tmp_path / name, LM(config))
+    (tmp_path / "ids.jsonl").write_text("[1, 2, 3]\n[4, 5]\n")
+    found, _ = certify_folders(tmp_path / "a", tmp_path / "b", prompts=tmp_path / "ids.jsonl")
+    assert found.verdict == "bit-equal"
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "the two have other windows of attention",
+        "A takes 64 tokens and B 32; nothing is said of more than 3",
+    ]
+    assert certify_folders(tmp_path / "a", tmp_path / "b")[0].verdict == "different"

@@ -13,7 +13,7 @@ from turnout.errors import CheckpointError, DataError, UsageError, word
 from turnout.measure import Certificate, certify
 from turnout.measure.certificate import Side
 from turnout.measure.certify import describe, measured
-from turnout.models import LM, checkpoint
+from turnout.models import LM, LMConfig, checkpoint
 from turnout.models.checkpoint import own
 from turnout.reading import check_fields, parse_json, read_json, read_text
 from turnout.storage import digest, read_error
@@ -24,6 +24,8 @@ __all__ = ["certify_folders", "check_certificate", "model_folder", "open_model",
 _WHERE = "turnout certify"
 # Without prompts: so many rows of so many random tokens. Small models route them to every expert.
 _ROWS, _LENGTH = 8, 64
+# The longest row that is made for windows that would not show in fewer tokens.
+_LONG = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,11 +191,12 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
         notes.append("the two have other tokenizers; prompts were read with that of A")
     longest = min(lm.config.max_seq for lm in (one, other))
     if prompts is None:
-        items, source = _random(one.config.vocab_size, longest)
+        items, source = _random(one.config.vocab_size, longest, _enough(one.config, other.config))
     else:
         items, cut = _prompts(Path(prompts), files[0] if files else None, longest, one.config.vocab_size)
         source = f"prompts of {Path(prompts).name}"
         notes += [f"{cut} prompts were cut to the {longest} tokens that both take"] if cut else []
+    notes += _unseen(one.config, other.config, max(item.shape[1] for item in items))
     return Pair(one, other, (sides[0], sides[1]), items, source, tuple(notes), files[0] if files else None)
 
 
@@ -208,10 +211,33 @@ def _tokenizer(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _random(vocab: int, longest: int) -> tuple[tuple[Tensor, ...], str]:
+def _random(vocab: int, longest: int, enough: int) -> tuple[tuple[Tensor, ...], str]:
     generator = torch.Generator().manual_seed(0)
-    id_BS = torch.randint(vocab, (_ROWS, min(_LENGTH, longest)), generator=generator)
+    length = _LENGTH if enough > _LONG else max(_LENGTH, enough)
+    id_BS = torch.randint(vocab, (max(1, _ROWS * _LENGTH // length), min(length, longest)), generator=generator)
     return id_BS.split(1), "random tokens, seed 0"
+
+
+def _windows(a: LMConfig, b: LMConfig) -> list[int]:
+    """The shorter window of each layer whose windows differ."""
+    pairs = [(a.window_of(n), b.window_of(n)) for n in range(min(a.layers, b.layers))]
+    return [min(window for window in pair if window is not None) for pair in pairs if pair[0] != pair[1]]
+
+
+def _enough(a: LMConfig, b: LMConfig) -> int:
+    """How many tokens a row needs for the difference of windows to show; 0 where they are alike."""
+    return max(_windows(a, b), default=-8) + 8
+
+
+def _unseen(a: LMConfig, b: LMConfig, longest: int) -> list[str]:
+    """What the configurations differ in that no row of so many tokens can show."""
+    found = list[str]()
+    if (window := max(_windows(a, b), default=0)) >= longest:
+        said = "the two have other windows of attention"
+        found.append(f"{said}: beyond {window} tokens they part, and the longest input here has {longest}")
+    if a.max_seq != b.max_seq:
+        found.append(f"A takes {a.max_seq} tokens and B {b.max_seq}; nothing is said of more than {longest}")
+    return found
 
 
 def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tuple[tuple[Tensor, ...], int]:
