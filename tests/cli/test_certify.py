@@ -1,6 +1,7 @@
 """``turnout certify`` on folders: what it says, what it writes, what it exits with, and what a user gets wrong."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -146,6 +147,31 @@ def test_a_verdict_that_is_no_longer_reached_breaks_it(certified, capsys, monkey
     monkeypatch.setattr(LM, "forward", drift)
     assert main(["certify", "--check", str(out), str(a), str(b)]) == 1
     assert "it says 'bit-equal', and now they are 'different'" in said(capsys)
+
+
+def test_windows_are_looked_beyond(tmp_path: Path, capsys) -> None:
+    wide = dataclasses.replace(CONFIG, max_seq=256)
+    pair = [tmp_path / "a", tmp_path / "b"]
+    for folder, window in zip(pair, (None, 80), strict=True):
+        checkpoint.save(folder, LM(dataclasses.replace(wide, window=window)))
+    assert main(["certify", *map(str, pair)]) == 1, "short inputs see the same of both"
+    assert "attention" in said(capsys)
+    short = tmp_path / "p.jsonl"
+    short.write_text("[1, 2, 3]")
+    assert main(["certify", *map(str, pair), "--prompts", str(short)]) == 0
+    assert "window is [None, None] in A and [80, 80] in B, which inputs of up to 3 tokens do not show" in said(capsys)
+
+
+def test_prompts_are_read_whole_whatever_the_tokenizer_cuts_or_pads(folders: Path, tmp_path: Path, capsys) -> None:
+    tokenizer = Tokenizer.from_file(str(folders / "a" / "tokenizer.json"))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=7)
+    for name in ("a", "bad"):
+        shutil.copytree(folders / name, tmp_path / name)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    pair = [str(tmp_path / name) for name in ("a", "bad")]
+    main(["certify", *pair, "--prompts", str(folders / "prompts.txt")])
+    assert "6 prompts, 24 tokens" in said(capsys)
 
 
 def test_prompts_are_part_of_a_certificate(folders: Path, tmp_path: Path, capsys) -> None:

@@ -15,6 +15,7 @@ from turnout.measure.certificate import Side
 from turnout.measure.certify import describe, measured
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint import own
+from turnout.models.families.meaning import meaning
 from turnout.reading import check_fields, parse_json, read_json, read_text
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import open_tokenizer
@@ -24,6 +25,10 @@ __all__ = ["certify_folders", "check_certificate", "model_folder", "open_model",
 _WHERE = "turnout certify"
 # Without prompts: so many rows of so many random tokens. Small models route them to every expert.
 _ROWS, _LENGTH = 8, 64
+# Where windows differ: one row more, that reaches beyond them, if that is no longer than this.
+_FAR = 8192
+# Fields of a configuration that may show in no short input, whatever else the two are.
+_DISTANT = ("window", "rope_theta", "rope_scaling", "rope_share", "norm_eps", "attention_scale", "max_seq")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,7 +194,7 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
         notes.append("the two have other tokenizers; prompts were read with that of A")
     longest = min(lm.config.max_seq for lm in (one, other))
     if prompts is None:
-        items, source = _random(one.config.vocab_size, longest)
+        items, source = _random(one.config.vocab_size, longest, _windows(one, other))
     else:
         items, cut = _prompts(Path(prompts), files[0] if files else None, longest, one.config.vocab_size)
         source = f"prompts of {Path(prompts).name}"
@@ -199,8 +204,26 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
 
 def _certify(pair: Pair, names: Mapping[str, str | None] | None, bound: float | None) -> tuple[Certificate, str | None]:
     found = certify(pair.a, pair.b, pair.items, bound=bound, names=names, source=pair.source)
-    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=(*pair.notes, *found.notes))
+    notes = (*pair.notes, *found.notes, *(_distant(pair) if found.equal else ()))
+    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=notes)
     return found, pair.worst(found)
+
+
+def _windows(one: LM, other: LM) -> int:
+    """The longest window that a layer of one model has and that of the other has not; 0 where there is none."""
+    pairs = zip(meaning(one.config)["window"], meaning(other.config)["window"], strict=False)
+    return max((window or 0 for pair in pairs if pair[0] != pair[1] for window in pair), default=0)
+
+
+def _distant(pair: Pair) -> tuple[str, ...]:
+    """What the configurations say otherwise, though the models agree on these inputs."""
+    a, b = (meaning(lm.config) for lm in (pair.a, pair.b))
+    most = max(item.shape[1] for item in pair.items)
+    return tuple(
+        f"{name} is {a.get(name)} in A and {b.get(name)} in B, which inputs of up to {most} tokens do not show"
+        for name in _DISTANT
+        if a.get(name) != b.get(name)
+    )
 
 
 def _tokenizer(folder: Path) -> Path | None:
@@ -208,10 +231,13 @@ def _tokenizer(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _random(vocab: int, longest: int) -> tuple[tuple[Tensor, ...], str]:
+def _random(vocab: int, longest: int, window: int) -> tuple[tuple[Tensor, ...], str]:
     generator = torch.Generator().manual_seed(0)
-    id_BS = torch.randint(vocab, (_ROWS, min(_LENGTH, longest)), generator=generator)
-    return id_BS.split(1), "random tokens, seed 0"
+    items = torch.randint(vocab, (_ROWS, min(_LENGTH, longest)), generator=generator).split(1)
+    far = min(longest, window + _LENGTH)
+    if window and _LENGTH < far <= _FAR:
+        items = (*items, torch.randint(vocab, (1, far), generator=generator))
+    return items, "random tokens, seed 0"
 
 
 def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tuple[tuple[Tensor, ...], int]:
