@@ -30,7 +30,8 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
     """Writes what the routers of the model's adapters hold to ``routers.safetensors`` in a folder, whole or not at all.
 
     The file's tensors are called MODULE.PARAMETER; its metadata say the format, and of each module the kind of its
-    router, how many adapters it has, and their names in order. A router that several modules share is written for each of them.
+    router, how many adapters it has, and their names in order. A router that several modules share is written for each
+    of them.
 
     Args:
         path: the folder; made where it is missing.
