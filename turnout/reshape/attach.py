@@ -82,7 +82,7 @@ def attach(
         freeze_all(model)
     for name, adapter in made.items():
         put(model, name, adapter)
-    setattr(model, CHOICE, (router if isinstance(router, str) else None, options))
+    setattr(model, CHOICE, (router if isinstance(router, str) else None, options, everyone))
     saved_by(model, writer)
     return model, report
 
