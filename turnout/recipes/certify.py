@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from turnout.models import LM, checkpoint
 from turnout.models.checkpoint import own
 from turnout.models.families.meaning import meaning
 from turnout.reading import check_fields, parse_json, read_json, read_text
+from turnout.recipes.run import Run
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import open_tokenizer
 
@@ -162,8 +164,10 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     if (path / "model" / "config.json").is_file():
         return path / "model"
     got = str(path) if path.exists() else f"{path}, which does not exist"
-    run = (path / "run.json").is_file()
-    fix = f"finish the run: turnout train --resume --out {path}" if run else "name a run or a model's folder"
+    fix = "name a run or a model's folder"
+    if (path / "run.json").is_file():
+        Run.open(path)  # says what else it is
+        fix = f"finish the run: turnout train --resume --out {quote(str(path))}"
     raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 

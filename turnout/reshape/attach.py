@@ -134,6 +134,7 @@ def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_b
     if not found or len(set(names)) < len(names):
         got = ", ".join(names) or "none"
         allowed, fix = "be at least one, each of its own name", "rename the folders of those that share a name"
+        fix = fix if found else "name the folders that PEFT wrote"
         raise UsageError(word("adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
     if any(isinstance(module, Adapter | Scaled | Sharded) for module in model.modules()):
         got, allowed = "adapters already", "have none"
