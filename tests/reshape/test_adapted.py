@@ -69,6 +69,9 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path):
             save_adapters(tmp_path / taken, paths, router="arrow")
         with pytest.raises(UsageError, match="be new or empty"):
             save_attached(tmp_path / taken, live)
+    for wrong in (live, str(paths[0]), [live]):
+        with pytest.raises(UsageError, match=r"adapters must be a list of folders of PEFT.*save_attached"):
+            save_adapters(tmp_path / "new", wrong, router="arrow")
     (tmp_path / "empty").mkdir()
     save_attached(tmp_path / "empty", live)
     attach_folder(nn.Sequential(nn.Linear(8, 4)), tmp_path / "empty")

@@ -331,6 +331,32 @@ def test_tied_weights_and_an_adapted_head(tmp_path):
     assert torch.equal(logits(attach_folder(again, tmp_path / "tied")[0]), logits(model))
 
 
+def test_weights_tied_again_are_tied_and_of_another_size_refused():
+    model = base(tie_word_embeddings=True)
+    attach(model, fresh_adapters(model, ["q_proj", "lm_head"], count=2, rank=2), router="even")
+    jolt(model)
+    wanted = logits(model)
+    model.model.embed_tokens.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.tie_weights()
+    assert model.lm_head.base.weight is model.model.embed_tokens.weight and torch.equal(logits(model), wanted)
+    with pytest.raises(UsageError, match=r"weight of a changed layer must keep the shape \(64, 16\).*detach"):
+        model.lm_head.weight = nn.Parameter(torch.zeros(70, 16))
+    model.resize_token_embeddings(70)  # behind its back
+    with pytest.raises(ShapeError, match=r"70 features of the linear map.*detach before"):
+        logits(model)
+
+
+def test_several_sequences_packed_in_a_row_are_refused_where_a_router_takes_them_for_one():
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(3, 9)
+    with pytest.raises(UsageError, match="rows whose positions begin anew"):
+        live("smear")(IDS, position_ids=packed)
+    alone, model = live("even"), live("smear")
+    with torch.no_grad():  # where nothing is mixed it is as in the stock model; padding has positions of its own
+        whole, first = (alone(IDS, position_ids=packed).logits, alone(IDS[:, :4]).logits)
+        assert torch.allclose(whole[:, :4], first, atol=1e-5)
+        model(IDS, MASK, position_ids=(MASK.cumsum(1) - 1).masked_fill(MASK == 0, 1))
+
+
 def test_routers_that_a_function_built(tmp_path):
     model, _ = attach(base(), adapters(base()), router=even)
     model.save_pretrained(tmp_path / "made")

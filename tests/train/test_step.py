@@ -11,6 +11,7 @@ from stand_in import EXPERTS, Tiny, tiny_config
 from torch.nn import functional as F
 
 from turnout.errors import TrainingError
+from turnout.models import LM, LMConfig, MoEConfig
 from turnout.train.balance import load_balance_loss, router_z_loss
 from turnout.train.step import Step, Window, adamw, derived_seed
 
@@ -145,6 +146,30 @@ def test_a_norm_that_overflows_says_so():
     work = Step(model.train(), tiny_config(accumulate=1), Fixed(batch(0)))
     with pytest.raises(TrainingError, match="gradient norm inf, every single gradient finite"):
         work.run(0, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("router", "options"), [("GroupLimited", {}), ("NoisyTopK", {}), ("LossFree", {"renormalize": True})]
+)
+def test_a_router_whose_one_weight_is_always_1_is_told(router, options):
+    def lm(top_k, **options):
+        moe = MoEConfig(4, top_k, 8, router=router, router_options=options)
+        return LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, moe=moe)).train()
+
+    model = lm(1, **options)
+    with pytest.warns(UserWarning, match=f"{router} with top_k=1 scales each weight to 1"):
+        Step(model, tiny_config(accumulate=1), Fixed(batch(0)))
+    id_BS = torch.arange(12).view(2, 6)
+    model(id_BS).logits_BSV.square().sum().backward()
+    assert max(float(p.grad.abs().max()) for p in model.blocks[0].ff.router.parameters()) < 1e-4  # rounding
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Step(lm(2, **options), tiny_config(accumulate=1), Fixed(batch(0)))
+        if router != "NoisyTopK":
+            Step(lm(1, renormalize=False), tiny_config(accumulate=1), Fixed(batch(0)))
+        for parameter in model.blocks[0].ff.router.parameters():
+            parameter.requires_grad_(False)
+        Step(model, tiny_config(accumulate=1), Fixed(batch(0)))
 
 
 def test_a_weight_without_effect_warns_once():

@@ -1,13 +1,13 @@
 """A linear map with adapters and a router that chooses among them, for each token or for each sequence."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.layers.stock import as_if_plain
+from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
@@ -88,6 +88,11 @@ class Adapter(nn.Module):
         """Of the linear map."""
         return self.base.bias  # pyrefly: ignore[bad-return]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight or bias goes to the layer that has it: transformers ties weights by setting them."""
+        if not put_into_base(self, name, value):
+            super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., O) the linear map of x (..., D), and what the chosen adapters add.
 
@@ -107,6 +112,12 @@ class Adapter(nn.Module):
             added_TO = self.paths(x_TD, routing)
         else:
             added_TO = self.paths.merged(x_TD, routing, _sequence(found), parts=parts)
+        if added_TO.shape[1] != y.shape[-1]:
+            got, allowed = f"{y.shape[-1]} features of the linear map", f"be the {added_TO.shape[1]} of its adapters"
+            fix = "detach before the model is resized, and attach adapters of the new size"
+            raise ShapeError(
+                word("what is added to", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix)
+            )
         return y + added_TO.view(y.shape).to(y.dtype)
 
     def decide(self, x: Tensor) -> tuple[Routing, Given | None]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token import FedIns
-from turnout.layers.stock import as_if_plain
+from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.layers.told import about, given
 from turnout.paths import SSF
 
@@ -42,6 +42,11 @@ class Scaled(nn.Module):
     def bias(self) -> Tensor | None:
         """Of the layer."""
         return self.base.bias  # pyrefly: ignore[bad-return]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight or bias goes to the layer that has it: transformers ties weights by setting them."""
+        if not put_into_base(self, name, value):
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives, scaled and shifted.

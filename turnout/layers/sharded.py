@@ -1,9 +1,11 @@
 """A linear map whose adapter is put together from shards that other maps have too."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
-from turnout.layers.stock import as_if_plain
+from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.paths import Shards
 
 __all__ = ["Sharded"]
@@ -56,6 +58,11 @@ class Sharded(nn.Module):
     def bias(self) -> Tensor | None:
         """Of the linear map."""
         return self.base.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight or bias goes to the layer that has it: transformers ties weights by setting them."""
+        if not put_into_base(self, name, value):
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., O) the linear map of x (..., D), and what the adapter adds."""

@@ -1,10 +1,12 @@
-"""A changed layer in a state dict: the layer that was there keeps its names, and what was added stands beside it."""
+"""A changed layer seen from outside: the layer that was there keeps its names, and what was added stands beside it."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["as_if_plain"]
+from turnout.errors import UsageError, word
+
+__all__ = ["as_if_plain", "put_into_base"]
 
 # The parts of a changed layer that a plain one does not have.
 _ADDED = ("paths.", "router.")
@@ -18,6 +20,26 @@ def as_if_plain(layer: nn.Module) -> None:
     """
     layer.register_state_dict_post_hook(_written)
     layer.register_load_state_dict_pre_hook(_read)
+
+
+def put_into_base(layer: nn.Module, name: str, value: object) -> bool:
+    """Sets ``layer.weight`` or ``layer.bias`` where it is, in ``layer.base``; False for any other name.
+
+    So weights that transformers ties after the layer was changed are tied.
+
+    Raises:
+        UsageError: it has another shape, which what was added to the layer does not fit.
+    """
+    if name not in ("weight", "bias") or "base" not in layer._modules:
+        return False
+    was = getattr(layer.base, name)
+    if isinstance(was, Tensor) and isinstance(value, Tensor) and was.shape != value.shape:
+        fix = "call turnout.reshape.detach(model) first, and attach adapters of the new size after that"
+        got, allowed = f"shape {tuple(value.shape)}", f"keep the shape {tuple(was.shape)} that its adapters fit"
+        where = f"turnout.layers.{type(layer).__name__}"
+        raise UsageError(word(f"the {name} of a changed layer", got=got, allowed=allowed, where=where, fix=fix))
+    setattr(layer.base, name, value)
+    return True
 
 
 def _written(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -39,6 +39,7 @@ class _Call:
     batch: int | None
     parts: tuple[tuple[int | None, Any], ...]
     outer: "_Call | None"
+    position: Any = None  # of each token, as the model was told
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +206,7 @@ def _call(told: Mapping[str, Any], arguments: Sequence[Any], outer: _Call | None
         batch = None if first is None else first.shape[0]
         mask, signal = told.get("attention_mask"), any(told.get(name) is not None for name in _SIGNALS)
         parts = [(mask.shape[-1] if signal and isinstance(mask, Tensor) else None, mask)]
-    return _Call(batch, tuple(parts), outer)
+    return _Call(batch, tuple(parts), outer, told.get("position_ids"))
 
 
 # ---- what a layer asks
@@ -252,7 +253,26 @@ def _given(said: _Said, x: Tensor) -> Given:
     keep_T = None
     if mask_BS is not None and each:
         keep_T = mask_BS[:, mask_BS.shape[1] - each :].reshape(-1).to(x.device).bool()
+    if call is not None:
+        _refuse_packed(call.position, keep_T, batch, each)
     return Given.of(batch, tokens, keep_T=keep_T, task_B=said.task_B, query_BQ=said.query_BQ, device=x.device)
+
+
+def _refuse_packed(position: Any, keep_T: Tensor | None, batch: int, each: int) -> None:
+    """Refuses rows of several sequences each, whose positions begin anew: attention keeps those apart."""
+    if not isinstance(position, Tensor) or position.ndim != 2 or position.shape[1] != each or each < 2:
+        return
+    back_BS = position[:, 1:] <= position[:, :-1]
+    if keep_T is not None:
+        keep_BS = keep_T.view(batch, each)
+        back_BS = back_BS & (keep_BS[:, 1:] & keep_BS[:, :-1]).to(back_BS.device)
+    if bool(back_BS.any()):
+        got, fix = (
+            "rows whose positions begin anew",
+            "give each sequence a row of its own, padded, with its attention_mask",
+        )
+        allowed = "hold one sequence a row for a router of sequences, which would take several for one"
+        raise UsageError(word("the batch", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _now() -> _Said:

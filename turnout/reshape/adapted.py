@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
-from turnout.expects import PATH, expects
+from turnout.expects import PATH, Kind, expects
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
 from turnout.reading import check_fields, check_link, plain_name
@@ -25,7 +25,15 @@ __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 _WHERE = "turnout.reshape.attach_folder"
 
 
-@expects(path=PATH)
+# What save_adapters copies: a live model has no folders, and the text of one path is no list of them.
+_FOLDERS = Kind(
+    lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(PATH.fits, value)),
+    "a list of folders of PEFT",
+    "pass [FOLDER, FOLDER]; save_attached writes the adapters of a live model",
+)
+
+
+@expects(path=PATH, adapters=_FOLDERS)
 def save_adapters(
     path: str | Path,
     adapters: Sequence[str | Path],

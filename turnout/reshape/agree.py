@@ -12,6 +12,7 @@ from turnout.errors import TurnoutError, UsageError, word
 from turnout.models import LM
 from turnout.models.families.express import family_of
 from turnout.models.families.meaning import meaning
+from turnout.paths import FactoredBank, LoRA
 from turnout.reading import TOKENIZER_BYTES, read_json
 
 __all__ = ["differences", "refuse_unlike"]
@@ -25,7 +26,7 @@ _FREE |= {"output_hidden_states", "problem_type", "use_mtp", "num_nextn_predict_
 _SAID = {"max_seq", "max_position_embeddings", "model_max_length", "bos_token_id", "eos_token_id", "pad_token_id"}
 # Modules without weights that do nothing when a model is used.
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
-_LOOSE = {"training", "p", "inplace", "momentum"}
+_LOOSE = {"training", "p", "inplace", "momentum", "name_or_path"}
 _BUILT_IN = "torch.nn.modules"
 
 
@@ -50,6 +51,10 @@ def refuse_unlike(models: Sequence[nn.Module], where: str) -> None:
 def differences(models: Sequence[nn.Module]) -> list[str]:
     """What differs between models that may be merged all the same, a sentence each; the result has the first one's."""
     found = list[str]()
+    products = [name for name, module in models[0].named_modules() if _is_product(module)]
+    if products:
+        said = f"{products[0]} ({len(products)} in all) is a product of matrices, and those are merged one by one"
+        found.append(f"{said}: the product of the results is not the merged product")
     for index, other in enumerate(models[1:], 1):
         for name, ours, theirs in (*_configs(models[0], other)[1], *_modules(models[0], other)[1]):
             found.append(f"{name} is {theirs} in model {index} and {ours} in the first, whose the result has")
@@ -57,6 +62,11 @@ def differences(models: Sequence[nn.Module]) -> list[str]:
             f"{what} of model {index} is not the first one's, which the result has" for what in _texts(models[0], other)
         ]
     return list(dict.fromkeys(found))
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module's map is a product of its tensors: adapters, here or of PEFT, and factored experts."""
+    return isinstance(module, FactoredBank | LoRA) or (hasattr(module, "lora_A") and hasattr(module, "lora_B"))
 
 
 # (what, in the first model, in the other): those to refuse, and those to tell.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token import NoisyTopK
 from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
 from turnout.train.balance import load_balance_loss, router_z_loss
@@ -116,6 +117,7 @@ class Step:
         self.grad_norm = torch.zeros((), device=self.device)
         self._draws, self._masks = takes(model, "generator"), takes(model, "attention_mask")
         self._routers, self._ranks = _learning(model), _ranks(model)
+        _warn_of_ones(self._routers)
         self._generator = torch.Generator(self.device) if self._draws else None
         self._lazy = self.device.type == "cuda"
         self._frozen = torch.zeros((), device=self.device)
@@ -284,6 +286,18 @@ def _learning(model: nn.Module) -> list[nn.Module]:
         got = f"one with {deaf[0]} ({len(deaf)} in all), and no attribute routers"
         raise UsageError(word("the model", got=got, allowed=allowed, where="turnout.train", fix=fix))
     return found
+
+
+def _warn_of_ones(routers: Sequence[Any]) -> None:
+    """Says that a router learns nothing from the text where each token's one weight is scaled to 1."""
+    for router in routers:
+        scaled = getattr(router, "renormalize", isinstance(router, NoisyTopK))
+        several = getattr(router, "top_k", None) == 1 and getattr(router, "num_experts", 1) > 1
+        if scaled and several and any(p.requires_grad for p in router.parameters()):
+            fix = "train with top_k=2, or with another router, such as Switch" if isinstance(router, NoisyTopK) else ""
+            said = f"{type(router).__name__} with top_k=1 scales each weight to 1: it learns nothing from the text. "
+            warnings.warn(said + f"Nearest fix: {fix or 'pass renormalize=False'}.", stacklevel=4)
+            return
 
 
 def _ranks(model: nn.Module) -> int:

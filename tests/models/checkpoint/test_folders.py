@@ -279,3 +279,60 @@ def test_the_fix_is_one_that_a_user_has() -> None:
     with pytest.raises(UsageError, match="turnout convert --as model") as caught:
         architecture_of(dataclasses.replace(DENSE, sinks=True))
     assert "set sinks" not in str(caught.value)
+
+
+# ---- keys that change what is computed
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "words"),
+    [
+        (model, {"is_causal": False}, "'is_causal' must be True"),
+        (lambda: model(moe=MOE), {"is_causal": False}, "'is_causal' must be True"),
+        (deepseek, {"head_dim": 8}, "'head_dim' must be 6"),
+        (
+            lambda: model(qk_norm="head", moe=MOE),
+            {"decoder_sparse_step": None},
+            "'decoder_sparse_step' must be a number",
+        ),
+        (lambda: model(embedding_scale=2.0, moe=MOE), {"embedding_multiplier": None}, "'embedding_multiplier' must be"),
+        (lambda: model(residual_scale=0.5, moe=MOE), {"logits_scaling": None}, "'logits_scaling' must be a number"),
+    ],
+)
+def test_a_key_that_means_another_model_is_refused(make: Any, keys: dict[str, Any], words: str, tmp_path: Path) -> None:
+    checkpoint.to_hf(make(), tmp_path / "m")
+    assert torch.equal(logits(checkpoint.from_hf(tmp_path / "m")), logits(make()))
+    change(tmp_path / "m", **keys)
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.from_hf(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("window", "kinds", "fits"),
+    [
+        (6, ["sliding_attention"] * 2, True),
+        (6, ["sliding_attention", "full_attention"], False),
+        (6, ["full_attention"] * 2, False),
+    ],
+)
+def test_a_mistral_has_one_kind_of_layer(window: int, kinds: list[str], fits: bool, tmp_path: Path) -> None:
+    """With the key, the automatic classes of transformers take a class of another architecture."""
+    checkpoint.to_hf(model(window=window), tmp_path / "m", architecture="MistralForCausalLM")
+    change(tmp_path / "m", layer_types=kinds, head_dim=8)
+    if fits:
+        assert torch.allclose(logits(checkpoint.from_hf(tmp_path / "m")), logits(tmp_path / "m"), atol=1e-5)
+        return
+    with pytest.raises(CheckpointError, match=r"'layer_types'.*Ministral"):
+        checkpoint.from_hf(tmp_path / "m")
+
+
+def test_null_is_the_default_where_transformers_takes_it_so(tmp_path: Path) -> None:
+    """The rotary parameters of gpt-oss: stretched unless something else is said."""
+    theirs = transformers()
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = theirs.GptOssConfig(**sizes, sliding_window=6, max_position_embeddings=64, initializer_range=0.2)
+    theirs.GptOssForCausalLM(config).save_pretrained(tmp_path / "m")
+    change(tmp_path / "m", rope_parameters=None)
+    assert torch.allclose(logits(checkpoint.from_hf(tmp_path / "m")), logits(tmp_path / "m"), atol=1e-4)

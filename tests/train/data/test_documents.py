@@ -92,3 +92,15 @@ def test_a_folder_without_permission(folder, monkeypatch) -> None:
 def test_what_is_no_source(source) -> None:
     with pytest.raises(UsageError, match="a source must be a path"):
         names(source)
+
+
+def test_a_list_of_rows_in_one_json_file_is_not_taken_for_text(tmp_path) -> None:
+    file = tmp_path / "data.json"
+    for start in ("", "\ufeff", "\n  "):
+        file.write_text(start + '[\n  {"id": 1, "text": "one"},\n  {"id": 2, "text": "two"}\n]', encoding="utf-8")
+        with pytest.raises(DataError, match=r"one JSON list of rows.*\.jsonl file"):
+            list(read_documents(file))
+    assert names(file, field="body") == ["data.json"]  # no rows of this field
+    assert names(tmp_path) == ["data.json"]  # in a folder of all kinds of files it is text as others are
+    file.write_text('{"text": "one"}')
+    assert names(file) == ["data.json"]

@@ -84,6 +84,7 @@ def write_groups(config: LMConfig) -> dict[str, object]:
 def _read_v3(keys: Keys) -> LMConfig:
     if keys.get("model_type", "deepseek_v3") != "deepseek_v3":  # its own code has more ways than transformers' has
         keys.fixed(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    keys.fixed(head_dim=keys["qk_rope_head_dim"])  # by which transformers turns queries and keys
     return _read_body(keys, read_groups(keys), interleaved=bool(keys.get("rope_interleave", True)))
 
 

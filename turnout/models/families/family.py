@@ -91,6 +91,18 @@ class Keys:
             raise refusal(f"the key {name!r}", "nothing", "be given", f"add {name!r} to config.json")
         return value
 
+    def filled(self, name: str) -> Any:
+        """The value of a key; null is as if it were missing."""
+        return self._defaults.get(name) if self._given.get(name) is None else self._given[name]
+
+    def number(self, name: str, default: float) -> float:
+        """A number; where the key is missing the architecture's default, else ``default``. Null is none."""
+        value = self.get(name, default)
+        if value is None:
+            fix = f"write {name!r} in config.json, or remove the key, which then counts as {default:g}"
+            raise refusal(f"the key {name!r}", "null", "be a number", fix)
+        return float(value)
+
     def fixed(self, **wanted: object) -> None:
         """Refuses keys that ask for what our model does not do."""
         for name, value in wanted.items():
@@ -107,6 +119,7 @@ def refusal(what: str, got: str, allowed: str, fix: str) -> CheckpointError:
 
 def read_backbone(keys: Keys) -> dict[str, Any]:
     """The fields of LMConfig that nearly all architectures have."""
+    keys.fixed(is_causal=True)  # transformers lets every token see all others where it is false
     theta, scaling, share = read_rope(keys)
     heads = keys["num_attention_heads"]
     return {
@@ -156,7 +169,7 @@ def write_backbone(config: LMConfig) -> dict[str, object]:
 
 def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None, float]:
     """Theta, how the frequencies are stretched, and how much of a head turns."""
-    given = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
+    given = dict(keys.get("rope_scaling") or keys.filled("rope_parameters") or {})
     theta = given.pop("rope_theta", None) or keys.get("rope_theta") or 1e4
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
@@ -230,7 +243,7 @@ def write_window(config: LMConfig) -> dict[str, object]:
 
 def read_routed_layers(keys: Keys) -> tuple[int, ...]:
     """The routed layers of a Qwen model."""
-    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers") or []
+    step, dense = int(keys.number("decoder_sparse_step", 1)), keys.get("mlp_only_layers") or []
     return tuple(n for n in range(keys["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
 
 

@@ -28,10 +28,10 @@ def _read(keys: Keys) -> LMConfig:
         **fields,
         qkv_bias=bias,
         out_bias=bias,
-        embedding_scale=float(keys.get("embedding_multiplier", 1.0)),
-        attention_scale=float(keys.get("attention_multiplier", 1.0)),
-        residual_scale=float(keys.get("residual_multiplier", 1.0)),
-        logit_divisor=float(keys.get("logits_scaling", 1.0)),
+        embedding_scale=keys.number("embedding_multiplier", 1.0),
+        attention_scale=keys.number("attention_multiplier", 1.0),
+        residual_scale=keys.number("residual_multiplier", 1.0),
+        logit_divisor=keys.number("logits_scaling", 1.0),
         moe=moe,
     )
 

@@ -1,11 +1,17 @@
 """MistralForCausalLM: a Llama without biases and, in its first version, with a window in every layer."""
 
 from turnout.models.config import LMConfig
-from turnout.models.families.family import Family, Keys, read_backbone, write_backbone
+from turnout.models.families.family import Family, Keys, read_backbone, refusal, write_backbone
 
 
 def _read(keys: Keys) -> LMConfig:
-    return LMConfig(**read_backbone(keys), window=keys.get("sliding_window"))
+    window, kinds = keys.get("sliding_window"), keys.get("layer_types")
+    # With this key the automatic classes of transformers take another one, Ministral, which goes by it layer by layer.
+    if kinds is not None and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
+        allowed = "be left out, or say of every layer what sliding_window says: a Mistral has one kind of layer"
+        fix = "nothing: layers of two kinds are another architecture, Ministral, which is not here"
+        raise refusal("the key 'layer_types'", repr(kinds)[:200], allowed, fix)
+    return LMConfig(**read_backbone(keys), window=window)
 
 
 def _write(config: LMConfig) -> dict[str, object]:

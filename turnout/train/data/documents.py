@@ -2,11 +2,13 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from turnout.errors import DataError, UsageError, word
+from turnout.reading import open_regular
 from turnout.storage import read_error
 from turnout.train.data import rows
 from turnout.train.data.document import Document
@@ -16,6 +18,8 @@ __all__ = ["Source", "list_files", "listed", "read_documents"]
 _WHERE = "turnout.train.data"
 # Folders that hold no text of the user's own.
 _PASSED_OVER = {"__pycache__", "node_modules"}
+# How much of a file is looked at to tell rows from text.
+_LOOK = 1 << 16
 
 Source: TypeAlias = "str | Path | Document | Sequence[Source] | Any"
 
@@ -25,7 +29,8 @@ def read_documents(source: Source, *, field: str = "text", left_out: rows.LeftOu
 
     A folder is read recursively, sorted by path; hidden files, ``__pycache__`` and links to folders are passed over.
     ``.jsonl`` and ``.ndjson`` give one document a line, ``.parquet`` and data sets one a row, any other file one
-    document. A row whose text is null is an empty document, in every format.
+    document; but a ``.json`` file that is named itself and is one list of rows is refused. A row whose text is null is
+    an empty document, in every format.
 
     Args:
         source: a path, a Document, a ``datasets.Dataset``, ``"hf:owner/name[:configuration[:split]]"``, or a list.
@@ -38,7 +43,7 @@ def read_documents(source: Source, *, field: str = "text", left_out: rows.LeftOu
 
     Raises:
         UsageError: a path that does not exist (the nearest is named), or something that is no source.
-        DataError: an empty file, or a row that cannot be read.
+        DataError: an empty file, a row that cannot be read, or one JSON list of rows.
         StorageError: a folder or file without permission.
         MissingExtraError: parquet or data sets without the library that reads them.
 
@@ -62,12 +67,24 @@ def read_documents(source: Source, *, field: str = "text", left_out: rows.LeftOu
             elif suffix == ".parquet":
                 yield from rows.parquet(path, field, left_out)
             else:
+                if suffix == ".json" and not optional:
+                    _refuse_rows(path, field)
                 yield Document(str(path), path, optional)
     elif rows.is_data_set(source):
         yield from rows.data_set(source, "the data set", field, left_out)
     else:
         for part in listed(source):
             yield from read_documents(part, field=field, left_out=left_out)
+
+
+def _refuse_rows(path: Path, field: str) -> None:
+    """Refuses a .json file, named by itself, whose whole is a list of rows: as text it would be braces and quotes."""
+    with open_regular(path, refuse=DataError, any_link=True) as file:
+        start = file.read(_LOOK)
+    if re.match(rb"(?:\xef\xbb\xbf)?\s{0,99}\[\s{0,999}\{", start) and f'"{field}"'.encode() in start:
+        got, allowed = f"{path} (one JSON list of rows)", "be rows of jsonl, or text"
+        fix = "write each row on a line of its own, in a .jsonl file; or name it .txt if it is meant as text"
+        raise DataError(word("the data", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def listed(source: Any) -> Iterable[Any]:
