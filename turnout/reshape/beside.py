@@ -26,7 +26,7 @@ FILE = "adapters.json"
 
 @expects(model=nn.Module)
 def adapters_of(model: nn.Module, *, state: Mapping[str, Tensor] | None = None) -> list[PeftAdapter]:
-    """The adapters of an attached model as they are now, for instance after training, in their order; copies.
+    """The adapters of an attached model as they are now, for instance after training; copies.
 
     Args:
         model: one that ``attach`` gave adapters.
