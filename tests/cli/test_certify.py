@@ -165,7 +165,7 @@ def test_prompts_are_part_of_a_certificate(folders: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{a}", "nowhere"], "must hold a model"),
+        (["{a}", "nowhere"], "B must exist"),
         (["{a}", "{unfinished}"], "turnout train --resume --out"),
         (["{a}", "{small}"], "have one vocabulary"),
         (["{a}", "{same}", "--prompts", "nothing.txt"], "nothing.txt"),

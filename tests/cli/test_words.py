@@ -30,8 +30,8 @@ def place(tmp_path_factory) -> Path:
 
 
 CASES = {
-    "convert moe --drop-experts 7 --by random": "must leave the 2 of 8 experts.*pass --drop-experts 6",
-    "convert moe --drop-experts 0 --by random": "a whole number of at least 1.*pass --drop-experts 1",
+    "convert moe --drop-experts 7 --by random": "must leave the top_k=2 of 8 experts.*pass --drop-experts 6",
+    "convert moe --drop-experts 0 --by random": "would leave the model as it is.*leave it out",
     "convert moe --drop-experts -1 --by random": "pass --drop-experts 1",
     "convert moe --drop-experts 99% --by random": "got 99%.*pass --drop-experts 6",
     "convert moe --drop-experts 120% --by random": "got 120%",

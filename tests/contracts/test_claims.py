@@ -48,7 +48,7 @@ def test_the_table_says_what_its_numbers_say(name):
     result = Result(claims.find(name)(), tuple(told["seeds"]), values, told["seconds"])
     assert result.seeds == PUBLISHED_SEEDS
     assert json.loads(json.dumps(result.to_json_dict())) == told, "measure it again with turnout verify, do not edit it"
-    assert told["seconds"] <= 300, "two and a half minutes on one core, and on a busy one twice that"
+    assert told["seconds"] <= 300, "of processor time: two and a half minutes, and on a slower core twice that"
 
 
 def test_the_table_holds_every_claim():

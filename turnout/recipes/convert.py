@@ -123,8 +123,7 @@ def convert(
         plan.check_room(out)
     say(str(plan))
     found = None if text is None else _read_text(plan, text, text_tokens, say)
-    settings = _settings(plan, found, seed)
-    with unfinished(out, settings, part) as place, _enough_memory(plan):
+    with unfinished(out, _settings(plan, found, seed), part) as place, _enough_memory(plan):
 
         def tell(what: str) -> None:
             place.doing = what
@@ -135,7 +134,9 @@ def convert(
         done = place.written() or _fill(plan, found, seed, place, tell)
         tell("comparing what was written with what was read")
         certificate = _compare(plan, place.result, out)
-        body = _record(plan, done | _judged(plan, place.result, tell), found, certificate, seed, text_tokens)
+        body = _record(
+            plan, done | _judged(plan, place.result, certificate, tell), found, certificate, seed, text_tokens
+        )
         _describe(place.result, out.name, body, certificate)
     return Conversion(out, plan, body["conversion"], certificate)
 
@@ -298,9 +299,13 @@ def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
     return dataclasses.replace(found, b=dataclasses.replace(found.b, name=str(out)))
 
 
-def _judged(plan: Plan, result: Path, say: Say) -> dict[str, Any]:
+def _judged(plan: Plan, result: Path, certificate: Certificate, say: Say) -> dict[str, Any]:
     """What transformers says to its own kind of folder."""
     if plan.target != "transformers":
+        return {}
+    if certificate.logits.lost_a:
+        # The summary, the page and the certificate say so too: nothing there can be compared with anything.
+        say("not compared with transformers: the input's own logits are not finite")
         return {}
     say("loading what was written with transformers")
     return {"stock": check_with_transformers(result, params=plan.rows[-1].params)}

@@ -94,20 +94,20 @@ class Drop:
 
     def __post_init__(self) -> None:
         _check_by(self.by, Drop)
-        whole = self.count is not None and self.count >= 1 and self.share is None
-        part = self.share is not None and 0 < self.share < 1 and self.count is None
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards."""
+        whole = self.count is not None and self.count >= 0 and self.share is None
+        part = self.share is not None and 0 <= self.share < 1 and self.count is None
         if not whole and not part:
             got = self.count if self.share is None else f"{100 * self.share:g}%"
             allowed = "be a whole number of at least 1, or a share above 0 and below 100%,"
             raise _no_drop("count", got, allowed, "pass count=1, or a quarter: 25%")
-
-    def planned(self, config: LMConfig) -> LMConfig:
-        """The configuration afterwards."""
         if config.moe is not None:
             groups, least = needed(config.moe)
             experts, most = config.moe.num_experts, (config.moe.num_experts - least) // groups * groups
             if (self.count or 0) > most or (self.share or 0) * experts >= most + groups:
-                allowed = f"leave the {least} of {experts} experts that a token takes"
+                allowed = f"leave the top_k={config.moe.top_k} of {experts} experts that a token takes"
                 if groups > 1:
                     allowed = f"leave {least} of {experts} experts, in {groups} groups, for a token to choose from"
                 got = self.count if self.share is None else f"{100 * self.share:g}%"

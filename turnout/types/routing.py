@@ -370,6 +370,6 @@ class Routing:
         if meta.get("format") != _FORMAT:
             raise refuse(f"format {meta.get('format')!r}")
         try:
-            return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()
+            return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()  # pyrefly: ignore[bad-argument-type]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise refuse(error) from error
