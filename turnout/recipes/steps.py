@@ -107,7 +107,7 @@ class Drop:
             groups, least = needed(config.moe)
             experts, most = config.moe.num_experts, (config.moe.num_experts - least) // groups * groups
             if (self.count or 0) > most or (self.share or 0) * experts >= most + groups:
-                allowed = f"leave the {least} of {experts} experts that a token takes"
+                allowed = f"leave the top_k={config.moe.top_k} of {experts} experts that a token takes"
                 if groups > 1:
                     allowed = f"leave {least} of {experts} experts, in {groups} groups, for a token to choose from"
                 got = self.count if self.share is None else f"{100 * self.share:g}%"
