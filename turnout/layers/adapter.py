@@ -1,12 +1,13 @@
 """A linear map with adapters and a router that chooses among them, for each token or for each sequence."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import ShapeError, word
+from turnout.errors import CheckpointError, ShapeError, word
 from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.layers.told import about, real
 from turnout.paths import LoRA
@@ -15,6 +16,9 @@ from turnout.types import Given, Routing, spread
 from turnout.wrappers import unwrapped
 
 __all__ = ["Adapter", "SequenceRouter"]
+
+# Where a state dict says which adapters its stacked factors are.
+_SIGNATURE = "paths.signature_N3"
 
 
 @runtime_checkable
@@ -77,6 +81,8 @@ class Adapter(nn.Module):
         self.base, self.paths, self.router = base, paths, router
         self.names = tuple(names or map(str, range(paths.num_paths)))
         as_if_plain(self)
+        self.register_state_dict_post_hook(_signed)
+        self.register_load_state_dict_pre_hook(_compared)
 
     @property
     def weight(self) -> Tensor:
@@ -130,6 +136,26 @@ class Adapter(nn.Module):
             return self.router(x_TD) if real_T is None else spread(self.router(x_TD[real_T]), real_T), None
         found = about(x)
         return self.router(x_TD, given=found), found
+
+
+def _signature(layer: "Adapter") -> Tensor:
+    """(N, 3) int64, of each adapter its name, its rank and its scale: stacked, they look alike in any order."""
+    said_N = (f"{scale:.6g}" for scale in layer.paths.scale_N)  # a folder holds alpha, which is divided again
+    rows = zip(layer.names, layer.paths.border_N[1:], said_N, strict=True)
+    return torch.tensor([[zlib.crc32(a.encode()), b, zlib.crc32(c.encode())] for a, b, c in rows], dtype=torch.int64)
+
+
+def _signed(layer: "Adapter", state: dict[str, Any], prefix: str, metadata: object) -> None:
+    state[prefix + _SIGNATURE] = _signature(layer)
+
+
+def _compared(layer: "Adapter", state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Refuses the state of other adapters, or of these in another order; one of before has no signature."""
+    found = state.pop(prefix + _SIGNATURE, None)
+    if found is not None and not torch.equal(found.cpu(), _signature(layer)):
+        got = f"the state of others than {', '.join(layer.names)}, or of these in another order"
+        allowed, fix = "be of the very adapters, in their order", "attach them as they were when this state was saved"
+        raise CheckpointError(word("adapters", got=got, allowed=allowed, where="load_state_dict", fix=fix))
 
 
 def _sequence(found: Given | None) -> Tensor:
