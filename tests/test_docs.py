@@ -25,6 +25,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +39,7 @@ SHOWN = {"text", "json", "toml", "yaml", "html", "diff"}
 MEANINGS = {("python",), ("python", "slow"), ("python", "not-run"), ("console",), ("console", "slow"), ("sh",)}
 MEANINGS |= {("sh", "not-run"), *((word,) for word in SHOWN)}
 # Commands of a page that are not ours; another one is probably a slip.
-SHELL = set(
-    "cat cd cmp cp curl echo export git head kill ls mkdir mv pip printf rm sh sleep source tail test wc".split()
-)
+SHELL = set("cat cd cmp cp curl echo export git head kill ls mkdir mv printf rm sh sleep source tail test wc".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +138,12 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def check_command(command: list[str]) -> str | None:
     """What is wrong with a command of ours, without running it; None when nothing is."""
-    name, arguments = command[0], command[1:]
+    name, arguments = command[0].removeprefix(".venv/bin/"), command[1:]
+    if name == "pip":
+        extras = re.findall(r"\.\[([\w,]+)\]", " ".join(arguments))
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        strange = [extra for extra in ",".join(extras).split(",") if extra and extra not in known]
+        return f"there is no extra {strange[0]}" if strange else None
     if name in SHELL or name == ".":
         return None
     if name.startswith(("scripts/", ".ci/")):

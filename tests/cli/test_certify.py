@@ -1,6 +1,7 @@
 """``turnout certify`` on folders: what it says, what it writes, what it exits with, and what a user gets wrong."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from turnout.cli.main import main
 from turnout.measure import Certificate
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
-from turnout.recipes.certify import certify_folders
 
 CONFIG = LMConfig(
     vocab_size=40,
@@ -149,6 +149,31 @@ def test_a_verdict_that_is_no_longer_reached_breaks_it(certified, capsys, monkey
     assert "it says 'bit-equal', and now they are 'different'" in said(capsys)
 
 
+def test_windows_are_looked_beyond(tmp_path: Path, capsys) -> None:
+    wide = dataclasses.replace(CONFIG, max_seq=256)
+    pair = [tmp_path / "a", tmp_path / "b"]
+    for folder, window in zip(pair, (None, 80), strict=True):
+        checkpoint.save(folder, LM(dataclasses.replace(wide, window=window)))
+    assert main(["certify", *map(str, pair)]) == 1, "short inputs see the same of both"
+    assert "attention" in said(capsys)
+    short = tmp_path / "p.jsonl"
+    short.write_text("[1, 2, 3]")
+    assert main(["certify", *map(str, pair), "--prompts", str(short)]) == 0
+    assert "window is [None, None] in A and [80, 80] in B, which inputs of up to 3 tokens do not show" in said(capsys)
+
+
+def test_prompts_are_read_whole_whatever_the_tokenizer_cuts_or_pads(folders: Path, tmp_path: Path, capsys) -> None:
+    tokenizer = Tokenizer.from_file(str(folders / "a" / "tokenizer.json"))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=7)
+    for name in ("a", "bad"):
+        shutil.copytree(folders / name, tmp_path / name)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    pair = [str(tmp_path / name) for name in ("a", "bad")]
+    main(["certify", *pair, "--prompts", str(folders / "prompts.txt")])
+    assert "6 prompts, 24 tokens" in said(capsys)
+
+
 def test_prompts_are_part_of_a_certificate(folders: Path, tmp_path: Path, capsys) -> None:
     prompts, out = tmp_path / "p.txt", tmp_path / "c.json"
     prompts.write_text("signal ahead")
@@ -166,7 +191,7 @@ def test_prompts_are_part_of_a_certificate(folders: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{a}", "nowhere"], "must exist"),
+        (["{a}", "nowhere"], "B must exist"),
         (["{a}", "{unfinished}"], "turnout train --resume --out"),
         (["{a}", "{small}"], "have one vocabulary"),
         (["{a}", "{same}", "--prompts", "nothing.txt"], "nothing.txt"),
@@ -204,38 +229,3 @@ def test_mistakes_are_one_line_and_exit_2(folders: Path, tmp_path: Path, argumen
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
-
-
-# ---- what inputs must be long enough to show
-
-
-@pytest.mark.parametrize(
-    ("windows", "max_seq", "verdict", "said"),
-    [
-        ((None, 80), 128, "different", ()),
-        ((100, 80), 128, "different", ()),
-        ((80, 80), 128, "bit-equal", ()),
-        ((None, 1500), 2048, "bit-equal", ("beyond 1500 tokens they part, and the longest input here has 64",)),
-    ],
-)
-def test_windows_show_in_rows_that_are_longer(windows, max_seq, verdict, said, tmp_path: Path) -> None:
-    for name, window in zip("ab", windows, strict=True):
-        config = LMConfig(vocab_size=40, width=16, layers=2, heads=2, max_seq=max_seq, window=window, init_std=0.3)
-        checkpoint.save(tmp_path / name, LM(config))
-    found, _ = certify_folders(tmp_path / "a", tmp_path / "b")
-    assert found.verdict == verdict and len(found.notes) == len(said)
-    assert all(one in note for one, note in zip(said, found.notes, strict=True))
-
-
-def test_prompts_too_short_for_windows_and_other_lengths_are_told(tmp_path: Path) -> None:
-    for name, window, max_seq in (("a", None, 64), ("b", 8, 32)):
-        config = LMConfig(vocab_size=40, width=16, layers=2, heads=2, max_seq=max_seq, window=window, init_std=0.3)
-        checkpoint.save(tmp_path / name, LM(config))
-    (tmp_path / "ids.jsonl").write_text("[1, 2, 3]\n[4, 5]\n")
-    found, _ = certify_folders(tmp_path / "a", tmp_path / "b", prompts=tmp_path / "ids.jsonl")
-    assert found.verdict == "bit-equal"
-    assert [note.partition(":")[0] for note in found.notes] == [
-        "the two have other windows of attention",
-        "A takes 64 tokens and B 32; nothing is said of more than 3",
-    ]
-    assert certify_folders(tmp_path / "a", tmp_path / "b")[0].verdict == "different"

@@ -1,7 +1,10 @@
 """The command line on a real, very small run: every command, and what a user gets wrong, without a traceback."""
 
+import importlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -296,3 +299,61 @@ def test_a_router_that_sees_later_tokens_is_not_silent(text, tmp_path, capsys):
 def test_sample_says_as_much_as_fits_by_default(run, capsys):
     assert main(["sample", str(run)]) == 0
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "shard-1.safetensors", "model/notes.txt", "trace/0", "report.html"])
+def test_a_run_does_not_begin_in_a_folder_of_somebody_elses(theirs, text, tmp_path, capsys):
+    out = tmp_path / "llama"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("theirs")
+    assert main(["train", "tiny", "--data", str(text), "--out", str(out), "--quiet", *SMALL]) == 2
+    assert f"{out}, which holds {Path(theirs).parts[0]}. Nearest fix: write to another" in capsys.readouterr().err
+    assert [path.relative_to(out) for path in out.rglob("*") if path.is_file()] == [Path(theirs)]
+
+
+def test_logs_and_prepared_tokens_are_nobody_elses(text, tmp_path):
+    (tmp_path / "log.txt").write_text("")
+    (tmp_path / "tokens").mkdir()
+    assert main(["train", "tiny", "--data", str(text), "--out", str(tmp_path), "--quiet", *SMALL]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("adaptation", r"adapters and a router without their model.*attach_folder"), ("conversion", "a converted model")],
+)
+@pytest.mark.parametrize("line", ["eval {}", "sample {} --prompt a", "certify {} {}", "train --resume --out {}"])
+def test_a_folder_of_another_kind_is_called_what_it_is(kind, words, line, tmp_path, capsys):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"format": f"turnout.{kind}/1"}))
+    assert main([part.format(folder) for part in line.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and "finish the run" not in error
+
+
+def test_a_path_in_a_hint_is_quoted_for_the_shell(run, tmp_path, capsys):
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    shutil.copy(run / "run.json", folder)
+    for line in (["sample"], ["eval"], ["convert", "--to", "moe", "--experts", "4", "--top-k", "2", "--dry-run"]):
+        assert main([line[0], str(folder), *line[1:]]) == 2
+        assert f"turnout train --resume --out '{folder}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("line", ["methods", "methods LossFree --long", "train tiny --show"])
+def test_output_that_cannot_be_written_is_one_line_and_exit_2(line):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "turnout", *line.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "code"), [("certify", 141), ("verify", 141), ("methods", 0)])
+def test_a_verdict_that_nobody_could_read_is_not_a_yes(command, code, monkeypatch):
+    def gone(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(importlib.import_module(f"turnout.cli.{command}"), "run", gone)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert main([command, *(["a", "b"] if command == "certify" else [])]) == code

@@ -35,6 +35,7 @@ CASES = {
     "convert moe --drop-experts -1 --by random": "pass --drop-experts 1",
     "convert moe --drop-experts 99% --by random": "got 99%.*pass --drop-experts 6",
     "convert moe --drop-experts 120% --by random": "got 120%",
+    "convert moe --drop-experts 1% --by random": "pass --drop-experts 12.5% or more",
     "convert moe --drop-experts abc": "write --drop-experts 25% or --drop-experts 2",
     "convert moe --drop-experts 2 --by foo": "unknown --by of drop_experts 'foo'",
     "convert moe --merge-experts 9 --calibration text.txt": "pass --merge-experts 8",

@@ -547,6 +547,23 @@ def test_experts_that_no_token_took_are_named() -> None:
     assert "nothing is said of 1 experts" in str(certificate)
 
 
+def test_numbers_that_the_inputs_do_not_reach_are_named() -> None:
+    a, seen = make(), ids(1, 8)
+    unseen = next(token for token in range(CONFIG.vocab_size) if not bool((seen == token).any()))
+    b = copy.deepcopy(a)
+    b.embedding.data[unseen] += 1
+    certificate = certify(a, b, seen)
+    assert certificate.verdict == "bit-equal"
+    assert "other in B all the same: embedding, in numbers that these inputs do not reach" in str(certificate)
+    assert "all the same" not in str(certify(a, copy.deepcopy(a), seen))
+    rounded = copy.deepcopy(a).bfloat16()
+    assert "all the same" not in str(certify(a, rounded, seen)), "bf16 is no other number"
+    rounded.embedding.data[unseen] += 1
+    found = certify(a, rounded, seen)
+    assert found.verdict == "within bound"
+    assert "other in B all the same: embedding, in" in str(found)
+
+
 def test_models_are_left_as_they_were() -> None:
     a, b = make(), make()
     a.train()

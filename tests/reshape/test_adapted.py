@@ -112,3 +112,15 @@ def test_a_link_out_of_an_adapters_folder_is_not_copied(tmp_path):
     (tmp_path / "a" / "tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside its folder"):
         save_adapters(tmp_path / "out", [tmp_path / "a"], router="arrow")
+
+
+def test_a_folder_that_is_none_is_called_what_it_is(tmp_path):
+    one, _ = folders(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"hold adapters\.json.*is one adapter of PEFT.*attach\(model, \['.*a'\]\)"
+    ):
+        attach_folder(model(), one)
+    with pytest.raises(CheckpointError, match="none, which does not exist"):
+        attach_folder(model(), tmp_path / "none")
+    with pytest.raises(UsageError, match=r"got none\. Nearest fix: name the folders that PEFT wrote"):
+        attach(model(), [])

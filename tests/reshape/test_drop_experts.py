@@ -6,7 +6,9 @@ from small import gpt_oss, make, sparse
 
 from turnout.decide.token import loss_free
 from turnout.errors import DataError, UsageError
+from turnout.recipes.steps import Drop
 from turnout.reshape import drop_experts
+from turnout.reshape.drop_experts import planned
 from turnout.run import activate
 
 
@@ -129,6 +131,16 @@ def test_groups_are_pruned_equally(text) -> None:
     report = drop_experts(lm, share=0.4, batches=text)[1]
     assert report["num_experts"] == [8, 6]
     assert "3.2 of 8 experts were asked for; 2 went, whole ones in each of 2 groups" in report.notes
+
+
+def test_more_than_none_is_proposed_where_groups_go_together() -> None:
+    lm = sparse(router="GroupLimited", num_experts=8, num_groups=2, top_groups=1)
+    with pytest.raises(UsageError, match=r"multiple of num_groups=2.*got 7.*keep=6"):
+        planned(lm.config, keep=7)
+    with pytest.raises(UsageError, match=r"multiple of 2.*got 1\. Nearest fix: pass count=2"):
+        Drop(count=1).planned(lm.config)
+    with pytest.raises(UsageError, match=r"leave 4 of 8 experts, in 2 groups.*got 5.*count=4"):
+        Drop(count=5).planned(lm.config)
 
 
 def test_a_share_of_less_than_one_expert_a_group_is_refused() -> None:

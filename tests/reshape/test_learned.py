@@ -1,13 +1,25 @@
 """Learned routers: trained on a live transformers model, saved, loaded whole or not at all; ScaLearn as one adapter."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError
 from turnout.layers import given
 from turnout.models.checkpoint import PeftAdapter, write_adapter
-from turnout.reshape import attach, attach_folder, fold_adapters, load_routers, save_adapters, save_routers
+from turnout.reshape import (
+    attach,
+    attach_folder,
+    fold_adapters,
+    load_routers,
+    save_adapters,
+    save_attached,
+    save_routers,
+)
+from turnout.storage import save_tensors
 from turnout.train import train_routers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
@@ -115,6 +127,35 @@ def test_a_mean_of_factors_asks_for_adapters_of_the_same_maps():
     with pytest.raises(UsageError, match="a at 1"):
         fold_adapters(ours, "mean", task="average")
     assert fold_adapters(ours, "first", task=0).factor.keys() == {"0", "1"}
+
+
+def test_adapters_keep_their_order_by_which_routers_know_them(tmp_path):
+    chance = torch.Generator().manual_seed(0)
+
+    def factor() -> tuple:
+        return torch.randn(2, 4, generator=chance), torch.randn(4, 2, generator=chance), 1.0
+
+    # The first of the list changes the last map only: in the order of the maps it comes second.
+    found = [PeftAdapter("z", None, {"1": factor()}), PeftAdapter("a", None, {"0": factor(), "1": factor()})]
+
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+
+    ours, _ = attach(plain(), found, router="smear")
+    with torch.no_grad():
+        ours[1].router.bias.copy_(torch.tensor([2.0, -2.0]))
+    save_attached(tmp_path / "out", ours)
+    again, report = attach_folder(plain(), tmp_path / "out")
+    x_BSD = torch.randn(2, 3, 4, generator=chance)
+    assert report["adapters"] == ["z", "a"] and torch.equal(again(x_BSD), ours(x_BSD))
+    other, _ = attach(plain(), found[::-1], router="smear")
+    with pytest.raises(CheckpointError, match=r"got \['SMEAR', 2, \['z', 'a'\]\]"):
+        load_routers(other, tmp_path / "out")
+    file = tmp_path / "out" / "routers.safetensors"
+    kinds = json.dumps({"0": ["SMEAR", 1], "1": ["SMEAR", 2]})  # of before there were names
+    save_tensors(file, load_file(file), {"format": "turnout.routers/1", "routers": kinds})
+    assert load_routers(again, tmp_path / "out")[1]["modules"] == ["0", "1"]
 
 
 def test_routers_that_are_not_finite_are_refused_by_name(tmp_path):

@@ -29,7 +29,7 @@ def check_there(what: str, paths: Iterable[str | None], where: str) -> None:
             continue
         folder = path.parent
         names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
-        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(path.name, names, n=1)
         fix = f"did you mean {folder / close[0]}?" if close else "check the spelling of the path"
         if str(path).count("/") == 1 and not close and not folder.exists():
             fix += "; a name of the hub is no path: download it first, and name its folder"

@@ -1,6 +1,7 @@
 """``turnout``: reads the command line, runs one subcommand, turns expected errors into one line and an exit code."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -62,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# A full disk, a full quota, a device that fails.
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a user's mistake is one line on stderr, never a traceback.
 
@@ -96,7 +101,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if late:
         arguments.overrides += late
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        _flush(argv)
+        return code
     except Interrupted as stop:
         _deaf(argv)
         print(f"turnout: {in_flags(str(stop), arguments.command)}", file=sys.stderr)
@@ -109,9 +116,33 @@ def _run(argv: Sequence[str] | None) -> int:
         print("turnout: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say.
+        # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say. A verdict is not known then.
         sys.stderr.close()
-        return 0
+        return 141 if arguments.command in ("certify", "verify") else 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITTEN:
+            raise
+        _give_up_stdout(argv)
+        message = f"the output could not be written ({os.strerror(error.errno)})"
+        print(
+            f"turnout {arguments.command}: error: {message}. Nearest fix: free some space, or write it elsewhere.",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _flush(argv: Sequence[str] | None) -> None:
+    """Writes what is left now, while an error can still be told; a reader that has gone leaves the exit code alone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up_stdout(argv)
+
+
+def _give_up_stdout(argv: Sequence[str] | None) -> None:
+    """Nothing more can be written there; else the interpreter tries again at its end, and prints a traceback."""
+    if argv is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _deaf(argv: Sequence[str] | None) -> None:

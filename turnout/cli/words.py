@@ -17,6 +17,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "turnout.reshape.merge_experts": {"keep": "--merge-experts"},
     "turnout.reshape.compress_experts": {"rank": "--compress-experts", "rows": "--rows", "by": "--by"},
     "turnout.reshape.latent_experts": {"rank": "--latent", "share": "--share"},
+    "turnout.reshape.drop_experts": {"share": "--drop-experts"},
     "turnout.recipes.steps.Drop": {"count": "--drop-experts", "by": "--by"},
     "turnout.measure.certify": {"bound": "--bound", "names": "--map"},
     "turnout.train.data.windows": {"limit": "--limit"},
@@ -29,6 +30,7 @@ _FIELDS = {"train", "run"}
 _TEXTS = (
     (re.compile(r" ?\(resume=True\)"), ""),
     (re.compile(r"resume from (\S+?)([.;,]?)$"), r"pass --resume \1\2"),
+    (re.compile(r"share=[\d.]+ or more \((--drop-experts [\d.]+%)\)"), r"\1 or more"),
     (re.compile(r", or batches=None"), ", or leave it out"),
     (re.compile(r"batches=\[[^\]]*\]"), "--calibration FILE"),
     (re.compile(r", turnout\.[a-z][\w.]+\)"), ")"),

@@ -102,7 +102,7 @@ def certify(
         layers=apart.outputs(),
         routings=routes,
         names=names,
-        notes=_notes(a, b, apart, verdict, limit),
+        notes=(*_notes(a, b, apart, verdict, limit), *_unshown(study, verdict, limit, routes)),
         context=hardware(),
     )
 
@@ -305,6 +305,41 @@ def _notes(a: Model, b: Model, apart: Apart, verdict: str, bound: float) -> tupl
     if verdict == "within bound" and worst is not None and worst[1].relative > bound:
         notes.append(f"inside, {worst[0][0]} is {worst[1].relative:.3g} apart, which the logits do not show")
     return tuple(notes)
+
+
+def _unshown(study: _Study, verdict: str, bound: float, routes: Iterable[RoutingGap]) -> tuple[str, ...]:
+    """What holds other numbers though the two agree: the embedding of a token that is in no input, an unused expert."""
+    a, b = study.a, study.b
+    if verdict == "different" or not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
+        return ()
+    renamed = tuple(f"{gap.module.rpartition('.')[0]}." for gap in routes if gap.renamed)
+    found, limit = [], 0.0 if verdict == "bit-equal" else bound
+    for name, other in ({"": ""} | dict(study.matched)).items():
+        ours, theirs = (dict(_own(side.get_submodule(at))) for side, at in ((a, name), (b, other)))
+        for key in ours:
+            full = f"{name}.{key}".removeprefix(".")
+            if key in theirs and not full.startswith(renamed) and _unlike(ours[key], theirs[key], limit):
+                found.append(full)
+    if not found:
+        return ()
+    shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    where = "in numbers that these inputs do not reach, or that make no difference on them"
+    return (f"other in B all the same: {shown}, {where}",)
+
+
+def _own(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """The parameters of a module itself, and the buffers that its state dict has."""
+    yield from module.named_parameters(recurse=False)
+    kept = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers(recurse=False) if name in kept)
+
+
+def _unlike(a: Tensor, b: Tensor, limit: float) -> bool:
+    """Whether a row of two tensors of one shape is further apart than that."""
+    if a.shape != b.shape or not a.is_floating_point() or not b.is_floating_point() or torch.equal(a.to(b), b):
+        return False
+    a, b = (tensor.detach().cpu().reshape(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in (a, b))
+    return len(a) > 0 and float(row_gap(a, b).max()) > limit
 
 
 def _weak(bound: float) -> tuple[str, ...]:

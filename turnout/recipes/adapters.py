@@ -285,7 +285,7 @@ def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, 
     without = [one.name for one in found if not one.gate and one.name not in texts]
     if router == "phatgoose" and without:
         got, allowed = ", ".join(without), "have gates, which phatgoose routes by"
-        fix = f"add --gate-text {without[0]}=TEXT with text like that it was trained on"
+        fix = f"add --gate-text {shlex.quote(without[0] + '=TEXT')} with text like that it was trained on"
         raise UsageError(word("every adapter", got=f"none for {got}", allowed=allowed, where=_WHERE, fix=fix))
     if texts and router != "phatgoose":
         fix = "add --router phatgoose, or leave it out"

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from turnout.errors import CheckpointError, DataError, UsageError, word
 from turnout.measure import Certificate, certify
 from turnout.measure.certificate import Side
 from turnout.measure.certify import describe, measured
-from turnout.models import LM, LMConfig, checkpoint
+from turnout.models import LM, checkpoint
 from turnout.models.checkpoint import own
+from turnout.models.families.meaning import meaning
 from turnout.reading import check_fields, parse_json, read_json, read_text
+from turnout.recipes.run import Run
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import open_tokenizer
 
@@ -24,8 +27,10 @@ __all__ = ["certify_folders", "check_certificate", "model_folder", "open_model",
 _WHERE = "turnout certify"
 # Without prompts: so many rows of so many random tokens. Small models route them to every expert.
 _ROWS, _LENGTH = 8, 64
-# The longest row that is made for windows that would not show in fewer tokens.
-_LONG = 1024
+# Where windows differ: one row more, that reaches beyond them, if that is no longer than this.
+_FAR = 8192
+# Fields of a configuration that may show in no short input, whatever else the two are.
+_DISTANT = ("window", "rope_theta", "rope_scaling", "rope_share", "norm_eps", "attention_scale", "max_seq")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,8 +164,10 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     if (path / "model" / "config.json").is_file():
         return path / "model"
     got = str(path) if path.exists() else f"{path}, which does not exist"
-    run = (path / "run.json").is_file()
-    fix = f"finish the run: turnout train --resume --out {path}" if run else "name a run or a model's folder"
+    fix = "name a run or a model's folder"
+    if (path / "run.json").is_file():
+        Run.open(path)  # says what else it is
+        fix = f"finish the run: turnout train --resume --out {quote(str(path))}"
     raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
@@ -191,19 +198,36 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
         notes.append("the two have other tokenizers; prompts were read with that of A")
     longest = min(lm.config.max_seq for lm in (one, other))
     if prompts is None:
-        items, source = _random(one.config.vocab_size, longest, _enough(one.config, other.config))
+        items, source = _random(one.config.vocab_size, longest, _windows(one, other))
     else:
         items, cut = _prompts(Path(prompts), files[0] if files else None, longest, one.config.vocab_size)
         source = f"prompts of {Path(prompts).name}"
         notes += [f"{cut} prompts were cut to the {longest} tokens that both take"] if cut else []
-    notes += _unseen(one.config, other.config, max(item.shape[1] for item in items))
     return Pair(one, other, (sides[0], sides[1]), items, source, tuple(notes), files[0] if files else None)
 
 
 def _certify(pair: Pair, names: Mapping[str, str | None] | None, bound: float | None) -> tuple[Certificate, str | None]:
     found = certify(pair.a, pair.b, pair.items, bound=bound, names=names, source=pair.source)
-    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=(*pair.notes, *found.notes))
+    notes = (*pair.notes, *found.notes, *(_distant(pair) if found.equal else ()))
+    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=notes)
     return found, pair.worst(found)
+
+
+def _windows(one: LM, other: LM) -> int:
+    """The longest window that a layer of one model has and that of the other has not; 0 where there is none."""
+    pairs = zip(meaning(one.config)["window"], meaning(other.config)["window"], strict=False)
+    return max((window or 0 for pair in pairs if pair[0] != pair[1] for window in pair), default=0)
+
+
+def _distant(pair: Pair) -> tuple[str, ...]:
+    """What the configurations say otherwise, though the models agree on these inputs."""
+    a, b = (meaning(lm.config) for lm in (pair.a, pair.b))
+    most = max(item.shape[1] for item in pair.items)
+    return tuple(
+        f"{name} is {a.get(name)} in A and {b.get(name)} in B, which inputs of up to {most} tokens do not show"
+        for name in _DISTANT
+        if a.get(name) != b.get(name)
+    )
 
 
 def _tokenizer(folder: Path) -> Path | None:
@@ -211,33 +235,13 @@ def _tokenizer(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _random(vocab: int, longest: int, enough: int) -> tuple[tuple[Tensor, ...], str]:
+def _random(vocab: int, longest: int, window: int) -> tuple[tuple[Tensor, ...], str]:
     generator = torch.Generator().manual_seed(0)
-    length = _LENGTH if enough > _LONG else max(_LENGTH, enough)
-    id_BS = torch.randint(vocab, (max(1, _ROWS * _LENGTH // length), min(length, longest)), generator=generator)
-    return id_BS.split(1), "random tokens, seed 0"
-
-
-def _windows(a: LMConfig, b: LMConfig) -> list[int]:
-    """The shorter window of each layer whose windows differ."""
-    pairs = [(a.window_of(n), b.window_of(n)) for n in range(min(a.layers, b.layers))]
-    return [min(window for window in pair if window is not None) for pair in pairs if pair[0] != pair[1]]
-
-
-def _enough(a: LMConfig, b: LMConfig) -> int:
-    """How many tokens a row needs for the difference of windows to show; 0 where they are alike."""
-    return max(_windows(a, b), default=-8) + 8
-
-
-def _unseen(a: LMConfig, b: LMConfig, longest: int) -> list[str]:
-    """What the configurations differ in that no row of so many tokens can show."""
-    found = list[str]()
-    if (window := max(_windows(a, b), default=0)) >= longest:
-        said = "the two have other windows of attention"
-        found.append(f"{said}: beyond {window} tokens they part, and the longest input here has {longest}")
-    if a.max_seq != b.max_seq:
-        found.append(f"A takes {a.max_seq} tokens and B {b.max_seq}; nothing is said of more than {longest}")
-    return found
+    items = torch.randint(vocab, (_ROWS, min(_LENGTH, longest)), generator=generator).split(1)
+    far = min(longest, window + _LENGTH)
+    if window and _LENGTH < far <= _FAR:
+        items = (*items, torch.randint(vocab, (1, far), generator=generator))
+    return items, "random tokens, seed 0"
 
 
 def _prompts(path: Path, tokenizer: Path | None, longest: int, vocab: int) -> tuple[tuple[Tensor, ...], int]:

@@ -16,7 +16,7 @@ from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.storage import write_whole
 from turnout.train.data import TokenSet, prepare, python_text
-from turnout.train.folder import read_run_json, refuse_missing_run, refuse_other_run
+from turnout.train.folder import read_run_json, refuse_foreign, refuse_missing_run, refuse_other_run
 from turnout.train.loop import train
 
 
@@ -132,6 +132,7 @@ def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
     """Refuses a folder of another run before anything in it is touched; a resumed run has its tokens already."""
     if resume is None:
         refuse_other_run(out, run.to_json_dict())
+        refuse_foreign(out)
         return None
     refuse_missing_run(out, resume)
     body = read_run_json(out)
@@ -147,7 +148,7 @@ def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
                 got=now[name],
                 allowed=f"stay {then[name]!r}, as the run in {out} began",
                 where="turnout train --resume",
-                fix=f"go on with: turnout train --resume --out {out}, or start a new run in another --out",
+                fix=f"go on with: turnout train --resume --out {shlex.quote(str(out))}, or start anew in another --out",
             )
         )
     return run_tokens(out, body)
@@ -162,7 +163,8 @@ def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
         return tokens_for(run, folder, quiet=quiet)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped while the text was prepared; nothing is trained yet. To go on: turnout train --resume --out {out}"
+            "stopped while the text was prepared; nothing is trained yet. To go on: "
+            f"turnout train --resume --out {shlex.quote(str(out))}"
         ) from None
     except BaseException:
         if begun:

@@ -5,6 +5,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def load_run(folder: str | Path) -> tuple[Run, LM]:
                 got=f"{folder}, which has no model folder",
                 allowed="be finished",
                 where="turnout",
-                fix=f"finish it with: turnout train --resume --out {folder}",
+                fix=f"finish it with: turnout train --resume --out {quote(str(folder))}",
             )
         )
     return run, checkpoint.load(folder / "model")

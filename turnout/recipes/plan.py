@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -186,7 +187,7 @@ def _find(path: Path) -> tuple[Literal["transformers", "model", "run"], Path]:
         Run.open(path)
         if (path / "model" / "config.json").is_file():
             return "run", path / "model"
-        fix = f"finish it with: turnout train --resume --out {path}"
+        fix = f"finish it with: turnout train --resume --out {quote(str(path))}"
         raise CheckpointError(
             word("the run", got=f"{path}, which has no model", allowed="be finished", where=_WHERE, fix=fix)
         )

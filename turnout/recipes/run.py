@@ -15,6 +15,17 @@ from turnout.storage import write_whole
 from turnout.train.loop import TrainConfig
 
 _FORMAT = "turnout.run/1"
+# What else writes a run.json -> what its folder is, and what can be done with it.
+_OTHERS = {
+    "turnout.conversion": (
+        ", a converted model, which this did not train",
+        "use it with turnout eval, sample, certify and convert; train it on from Python, or with transformers",
+    ),
+    "turnout.adaptation": (
+        ", adapters and a router without their model",
+        "load the model that they are for, and call turnout.reshape.attach_folder(model, FOLDER)",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +187,16 @@ class Run:
             CheckpointError: the values are not a run.
         """
         if body.get("format") != _FORMAT:
+            other = _OTHERS.get(
+                str(body.get("format")).partition("/")[0], ("", "name the run.json of an output folder")
+            )
             raise CheckpointError(
                 word(
                     "run.json",
-                    got=f"format {body.get('format')!r}",
-                    allowed=f"have format {_FORMAT!r}",
+                    got=f"format {body.get('format')!r}{other[0]}",
+                    allowed=f"have format {_FORMAT!r}, that of a run of turnout train,",
                     where="Run.from_json_dict",
-                    fix="name the run.json of an output folder",
+                    fix=other[1],
                 )
             )
         fields = {field.name: body[field.name] for field in dataclasses.fields(cls) if field.name in body}
@@ -209,6 +223,8 @@ class Run:
 
         try:
             body = read_json(path, refuse=refuse, any_link=True)
+        except FileNotFoundError as error:
+            raise refuse("which is not there") from error
         except OSError as error:
             raise refuse(str(error)) from error
         return cls.from_json_dict(body)

@@ -13,6 +13,7 @@ from turnout.models import LM, LMConfig
 from turnout.reshape import compress_experts, densify, drop_experts, latent_experts, merge_experts, split, upcycle
 from turnout.reshape.compress_experts import planned as compressed
 from turnout.reshape.densify import planned as written_out
+from turnout.reshape.drop_experts import needed
 from turnout.reshape.drop_experts import planned as dropped
 from turnout.reshape.latent_experts import planned as shared
 from turnout.reshape.merge_experts import planned as merged
@@ -103,11 +104,18 @@ class Drop:
             allowed = "be a whole number of at least 1, or a share above 0 and below 100%,"
             raise _no_drop("count", got, allowed, "pass count=1, or a quarter: 25%")
         if config.moe is not None:
-            experts, most = config.moe.num_experts, config.moe.num_experts - config.moe.top_k
-            if (self.count or 0) > most or (self.share or 0) * experts >= most + 1:
+            groups, least = needed(config.moe)
+            experts, most = config.moe.num_experts, (config.moe.num_experts - least) // groups * groups
+            if (self.count or 0) > most or (self.share or 0) * experts >= most + groups:
                 allowed = f"leave the top_k={config.moe.top_k} of {experts} experts that a token takes"
+                if groups > 1:
+                    allowed = f"leave {least} of {experts} experts, in {groups} groups, for a token to choose from"
                 got = self.count if self.share is None else f"{100 * self.share:g}%"
                 raise _no_drop("count", got, allowed, f"pass count={most}" if most else "leave it out: none can go")
+            if (self.count or 0) % groups:
+                near = -(-(self.count or 0) // groups) * groups
+                allowed = f"be a multiple of {groups}: as many from each of the {groups} groups of experts,"
+                raise _no_drop("count", self.count, allowed, f"pass count={near}")
         return dropped(config, keep=self._keep(config), share=self.share)
 
     def why_text(self, config: LMConfig) -> str | None:

@@ -206,6 +206,14 @@ def attach_folder(
 
 def _described(path: Path) -> tuple[dict[str, Any], list[Path]]:
     """What ``adapters.json`` says, every field of its type, and the folders of the adapters, all within this one."""
+    if not (path / FILE).exists():
+        got, fix = f"{path}, which does not exist", "name a folder that save_adapters or save_pretrained wrote"
+        if path.exists():
+            got = f"{path}, which has none"
+        if (path / "adapter_config.json").exists():
+            got += ": it is one adapter of PEFT"
+            fix = f"call turnout.reshape.attach(model, [{str(path)!r}])"
+        raise CheckpointError(word("the folder", got=got, allowed=f"hold {FILE}", where=_WHERE, fix=fix))
     body = read_json(path / FILE, _WHERE)
 
     def refuse(problem: str) -> CheckpointError:

@@ -82,7 +82,7 @@ def attach(
         freeze_all(model)
     for name, adapter in made.items():
         put(model, name, adapter)
-    setattr(model, CHOICE, (router if isinstance(router, str) else None, options))
+    setattr(model, CHOICE, (router if isinstance(router, str) else None, options, everyone))
     saved_by(model, writer)
     return model, report
 
@@ -134,6 +134,7 @@ def _found(model: nn.Module, adapters: Sequence[str | Path | PeftAdapter], any_b
     if not found or len(set(names)) < len(names):
         got = ", ".join(names) or "none"
         allowed, fix = "be at least one, each of its own name", "rename the folders of those that share a name"
+        fix = fix if found else "name the folders that PEFT wrote"
         raise UsageError(word("adapters", got=got, allowed=allowed, where=_WHERE, fix=fix))
     if any(isinstance(module, Adapter | Scaled | Sharded) for module in model.modules()):
         got, allowed = "adapters already", "have none"

@@ -57,7 +57,9 @@ def adapters_of(model: nn.Module, *, state: Mapping[str, Tensor] | None = None) 
             a, b = down[rows].detach().clone(), up[rows].detach().t().clone()
             factor.setdefault(name, {})[module] = (a, b, layer.paths.scale_N[n])
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return [PeftAdapter(name, base, found) for name, found in factor.items()]
+    # Routers know adapters by their place: the one that ``attach`` gave them, not that of the first map of each.
+    order = [name for name in getattr(model, CHOICE, (None, {}, ()))[2] if name in factor]
+    return [PeftAdapter(name, base, factor[name]) for name in dict.fromkeys((*order, *factor))]
 
 
 def writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Report]:
@@ -70,7 +72,7 @@ def writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], Re
         model: one that ``attach`` changed.
         state: tensors in the place of the model's own, as in ``adapters_of``.
     """
-    router, options = getattr(model, CHOICE, (None, {}))
+    router, options, _ = getattr(model, CHOICE, (None, {}, ()))
     adapters = adapters_of(model, state=state)
     tensors = router_tensors(model, state)
     names = [one.name for one in adapters]

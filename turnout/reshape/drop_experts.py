@@ -187,6 +187,11 @@ def _least(moe: MoEConfig) -> int:
     return -(-least // open_groups) * groups
 
 
+def needed(moe: MoEConfig) -> tuple[int, int]:
+    """How many groups the experts are in, of which equally many go, and the fewest that the router works with."""
+    return _groups(moe), _least(moe)
+
+
 def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
     """How many experts stay in each layer."""
     groups, least = _groups(moe), _least(moe)
@@ -202,6 +207,8 @@ def _left(moe: MoEConfig, keep: int | None, share: float | None) -> int:
     if least <= keep <= moe.num_experts and keep % groups == 0:
         return keep
     near = min(max(-(-keep // groups) * groups, least), moe.num_experts)
+    if keep < near == moe.num_experts and near - groups >= least:
+        near -= groups  # all of them would be none dropped
     allowed = f"leave from {least} experts (top_k={moe.top_k}) to num_experts={moe.num_experts}"
     if groups > 1:
         allowed += f", a multiple of num_groups={groups}"

@@ -30,7 +30,8 @@ def save_routers(path: str | Path, model: nn.Module) -> Report:
     """Writes what the routers of the model's adapters hold to ``routers.safetensors`` in a folder, whole or not at all.
 
     The file's tensors are called MODULE.PARAMETER; its metadata say the format, and of each module the kind of its
-    router and how many adapters it has. A router that several modules share is written for each of them.
+    router, how many adapters it has, and their names in order. A router that several modules share is written for each
+    of them.
 
     Args:
         path: the folder; made where it is missing.
@@ -87,8 +88,8 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
         ``model`` itself, and a report of the modules.
 
     Raises:
-        CheckpointError: no whole file, or one of other modules, kinds, numbers of adapters or shapes; the model is
-            then as it was.
+        CheckpointError: no whole file, or one of other modules, kinds, adapters, shapes or another order of adapters;
+            the model is then as it was.
         UsageError: the model has no adapters.
 
     >>> load_routers.__name__  # see save_routers
@@ -100,8 +101,10 @@ def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]
     kinds, tensors = _read(file)
     wanted = {name: _kind(layer) for name, layer in layers.items()}
     for name in sorted(wanted.keys() | kinds.keys()):
-        if wanted.get(name) != kinds.get(name):
-            raise _bad(file, f"the router of {name}", str(kinds.get(name)), f"be {wanted.get(name)}, as in the model")
+        ours, theirs = wanted.get(name), kinds.get(name)
+        bare = isinstance(theirs, list) and len(theirs) == 2  # without names, as files were first
+        if (ours[:2] if ours and bare else ours) != theirs:
+            raise _bad(file, f"the router of {name}", str(theirs), f"be {ours}, as in the model")
     slots = {f"{name}.{key}": slot for name, layer in layers.items() for key, slot in layer.router.state_dict().items()}
     for key in sorted(slots.keys() | tensors.keys()):
         shapes = [tuple(side[key].shape) if key in side else None for side in (tensors, slots)]
@@ -210,7 +213,7 @@ def _layers(model: nn.Module) -> dict[str, Adapter]:
 
 
 def _kind(layer: Adapter) -> list[Any]:
-    return [type(layer.router).__name__, layer.paths.num_paths]
+    return [type(layer.router).__name__, layer.paths.num_paths, list(layer.names)]
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from turnout.layers.told import listen, listens, unlisten
 __all__ = ["alive", "freeze", "leave_alone", "put", "saved_by"]
 
 SHARDS = "turnout_shards"  # where ``attach_shards`` keeps the pools
-CHOICE = "_turnout_adapter_choice"  # what ``save_attached`` writes: the router's name, or None, and its options
+CHOICE = "_turnout_adapter_choice"  # what ``save_attached`` writes: the router's name, or None, its options, adapters
 _TRAINED = "_turnout_trained"  # the names of the parameters that asked for gradients before
 _ASKING = "_turnout_asking"  # and those that did when everything was attached
 _SAVER = "_turnout_saver"

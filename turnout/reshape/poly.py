@@ -113,7 +113,7 @@ def add_tasks(
         router.add_tasks(count, generator=generator)
     chosen = getattr(model, CHOICE, None)
     if chosen is not None:  # what save_attached will write
-        setattr(model, CHOICE, (chosen[0], chosen[1] | {"num_tasks": sizes[0] + count}))
+        setattr(model, CHOICE, (chosen[0], chosen[1] | {"num_tasks": sizes[0] + count}, *chosen[2:]))
     added = sum(router.logit[-count:].numel() for router in routers)
     return model, Report("add_tasks", {"tasks": list(range(sizes[0], sizes[0] + count)), "params_added": added})
 

@@ -19,9 +19,12 @@ from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.reading import read_json
 from turnout.storage import open_own, read_error, write_whole
 
-__all__ = ["locked", "read_run_json", "refuse_missing_run", "refuse_other_run", "write_failure"]
+__all__ = ["locked", "read_run_json", "refuse_foreign", "refuse_missing_run", "refuse_other_run", "write_failure"]
 
 _TRACES = ("run.json", "metrics.jsonl", "checkpoints")
+# What a finished run writes over, and what says that a folder is a model, adapters or a conversion of somebody's.
+_WRITTEN = ("model", "trace", "result.json", "report.html")
+_MARKS = ("config.json", "adapter_config.json", "adapters.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 @contextlib.contextmanager
@@ -111,6 +114,30 @@ def refuse_other_run(out: Path, begun: Mapping[str, Any] | None = None) -> None:
             fix="go on with it with --resume (resume=True), or write to another --out",
         )
     )
+
+
+def refuse_foreign(out: Path) -> None:
+    """Stops a new run in a folder that holds something of somebody else's: it would be written over, or mixed with it.
+
+    A folder with prepared tokens, a log or other files that no run writes is taken.
+
+    Args:
+        out: the output folder; it need not be there.
+
+    Raises:
+        UsageError: the folder holds a model, adapters, or what the end of a run writes over.
+    """
+    found = sorted({path.name for name in (*_WRITTEN, *_MARKS) for path in out.glob(name)})
+    if found:
+        raise UsageError(
+            word(
+                "the output folder",
+                got=f"{out}, which holds {', '.join(found[:4])}{' and more' if found[4:] else ''}",
+                allowed="be new",
+                where="turnout.train",
+                fix=f"write to another --out, such as {out / 'run'}",
+            )
+        )
 
 
 def read_run_json(out: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -254,7 +255,7 @@ class _Run:
             if stop.asked is not None and not last:
                 raise Interrupted(
                     f"stopped by {stop.asked} after step {self.step} of {config.steps}; everything is saved in "
-                    f"{self.out}. To go on: turnout train --resume --out {self.out} (resume=True)."
+                    f"{self.out}. To go on: turnout train --resume --out {quote(str(self.out))} (resume=True)."
                 )
         return self._result()
 
@@ -265,7 +266,11 @@ class _Run:
         except (StorageError, TrainingError) as error:
             known = checkpoints.find(self.folder)
             saved = f"{known[-1].name} is saved" if known else "no checkpoint was saved yet"
-            how = f"; to go on from it: turnout train --resume --out {self.out} (resume=True)" if known else ""
+            how = (
+                f"; to go on from it: turnout train --resume --out {quote(str(self.out))} (resume=True)"
+                if known
+                else ""
+            )
             raise type(error)(f"{error} Stopped at step {self.step} of {self.config.steps}; {saved}{how}.") from error
 
     def _log(self, lr: float) -> None:

@@ -86,7 +86,7 @@ def load(path: str | Path) -> LM:
 
     >>> load("no/such/folder")
     Traceback (most recent call last):
-    turnout.errors.CheckpointError: the model's folder must hold a config.json in turnout.models.checkpoint.load; ...
+    turnout.errors.CheckpointError: the model's folder must hold config.json in turnout.models.checkpoint.load; ...
 
     Source: none; safetensors and json.
     """
@@ -255,7 +255,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         return reading.read_json(path, refuse=refuse)
     except FileNotFoundError as error:
-        what, allowed = "the model's folder", f"hold a {path.name}"
+        what, allowed = "the model's folder", f"hold {path.name}"
         raise _refusal(what, str(path.parent), allowed, "name a folder that holds a model", where) from error
     except OSError as error:
         raise read_error(error, path, where) from error

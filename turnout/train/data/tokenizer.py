@@ -98,14 +98,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     tokenizer = open_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     tokenizer.encode_special_tokens = True
-    # Settings for batches of one model's prompts: of a text, they would cut off what is long, or add to what is short.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer as its file says, special tokens in a text included.
+    """The tokenizer as its file says, special tokens in a text included, but for what it cuts and pads batches to.
 
     The file is read with bounds before the library sees it, which trusts what it says: an id of 2^31 alone would take
     16 GiB.
@@ -128,11 +125,15 @@ def open_tokenizer(path: Path) -> Tokenizer:
     try:
         text = read_text(path, refuse=refuse, limit=TOKENIZER_BYTES)
         _check_ids(parse_json(text, refuse), refuse)
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except TurnoutError:
         raise
     except Exception as error:  # the library raises plain Exception for whatever it cannot parse
         raise refuse(str(error)) from error
+    # Settings for batches of one model's prompts: of a text, they would cut off what is long, or add to what is short.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _check_ids(body: Mapping[str, Any], refuse: Refuse) -> None:
