@@ -1,4 +1,4 @@
-"""A changed layer seen from outside: the layer that was there keeps its names, and what was added stands beside it."""
+"""A changed layer in a state dict: the layer that was there keeps its names, and what was added stands beside it."""
 
 from typing import Any
 

@@ -44,7 +44,8 @@ def _read_body(keys: Keys, router: dict[str, Any], *, interleaved: bool) -> LMCo
 def _write_body(config: LMConfig) -> dict[str, object]:
     moe, mla = moe_of(config), config.mla or MLAConfig(1, 2, 1, 1)
     dense = [n for n in range(config.layers) if not config.is_routed(n)]
-    return write_backbone(config) | {
+    backbone = {name: value for name, value in write_backbone(config).items() if name != "head_dim"}
+    return backbone | {
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.hidden,
