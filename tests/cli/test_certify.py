@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from turnout.cli.main import main
 from turnout.measure import Certificate
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+from turnout.recipes import tiny
 
 CONFIG = LMConfig(
     vocab_size=40,
@@ -220,7 +221,7 @@ def test_mistakes_are_one_line_and_exit_2(folders: Path, tmp_path: Path, argumen
         places[name].write_bytes(content)
     places |= {name: tmp_path / name for name in ("unfinished", "small", "truncated")}
     places["unfinished"].mkdir()
-    (places["unfinished"] / "run.json").write_text("{}")
+    (places["unfinished"] / "run.json").write_text(json.dumps(tiny().to_json_dict()))
     checkpoint.save(places["small"], LM(LMConfig(vocab_size=9, width=8, layers=1, heads=2)))
     shutil.copytree(folders / "a", places["truncated"])
     with (places["truncated"] / "model.safetensors").open("r+b") as file:
