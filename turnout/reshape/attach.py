@@ -41,7 +41,7 @@ def attach(
     A map that only some adapters change chooses among those. Padding is read from ``attention_mask``, however it is
     passed. The base is frozen, so that any loop trains adapters and routers alone. In the state dict the base keeps its
     names, with the adapters beside it; ``save_pretrained`` writes a folder that transformers loads as the base, and
-    ``attach_folder`` as the whole. ``detach`` undoes all of it.
+    ``attach_folder`` as the whole. ``detach`` undoes all of it. ``lora_dropout`` is not applied in training.
 
     Args:
         model: a transformers model, or any module whose linear maps the adapters name.
