@@ -107,7 +107,8 @@ def test_trained_together_saved_and_loaded(tmp_path, share):
     losses = train_routers(ours, batches(2) * 6, rate=0.1, adapters=True, adapter_rate=5e-3)
     assert losses[-1] < losses[0]
     changed = {name for name, value in ours.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if "paths" in name or "router" in name}
+    added = {name for name in before if "paths" in name or "router" in name}
+    assert changed == {name for name in added if not name.endswith("signature_N3")}  # which says whose they are
     tables = [value - before[name] for name, value in ours.state_dict().items() if "logit" in name]
     assert all(float(table[[0, 2]].abs().max()) == 0 for table in tables), "tasks that were not seen stay"
     report = save_attached(tmp_path / "out", ours)

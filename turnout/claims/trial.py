@@ -1,7 +1,9 @@
 """One small training run, the same for every claim that needs one: the demo's text, minutes become seconds."""
 
+import atexit
 import dataclasses
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,9 +28,9 @@ class Trial:
 @functools.cache
 def text() -> TokenSet:
     """The demo's three domains, a megabyte of each, as tokens of a 512-word vocabulary; prepared once a process."""
-    folder = tempfile.TemporaryDirectory(prefix="turnout-claims-")
-    text.folder = folder  # type: ignore[attr-defined]  # lives as long as the process, then is removed
-    return prepare(python_text(limit_bytes=BYTES), Path(folder.name), vocab_size=VOCAB, held_out=0.1, quiet=True)
+    folder = tempfile.mkdtemp(prefix="turnout-claims-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # it lives as long as the process
+    return prepare(python_text(limit_bytes=BYTES), Path(folder), vocab_size=VOCAB, held_out=0.1, quiet=True)
 
 
 def small(moe: MoEConfig | None, *, hidden: int, width: int = 64) -> LMConfig:

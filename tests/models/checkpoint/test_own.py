@@ -80,7 +80,7 @@ def test_missing_and_foreign_files_are_named(folder: Path, tmp_path_factory: pyt
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=match):
             checkpoint.load(folder)
-    with pytest.raises(CheckpointError, match=r"hold a config\.json"):
+    with pytest.raises(CheckpointError, match=r"hold config\.json"):
         checkpoint.load(tmp_path_factory.mktemp("empty"))
 
 
