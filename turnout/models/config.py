@@ -13,6 +13,11 @@ from turnout.types.weights import Activation
 
 __all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig"]
 
+_NAMES = {
+    "qk_norm": ("none", "head", "full"),
+    "attention": ("gqa", "mla"),
+    "norm_place": ("before", "after", "both"),
+}
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
@@ -37,7 +42,11 @@ class LMConfig:
         rope_scaling: how they are stretched, in the words of transformers' ``rope_parameters``
             (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; None leaves them.
         rope_share: how much of each head is rotated, from its start; above 0, at most 1. Not used by "mla".
+        rope_layers: the layers whose heads are rotated; in the others attention knows no order but what it may look at.
+            "all" with "mla".
         norm_eps: of every RMSNorm.
+        norm_place: where a layer has an RMSNorm: "before" attention and feed-forward, x + f(norm(x)); "after" them,
+            x + norm(f(x)) (OLMo 2); or "both" (Gemma 2).
         tie_embeddings: whether the output layer is the embedding.
         qk_norm: RMSNorm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
         attention: "gqa", or "mla" with ``mla`` set.
@@ -78,7 +87,9 @@ class LMConfig:
     rope_theta: float = 1e4
     rope_scaling: Mapping[str, object] | None = None
     rope_share: float = 1.0
+    rope_layers: Literal["all"] | tuple[int, ...] = "all"
     norm_eps: float = 1e-5
+    norm_place: Literal["before", "after", "both"] = "before"
     tie_embeddings: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     attention: Literal["gqa", "mla"] = "gqa"
@@ -106,12 +117,13 @@ class LMConfig:
         for name in ("rope_theta", "norm_eps", "init_std", "logit_divisor"):
             if not getattr(self, name) > 0:
                 refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
-        for name, allowed in (("qk_norm", ("none", "head", "full")), ("attention", ("gqa", "mla"))):
+        for name, allowed in _NAMES.items():
             if getattr(self, name) not in allowed:
                 raise nearest(str(getattr(self, name)), allowed, kind=name, where="LMConfig")
         _check_heads(self)
         _check_rope(self.rope_scaling)
         _check_layers("window_layers", self.window_layers, self.layers)
+        _check_layers("rope_layers", self.rope_layers, self.layers)
         if self.moe is not None:
             _check_layers("moe.layers", self.moe.layers, self.layers)
             _check_each_layer(self.moe, self.layers if self.moe.layers == "all" else len(self.moe.layers))
@@ -157,6 +169,10 @@ class LMConfig:
         ranks = {"up_rank": sizes.up_rank, "down_rank": sizes.down_rank}
         return {**ranks, "share": sizes.share, "up_rows": up_rows, "down_rows": down_rows}
 
+    def is_turned(self, layer: int) -> bool:
+        """Whether RoPE turns the heads of this layer, counted from 0."""
+        return self.rope_layers == "all" or layer in self.rope_layers
+
     def window_of(self, layer: int) -> int | None:
         """How many positions a token of this layer sees; None for all."""
         return self.window if self.window_layers == "all" or layer in self.window_layers else None
@@ -195,6 +211,8 @@ def _check_heads(config: LMConfig) -> None:
                     "qk_norm='none', kv_heads=None")  # fmt: skip
         if config.sinks:
             refuse("sinks", True, "be False with latent attention", "LMConfig", "sinks=False")
+        if config.rope_layers != "all":
+            refuse("rope_layers", config.rope_layers, "be 'all' with latent attention", "LMConfig", "rope_layers='all'")
         return
     if config.head_dim is None and config.width % config.heads:
         near = _near_divisor(config.width, config.heads)

@@ -56,8 +56,7 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
     for layer, block in enumerate(lm.blocks):
         assert isinstance(block, Block)
         prefix = f"model.layers.{layer}."
-        found[f"{prefix}input_layernorm.weight"] = block.attention_norm.weight
-        found[f"{prefix}post_attention_layernorm.weight"] = block.ff_norm.weight
+        found |= _norms(prefix, block)
         if isinstance(block.attention, Attention):
             found |= _grouped(f"{prefix}self_attn.", block.attention)
         else:
@@ -68,6 +67,18 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
             found |= _dense(f"{prefix}mlp.", block.ff)
     joined = _alternating(names) if lm.config.moe is not None else ()
     return {name: Slot(tensor.detach(), name.endswith(joined)) for name, tensor in found.items()}
+
+
+def _norms(prefix: str, block: Block) -> Views:
+    # The same name stands for the norm before the feed-forward layer where there is none after attention.
+    ff = "post_attention_layernorm" if block.attention_out_norm is None else "pre_feedforward_layernorm"
+    norms = {
+        "input_layernorm": block.attention_norm,
+        "post_attention_layernorm": block.attention_out_norm,
+        ff: block.ff_norm,
+        "post_feedforward_layernorm": block.ff_out_norm,
+    }
+    return {f"{prefix}{name}.weight": norm.weight for name, norm in norms.items() if norm is not None}
 
 
 def _alternating(names: Names) -> tuple[str, ...]:
