@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from turnout.models.config import LMConfig
-from turnout.models.padding import Places
+from turnout.models.padding import Places, new_places
 
 __all__ = ["Rope", "attention_scale", "rotate_neighbours"]
 
 
 class Rope(nn.Module):
     """The rotary angles of a model: position p turns pair i by p * theta^(-2i / d), stretched as configured.
+
+    With a ``theta`` of its own it is that of the windowed layers, which nothing stretches.
 
     Frequencies stay in fp32 whatever the model is cast to: in bf16 the angles of far positions would be noise.
 
@@ -28,9 +30,11 @@ class Rope(nn.Module):
 
     frequency_P: Tensor
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(self, config: LMConfig, *, theta: float | None = None) -> None:
         super().__init__()
         self._width, self._theta, self._scaling = config.rotated_width, config.rope_theta, config.rope_scaling
+        if theta is not None:
+            self._theta, self._scaling = theta, None
         frequency_P, self.magnitude = self._frequencies()
         self.register_buffer("frequency_P", frequency_P, persistent=False)
 
@@ -41,9 +45,7 @@ class Rope(nn.Module):
 
         Where attention is told of padding they are (B, S, P), at the places of the rows' tokens.
         """
-        position_S = torch.arange(start, start + length, device=self.frequency_P.device, dtype=torch.float32)
-        if places is not None and places.aside:
-            position_S = places.place_BT[:, -length:].to(position_S)
+        position_S = new_places(start, length, places, self.frequency_P.device).float()
         with torch.autocast(self.frequency_P.device.type, enabled=False):
             angle_SP = position_S.unsqueeze(-1) * self.frequency_P
         cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()

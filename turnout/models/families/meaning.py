@@ -35,9 +35,15 @@ def meaning(config: LMConfig) -> dict[str, Any]:
         "window": [config.window_of(n) for n in range(config.layers)],
         "attention_scale": attention_scale(config),
         "rope_layers": "all" if all(map(config.is_turned, range(config.layers))) else config.rope_layers,
+        "rope_share": config.rotated_width,
+        "embedding_rounded": config.embedding_rounded and config.embedding_scale != 1,
     }
-    del fields["window_layers"]
-    fields["rope_share"] = config.rotated_width
+    turned = [config.rope_of(n) for n in range(config.layers) if config.mla is not None or config.is_turned(n)]
+    for name, values in (("rope_theta", [r[0] for r in turned]), ("rope_scaling", [plain(r[1]) for r in turned])):
+        fields[name] = values if any(value != values[0] for value in values) else values[0] if values else None
+    if not turned:
+        fields["rope_share"] = None
+    del fields["window_layers"], fields["local_rope_theta"]
     if len(routed) == config.layers:
         for name in ("hidden", "activation", "ff_bias"):
             del fields[name]
