@@ -87,6 +87,21 @@ def _dense(path: Path) -> None:
     checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, rope_scaling=scaling, max_seq=64)), path)
 
 
+def _gemma(path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"kv_heads": 1, "hidden": 24, "max_seq": 64, "window": 8, "window_layers": (0,), "activation": "geglu_tanh"}
+    norms = {"norm": "rms_plus_one", "norm_place": "both", "qk_norm": "head", "embedding_scale": 4.0}
+    rest = {"embedding_rounded": True, "tie_embeddings": True, "local_rope_theta": 1e3, "logit_softcap": 5.0}
+    checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, **sizes, **norms, **rest)), path, architecture="Gemma3ForCausalLM")
+
+
+def _gpt2(path: Path) -> None:
+    torch.manual_seed(0)
+    biases = {"qkv_bias": True, "out_bias": True, "ff_bias": True, "activation": "gelu_tanh"}
+    rest = {"rope_layers": (), "learned_positions": True, "norm": "layer", "hidden": 24, "max_seq": 64}
+    checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, **biases, **rest)), path, architecture="GPT2LMHeadModel")
+
+
 def _read_hf(path: Path, out: Path) -> Any:
     checkpoint.peek(path)
     lm = checkpoint.from_hf(path)
@@ -272,6 +287,8 @@ SUBJECTS = {
     "mixtral": Subject(_mixtral, _read_hf),
     "deepseek": Subject(_deepseek, _read_hf),
     "llama": Subject(_dense, _read_hf),
+    "gemma": Subject(_gemma, _read_hf),
+    "gpt2": Subject(_gpt2, _read_hf),
     "adapter": Subject(_adapter, _read_adapter),
     "attached": Subject(_attached, _read_attached),
     "gates": Subject(_gates, _read_gates),

@@ -9,11 +9,12 @@ import hf_folders as folders
 import pytest
 import torch
 
-from turnout.errors import CheckpointError
+from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, checkpoint
 from turnout.models.families import FAMILIES
 from turnout.recipes import stock
 from turnout.recipes.convert import convert
+from turnout.recipes.plan import make_plan
 from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
 
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -50,6 +51,13 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "Qwen2MoeForCausalLM"),
     "qwen3": ({"head_dim": 8}, "Qwen3MoeForCausalLM"),
 }
+# Those for which there is none: with experts they are models of turnout alone.
+ALONE: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+    "gpt2": {},
+}
 STEPS: dict[str, list[Step]] = {
     "drop": [Drop(count=2, by="random")],
     "merge": [Merge(4), Densify()],
@@ -79,7 +87,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder_of(made: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
     path = made / f"{kind}-{dtype}"
-    keys = ROUTED.get(kind) or DENSE[kind][0]
+    keys = ROUTED.get(kind) or (DENSE[kind][0] if kind in DENSE else ALONE[kind])
     return path if path.exists() else folders.make(path, kind, dtype, **keys)
 
 
@@ -101,7 +109,7 @@ def assert_stock(out: Path, architecture: str) -> None:
 
 
 def test_every_family_has_its_case() -> None:
-    assert {family.model_type for family in FAMILIES} == {*ROUTED, *DENSE}
+    assert {family.model_type for family in FAMILIES} == {*ROUTED, *DENSE, *ALONE}
 
 
 @pytest.mark.parametrize("kind", ROUTED)
@@ -124,6 +132,25 @@ def test_dense_families_become_sparse(kind: str, way: str, made: Path, tmp_path:
     assert_stock(tmp_path / "out", architecture)
     if way.startswith("upcycle"):
         torch.testing.assert_close(folders.logits(tmp_path / "out"), folders.logits(path), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("way", GROW)
+def test_what_no_sparse_architecture_can_say_stays_ours(kind: str, way: str, made: Path, tmp_path: Path) -> None:
+    path = folder_of(made, kind)
+    with pytest.raises(UsageError, match=r"(?s)cannot be written as any architecture.*--as model"):
+        make_plan(path, GROW[way])
+    with pytest.raises(UsageError, match=r"(?s)cannot be written as any architecture.*--as model"):
+        convert(path, GROW[way], tmp_path / "out")
+    convert(path, GROW[way], tmp_path / "out", as_format="model")
+    lm, id_BS = (
+        checkpoint.load(tmp_path / "out"),
+        torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5)),
+    )
+    got = lm.eval()(id_BS).logits_BSV
+    assert len(lm.routers) == 2 and got.std() > 0.05
+    if way.startswith("upcycle") and "drop" not in way:
+        torch.testing.assert_close(got.detach(), folders.logits(path), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [*ROUTED, *DENSE])
