@@ -13,6 +13,7 @@ from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, checkpoint
 from turnout.models.families import FAMILIES
 from turnout.recipes import stock
+from turnout.recipes.certify import certify_folders
 from turnout.recipes.convert import convert
 from turnout.recipes.plan import make_plan
 from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
@@ -151,6 +152,20 @@ def test_what_no_sparse_architecture_can_say_stays_ours(kind: str, way: str, mad
     assert len(lm.routers) == 2 and got.std() > 0.05
     if way.startswith("upcycle") and "drop" not in way:
         torch.testing.assert_close(got.detach(), folders.logits(path), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_through_our_format_and_out_again(kind: str, dtype: torch.dtype, made: Path, tmp_path: Path) -> None:
+    path = folder_of(made, kind, dtype)
+    architecture = json.loads((path / "config.json").read_text())["architectures"][0]
+    convert(path, [], tmp_path / "own", as_format="model")
+    done = convert(tmp_path / "own", [], tmp_path / "out", as_format="transformers")
+    assert done.record["stock"]["dtypes"]["float32"]["max_abs"] < 1e-4
+    if dtype == torch.float32:
+        assert_stock(tmp_path / "out", architecture)
+    for folder in ("own", "out"):
+        assert certify_folders(path, tmp_path / folder)[0].verdict == "bit-equal"
 
 
 @pytest.mark.parametrize("kind", [*ROUTED, *DENSE])

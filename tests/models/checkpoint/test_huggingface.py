@@ -496,6 +496,18 @@ def test_bf16(name: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "c" / "config.json").read_text())["dtype"] == "float32"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_a_gemma_rounds_where_its_own_code_does(name: str, tmp_path: Path) -> None:
+    hf = theirs(name).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path)
+    lm, id_BS = checkpoint.from_hf(tmp_path), torch.arange(60).view(3, 20)
+    embedded = hf.model.embed_tokens(id_BS)
+    assert torch.equal(lm._embedded(id_BS, 0, None), embedded)
+    assert not torch.equal(lm.embedding[id_BS] * lm.config.embedding_scale, embedded)  # the unrounded root
+    assert torch.equal(lm.norm(embedded), hf.model.norm(embedded))
+
+
 def theirs_from(folder: Path) -> Any:
     return transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
