@@ -112,7 +112,7 @@ THEIRS: dict[str, tuple[Harm, str]] = {
     ),
     "architecture we lack": (
         lambda path: keys(path, model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"]),
-        "It has a part that sees images, which no model here has",
+        "It has a part that sees images (docs/guides/convert.md says how",
     ),
     "architecture nobody knows": (
         lambda path: keys(path, model_type="zzz", architectures=["ZzzForCausalLM"]),
