@@ -87,19 +87,55 @@ def _dense(path: Path) -> None:
     checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, rope_scaling=scaling, max_seq=64)), path)
 
 
-def _gemma(path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"kv_heads": 1, "hidden": 24, "max_seq": 64, "window": 8, "window_layers": (0,), "activation": "geglu_tanh"}
-    norms = {"norm": "rms_plus_one", "norm_place": "both", "qk_norm": "head", "embedding_scale": 4.0}
-    rest = {"embedding_rounded": True, "tie_embeddings": True, "local_rope_theta": 1e3, "logit_softcap": 5.0}
-    checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, **sizes, **norms, **rest)), path, architecture="Gemma3ForCausalLM")
+def _dense_as(architecture: str, **fields: Any) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        torch.manual_seed(0)
+        lm = LM(LMConfig(32, 16, 2, 2, **{"kv_heads": 1, "hidden": 24, "max_seq": 64, **fields}))
+        checkpoint.to_hf(lm, path, architecture=architecture)
+
+    return make
 
 
-def _gpt2(path: Path) -> None:
-    torch.manual_seed(0)
-    biases = {"qkv_bias": True, "out_bias": True, "ff_bias": True, "activation": "gelu_tanh"}
-    rest = {"rope_layers": (), "learned_positions": True, "norm": "layer", "hidden": 24, "max_seq": 64}
-    checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, **biases, **rest)), path, architecture="GPT2LMHeadModel")
+_phi3 = _dense_as(
+    "Phi3ForCausalLM",
+    rope_share=0.5,
+    window=8,
+    rope_scaling={
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 8.0],
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.2,
+    },
+)
+_smollm3 = _dense_as("SmolLM3ForCausalLM", rope_layers=(0,), window=8, window_layers=(1,))
+_granite = _dense_as("GraniteForCausalLM", embedding_scale=2.0, residual_scale=0.5, logit_divisor=3.0)
+_olmo2 = _dense_as("Olmo2ForCausalLM", norm_place="after", qk_norm="full")
+_gemma = _dense_as(
+    "Gemma3ForCausalLM",
+    window=8,
+    window_layers=(0,),
+    activation="geglu_tanh",
+    norm="rms_plus_one",
+    norm_place="both",
+    qk_norm="head",
+    embedding_scale=4.0,
+    embedding_rounded=True,
+    tie_embeddings=True,
+    local_rope_theta=1e3,
+    logit_softcap=5.0,
+)
+_gpt2 = _dense_as(
+    "GPT2LMHeadModel",
+    kv_heads=None,
+    qkv_bias=True,
+    out_bias=True,
+    ff_bias=True,
+    activation="gelu_tanh",
+    rope_layers=(),
+    learned_positions=True,
+    norm="layer",
+)
 
 
 def _read_hf(path: Path, out: Path) -> Any:
@@ -289,6 +325,10 @@ SUBJECTS = {
     "llama": Subject(_dense, _read_hf),
     "gemma": Subject(_gemma, _read_hf),
     "gpt2": Subject(_gpt2, _read_hf),
+    "granite": Subject(_granite, _read_hf),
+    "smollm3": Subject(_smollm3, _read_hf),
+    "phi3": Subject(_phi3, _read_hf),
+    "olmo2": Subject(_olmo2, _read_hf),
     "adapter": Subject(_adapter, _read_adapter),
     "attached": Subject(_attached, _read_attached),
     "gates": Subject(_gates, _read_gates),

@@ -23,6 +23,7 @@ _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("attention_factor", "original_max_position_embeddings"),
 }
 
 
@@ -41,7 +42,8 @@ class LMConfig:
         max_seq: the longest sequence.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched, in the words of transformers' ``rope_parameters``
-            (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; None leaves them.
+            (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; or longrope, whose frequencies
+            are others in batches of longer texts; None leaves them.
         rope_share: how much of each head is rotated, from its start; above 0, at most 1. Not used by "mla".
         rope_layers: the layers whose heads are rotated; in the others attention knows no order but what it may look at.
             "all" with "mla".
@@ -142,7 +144,7 @@ class LMConfig:
             if getattr(self, name) not in allowed:
                 raise nearest(str(getattr(self, name)), allowed, kind=name, where="LMConfig")
         _check_heads(self)
-        _check_rope(self.rope_scaling)
+        _check_rope(self.rope_scaling, self.rotated_width // 2)
         _check_layers("window_layers", self.window_layers, self.layers)
         _check_layers("rope_layers", self.rope_layers, self.layers)
         if self.moe is not None:
@@ -260,7 +262,7 @@ def _check_heads(config: LMConfig) -> None:
         )
 
 
-def _check_rope(scaling: Mapping[str, object] | None) -> None:
+def _check_rope(scaling: Mapping[str, object] | None, pairs: int) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
@@ -272,9 +274,18 @@ def _check_rope(scaling: Mapping[str, object] | None) -> None:
     wrong = [name for name in _ROPE_NEEDS[kind] if not 0 < float(typing.cast(float, scaling[name])) < math.inf]
     if wrong:
         refuse("rope_scaling", dict(scaling), f"have {', '.join(wrong)} above 0", "LMConfig", f"{wrong[0]}=1.0 or more")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        factors = scaling.get(name)
+        if not isinstance(factors, list | tuple) or len(factors) != pairs or not all(map(_is_positive, factors)):
+            allowed = f"be a number above 0 for each of the {pairs} pairs of positions that are rotated"
+            refuse(f"rope_scaling.{name}", factors, allowed, "LMConfig", f"{name}=[1.0] * {pairs}")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:  # pyrefly: ignore
         allowed = "have low_freq_factor below high_freq_factor"
         refuse("rope_scaling", dict(scaling), allowed, "LMConfig", "low_freq_factor=1.0, high_freq_factor=4.0")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: int) -> None:

@@ -61,8 +61,8 @@ class LMOutput:
 class LM(nn.Module):
     """A decoder language model: tokens in, scores of each next token out.
 
-    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). The
-    configuration says where else norms stand, what a position is, and what is scaled or capped.
+    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). Norms can stand
+    elsewhere, and much else varies: see ``LMConfig``.
 
     Args:
         config: the sizes.
@@ -142,8 +142,8 @@ class LM(nn.Module):
         Raises:
             ShapeError: not (B, S), longer than ``config.max_seq``, another B than the cache's, or a mask of another
                 shape.
-            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients, or an
-                unknown backend.
+            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
+                keys no longer hold (longrope), or an unknown backend.
         """
         hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
@@ -195,6 +195,13 @@ class LM(nn.Module):
         self._check(id_BS, start)
         places = _places(id_BS, attention_mask, cache)
         x_BSD = self._embedded(id_BS, start, places)
+        if self.rope.changes(start, id_BS.shape[1], places):
+            allowed = (
+                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
+            )
+            fix = "start a new Cache with all the tokens, as LM.generate does"
+            got = f"{start} positions and {id_BS.shape[1]} more"
+            raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
         at = (start, id_BS.shape[1], x_BSD.dtype, places)
         angles = self.rope(*at)
         local = angles if self.local_rope is None else self.local_rope(*at)
@@ -275,7 +282,8 @@ class LM(nn.Module):
             temperature: 0 takes the most likely token; 1 draws as the model says.
             top_k: draw among the k most likely only; None among all.
             attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
-                with a token. Each prompt goes on as it does alone. None for no padding.
+                with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
+                None for no padding.
             generator: where the chance comes from; torch's default when None.
 
         Returns:
@@ -291,14 +299,16 @@ class LM(nn.Module):
             raise UsageError(
                 word("tokens, temperature and top_k", got=got, allowed=allowed, where="LM.generate", fix=fix)
             )
-        was_training, cache, new_BS = self.training, Cache(), id_BS
+        was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
         self._check(id_BS, tokens)
         _refuse_padding_after(_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                mask = attention_mask if cache.length == 0 else None
-                logits_BV = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1]
+                if self.rope.changes(cache.length, new_BS.shape[1], _places(new_BS, None, cache)):
+                    mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
+                    cache, new_BS = Cache(), id_BS
+                logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
                 new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
                 id_BS = torch.cat((id_BS, new_BS), dim=1)
         finally:

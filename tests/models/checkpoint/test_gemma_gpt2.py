@@ -111,6 +111,8 @@ def test_what_a_folder_leaves_out_is_what_transformers_takes(tmp_path: Path) -> 
             "what Gemma2ForCausalLM is not: rope_share",
         ),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' must be None"),
+        ("gemma3", {"original_max_position_embeddings": 16}, "'original_max_position_embeddings' must be None"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "'longrope'"),
         ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "'rope_parameters' must give"),
         (
             "gemma3",

@@ -39,7 +39,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 # Why well-known architectures are not among ours.
 _NEEDS = {
     "gemma3": "a part that sees images (docs/guides/convert.md says how to save its text part alone)",
-    "phi3": "one tensor for queries, keys and values, and long RoPE",
     "jamba": "state-space layers",
     "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
 }

@@ -28,7 +28,7 @@ WINDOWED, WHOLE = "sliding_attention", "full_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How an architecture names the tensors of its experts, below ``model.layers.N.``."""
+    """How an architecture names the tensors of its layers, below ``model.layers.N.``: those that differ."""
 
     routed: str = "mlp"
     router: str = "gate.weight"
@@ -44,6 +44,9 @@ class Names:
     root: str = "model."
     # All tensors by name, of a model and the root, where they are not named as Llama's are.
     views: "Callable[[LM, str], dict[str, Tensor]] | None" = None
+    # One tensor for queries, keys and values, one for gates and values of a dense layer; None where each has its own.
+    qkv: str | None = None
+    gate_up: str | None = None
 
     @property
     def in_memory(self) -> "Names":
@@ -113,7 +116,12 @@ class Keys:
 
     def filled(self, name: str) -> Any:
         """The value of a key; null is as if it were missing."""
+        name = self._aliases.get(name, name)
         return self._defaults.get(name) if self._given.get(name) is None else self._given[name]
+
+    def but(self, **changed: object) -> "Keys":
+        """The same with other values for these keys."""
+        return Keys({**self._given, **changed}, self._defaults)
 
     def number(self, name: str, default: float) -> float:
         """A number; where the key is missing the architecture's default, else ``default``. Null is none."""

@@ -16,7 +16,8 @@ _THETA, _LOCAL_THETA = 1e6, 1e4
 
 
 def _read(keys: Keys) -> LMConfig:
-    keys.fixed(attn_logit_softcapping=None)  # which transformers keeps, and does not apply
+    # What transformers keeps, and does not apply: scores are not capped, and stretched layers say their own length.
+    keys.fixed(attn_logit_softcapping=None, original_max_position_embeddings=None)
     every = keys.get("sliding_window_pattern", 6)
     if not every:
         fix = "restore config.json from a copy"

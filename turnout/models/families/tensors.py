@@ -48,7 +48,7 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
 
     Args:
         lm: the model.
-        names: how the architecture names its experts.
+        names: how the architecture names its tensors.
     """
     if names.views is not None:
         return {name: Slot(tensor.detach()) for name, tensor in names.views(lm, names.root).items()}
@@ -60,13 +60,13 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
         prefix = f"model.layers.{layer}."
         found |= _norms(prefix, block)
         if isinstance(block.attention, Attention):
-            found |= _grouped(f"{prefix}self_attn.", block.attention)
+            found |= _grouped(f"{prefix}self_attn.", block.attention, names)
         else:
             found |= _latent(f"{prefix}self_attn.", block.attention)
         if isinstance(block.ff, MoE):
             found |= _routed(f"{prefix}{names.routed}.", block.ff, names)
         else:
-            found |= _dense(f"{prefix}mlp.", block.ff)
+            found |= _dense(f"{prefix}mlp.", block.ff, names)
     joined = _alternating(names) if lm.config.moe is not None else ()
     return {name: Slot(tensor.detach(), name.endswith(joined)) for name, tensor in found.items()}
 
@@ -92,10 +92,12 @@ def _projection(name: str, projection: Projection) -> Views:
     return {f"{name}.weight": projection.weight, **bias}
 
 
-def _grouped(prefix: str, attention: Attention) -> Views:
+def _grouped(prefix: str, attention: Attention, names: Names) -> Views:
     found = _projection(f"{prefix}o_proj", attention.out)
     for kind, tensor in (("weight", attention.qkv.weight), ("bias", attention.qkv.bias)):
-        if tensor is not None:
+        if tensor is not None and names.qkv is not None:
+            found[f"{prefix}{names.qkv}.{kind}"] = tensor
+        elif tensor is not None:
             parts = zip("qkv", tensor.split(attention.sizes), strict=True)
             found |= {f"{prefix}{letter}_proj.{kind}": part for letter, part in parts}
     if attention.q_norm is not None and attention.k_norm is not None:
@@ -115,7 +117,7 @@ def _latent(prefix: str, attention: LatentAttention) -> Views:
     return found | _projection(f"{prefix}q_a_proj", attention.q_down) | _projection(f"{prefix}q_b_proj", attention.q_up)
 
 
-def _dense(prefix: str, ff: FeedForward) -> Views:
+def _dense(prefix: str, ff: FeedForward, names: Names) -> Views:
     found: Views = {f"{prefix}down_proj.weight": ff.down}
     if ff.down_bias is not None:
         found[f"{prefix}down_proj.bias"] = ff.down_bias
@@ -124,6 +126,9 @@ def _dense(prefix: str, ff: FeedForward) -> Views:
             continue
         if ff.activation not in GATED:
             found[f"{prefix}up_proj.{kind}"] = tensor
+            continue
+        if names.gate_up is not None:
+            found[f"{prefix}{names.gate_up}.{kind}"] = tensor
             continue
         gate, up = tensor.chunk(2)
         found |= {f"{prefix}gate_proj.{kind}": gate, f"{prefix}up_proj.{kind}": up}
@@ -142,7 +147,7 @@ def _routed(prefix: str, moe: MoE, names: Names) -> Views:
     assert isinstance(moe.bank, Bank)  # factored experts were refused: no architecture has them
     found |= _experts(prefix, moe.bank, names)
     if moe.shared is not None:
-        found |= _dense(f"{prefix}{names.shared}.", moe.shared)
+        found |= _dense(f"{prefix}{names.shared}.", moe.shared, names)
     if moe.shared_gate is not None:
         found[f"{prefix}{names.shared}_gate.weight"] = moe.shared_gate
     return found
