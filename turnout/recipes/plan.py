@@ -11,6 +11,7 @@ import torch
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.fields import plain
+from turnout.hub import Located, located
 from turnout.models import LMConfig, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, outline, read_json
 from turnout.models.families.express import architecture_of
@@ -58,9 +59,9 @@ class Plan:
     """A conversion, not done yet.
 
     Args:
-        path: as it was given.
+        found: what was given, and the folder that it is.
         folder: where the model itself is.
-        source: what kind of folder ``path`` is.
+        source: what kind of folder was given.
         target: what kind of folder will be written.
         architecture: the class in transformers of what will be written; "LM" in our own format.
         steps: what will be done.
@@ -72,7 +73,7 @@ class Plan:
     Source: none; plain bookkeeping.
     """
 
-    path: Path
+    found: Located
     folder: Path
     source: Literal["transformers", "model", "run"]
     target: Literal["transformers", "model", "run"]
@@ -82,6 +83,11 @@ class Plan:
     dtype: torch.dtype | None
     seq: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The folder that was given, or found in the cache of the hub."""
+        return self.found.folder
 
     @property
     def config(self) -> LMConfig:
@@ -142,8 +148,8 @@ def make_plan(
         TurnoutError: a folder that holds no model or a damaged one, steps that do not fit the model or each other, text
             that a step needs, or a result that the format cannot hold.
     """
-    path = Path(path)
-    source, folder = _find(path)
+    found = located(path, where=_WHERE)
+    source, folder = _find(found.folder)
     target = as_format or source
     if not steps and target == source:
         fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
@@ -166,7 +172,7 @@ def make_plan(
     if target == "transformers":
         family, written = _family(rows[-1].config, folder)
         architecture, notes = family.architecture, _notes(family, written, rows[-1].config, steps, seen.dtype)
-    return Plan(path, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq, tuple(notes))
+    return Plan(found, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq, tuple(notes))
 
 
 def _nothing(step: Step, config: LMConfig) -> UsageError:

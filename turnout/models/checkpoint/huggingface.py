@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
@@ -45,7 +46,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
 
     Args:
         path: a folder with config.json and weights, found in transformers' order: the file that config.json names
-            (``transformers_weights``), else model.safetensors, else the shards of its index.
+            (``transformers_weights``), else model.safetensors, else the shards of its index. Or a model of the hub,
+            ``org/name`` or ``org/name@revision``: see ``turnout.hub.located``.
         dtype: of the weights; None for the one they are stored in, which must then be one for all.
 
     Raises:
@@ -63,7 +65,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path = Path(path)
+    path = located(path, where="turnout.models.checkpoint.from_hf").folder
     found = survey(path, dtype)
     where, lm = found.where, empty(found.config, found.dtype)
     target = slots(lm, found.names)

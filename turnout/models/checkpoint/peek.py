@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.models.checkpoint.own import describe, read_json
 from turnout.models.checkpoint.survey import survey
 from turnout.models.config import LMConfig
@@ -42,7 +43,7 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
     """The configuration of the model in a folder, with the headers of all weights checked against it.
 
     Args:
-        path: a folder of transformers, or one that ``save`` wrote.
+        path: a folder of transformers, or one that ``save`` wrote; or its name on the hub.
         dtype: that the weights will be read in, where they are stored in several; None for the one they are stored in.
 
     Raises:
@@ -57,7 +58,7 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
 
     Source: none; the headers of safetensors.
     """
-    path = Path(path)
+    path = located(path, where="turnout.models.checkpoint.peek").folder
     keys = read_json(path / "config.json", "turnout.models.checkpoint.peek")
     if "model_type" in keys or "architectures" in keys:
         found = survey(path, dtype)
