@@ -87,7 +87,9 @@ def api(room: str, table: Mapping[str, Module]) -> str:
             ast.get_docstring(module.tree) or "",
             "",
         ]
-        for name in listed(module) or []:
+        floors = [inner for inner in table.values() if inner.is_public and inner.name.startswith(f"{module.name}.")]
+        shown = {name for floor in floors for name in listed(floor) or [] if not floor.name.endswith(f".{name}")}
+        for name in (name for name in listed(module) or [] if name not in shown):
             found = locate(name, module, table)
             lines += _entry(name, *found) if found else []
     return "\n".join(line for line in lines if line is not None).rstrip() + "\n"

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The storeys, from the ground up. A file imports from its own room and from lower storeys; only the rooms of the
 # ground floor, the nouns and what they stand on, may import each other.
 STOREYS = (
-    ("errors", "reading", "storage", "hub", "fields", "expects", "wrappers", "types"),
+    ("moved", "errors", "reading", "storage", "hub", "fields", "expects", "wrappers", "types"),
     ("solve",),
     ("decide", "run", "measure"),
-    ("paths",),
+    ("paths", "show"),
     ("layers",),
     ("models",),
     ("train",),
@@ -146,6 +146,8 @@ def imports_go_down(modules: Iterable[Module]) -> Iterator[str]:
         for line, target in imported(module):
             room = target.partition(".")[2].partition(".")[0]
             if target.partition(".")[0] != "turnout" or target == "turnout.__version__" or module.room == "__main__":
+                continue
+            if "moved" in (room, module.room):  # it stands below all rooms and leads to their new places
                 continue
             if room not in STOREY:
                 yield f"{module.path}:{line}: imports {target!r}: name the room that holds it"

@@ -5,6 +5,9 @@ Names load on first use, so that ``import turnout`` touches neither torch nor an
 """
 
 import importlib
+import sys
+
+from turnout.moved import Finder
 
 __version__ = "0.1.0"
 
@@ -33,6 +36,8 @@ __all__ = [
     "adopt",
     "release",
 ]
+
+sys.meta_path.append(Finder)  # what moved is found by its old name for one release
 
 
 def __getattr__(name: str) -> object:

@@ -17,14 +17,15 @@ from turnout import __version__
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, nearest, word
 from turnout.hub import located
 from turnout.layers import Adapter
-from turnout.measure import AdaptationData, adaptation_html, hardware
+from turnout.measure import hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
 from turnout.models.checkpoint.own import read_json
 from turnout.reading import check_fields
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.partial import Part, Say, unfinished
 from turnout.reshape import attach, detach, save_adapters, train_gates
-from turnout.reshape.routers import ROUTERS, check_options, even
+from turnout.reshape.adapters.routers import ROUTERS, check_options, even
+from turnout.show import AdaptationData, adaptation_html
 from turnout.storage import write_whole
 from turnout.types import Report, Routing
 

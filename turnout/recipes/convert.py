@@ -14,7 +14,7 @@ import torch
 
 from turnout import __version__
 from turnout.errors import CheckpointError, word
-from turnout.measure import Certificate, ConversionData, certify, conversion_html, hardware
+from turnout.measure import Certificate, certify, hardware
 from turnout.measure.certificate import inputs_digest
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
@@ -27,7 +27,8 @@ from turnout.recipes.plan import Format, Plan, make_plan
 from turnout.recipes.run import Run
 from turnout.recipes.steps import Step, step_from_json, step_json
 from turnout.recipes.stock import check_with_transformers, said
-from turnout.reshape.kept import keeping
+from turnout.reshape.resumable import keeping
+from turnout.show import ConversionData, conversion_html
 from turnout.storage import digest, write_whole
 from turnout.types import Report
 
