@@ -68,6 +68,7 @@ class Plan:
         rows: the model before, and after each step.
         dtype: that the weights are read in; None for the one they are stored in.
         seq: tokens of context that ``flops`` is for.
+        wider_bytes: what tensors of wider dtypes than the model's take more, on the disk.
         notes: what else is to be known of the result.
 
     Source: none; plain bookkeeping.
@@ -82,6 +83,7 @@ class Plan:
     rows: tuple[Row, ...]
     dtype: torch.dtype | None
     seq: int
+    wider_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -110,7 +112,7 @@ class Plan:
             StorageError: the disk of ``out``.
             UsageError: the memory that is free now.
         """
-        check_room(out, disk_bytes=self.rows[-1].memory_bytes, memory_bytes=self.peak_bytes)
+        check_room(out, disk_bytes=self.rows[-1].memory_bytes + self.wider_bytes, memory_bytes=self.peak_bytes)
 
     def to_json_dict(self) -> list[dict[str, Any]]:
         """The rows as plain JSON values."""
@@ -168,11 +170,13 @@ def make_plan(
             got, fix = f"{text}, which does not exist", "check the spelling of the path"
             raise UsageError(word("--calibration", got=got, allowed="be a file or folder", where=_WHERE, fix=fix))
         find_tokenizer(folder)
-    architecture, notes = "LM", list[str]()
+    architecture, notes, wider = "LM", list(seen.notes), 0
     if target == "transformers":
         family, written = _family(rows[-1].config, folder)
-        architecture, notes = family.architecture, _notes(family, written, rows[-1].config, steps, seen.dtype)
-    return Plan(found, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq, tuple(notes))
+        architecture, wider = family.architecture, seen.wider_bytes
+        notes += _notes(family, written, rows[-1].config, steps, seen.dtype)
+    about = (tuple(steps), tuple(rows), dtype, seq, wider, tuple(notes))
+    return Plan(found, folder, source, target, architecture, *about)
 
 
 def _nothing(step: Step, config: LMConfig) -> UsageError:

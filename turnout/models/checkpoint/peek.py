@@ -24,6 +24,8 @@ class Peek:
         architecture: the class in transformers, else "LM".
         config: of the model.
         dtype: of its weights.
+        notes: what else is to be known of them: that they are packed, or of several dtypes.
+        wider_bytes: how much more those of wider dtypes take on the disk.
 
     >>> config = LMConfig(vocab_size=8, width=8, layers=1, heads=2)
     >>> Peek("turnout", "LM", config, torch.float32).kind
@@ -36,6 +38,8 @@ class Peek:
     architecture: str
     config: LMConfig
     dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+    wider_bytes: int = 0
 
 
 @expects(path=PATH)
@@ -62,6 +66,7 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
     keys = read_json(path / "config.json", "turnout.models.checkpoint.peek")
     if "model_type" in keys or "architectures" in keys:
         found = survey(path, dtype)
-        return Peek("transformers", found.family.architecture, found.config, found.dtype)
+        name = found.family.architecture
+        return Peek("transformers", name, found.config, found.dtype, found.notes(), found.wider_bytes)
     config, stored = describe(path)
     return Peek("turnout", "LM", config, dtype or stored)
