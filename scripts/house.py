@@ -126,7 +126,9 @@ def locate(name: str, module: Module, modules: Mapping[str, Module]) -> tuple[Mo
             name = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
         elif node is not None:
             return module, node
-        if inner := modules.get(f"{source}.{name}"):
+        inner, package = modules.get(f"{source}.{name}"), modules.get(source)
+        # A package whose __init__ binds a name means that, not the file beside it that is called the same.
+        if inner and not (package and package is not module and name in bindings(package)):
             return inner, inner.tree
         if source not in modules:
             break
