@@ -69,10 +69,11 @@ class Block(nn.Module):
         """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
         x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache, places))
         normed_BSD = self.ff_norm(x_BSD)
-        if isinstance(unwrapped(self.ff), FeedForward):
-            return self._add(x_BSD, self.ff(normed_BSD)), None
+        ff: Any = self.ff  # or what wraps it
+        if isinstance(unwrapped(ff), FeedForward):
+            return self._add(x_BSD, ff(normed_BSD)), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
-        routed = self.ff(normed_BSD, **call, real=None if places is None else places.real_BS)
+        routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
         return self._add(x_BSD, routed.output), routed.routing
 
     def _add(self, x_BSD: Tensor, change_BSD: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Loss-free balancing: a bias on the scores, moved by the observed load, decides who is chosen but not by how much."""
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,9 @@ class LossFree(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def after_step(self, load_E: Tensor) -> None:
         """Moves the bias by one step; the training loop calls it once per optimizer step.
