@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from turnout.errors import CheckpointError
-from turnout.measure import ConversionData, ReportData, RunData, conversion_html, report_html
+from turnout.measure import ReportData, RunData
 from turnout.measure.runs import read_run
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
@@ -22,6 +22,7 @@ from turnout.recipes.convert import convert
 from turnout.recipes.run import Run
 from turnout.recipes.steps import Drop, Merge
 from turnout.reshape import attach, attach_folder, attach_shards, load_shards, save_attached, save_shards
+from turnout.show import ConversionData, conversion_html, report_html
 from turnout.train import state
 from turnout.train.data import Document, TokenSet, prepare
 from turnout.train.data.tokenizer import check_tokenizer, load_tokenizer

@@ -10,7 +10,7 @@ import torch
 import turnout
 from turnout.errors import MissingExtraError, UnknownNameError, UsageError
 from turnout.reshape import adopt, register_backend, release
-from turnout.reshape.adopt import _routing, _weights
+from turnout.reshape.live.adopt import _routing, _weights
 
 transformers = pytest.importorskip("transformers")
 

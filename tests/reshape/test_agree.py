@@ -16,7 +16,7 @@ from turnout.layers import Adapter
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import LoRA
 from turnout.reshape import average, fisher, interpolate, soup, stragglers, task_vectors
-from turnout.reshape.agree import differences, refuse_unlike
+from turnout.reshape.many_to_one.same_architecture import differences, refuse_unlike
 
 MOE = MoEConfig(4, 2, 8)
 CONFIG = LMConfig(vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, max_seq=32, moe=MOE)

@@ -10,7 +10,7 @@ from turnout.errors import CheckpointError, ShapeError, UnknownNameError, UsageE
 from turnout.layers import Adapter, given
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
 from turnout.reshape import attach, detach
-from turnout.reshape.routers import ROUTERS
+from turnout.reshape.adapters.routers import ROUTERS
 from turnout.types import Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own

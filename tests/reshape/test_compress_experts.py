@@ -13,7 +13,7 @@ from turnout.models import LM, MoEConfig
 from turnout.models.checkpoint import load, save, to_hf
 from turnout.paths import FactoredBank
 from turnout.reshape import compress_experts, densify, diversify, drop_experts, latent_experts, merge_experts
-from turnout.reshape.compress_experts import planned
+from turnout.reshape.to_smaller.compress_experts import planned
 
 TEXT = [ids(seed=3), ids(seed=4)]
 

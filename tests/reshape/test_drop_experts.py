@@ -8,7 +8,7 @@ from turnout.decide.token import loss_free
 from turnout.errors import DataError, UsageError
 from turnout.recipes.steps import Drop
 from turnout.reshape import drop_experts
-from turnout.reshape.drop_experts import planned
+from turnout.reshape.to_smaller.drop_experts import planned
 from turnout.run import activate
 
 

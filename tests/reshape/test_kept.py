@@ -6,7 +6,7 @@ from small import ids, make, sparse
 
 from turnout.reshape import drop_experts, merge_experts, split, upcycle
 from turnout.reshape.calibrate import difference
-from turnout.reshape.kept import Nowhere, by_batch, by_layer, keeping
+from turnout.reshape.resumable import Nowhere, by_batch, by_layer, keeping
 
 
 class Stop(Exception):

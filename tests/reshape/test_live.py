@@ -24,7 +24,7 @@ from turnout.reshape import (
     fresh_adapters,
     scale_and_shift,
 )
-from turnout.reshape.routers import even
+from turnout.reshape.adapters.routers import even
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [  # transformers' and PEFT's own

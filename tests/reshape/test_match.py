@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from turnout.errors import ShapeError, UsageError
-from turnout.reshape.match import blend, combine, matched, shares, tensors
+from turnout.reshape.many_to_one.match import blend, combine, matched, shares, tensors
 
 
 def net(width: int = 3, **kind) -> nn.Module:

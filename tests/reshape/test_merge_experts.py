@@ -11,7 +11,7 @@ from turnout.errors import UsageError
 from turnout.models import MoEConfig
 from turnout.models.checkpoint import to_hf
 from turnout.reshape import drop_experts, merge_experts
-from turnout.reshape.merge_experts import _matching
+from turnout.reshape.to_smaller.merge_experts import _matching
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_and_nothing_half_written_stays(tmp_path, m
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         save_attached(tmp_path / "file" / "out", inventory(1))
-    monkeypatch.setattr("turnout.reshape.beside.write_routers", lambda *_: 1 / 0)
+    monkeypatch.setattr("turnout.reshape.adapters.save.write_routers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_attached(tmp_path / "out", inventory(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "made"]

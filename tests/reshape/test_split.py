@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from turnout.errors import UsageError
 from turnout.paths import FeedForward
 from turnout.reshape import split
-from turnout.reshape.neurons import _importance, balanced_means
+from turnout.reshape.to_sparse.neuron_groups import _importance, balanced_means
 from turnout.types import Routing
 
 WAYS = ("cluster", "coactivation", "gradient", "random")

@@ -9,7 +9,7 @@ from torch import nn
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.subspaces import OUT, RANK, TASKS, WIDTH, World
 from turnout.decide.token import Arrow
-from turnout.reshape.routers import Site
+from turnout.reshape.adapters.routers import Site
 
 
 def arrow() -> Claim:

@@ -2,8 +2,8 @@
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, sample, score, taught
-from turnout.reshape.compress_experts import compress_experts as reshape
-from turnout.reshape.merge_experts import merge_experts
+from turnout.reshape.to_smaller.compress_experts import compress_experts as reshape
+from turnout.reshape.to_smaller.merge_experts import merge_experts
 
 # Rank 10 and a tenth of the rows: as many parameters as rank 14 alone, or 36 % of the rows alone.
 _KEEP, _RANK, _ROWS, _RANK_ALONE, _ROWS_ALONE = EXPERTS // 2, 10, 0.1, 14, 0.36

@@ -6,8 +6,8 @@ from typing import Any
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, UNEVEN, sample, score, taught
 from turnout.models import LM
-from turnout.reshape.drop_experts import drop_experts as reshape
-from turnout.reshape.merge_experts import merge_experts
+from turnout.reshape.to_smaller.drop_experts import drop_experts as reshape
+from turnout.reshape.to_smaller.merge_experts import merge_experts
 
 _KEEP = EXPERTS // 2
 _DRAWS = 5  # of random experts: the mean, so that the luck of one draw is not the control

@@ -3,7 +3,7 @@
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.trial import small, trial
 from turnout.models import LM, MoEConfig
-from turnout.reshape.diversify import diversify
+from turnout.reshape.to_sparse.diversify import diversify
 
 _ONE, _MANY, _HIDDEN, _EXPERTS, _MASKED = 40, 160, 96, 8, 0.1
 _LR, _LAST = 3e-3, 3e-4

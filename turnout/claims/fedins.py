@@ -10,8 +10,8 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.digits import CLASSES, LOOKS, SIDE, digits
 from turnout.layers.scaled import Asking
 from turnout.paths import SSF
-from turnout.reshape.scale_and_shift import scale_and_shift
-from turnout.train.federated import Client, federate
+from turnout.reshape.adapters.scale_and_shift import scale_and_shift
+from turnout.train.federated.rounds import Client, federate
 from turnout.types import Given
 
 _HIDDEN, _CLIENTS, _OWN, _HELD_OUT = 64, 8, 600, 3000

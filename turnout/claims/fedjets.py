@@ -11,8 +11,8 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.digits import CLASSES, SIDE, digits
 from turnout.decide.token import FedJETs
 from turnout.models.jets import Jets
-from turnout.train.federated import Client, federate
-from turnout.train.fedjets import fedjets as train
+from turnout.train.federated.fedjets import fedjets as train
+from turnout.train.federated.rounds import Client, federate
 
 _GROUPS, _CLIENTS, _NEW = 5, 25, 10
 _PUBLIC, _OWN, _HELD_OUT = 800, 60, 200

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.claims.claim import Claim, Row, Values
-from turnout.reshape.average import average
-from turnout.reshape.fisher import fisher as merge
-from turnout.reshape.fisher import fisher_information
-from turnout.reshape.task_vectors import task_vectors
+from turnout.reshape.many_to_one.average import average
+from turnout.reshape.many_to_one.fisher import fisher as merge
+from turnout.reshape.many_to_one.fisher import fisher_information
+from turnout.reshape.many_to_one.task_vectors import task_vectors
 
 _WIDTH, _HIDDEN, _LABELS = 32, 64, 4
 _START_STEPS, _STEPS, _BATCH, _EXAMPLES = 50, 400, 64, 256

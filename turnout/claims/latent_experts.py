@@ -2,8 +2,8 @@
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, sample, score, taught
-from turnout.reshape.compress_experts import compress_experts
-from turnout.reshape.latent_experts import latent_experts as reshape
+from turnout.reshape.to_smaller.compress_experts import compress_experts
+from turnout.reshape.to_smaller.latent_experts import latent_experts as reshape
 from turnout.types import Report
 
 # A space of 32 for all 16 experts takes as many parameters as a rank of 20 for each alone.

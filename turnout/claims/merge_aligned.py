@@ -2,7 +2,7 @@
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, sample, score, taught
-from turnout.reshape.merge_experts import merge_experts as reshape
+from turnout.reshape.to_smaller.merge_experts import merge_experts as reshape
 
 _KEEP = EXPERTS // 2
 

@@ -4,8 +4,8 @@ import statistics
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, sample, score, taught
-from turnout.reshape.compress_experts import compress_experts
-from turnout.reshape.merge_experts import merge_experts as reshape
+from turnout.reshape.to_smaller.compress_experts import compress_experts
+from turnout.reshape.to_smaller.merge_experts import merge_experts as reshape
 from turnout.types import Report
 
 _KEEP, _DRAWS = EXPERTS // 2, 3  # draws of random groups: the mean, so that the luck of one is not the control

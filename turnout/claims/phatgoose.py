@@ -10,7 +10,7 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.subspaces import OUT, RANK, TASKS, WIDTH, World
 from turnout.decide.token import PHATGOOSE
 from turnout.reshape import train_gates
-from turnout.reshape.routers import Site
+from turnout.reshape.adapters.routers import Site
 
 _STEPS = 100
 _FAR = "means of the tasks twice as far from 0, top 1: "

@@ -7,7 +7,7 @@ from torch import Tensor
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import HIDDEN, STEPS, score, taught
 from turnout.claims.trial import SEQ, text
-from turnout.reshape.read_me import read_me as reshape
+from turnout.reshape.to_sparse.read_me import read_me as reshape
 
 _ROWS = 32
 _ROUNDS = {"rounds": 2, "router_steps": 25, "backbone_steps": 25, "lr": 1e-3}

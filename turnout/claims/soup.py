@@ -11,7 +11,7 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.trial import SEQ, small, text
 from turnout.measure import bits_per_byte
 from turnout.models import LM, token_loss
-from turnout.reshape.soup import Soup
+from turnout.reshape.many_to_one.soup import Soup
 from turnout.train.data import windows
 
 _START_STEPS, _STEPS, _BATCH, _ROW = 200, 80, 8, 64

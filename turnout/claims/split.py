@@ -6,7 +6,7 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import HIDDEN, STEPS, sample, score, taught
 from turnout.claims.trial import trial
 from turnout.models import LM
-from turnout.reshape.split import split as reshape
+from turnout.reshape.to_sparse.split import split as reshape
 
 _EXPERTS, _TOP_K, _AFTER = 8, 4, 60
 _LR = {"lr": 1e-3, "min_lr": 1e-4}

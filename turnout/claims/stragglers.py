@@ -14,7 +14,7 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.digits import CLASSES, SIDE, digits
 from turnout.measure import layers_of, sharpness
 from turnout.reshape import interpolate, interpolate_sparse
-from turnout.reshape.stragglers import stragglers as find
+from turnout.reshape.many_to_one.stragglers import stragglers as find
 
 _RATES, _POSITIONS, _KEEP = (3e-4, 1e-3, 3e-3, 1e-2), [i / 8 for i in range(9)], 0.2
 _WIDTH, _START_STEPS, _STEPS, _BATCH, _RADIUS = 64, 600, 150, 64, 0.02

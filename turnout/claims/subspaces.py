@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from turnout.models.checkpoint import PeftAdapter, write_adapter
 from turnout.paths import LoRA
-from turnout.reshape.attach import attach, detach
-from turnout.reshape.routers import Site, even
+from turnout.reshape.adapters.attach import attach, detach
+from turnout.reshape.adapters.routers import Site, even
 
 TASKS, WIDTH, OUT, RANK = 4, 32, 24, 6
 _EACH = WIDTH // TASKS  # dimensions of a task's subspace

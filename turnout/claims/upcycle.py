@@ -8,7 +8,7 @@ from turnout.claims.trial import SEQ, trial
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
 from turnout.paths import Bank, FeedForward
-from turnout.reshape.upcycle import upcycle as reshape
+from turnout.reshape.to_sparse.upcycle import upcycle as reshape
 
 _AFTER = 150
 _SIZES = ((8, 2, 1), (8, 4, 2), (16, 8, 4), (16, 8, 8))  # E, K, G

@@ -1,32 +1,28 @@
-"""Meters: what a decision costs, how even it is, how well the network does, and the page that shows it all."""
+"""Meters: what a decision costs, how even it is, how well the network does, and whether two are the same."""
 
-from turnout.measure.adaptation import AdaptationData, adaptation_html
+from typing import TYPE_CHECKING
+
+from turnout import moved
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
-from turnout.measure.conversion import ConversionData, conversion_html
 from turnout.measure.cost import count_flops, count_params
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
-from turnout.measure.html import report_html
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import Passage, ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
 
 __all__ = [
-    "AdaptationData",
     "Certificate",
-    "ConversionData",
     "Evaluation",
     "Passage",
     "ReportData",
     "RunData",
-    "adaptation_html",
     "bits_per_byte",
     "certify",
     "coefficient_of_variation",
     "compare",
-    "conversion_html",
     "count_flops",
     "count_params",
     "dead_experts",
@@ -39,9 +35,14 @@ __all__ = [
     "max_vio",
     "quantity",
     "read_run",
-    "report_html",
     "results_rows",
     "results_table",
     "sharpness",
     "weights_digest",
 ]
+
+
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.measure", name)

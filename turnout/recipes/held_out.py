@@ -11,7 +11,7 @@ from turnout.measure.evaluate import rows_mix
 from turnout.models import LM
 from turnout.recipes.calibration import Calibration
 from turnout.reshape.calibrate import blocks, evaluating
-from turnout.reshape.kept import by_batch
+from turnout.reshape.resumable import by_batch
 
 __all__ = ["measured"]
 

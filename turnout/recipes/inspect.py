@@ -11,24 +11,12 @@ from typing import Any
 import torch
 
 from turnout.errors import CheckpointError, UsageError, word
-from turnout.measure import (
-    AdaptationData,
-    ConversionData,
-    Evaluation,
-    Passage,
-    ReportData,
-    RunData,
-    adaptation_html,
-    bits_per_byte,
-    conversion_html,
-    hardware,
-    read_run,
-    report_html,
-)
+from turnout.measure import Evaluation, Passage, ReportData, RunData, bits_per_byte, hardware, read_run
 from turnout.measure.memory import free_memory
 from turnout.models import LM, checkpoint
 from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
+from turnout.show import AdaptationData, ConversionData, adaptation_html, conversion_html, report_html
 from turnout.storage import write_whole
 from turnout.train.data import TokenSet, prepare, windows
 from turnout.train.folder import read_run_json
@@ -150,9 +138,10 @@ def evaluate_run(
 
     Source: none; ``measure_model``, with the file reading around it.
     """
-    folder = Path(folder)
-    if (folder / "config.json").is_file():  # a model by itself, no run
+    # A model by itself, no run; what is on the hub is one.
+    if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
         return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+    folder = Path(folder)
     run, model = load_run(folder)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
@@ -208,7 +197,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     Raises:
         TurnoutError: a folder that holds none of these.
 
-    Source: none; ``measure.report_html``, ``measure.conversion_html`` and ``measure.adaptation_html``.
+    Source: none; ``show.report_html``, ``show.conversion_html`` and ``show.adaptation_html``.
     """
     path = Path(out) if out else Path(folders[0]) / "report.html"
     runs: list[RunData] = []

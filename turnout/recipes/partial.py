@@ -33,7 +33,7 @@ class MemoryShortError(UsageError):
 
 
 class Pieces:
-    """What one step has finished, a safetensors file each: as ``turnout.reshape.kept`` asks for it.
+    """What one step has finished, a safetensors file each: as ``turnout.reshape.resumable`` asks for it.
 
     Args:
         folder: of the step.

@@ -11,14 +11,14 @@ from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.fields import build, plain
 from turnout.models import LM, LMConfig
 from turnout.reshape import compress_experts, densify, drop_experts, latent_experts, merge_experts, split, upcycle
-from turnout.reshape.compress_experts import planned as compressed
-from turnout.reshape.densify import planned as written_out
-from turnout.reshape.drop_experts import needed
-from turnout.reshape.drop_experts import planned as dropped
-from turnout.reshape.latent_experts import planned as shared
-from turnout.reshape.merge_experts import planned as merged
-from turnout.reshape.split import planned as cut
-from turnout.reshape.upcycle import planned as upcycled
+from turnout.reshape.to_smaller.compress_experts import planned as compressed
+from turnout.reshape.to_smaller.densify import planned as written_out
+from turnout.reshape.to_smaller.drop_experts import needed
+from turnout.reshape.to_smaller.drop_experts import planned as dropped
+from turnout.reshape.to_smaller.latent_experts import planned as shared
+from turnout.reshape.to_smaller.merge_experts import planned as merged
+from turnout.reshape.to_sparse.split import planned as cut
+from turnout.reshape.to_sparse.upcycle import planned as upcycled
 from turnout.types import Report
 
 __all__ = ["Compress", "Densify", "Drop", "Latent", "Merge", "Split", "Step", "Upcycle", "step_from_json", "step_json"]

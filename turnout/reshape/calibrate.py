@@ -13,7 +13,7 @@ from turnout.errors import DataError, UsageError, word
 from turnout.layers import Routed
 from turnout.models import LM
 from turnout.models.lm import Block
-from turnout.reshape.kept import by_batch
+from turnout.reshape.resumable import by_batch
 from turnout.types import Routing
 
 __all__ = ["blocks", "checked", "difference", "evaluating", "probe", "reach", "refuse_no_text", "watch"]

@@ -1,0 +1,7 @@
+"""Pages and drawings: one self-contained html file for each kind of result, which opens without a network."""
+
+from turnout.show.adaptation import AdaptationData, adaptation_html
+from turnout.show.conversion import ConversionData, conversion_html
+from turnout.show.run import report_html
+
+__all__ = ["AdaptationData", "ConversionData", "adaptation_html", "conversion_html", "report_html"]
