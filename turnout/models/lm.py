@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,9 @@ class LM(nn.Module):
             logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def loss(
         self,
         id_BS: Tensor,
@@ -205,7 +209,7 @@ class LM(nn.Module):
         at = (start, id_BS.shape[1], x_BSD.dtype, places)
         angles = self.rope(*at)
         local = angles if self.local_rope is None else self.local_rope(*at)
-        call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
