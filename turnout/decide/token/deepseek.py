@@ -1,7 +1,7 @@
 """Group-limited top-k: the routers of DeepSeek-V2 and V3."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ from turnout.decide.token.gate import Priority, check, largest, limit, linear, s
 from turnout.decide.token.loss_free import in_fp32, nudge, refuse_evaluation
 from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["GroupLimited"]
 
 
-class GroupLimited(nn.Module):
+class GroupLimited(Called):
     """Each token takes the k experts with the highest biased score, from a few groups of experts only.
 
     s = sigmoid(W x) or softmax(W x); c = s + b; the ``top_groups`` groups with the highest group score stay, all others
@@ -108,9 +109,6 @@ class GroupLimited(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _limited(self, biased_TE: Tensor) -> Tensor:
         """The biased scores, -inf outside the groups that each token may choose from."""

@@ -1,7 +1,7 @@
 """Loss-free balancing: a bias on the scores, moved by the observed load, decides who is chosen but not by how much."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["LossFree", "nudge"]
 
@@ -64,7 +65,7 @@ def in_fp32(before_E: Tensor, after_E: Tensor) -> Tensor:
     return after_E.float() if before_E.is_meta else before_E.to(after_E.device)
 
 
-class LossFree(nn.Module):
+class LossFree(Called):
     """Each token takes the k experts with the highest biased score; the weights are the scores without the bias.
 
     s = sigmoid(W x) or softmax(W x); chosen = the k largest of s_e + b_e; g_e = s_e for those. After every optimizer
@@ -148,9 +149,6 @@ class LossFree(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def after_step(self, load_E: Tensor) -> None:
         """Moves the bias by one step; the training loop calls it once per optimizer step.
