@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The storeys, from the ground up. A file imports from its own room and from lower storeys; only the rooms of the
 # ground floor, the nouns and what they stand on, may import each other.
 STOREYS = (
-    ("moved", "errors", "reading", "storage", "fields", "expects", "wrappers", "types"),
+    ("moved", "errors", "reading", "storage", "hub", "fields", "expects", "wrappers", "types"),
     ("solve",),
     ("decide", "run", "measure"),
     ("paths", "show"),
@@ -126,7 +126,9 @@ def locate(name: str, module: Module, modules: Mapping[str, Module]) -> tuple[Mo
             name = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
         elif node is not None:
             return module, node
-        if inner := modules.get(f"{source}.{name}"):
+        inner, package = modules.get(f"{source}.{name}"), modules.get(source)
+        # A package whose __init__ binds a name means that, not the file beside it that is called the same.
+        if inner and not (package and package is not module and name in bindings(package)):
             return inner, inner.tree
         if source not in modules:
             break
