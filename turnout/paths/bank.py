@@ -1,6 +1,6 @@
 """Feed-forward paths: a bank of experts with stacked weights, and the dense one that is always on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from turnout.paths.layout import align_fused_optimizers
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
+from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
 
 __all__ = ["Bank", "FeedForward"]
@@ -22,7 +23,7 @@ def _check(where: str, activation: str, **sizes: int) -> None:
     activate(torch.empty(0, 2), activation)
 
 
-class Bank(nn.Module):
+class Bank(Called):
     """E feed-forward experts of the same shape, with their weights stacked.
 
     Expert e maps x to act(x @ up_EDH[e] + up_bias[e]) @ down_EFD[e] + down_bias[e]; with a gated activation the up
@@ -104,9 +105,6 @@ class Bank(nn.Module):
         """
         return execute(x_TD, routing, self.weights(), backend=backend)
 
-    if TYPE_CHECKING:
-        __call__ = forward
-
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor) -> Tensor:
         """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``."""
         return merged(x_TD, routing, self.weights(), sequence_T)
@@ -126,7 +124,7 @@ class Bank(nn.Module):
         return f"{self.num_experts}, width={self.width}, hidden={self.hidden}, activation={self.activation!r}"
 
 
-class FeedForward(nn.Module):
+class FeedForward(Called):
     """The dense feed-forward layer: x -> act(x @ up + up_bias) @ down + down_bias. Also the shared expert.
 
     Args:
@@ -179,9 +177,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) from (..., D)."""
         return linear(activate(linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""
