@@ -41,7 +41,8 @@ def stragglers(
         loss: takes a model, gives a scalar with gradients, on data of the fine-tuning; the same every time.
         positions: where on the line, 0 for the first and 1 for the second.
         factor: how much sharper, at least 1.
-        radius, steps: of ``sharpness``.
+        radius: of ``sharpness``, as ``steps``.
+        steps: of ``sharpness``.
 
     Returns:
         ``stragglers``, sharpest first; ``by_layer``, the means; and of each position the loss, and sharpness.
