@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The storeys, from the ground up. A file imports from its own room and from lower storeys; only the rooms of the
 # ground floor, the nouns and what they stand on, may import each other.
 STOREYS = (
-    ("moved", "errors", "reading", "storage", "fields", "expects", "wrappers", "types"),
+    ("moved", "errors", "reading", "storage", "hub", "fields", "expects", "wrappers", "types"),
     ("solve",),
     ("decide", "run", "measure"),
     ("paths", "show"),

@@ -18,7 +18,9 @@ HELP = "bits per byte and load balance of a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout eval`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="an output folder of turnout train, a model's folder, or org/name"
+    )
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="text to measure on")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N tokens")
     parser.add_argument("--trace", metavar="DIR", help="also record a Trace of all routings here")
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
-    check_there("RUN", [arguments.run_folder], "turnout eval")
+    check_there("RUN", [arguments.run_folder], "turnout eval", hub=True)
     check_data(arguments.data, "turnout eval")
     from turnout.recipes.inspect import evaluate_run
     from turnout.recipes.run import named_domains

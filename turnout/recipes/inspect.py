@@ -138,9 +138,10 @@ def evaluate_run(
 
     Source: none; ``measure_model``, with the file reading around it.
     """
-    folder = Path(folder)
-    if (folder / "config.json").is_file():  # a model by itself, no run
+    # A model by itself, no run; what is on the hub is one.
+    if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
         return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+    folder = Path(folder)
     run, model = load_run(folder)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:

@@ -6,8 +6,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token.correction import in_fp32, refuse_evaluation
 from turnout.decide.token.gate import check, draw, largest, linear, softmax
-from turnout.decide.token.loss_free import in_fp32, refuse_evaluation
 from turnout.errors import UsageError, word
 from turnout.types import Routing
 
