@@ -60,8 +60,7 @@ def stragglers(
     ['2']
 
     Source: Abdollahpoorrostam, 2024, "In Search of the Successful Interpolation: On the Role of Sharpness in CLIP
-    Generalization", the idea. Its code is not published: sharpness as in ``turnout.measure.sharpness``, one layer at a
-    time, and the rule that makes a straggler, are ours.
+    Generalization", the idea. No code is published: sharpness by layer, and what makes a straggler, are ours.
     """
     matched([first, second], _WHERE)
     if not factor >= 1 or not positions:
