@@ -76,10 +76,11 @@ class Block(nn.Module):
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
         x_BSD = self._add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
-        if isinstance(unwrapped(self.ff), FeedForward):
-            return self._add(x_BSD, self.ff(normed_BSD), self.ff_out_norm), None
+        ff: Any = self.ff  # or what wraps it
+        if isinstance(unwrapped(ff), FeedForward):
+            return self._add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
-        routed = self.ff(normed_BSD, **call, real=None if places is None else places.real_BS)
+        routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
         return self._add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 
     def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: RMSNorm | None) -> Tensor:

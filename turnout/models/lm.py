@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,9 @@ class LM(nn.Module):
             logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(logits_BSV, routings, hidden_BSD)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def loss(
         self,
         id_BS: Tensor,
@@ -196,7 +200,7 @@ class LM(nn.Module):
             got = f"{start} positions and {id_BS.shape[1]} more"
             raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
         angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
-        call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []

@@ -1,6 +1,6 @@
 """Feed-forward paths: a bank of experts with stacked weights, and the dense one that is always on."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,9 @@ class Bank(nn.Module):
         """
         return execute(x_TD, routing, self.weights(), backend=backend)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor) -> Tensor:
         """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``."""
         return merged(x_TD, routing, self.weights(), sequence_T)
@@ -176,6 +179,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) from (..., D)."""
         return linear(activate(linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""
