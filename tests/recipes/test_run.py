@@ -70,7 +70,7 @@ def test_run_json_there_and_back(name, tmp_path):
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
         ('mla={"kv_rank": 8}', UsageError, "add rope_dim, nope_dim, v_dim"),
         ("lr=Infinity", UsageError, "finite"),
-        ("warmup=900", UsageError, "pass warmup=800"),
+        ("warmup=900", UsageError, "pass warmup=400"),
         ("seq=512", UsageError, "pass seq=256, or max_seq=512"),
         ("held_out=1", UsageError, "held_out=0.05"),
         ("held_out=0", UsageError, "held_out=0.05"),

@@ -8,6 +8,7 @@ from turnout.measure.report import quantity
 from turnout.show.adaptation import AdaptationData, adaptation_headline, adaptation_sections
 from turnout.show.conversion import ConversionData, conversion_headline, conversion_sections, most_experts
 from turnout.show.page import missing, table
+from turnout.show.stock import stock_loads
 
 __all__ = ["Other", "beside", "colours", "title_of"]
 
@@ -54,6 +55,7 @@ def _side_by_side(found: Sequence[ConversionData]) -> str:
         "FLOPs a token": [_moved(one, "flops") for one in found],
         "computes the same": [one.certificate.verdict if one.certificate else "no certificate" for one in found],
         "largest relative difference": [_apart(one) for one in found],
+        "transformers": [_stock(one) for one in found],
         "bits per byte on its held-out text": [_bits(one) for one in found],
     }
     head = "".join(f"<th>{escape(one.name)}</th>" for one in found)
@@ -74,6 +76,11 @@ def _moved(one: ConversionData, key: str, unit: str = "") -> str:
 def _apart(one: ConversionData) -> str:
     relative = one.certificate.logits.relative if one.certificate else None
     return "–" if one.certificate is None else "not finite" if relative is None else f"{relative:.3g}"
+
+
+def _stock(one: ConversionData) -> str:
+    found = one.record.get("stock")
+    return stock_loads(found) or ("not asked" if found is None else f"not checked: {', '.join(found['skipped'])}")
 
 
 def _bits(one: ConversionData) -> str:

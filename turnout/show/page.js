@@ -65,7 +65,8 @@
         mark.style.setProperty("--c", series.color);
         return make("div", {}, mark, series.name + " ", make("b", {}, point[1].toFixed(chart.digits)));
       });
-      return [make("div", { class: "small" }, short(at) + " tokens"), ...rows];
+      const where = chart.over === "tokens" ? short(at) : at.toFixed(2);
+      return [make("div", { class: "small" }, `${where} ${chart.over}`), ...rows];
     },
     load(chart, x, y) {
       const { frame } = chart;
@@ -109,10 +110,10 @@
     svg.addEventListener("pointerleave", leave);
   });
 
-  const passage = data.passage;
   const holder = document.querySelector(".passage");
-  if (!passage || !holder) return;
-  const tokens = [...holder.querySelectorAll(".t")];
+  if (!data.passages.length || !holder) return;
+  let passage = data.passages[0];
+  let tokens = [...holder.querySelectorAll(".t")];
   let layer = 0, focus = null, current = -1;
 
   function paint() {
@@ -166,6 +167,22 @@
     const box = tokens[index].getBoundingClientRect();
     point(index, box.left, box.bottom);
   });
+  // The first passage is in the page; another one takes its place when it is chosen.
+  function turn(index) {
+    passage = data.passages[index];
+    current = -1;
+    tokens = passage.tokens.map((text) => make("span", { class: "t" }, text));
+    holder.replaceChildren(...tokens);
+    holder.scrollTop = 0;
+    document.getElementById("origin").textContent = passage.title;
+    document.getElementById("count").textContent = `${tokens.length} tokens`;
+    const seen = {};
+    for (const [expert] of passage.routes.flat(2)) seen[expert] = (seen[expert] || 0) + 1;
+    document.querySelectorAll("[data-expert]").forEach((chip) => {
+      const expert = Number(chip.dataset.expert);
+      chip.title = `expert ${expert}: ${seen[expert] || 0} entries in this passage`;
+    });
+  }
   function choose(name, pick) {
     const buttons = [...document.querySelectorAll(`[data-${name}]`)];
     buttons.forEach((button) => button.addEventListener("click", () => {
@@ -176,6 +193,7 @@
       paint();
     }));
   }
+  choose("passage", turn);
   choose("layer", (value) => { layer = value; });
   choose("expert", (value) => { focus = value; });
   const select = document.getElementById("layer");
