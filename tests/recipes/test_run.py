@@ -129,7 +129,7 @@ def test_a_short_name_of_several_fields_means_the_models_own() -> None:
         (["train.steps=8000"], 800),
         (["steps=3"], 1),
         (["steps=60", "warmup=20"], 20),
-        (["width=8"], 80),
+        (["width=8"], 40),
     ],
 )
 def test_warm_up_keeps_its_share_unless_it_is_set(assignments, warmup) -> None:

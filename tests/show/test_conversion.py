@@ -164,13 +164,26 @@ def test_conversions_and_adapters_stand_beside_each_other_and_beside_runs() -> N
     chosen = AdaptationData("routed", ADAPTED)
     both = report_html(ReportData("two", []), others=[one, other])
     assert "Conversions side by side" in both and both.count("Does it compute the same?") == 2
-    assert "2 models made of others" in both and "2.500 → 2.625" in both and "not ranked" in both
+    assert re.search(r"<h1>small has \d+ % fewer parameters against big; ", both)
+    assert "2.500 → 2.625" in both and "not ranked" in both, "neither says which text it was given"
     assert HOSTILE not in both and "Nothing has been measured yet" not in both
     run = RunData("x", result={"bits_per_byte": 2.0}, texts=("a",))
     mixed = report_html(ReportData("mixed", [run]), others=[one, chosen])
     assert "x needs 2.000 bits per byte on held-out text; beside it 2 models made of others" in mixed
     assert "big → small" in mixed and "base → routed" in mixed and HOSTILE not in mixed
     assert "–</td><td>–" not in mixed.split("Conversions side by side")[0].split("big → small")[0]
+
+
+def test_conversions_of_one_model_on_one_text_may_be_compared() -> None:
+    text = {"source": "/text", "tokens": 10}
+    whole = data()
+    one = dataclasses.replace(whole, record={**whole.record, "calibration": text, "seq": 64})
+    page = report_html(ReportData("two", []), others=[one, dataclasses.replace(one, name="other")])
+    assert "measured on the same text: lower bits per byte are better" in page and "not ranked" not in page
+    assert "FLOPs a token, 64 of context" in page
+    for change in ({"source": "/other"}, {"calibration": {"source": "/b", "tokens": 10}}, {"held_out": None}):
+        other = dataclasses.replace(one, record={**one.record, **change})
+        assert "not ranked" in report_html(ReportData("two", []), others=[one, other])
 
 
 def test_a_loss_that_is_not_finite_is_no_win() -> None:

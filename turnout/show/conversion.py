@@ -130,10 +130,16 @@ def conversion_headline(data: ConversionData) -> str:
     return "; ".join(part for part in (_result(data), stock_loads(data.record.get("stock"))) if part)
 
 
-def _result(data: ConversionData) -> str:
+def conversion_size(data: ConversionData) -> str:
+    """How many parameters are left, or came about, against the input."""
     ratio = data.rows[-1]["params"] / max(1, data.rows[0]["params"])
-    size = f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"
-    size = f"{100 * (1 - ratio):.0f} % fewer parameters" if ratio < 0.995 else size
+    if ratio < 0.995:
+        return f"{100 * (1 - ratio):.0f} % fewer parameters"
+    return f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"
+
+
+def _result(data: ConversionData) -> str:
+    size = conversion_size(data)
     verdict = data.certificate.verdict if data.certificate else ""
     if verdict == "bit-equal":
         return f"{data.name} computes what {data.source} does, to the bit, with {size}"
@@ -145,6 +151,12 @@ def _result(data: ConversionData) -> str:
         before, after = (data.held_out[when]["bits_per_byte"] for when in ("before", "after"))
         return f"{data.name} has {size}, and needs {after:.3f} bits per byte where {data.source} needs {before:.3f}"
     return f"{data.name} has {size}, and computes something else than {data.source}"
+
+
+def flops_label(data: ConversionData) -> str:
+    """The name of that number; a record of before this does not say how much context it is for."""
+    seq = data.record.get("seq")
+    return f"FLOPs a token, {seq} of context" if seq else "FLOPs a token"
 
 
 def _facts(data: ConversionData) -> str:
@@ -161,7 +173,7 @@ def _sizes(data: ConversionData) -> str:
         ("parameters", "params", ""),
         ("active parameters", "params_active", ""),
         ("memory of weights", "memory_bytes", "B"),
-        ("FLOPs a token", "flops", ""),
+        (flops_label(data), "flops", ""),
     ]
     first, last = data.rows[0], data.rows[-1]
     bars = [

@@ -16,6 +16,7 @@ _RECORD: dict[str, Any] = {
     "hardware": dict | None,
     "command": str | None,
     "stock": dict | None,
+    "seq": int | None,
 }
 _ROW: dict[str, Any] = {"name": str, "config": dict, "params": int, "params_active": int, "memory_bytes": int}
 _ROW["flops"] = float

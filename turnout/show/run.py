@@ -9,7 +9,7 @@ from turnout.measure.ranking import unranked
 from turnout.measure.report import duration, quantity, result_lines
 from turnout.measure.runs import ReportData, RunData
 from turnout.show import palette
-from turnout.show.beside import Other, beside, colours, title_of
+from turnout.show.beside import Other, beside, beside_headline, colours, title_of
 from turnout.show.charts import Drawing, tracks
 from turnout.show.headline import at_equal_time, headline
 from turnout.show.page import dot, flat, fold, frame, missing, table
@@ -72,7 +72,8 @@ def _head(data: ReportData, ornament: str, others: Sequence[Other]) -> str:
     facts, said = [], [headline(data.runs)] if data.runs or not others else []
     if others:
         count = f"{len(others)} model{'s' if len(others) > 1 else ''} made of others"
-        said.append(count if not data.runs else f"beside {'it' if len(data.runs) == 1 else 'them'} {count}")
+        beside_runs = f"beside {'it' if len(data.runs) == 1 else 'them'} {count}"
+        said.append(beside_runs if data.runs else beside_headline(others))
     for n, run in enumerate(data.runs):
         parts = [f"{run.bits_per_byte:.3f} bits per byte"] if run.bits_per_byte is not None else []
         parts += [f"{quantity(run.cost.flops)} FLOPs a token"] if run.cost.flops else []
