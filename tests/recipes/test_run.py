@@ -70,7 +70,7 @@ def test_run_json_there_and_back(name, tmp_path):
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
         ('mla={"kv_rank": 8}', UsageError, "add rope_dim, nope_dim, v_dim"),
         ("lr=Infinity", UsageError, "finite"),
-        ("warmup=900", UsageError, "pass warmup=400"),
+        ("warmup=900", UsageError, "pass warmup=800"),
         ("seq=512", UsageError, "pass seq=256, or max_seq=512"),
         ("held_out=1", UsageError, "held_out=0.05"),
         ("held_out=0", UsageError, "held_out=0.05"),
@@ -129,7 +129,7 @@ def test_a_short_name_of_several_fields_means_the_models_own() -> None:
         (["train.steps=8000"], 800),
         (["steps=3"], 1),
         (["steps=60", "warmup=20"], 20),
-        (["width=8"], 40),
+        (["width=8"], 80),
     ],
 )
 def test_warm_up_keeps_its_share_unless_it_is_set(assignments, warmup) -> None:

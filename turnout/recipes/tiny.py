@@ -12,20 +12,20 @@ _EXPERTS, _TOP_K, _EXPERT_HIDDEN = 8, 2, 128
 
 def _train() -> TrainConfig:
     return TrainConfig(
-        steps=400,
-        batch=16,
+        steps=800,
+        batch=8,
         seq=_SEQ,
         lr=4e-3,
         min_lr=4e-4,
-        warmup=40,
+        warmup=80,
         schedule="cosine",
         weight_decay=0.1,
         clip=1.0,
         aux_weight=0.01 * _LAYERS,  # Switch adds 0.01 of every layer's; the loop averages over the layers
         z_weight=0.001,
-        eval_every=50,
+        eval_every=100,
         eval_tokens=32_768,
-        checkpoint_every=100,
+        checkpoint_every=200,
     )
 
 

@@ -43,14 +43,17 @@
     lines(chart, x, y, marks) {
       const { frame } = chart;
       const wanted = frame.x[0] + ((x - frame.left) / frame.width) * (frame.x[1] - frame.x[0]);
-      const longest = chart.series.reduce((a, b) => (b.points.length > a.points.length ? b : a));
+      const end = ({ points }) => points[points.length - 1][0];
+      const longest = chart.series.reduce((a, b) => (end(b) > end(a) ? b : a));
       const at = nearest(longest.points, wanted)[0];
       const left = frame.left + ((at - frame.x[0]) / (frame.x[1] - frame.x[0])) * frame.width;
       const cross = document.createElementNS(SVG, "path");
       cross.setAttribute("class", "cross");
       cross.setAttribute("d", `M${left} ${frame.top}V${frame.top + frame.height}`);
       marks.append(cross);
-      const rows = chart.series.map((series) => {
+      // A run that had ended by then says nothing there.
+      const going = chart.series.filter((series) => at <= end(series) * 1.01);
+      const rows = going.map((series) => {
         const point = nearest(series.points, at);
         const up = (point[1] - frame.y[0]) / (frame.y[1] - frame.y[0]);
         if (up <= 1) {
