@@ -1,7 +1,6 @@
 """Execute a Run: prepare its text, train, measure, and leave a folder that explains itself."""
 
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
@@ -9,12 +8,15 @@ from pathlib import Path
 
 from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
+from turnout.measure.memory import forget_peak
 from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
-from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
+from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
-from turnout.storage import write_whole
+from turnout.show.headline import at_equal_time, headline
+from turnout.train.allocator import return_freed_memory
+from turnout.train.config import TrainResult
 from turnout.train.data import TokenSet, prepare, python_text
 from turnout.train.folder import read_run_json, refuse_foreign, refuse_missing_run, refuse_other_run
 from turnout.train.loop import train
@@ -39,6 +41,10 @@ class Done:
     def table(self) -> str:
         """The results as a plain text table, one column per run."""
         return results_table(self.runs)
+
+    def said(self) -> str:
+        """The result in words: who needs fewer bits, what it took, and where both stood after the same time."""
+        return "\n".join(filter(None, (f"{headline(self.runs)}.", at_equal_time(self.runs))))
 
     def rows(self) -> list[dict[str, object]]:
         """The results as plain JSON values, one dict per run."""
@@ -106,7 +112,9 @@ def execute(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
     }
-    train(
+    return_freed_memory()
+    forget_peak()  # of preparing the text, and of another run in this process
+    trained = train(
         model,
         tokens,
         run.train,
@@ -116,7 +124,7 @@ def execute(
         tensorboard=tensorboard,
         quiet=quiet,
     )
-    return finish(run, model, tokens, out)
+    return finish(run, model, tokens, out, trained)
 
 
 def unexportable(run: Run) -> str:
@@ -172,16 +180,15 @@ def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
         raise
 
 
-def finish(run: Run, model: LM, tokens: TokenSet, out: Path) -> Done:
-    """Measures a trained model on all held-out text and writes model/, trace/, result.json and report.html."""
+def finish(run: Run, model: LM, tokens: TokenSet, out: Path, trained: TrainResult) -> Done:
+    """Measures a trained model on all held-out text; writes model/, trace/, result.json, routes.json, report.html."""
     checkpoint.save(out / "model", model)
     tokens.tokenizer.save(str(out / "model" / "tokenizer.json"))
     trace = out / "trace" if model.routers else None
     if trace is not None and trace.exists():
         shutil.rmtree(trace)  # of the same run, finished before
     found = measure_model(model, tokens, seq=run.train.seq, trace=trace)
-    result = result_json(model, tokens, found, seq=run.train.seq)
-    write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_result(out, model, tokens, found, trained, seq=run.train.seq)
     data = read_run(out)
     report = write_report([out], out / "report.html")
     return Done((out,), (data,), report)
