@@ -36,12 +36,16 @@ class _Map:
 
 
 def _maps(lm: LM) -> Iterator[_Map]:
-    """The linear maps of attention and of dense feed-forward layers, also shared experts; no router, no output layer."""
+    """The linear maps of attention; of a model without experts those of its feed-forward layers too.
+
+    Beside experts a folder's gate_proj is told from theirs by its place alone, and PEFT (0.21) takes it for theirs.
+    """
+    dense = lm.config.moe is None
     owners = {id(m.qkv): m.sizes for m in lm.modules() if isinstance(m, Attention)}
     for name, module in lm.blocks.named_modules(prefix="blocks"):
         if isinstance(module, Projection):
             yield _Map(name, module.weight, module, "added", owners.get(id(module), tuple(module.weight.shape[:1])))
-        elif isinstance(module, FeedForward):
+        elif dense and isinstance(module, FeedForward):
             wide = module.up.shape[0]
             gated = module.activation in GATED
             yield _Map(f"{name}.up", module.up, module, "up_added", (wide // 2, wide // 2) if gated else (wide,))
@@ -50,10 +54,11 @@ def _maps(lm: LM) -> Iterator[_Map]:
 
 @expects(lm=LM)
 def add_low_rank(lm: LM, *, rank: int, alpha: float | None = None, seed: int = 0) -> tuple[LM, Report]:
-    """The same model with an adapter of low rank on each linear map of attention and of dense feed-forward layers.
+    """The same model with an adapter of low rank on each linear map of attention, and of its feed-forward layers.
 
     Each of what a folder of transformers has as a map of its own (q_proj, k_proj, gate_proj...) gets its own pair.
-    Experts, routers, embeddings and the output layer get none. At first nothing is added. Changed in place.
+    Embeddings and the output layer get none, and in a model with experts no feed-forward layer and no router does. At
+    first nothing is added. Changed in place.
 
     Args:
         lm: the model.
