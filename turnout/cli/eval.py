@@ -19,7 +19,9 @@ HELP = "bits per byte and load balance of a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout eval`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="an output folder of turnout train, a model's folder, or org/name"
+    )
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="text to measure on")
     parser.add_argument(
         "--like", metavar="RUN", help="measure on the held-out documents of this run, as it is measured"
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
-    check_there("RUN", [arguments.run_folder], "turnout eval")
+    check_there("RUN", [arguments.run_folder], "turnout eval", hub=True)
     check_there("--like", [arguments.like], "turnout eval")
     check_data(arguments.data, "turnout eval")
     from turnout.recipes.inspect import evaluate_run

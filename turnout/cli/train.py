@@ -128,7 +128,7 @@ def _check_start(arguments: argparse.Namespace) -> None:
             fix = "leave --from out: a resumed run knows what it began with" if flag == "--resume" else "leave it out"
             got, allowed = f"{flag} beside it", "begin a run by itself"
             raise UsageError(word("--from", got=got, allowed=allowed, where="turnout train", fix=fix))
-    check_there("--from", [arguments.start], "turnout train")
+    check_there("--from", [arguments.start], "turnout train", hub=True)
 
 
 def _recipe(arguments: argparse.Namespace) -> "Run":

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,9 @@ class Adapter(nn.Module):
                 word("what is added to", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix)
             )
         return y + added_TO.view(y.shape).to(y.dtype)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def decide(self, x: Tensor) -> tuple[Routing, Given | None]:
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer of a transformer: routed experts, and shared ones that are always on."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,9 @@ class MoE(nn.Module):
         if self.shared_gate is not None:
             always = always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
         return Routed(y + always.to(y.dtype), routing)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

@@ -1,6 +1,6 @@
 """A layer whose output is scaled and shifted by what each instance takes from a pool; and the model that asks first."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class Scaled(nn.Module):
         y_TD, found = y.reshape(-1, y.shape[-1]), about(y)
         return self.paths.merged(y_TD, self.router(y_TD, given=found), found.sequence_T).view(y.shape)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class Asking(nn.Module):
     """A model whose routers read a query: what a frozen network sees in the same input.
@@ -84,6 +87,9 @@ class Asking(nn.Module):
         query_BQ = self.ask(*inputs, **named)
         with given(query_BQ=query_BQ, batch=len(query_BQ)):
             return self.model(*inputs, **named)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def match(self, *inputs: Any, **named: Any) -> Tensor:
         """How near the queries of these inputs are to the keys they choose, a scalar; training adds 1 - match."""

@@ -1,6 +1,6 @@
 """A linear map whose adapter is put together from shards that other maps have too."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -69,3 +69,6 @@ class Sharded(nn.Module):
         y = self.base(x)
         added = self.paths(x.to(self.paths.down.dtype), self.number)
         return y + added.to(y.dtype)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,6 +1,7 @@
 """The central class: paths, a policy that chooses among them, and a backend that runs the choice."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,9 @@ class Turnout(nn.Module):
             return Routed(y_TD.view(x.shape), routing)
         routing = decide(self.policy, x, token_id, generator, real)
         return Routed(self.paths(x_TD, routing, backend=self.backend).view(x.shape), routing)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

@@ -1,6 +1,7 @@
 """Whole networks as experts: a gate on the features of a frozen one says which of them answers an example."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ class Jets(nn.Module):
                 start += load
         y_RO = torch.cat(parts)
         return y_RO.new_zeros(len(x), y_RO.shape[1]).index_add(0, routing.token_R, y_RO)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -134,14 +135,17 @@ class LM(nn.Module):
         Raises:
             ShapeError: not (B, S), longer than ``config.max_seq``, another B than the cache's, or a mask of another
                 shape.
-            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients, or an
-                unknown backend.
+            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
+                keys no longer hold (longrope), or an unknown backend.
         """
         hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(logits_BSV, routings, hidden_BSD)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def loss(
         self,
@@ -188,8 +192,15 @@ class LM(nn.Module):
         x_BSD = nn.functional.embedding(id_BS, self.embedding)
         if self.config.embedding_scale != 1:
             x_BSD = x_BSD * self.config.embedding_scale
+        if self.rope.changes(start, id_BS.shape[1], places):
+            allowed = (
+                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
+            )
+            fix = "start a new Cache with all the tokens, as LM.generate does"
+            got = f"{start} positions and {id_BS.shape[1]} more"
+            raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
         angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
-        call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
@@ -273,14 +284,16 @@ class LM(nn.Module):
             raise UsageError(
                 word("tokens, temperature and top_k", got=got, allowed=allowed, where="LM.generate", fix=fix)
             )
-        was_training, cache, new_BS = self.training, Cache(), id_BS
+        was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
         self._check(id_BS, tokens)
         _refuse_padding_after(_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                mask = attention_mask if cache.length == 0 else None
-                logits_BV = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1]
+                if self.rope.changes(cache.length, new_BS.shape[1], _places(new_BS, None, cache)):
+                    mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
+                    cache, new_BS = Cache(), id_BS
+                logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
                 new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
                 id_BS = torch.cat((id_BS, new_BS), dim=1)
         finally:

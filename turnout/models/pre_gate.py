@@ -1,5 +1,7 @@
 """The pre-gating router: one small decoder over the tokens, which routes all layers before any of them runs."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +101,9 @@ class PreGate(nn.Module):
             return self._chosen(logit_TE)
         real_T = places.real_BS.flatten()
         return spread(self._chosen(logit_TE[real_T]), real_T)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _chosen(self, logit_TE: Tensor) -> Routing:
         score_TE = softmax(logit_TE)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -98,3 +98,6 @@ class SentenceEncoder(nn.Module):
             mean_BQ = (hidden_BSQ * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
             rows.append(nn.functional.normalize(mean_BQ, dim=1))
         return torch.cat(rows)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,6 +1,6 @@
 """Feed-forward paths: a bank of experts with stacked weights, and the dense one that is always on."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,9 @@ class Bank(nn.Module):
         """
         return execute(x_TD, routing, self.weights(), backend=backend)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor) -> Tensor:
         """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``."""
         return merged(x_TD, routing, self.weights(), sequence_T)
@@ -184,6 +187,9 @@ class FeedForward(nn.Module):
         hidden = activate(wide, self.activation)
         y = linear(hidden, self.down, self.down_bias)
         return y if self.down_added is None else y + self.down_added(hidden)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""

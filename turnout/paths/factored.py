@@ -1,5 +1,7 @@
 """A bank of experts with factored matrices: low-rank plus some rows, a factor shared by several experts."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +133,9 @@ class FactoredBank(nn.Module):
         if backend not in ("auto", "factored", "reference"):
             raise nearest(backend, ("auto", "factored", "reference"), kind="backend", where=_WHERE)
         return (factored_reference if backend == "reference" else factored)(x_TD, routing, self.weights())
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def cost(self, tokens: int, entries: float) -> Cost:
         """What a forward pass over ``tokens`` tokens with ``entries`` routed entries takes (products only).

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ class LoRA(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, O) the weighted sum of each token's adapters."""
         return low_rank(x_TD, routing, self.weights())
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor, *, parts: int = 1) -> Tensor:
         """(T, O) each token through the average of the adapters that its sequence takes; see ``low_rank_merged``."""

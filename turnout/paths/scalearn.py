@@ -1,6 +1,7 @@
 """ScaLearn: all adapters at once, each output of each scaled by a learned number, with no constraint on their sum."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,9 @@ class ScaLearn(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Every token takes every adapter, whole; what scales them is in ``fold``."""
         return Routing.from_dense(x_TD.new_ones((len(x_TD), self.num_experts), dtype=torch.float32))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def fold(self, weights: LowRankWeights, *, generator: torch.Generator | None = None) -> LowRankWeights:
         """The factors with omega in those that lead out; ``generator`` draws what is dropped in training.

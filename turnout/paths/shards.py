@@ -1,5 +1,7 @@
 """MoS: the low-rank adapters of many layers, put together from the shards of two pools that they share."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -126,6 +128,9 @@ class Shards(nn.Module):
         """(T, O) what map m's adapter adds."""
         weights = self.weights(m)
         return ((x_TD @ weights.down_RD.t()) * weights.scale_N[0]) @ weights.up_RO
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def cost(self) -> Cost:
         """What the pools hold, and what a token costs at one map: two products of rank r."""

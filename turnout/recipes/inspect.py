@@ -142,14 +142,15 @@ def evaluate_run(
 
     Source: none; ``measure_model``, with the file reading around it.
     """
-    folder = Path(folder)
     if like is not None:
         if domains:
             fix, allowed = "leave one of them out", "be by itself: it says which text"
             raise UsageError(word("--like", got="--data beside it", allowed=allowed, where="turnout eval", fix=fix))
         return _evaluate_like(folder, Path(like), limit=limit, trace=trace, token_ids=token_ids)
-    if (folder / "config.json").is_file():  # a model by itself, no run
+    # A model by itself, no run; what is on the hub is one.
+    if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
         return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+    folder = Path(folder)
     run, model = load_run(folder)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
@@ -161,7 +162,7 @@ def evaluate_run(
     return _evaluation(f"{run.recipe} in {folder}", folder, found)
 
 
-def _evaluate_like(folder: Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool) -> Report:
+def _evaluate_like(folder: str | Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool) -> Report:
     """A model measured as a run is, so that the numbers can be told apart by the models alone."""
     run, tokens = Run.open(like), _own_tokens(like)
     place = find_tokenizer(model_folder(folder, where="turnout eval"), where="turnout eval --like")
@@ -177,7 +178,7 @@ def _evaluate_like(folder: Path, like: Path, *, limit: int | None, trace: Any, t
     return _evaluation(f"the model in {folder}, as {like} is measured", folder, found)
 
 
-def _evaluation(title: str, folder: Path, found: Evaluation) -> Report:
+def _evaluation(title: str, folder: str | Path, found: Evaluation) -> Report:
     values: dict = {"bits_per_byte": found.bits_per_byte}
     values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
     values |= {"tokens": found.tokens, "bytes": found.bytes}

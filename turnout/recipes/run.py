@@ -72,7 +72,7 @@ class Start:
     """The model that a run goes on from; ``turnout.recipes.tune`` fills it in.
 
     Args:
-        path: its folder, absolute: of transformers, or of turnout's own.
+        path: its folder, absolute: of transformers, or of turnout's own; or its name and commit on the hub.
         weights: SHA-256 over its configuration and its weights.
         tokenizer: SHA-256 of its tokenizer.json.
 

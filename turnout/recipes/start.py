@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
+from turnout.hub import located
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint import write_adapter
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
@@ -32,7 +33,8 @@ def look(path: str | Path) -> Start:
     """What a run records of the model in a folder; all of it is read once, for the digest, and no weight is kept.
 
     Args:
-        path: a run's output folder, a folder of transformers, or one that ``checkpoint.save`` or a conversion wrote.
+        path: a run's output folder, a folder of transformers, one that ``checkpoint.save`` or a conversion wrote, or a
+            model of the hub.
 
     Raises:
         CheckpointError: there is no model.
@@ -55,7 +57,7 @@ def look(path: str | Path) -> Start:
         got = f"{place}, one that adds, drops or changes bytes of a test sentence, or cuts it by chance"
         allowed = "be byte-level and lossless, or bits per byte would be wrong,"
         raise DataError(word("its tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
-    return Start(str(Path(path).resolve()), _weights(folder), digest(place))
+    return Start(located(path, where=_WHERE).source, _weights(folder), digest(place))
 
 
 def _weights(folder: Path) -> str:
@@ -87,7 +89,7 @@ def begin(run: Run, out: Path, *, resume: str | None) -> LM:
         lm = LM(run.model, seed=run.train.seed)
     else:
         lm = _read(run, start, out)
-        _keep(Path(start.path), kept)
+        _keep(start.path, kept)
     lm.origin = kept if (kept / "config.json").is_file() else None
     if run.train.rank is not None:
         add_low_rank(lm, rank=run.train.rank, alpha=run.train.alpha, seed=derived_seed(run.train.seed, 1))
@@ -118,7 +120,7 @@ def _changed(start: Start, out: Path, problem: str) -> CheckpointError:
     return CheckpointError(word(start.path, got=problem, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _keep(path: Path, kept: Path) -> None:
+def _keep(path: str, kept: Path) -> None:
     """Copies the small files, the tokenizer as the last: the folder is whole when it is there."""
     folder = model_folder(path, where=_WHERE)
     shutil.rmtree(kept, ignore_errors=True)

@@ -29,7 +29,8 @@ def tune(path: str | Path, *, only: Literal["all", "router", "adapters"] = "all"
     trained. What is trained is kept in fp32, whatever the folder holds. Embeddings, norms and biases do not decay.
 
     Args:
-        path: a run's output folder, a folder of transformers, or one that ``checkpoint.save`` or a conversion wrote.
+        path: a run's output folder, a folder of transformers, one that ``checkpoint.save`` or a conversion wrote, or a
+            model of the hub, ``org/name``.
         only: what to train: "all", the "router" of each layer, or "adapters" of rank 8 on linear maps.
 
     Returns:

@@ -1,5 +1,7 @@
 """Arrow: a token takes the adapters that its activation points along. Nothing is trained."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,9 @@ class Arrow(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=softmax(logit_TE), logit_TE=logit_TE
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

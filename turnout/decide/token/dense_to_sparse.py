@@ -1,13 +1,13 @@
 """Dense to sparse: a gate that begins with all experts and, as its temperature falls, ends with a few."""
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token.correction import in_fp32, refuse_evaluation
 from turnout.decide.token.gate import check, draw, largest, linear, softmax
-from turnout.decide.token.loss_free import in_fp32, refuse_evaluation
 from turnout.errors import UsageError, word
 from turnout.types import Routing
 
@@ -127,6 +127,9 @@ class DenseToSparse(nn.Module):
             score_TE=gate_TE,
             logit_TE=logit_TE,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def after_step(self, load_E: Tensor) -> None:
         """Counts one step; the training loop calls it once per optimizer step. The load does not matter.

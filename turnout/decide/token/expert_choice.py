@@ -1,6 +1,7 @@
 """Expert choice: every expert picks its tokens, so that the load is even by construction."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,9 @@ class ExpertChoice(nn.Module):
             score_TE=score_TE,
             logit_TE=logit_TE,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

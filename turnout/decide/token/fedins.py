@@ -1,5 +1,7 @@
 """FedIns: an instance takes the members of a pool whose keys are nearest to what a frozen network sees in it."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,9 @@ class FedIns(nn.Module):
         index_BK = largest(near_BE, self.top_k)
         weight_BK = torch.full_like(near_BE[:, : self.top_k], 1 / self.top_k).detach()
         return Routing.from_topk(index_BK, weight_BK, num_experts=self.num_experts, logit_TE=near_BE)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def match(self, query_BQ: Tensor) -> Tensor:
         """The sum of a query's k similarities to the keys it chooses, the mean over queries; 1 - match is the loss."""

@@ -1,5 +1,7 @@
 """The gate of FedJETs: on features of a frozen network, which expert answers, and which experts a client trains."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,9 @@ class FedJETs(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=softmax(logit_TE), logit_TE=logit_TE
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     @torch.no_grad()
     def assign(self, x_TD: Tensor, keep: int) -> Tensor:
         """(keep,) int64, the experts with the largest mean g over a client's examples, in their own order.
@@ -94,8 +99,9 @@ class FedJETs(nn.Module):
             ShapeError: keep is not between 1 and the number of experts.
         """
         check("FedJETs.assign", self.width, self.num_experts, keep, None)
-        mean_E = self(x_TD).score_TE.mean(0)
-        return largest(mean_E.unsqueeze(0), keep)[0].sort()[0]
+        score_TE = self(x_TD).score_TE
+        assert score_TE is not None, "forward gives scores"
+        return largest(score_TE.mean(0).unsqueeze(0), keep)[0].sort()[0]
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

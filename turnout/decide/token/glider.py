@@ -1,6 +1,7 @@
 """Glider: PHATGOOSE's choice for each token, guided by what the whole sequence asks for."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,9 @@ class Glider(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def guidance(self, given: Given) -> Tensor:
         """(B, E) fp32, s * c_e: what each sequence's request adds to the logits of its tokens.

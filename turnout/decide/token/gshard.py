@@ -1,6 +1,7 @@
 """GShard: two experts a token, the second kept by chance in proportion to its weight."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,9 @@ class GShard(nn.Module):
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_TD.device))
         most = capacity(len(x_TD), self.num_experts, 2, self.capacity_factor)
         return routing.keep(place_R - routing.offset_E[routing.expert_R] < most)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -1,6 +1,7 @@
 """Hash: the token's id decides, and nothing is learned."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,9 @@ class Hash(nn.Module):
         weight_TK = torch.full(index_TK.shape, 1 / self.top_k, dtype=torch.float32, device=x_TD.device)
         routing = Routing.from_topk(index_TK, weight_TK, num_experts=self.num_experts)
         return limit(routing, self.top_k, self.capacity_factor, "position")
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _hash(self, id_T: Tensor) -> Tensor:
         """32 well-mixed bits of id and seed; seeds lie a golden section of 2^32 apart."""

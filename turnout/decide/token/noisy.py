@@ -1,5 +1,7 @@
 """Noisy top-k: learned, input-dependent noise on the logits while training."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +83,9 @@ class NoisyTopK(nn.Module):
             logit_TE=logit_TE,
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

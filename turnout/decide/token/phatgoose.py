@@ -1,6 +1,7 @@
 """PHATGOOSE: a token takes the adapters whose gate, trained for each adapter on its own, points the way it does."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,9 @@ class PHATGOOSE(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

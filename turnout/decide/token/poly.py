@@ -1,7 +1,7 @@
 """Poly and MHR: a table says how much of each adapter a task takes; with heads, how much of each part of it."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,9 @@ class Poly(nn.Module):
         routing = Routing.from_dense(weight_BSE.flatten(0, 1), mask_TE=torch.ones_like(weight_BSE.flatten(0, 1)).bool())
         logit_XE = logit_BSE.flatten(0, 1)
         return dataclasses.replace(routing, score_TE=_weights(logit_XE), logit_TE=logit_XE)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def weights(self, task: int) -> Tensor:
         """(S, E) what this task takes of each adapter, for each part, when nothing is drawn.

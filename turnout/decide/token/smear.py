@@ -1,6 +1,7 @@
 """SMEAR: no choice at all. Experts are averaged with the router's probabilities, and one merged expert runs."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,9 @@ class SMEAR(nn.Module):
             weight_BE = score_BE * kept_BE
             weight_BE = weight_BE / weight_BE.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         return dataclasses.replace(Routing.from_dense(weight_BE), score_TE=score_BE, logit_TE=logit_BE)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _query(self, given: Given) -> Tensor:
         query_BQ = given.need("query_BQ", _WHERE)

@@ -1,5 +1,7 @@
 """Switch: one expert a token, jitter on the input, the earliest tokens first."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +85,9 @@ class Switch(nn.Module):
             logit_TE=logit_TE,
         )
         return limit(routing, 1, self.capacity_factor, "position")
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

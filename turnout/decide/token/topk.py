@@ -1,5 +1,7 @@
 """Softmax over all experts, then the k largest: the router of Mixtral, OLMoE, Qwen-MoE and gpt-oss."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +94,9 @@ class TopK(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.measure.memory import free_memory
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
@@ -80,6 +81,9 @@ def save(path: str | Path, lm: nn.Module) -> None:
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 
+    Args:
+        path: the folder, or its name on the hub: see ``turnout.hub.located``.
+
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not of this model; the message names it.
         UsageError: there is no memory for it.
@@ -90,7 +94,7 @@ def load(path: str | Path) -> LM:
 
     Source: none; safetensors and json.
     """
-    path = Path(path)
+    path = located(path, where=_LOAD).folder
     config, dtype, sha256 = _described(path)
     size, free = (path / _WEIGHTS).stat().st_size, free_memory()
     if free is not None and size > free:

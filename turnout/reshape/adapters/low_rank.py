@@ -146,7 +146,11 @@ def low_rank_adapter(lm: LM, name: str, *, base: str | None = None, prefer: str 
     for one in _maps(lm):
         if one.added is None:
             continue
-        for part, (a, b) in zip(one.weight.detach().split(one.sizes), one.added.pairs(), strict=True):
+        whole, pairs = one.weight.detach(), one.added.pairs()
+        parts = list(zip(whole.split(one.sizes), pairs, strict=True))
+        if theirs.get(_place(whole), ("", None))[1] == whole.shape:  # one map there: a pair of blocks
+            parts = [(whole, (one.added.down, torch.block_diag(*(b for _, b in pairs))))]
+        for part, (a, b) in parts:
             key, shape = theirs.get(_place(part), ("", None))
             if shape != part.shape or not key.endswith(".weight"):
                 got, fix = f"{one.name}, which {family.architecture} stores otherwise", "fold it, with fold_low_rank"

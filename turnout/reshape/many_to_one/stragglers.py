@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from turnout.measure import layers_of, sharpness
 from turnout.reshape.many_to_one.interpolate import interpolate
 from turnout.reshape.many_to_one.match import blend, combine, matched, tensors
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["interpolate_sparse", "stragglers"]
 
@@ -86,8 +88,8 @@ def stragglers(
 
 @expects(first=nn.Module, second=nn.Module)
 def interpolate_sparse(
-    first: nn.Module, second: nn.Module, layers: Sequence[str], *, position: float = 0.5, keep: float = 0.2
-) -> tuple[nn.Module, Report]:
+    first: Model, second: Model, layers: Sequence[str], *, position: float = 0.5, keep: float = 0.2
+) -> tuple[Model, Report]:
     """The model at ``position`` on the line between two, the update of some layers thinned first.
 
     theta(alpha) = theta_0 + alpha (theta_1 - theta_0); of the layers named, only the ``keep`` share of the entries of
