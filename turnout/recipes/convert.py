@@ -352,7 +352,10 @@ def _record(
     tokens = plan.path / "tokens"
     kept = {name: old[name] for name in ("tokens_digest", "tokens_folder") if name in old}
     kept |= {"tokens_folder": str(tokens.resolve())} if tokens.is_dir() else {}
-    run = dataclasses.replace(Run.from_json_dict(old), model=plan.rows[-1].config)
+    run = Run.from_json_dict(old)
+    # What the run started from, and what of that was trained, says nothing of another model.
+    train = dataclasses.replace(run.train, only="all", rank=None, alpha=None)
+    run = dataclasses.replace(run, model=plan.rows[-1].config, train=train, start=None)
     return run.to_json_dict() | kept | {"conversion": conversion}
 
 
