@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = [
@@ -59,7 +60,7 @@ class LMOutput:
     hidden_BSD: Tensor
 
 
-class LM(nn.Module):
+class LM(Called):
     """A decoder language model: tokens in, scores of each next token out.
 
     x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). Norms can stand
@@ -151,9 +152,6 @@ class LM(nn.Module):
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
         return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def loss(
         self,
