@@ -51,7 +51,7 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "Qwen2MoeForCausalLM"),
     "qwen3": ({"head_dim": 8}, "Qwen3MoeForCausalLM"),
     "granite": ({"attention_multiplier": 0.3, "logits_scaling": 2.0}, "GraniteMoeForCausalLM"),
-    "phi3": ({"sliding_window": 6, "num_key_value_heads": 2}, "MixtralForCausalLM"),
+    "phi3": ({"sliding_window": 6}, "MixtralForCausalLM"),
 }
 # What no published architecture says with experts, and the reason that is given.
 ALONE: dict[str, tuple[dict[str, Any], str]] = {
