@@ -50,7 +50,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _NEEDS = {
     "gemma2": "logit soft-capping and norms after attention and feed-forward",
     "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
-    "phi3": "one tensor for queries, keys and values, and long RoPE",
     "jamba": "state-space layers",
     "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
 }

@@ -15,7 +15,7 @@ _WINDOWED = "sliding_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How an architecture names the tensors of its experts, below ``model.layers.N.``."""
+    """How an architecture names the tensors of its layers, below ``model.layers.N.``: those that differ."""
 
     routed: str = "mlp"
     router: str = "gate.weight"
@@ -27,6 +27,9 @@ class Names:
     fused: tuple[str, str] | None = None
     # Whether those are (E, in, out), with gates and values that alternate.
     alternating: bool = False
+    # One tensor for queries, keys and values, one for gates and values of a dense layer; None where each has its own.
+    qkv: str | None = None
+    gate_up: str | None = None
 
     @property
     def in_memory(self) -> "Names":
@@ -94,6 +97,10 @@ class Keys:
     def filled(self, name: str) -> Any:
         """The value of a key; null is as if it were missing."""
         return self._defaults.get(name) if self._given.get(name) is None else self._given[name]
+
+    def but(self, **changed: object) -> "Keys":
+        """The same with other values for these keys."""
+        return Keys({**self._given, **changed}, self._defaults)
 
     def number(self, name: str, default: float) -> float:
         """A number; where the key is missing the architecture's default, else ``default``. Null is none."""

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from turnout.reshape.adapters.shards import SHARDS_FILE, load_shards
 from turnout.reshape.adapters.trained import ROUTERS_FILE, load_routers
 from turnout.storage import read_error
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 
@@ -156,13 +158,13 @@ def _refuse_existing(path: Path, where: str) -> None:
 
 @expects(model=nn.Module, path=PATH)
 def attach_folder(
-    model: nn.Module,
+    model: Model,
     path: str | Path,
     *,
     any_base: bool = False,
     freeze: bool = True,
     router: Callable[[Site], nn.Module] | None = None,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The same model with what a folder has for it: adapters and their router, or shards; changed in place.
 
     Args:
