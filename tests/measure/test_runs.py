@@ -44,7 +44,7 @@ def test_a_whole_folder(tmp_path) -> None:
     assert (run.cost.params, run.cost.params_active, run.cost.flops) == (100, 60, 120.0)
     assert run.config == {"recipe": "tiny", "model": {"width": 8}}
     assert (run.command, run.hardware) == ("turnout train tiny", {"cpu": "x"})
-    assert run.passage == passage
+    assert run.passages == (passage,)
     assert run.notes == ()
 
 
@@ -77,7 +77,7 @@ def test_broken_parts_are_notes_and_do_not_stop_the_reading(tmp_path) -> None:
     (folder / "trace" / "trace.json").write_text("{}")
     run = read_run(folder)
     assert len(run.notes) == 2
-    assert run.passage is None
+    assert run.passages == ()
     (folder / "result.json").write_text("{")
     assert any("result.json" in note for note in read_run(folder).notes)
 
