@@ -88,6 +88,32 @@ def _dense(path: Path) -> None:
     checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, rope_scaling=scaling, max_seq=64)), path)
 
 
+def _dense_as(architecture: str, **fields: Any) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        torch.manual_seed(0)
+        lm = LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, max_seq=64, **fields))
+        checkpoint.to_hf(lm, path, architecture=f"{architecture}ForCausalLM")
+
+    return make
+
+
+_phi3 = _dense_as(
+    "Phi3",
+    rope_share=0.5,
+    window=8,
+    rope_scaling={
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 8.0],
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.2,
+    },
+)
+_smollm3 = _dense_as("SmolLM3", rope_layers=(0,), window=8, window_layers=(1,))
+_granite = _dense_as("Granite", embedding_scale=2.0, residual_scale=0.5, logit_divisor=3.0)
+_olmo2 = _dense_as("Olmo2", norm_place="after", qk_norm="full")
+
+
 def _read_hf(path: Path, out: Path) -> Any:
     checkpoint.peek(path)
     lm = checkpoint.from_hf(path)
@@ -278,6 +304,10 @@ SUBJECTS = {
     "mixtral": Subject(_mixtral, _read_hf),
     "deepseek": Subject(_deepseek, _read_hf),
     "llama": Subject(_dense, _read_hf),
+    "granite": Subject(_granite, _read_hf),
+    "smollm3": Subject(_smollm3, _read_hf),
+    "phi3": Subject(_phi3, _read_hf),
+    "olmo2": Subject(_olmo2, _read_hf),
     "adapter": Subject(_adapter, _read_adapter),
     "attached": Subject(_attached, _read_attached),
     "gates": Subject(_gates, _read_gates),

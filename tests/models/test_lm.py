@@ -25,6 +25,9 @@ VARIANTS = {
     "latent": LATENT,
     "latent queries": {**LATENT, "mla": dataclasses.replace(LATENT["mla"], q_rank=9, interleaved=False)},
     "half turned": {"rope_share": 0.5},
+    "norms after": {"norm_place": "after", "qk_norm": "full", "residual_scale": 0.5},
+    "norms on both sides": {"norm_place": "both", "moe": dataclasses.replace(ROUTED, layers=(1,))},
+    "a layer without rope": {"rope_layers": (1,), "window": 5, "window_layers": (0,)},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "moe": {"moe": ROUTED},
     "moe in one layer": {"moe": dataclasses.replace(ROUTED, layers=(1,), shared_hidden=12, shared_gate=True)},
@@ -185,6 +188,34 @@ def test_every_parameter_learns(name: str) -> None:
     assert len(out.routings) == len(lm.routers)
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+@torch.no_grad()
+def test_the_norms_stand_where_it_says(place: str) -> None:
+    lm, x_BSD = make("dense"), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    block = LM(dataclasses.replace(lm.config, norm_place=place, residual_scale=0.5), seed=1).blocks[0]
+    for norm in (module for name, module in block.named_modules() if name.endswith("norm")):
+        norm.weight.normal_(1, 0.3, generator=torch.Generator().manual_seed(norm.weight.numel()))
+    angles, want_BSD = lm.rope(0, 5, x_BSD.dtype), x_BSD
+    for part, first, last in (("attention", "attention_norm", "attention_out_norm"), ("ff", "ff_norm", "ff_out_norm")):
+        y_BSD = want_BSD if place == "after" else getattr(block, first)(want_BSD)
+        y_BSD = block.attention(y_BSD, angles, None) if part == "attention" else block.ff(y_BSD)
+        want_BSD = want_BSD + 0.5 * (y_BSD if place == "before" else getattr(block, last)(y_BSD))
+    assert (block.ff_norm is None, block.ff_out_norm is None) == (place == "after", place == "before")
+    got_BSD, _ = block(x_BSD, angles, None, token_id_BS=ids(1, 5), backend="auto", generator=None)
+    torch.testing.assert_close(got_BSD, want_BSD, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_layer_without_rope_knows_no_order() -> None:
+    """Alone and without a causal mask in the way: the last token sees the same in any order of those before it."""
+    id_BS = ids(1, 9)
+    shuffled_BS = id_BS[:, [3, 0, 7, 5, 1, 2, 6, 4, 8]]
+    for layers, equal in (((), True), ("all", False)):
+        lm = LM(dataclasses.replace(TINY, layers=1, init_std=0.2, rope_layers=layers)).eval()
+        last_V, again_V = (lm(x).logits_BSV[0, -1] for x in (id_BS, shuffled_BS))
+        assert torch.allclose(last_V, again_V, rtol=0, atol=1e-5) == equal
+
+
 def test_the_seed_decides_the_weights() -> None:
     for name in ("moe", "latent"):
         first, again, other = make(name, 1).state_dict(), make(name, 1).state_dict(), make(name, 2).state_dict()
@@ -277,6 +308,9 @@ def test_mistakes_are_worded() -> None:
         ({"rope_scaling": {"rope_type": "yarm"}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
         ({"window_layers": (0, 2)}, "window_layers"),
+        ({"rope_layers": (1, 1)}, "rope_layers='all'"),
+        ({**LATENT, "rope_layers": (1,)}, "rope_layers='all'"),
+        ({"norm_place": "afters"}, "'after'"),
         ({"moe": dataclasses.replace(ROUTED, layers=(7,))}, "moe.layers"),
     ],
 )

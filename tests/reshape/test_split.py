@@ -38,9 +38,10 @@ def test_all_experts_on_is_the_dense_layer_and_every_neuron_is_in_one_expert(by:
         assert {tuple(row) for expert in new.blocks[layer].ff.bank.up.tolist() for row in expert} == rows
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
 @torch.no_grad()
-def test_chosen_experts_weigh_nearly_one_each(text) -> None:
-    new, _ = split(make(), num_experts=6, top_k=2, batches=text)
+def test_chosen_experts_weigh_nearly_one_each(text, place: str) -> None:
+    new, _ = split(make(norm_place=place), num_experts=6, top_k=2, batches=text)
     assert isinstance(split(make(), num_experts=1, top_k=1)[0].blocks[0].ff, FeedForward)
     for routing in new(text[0]).routings:
         assert (2 * routing.weight_R - 1).abs().max() < 0.01

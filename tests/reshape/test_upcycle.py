@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from small import make
+from small import ids, make
 
 from turnout.errors import UsageError
 from turnout.layers import MoE
 from turnout.reshape import upcycle
+from turnout.reshape.calibrate import reach
 
 HIDDEN = 24
 VALID = [
@@ -50,6 +51,24 @@ def test_one_expert_a_token_starts_spread_over_the_copies() -> None:
     load_E = new.routers[0](torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))).load_E
     assert (load_E > 0).sum() >= 6
     assert load_E.max() < 1000
+
+
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_starting_weights_of_one_expert_are_even_wherever_the_norms_stand(place: str, seed: int) -> None:
+    """Without a norm before it a feed-forward layer takes the stream itself, which grows from layer to layer."""
+    lm = make(seed, layers=3, norm_place=place, embedding_scale=30.0, residual_scale=2.0)
+    new, report = upcycle(lm, num_experts=8, top_k=1, batches=[ids()])
+    assert report["relative_difference"] <= 1e-5
+    seen: list[torch.Tensor] = []
+    for block in lm.blocks:
+        block.ff.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    lm(ids())
+    for layer, x_BSD in enumerate(seen):
+        most = float(x_BSD.square().mean(-1).sqrt().max())
+        assert 0.05 * reach(lm, layer) < most <= reach(lm, layer) * 1.001
+        assert 0 < new.blocks[layer].ff.router(x_BSD.flatten(0, 1)).weight_R.std() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Meters: what a decision costs, how even it is, how well the network does, and whether two are the same."""
 
+from typing import TYPE_CHECKING
+
 from turnout import moved
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
@@ -41,5 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    return moved.name("turnout.measure", name)
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.measure", name)

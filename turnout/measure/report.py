@@ -103,6 +103,8 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
             "name": run.name,
             "bits_per_byte": run.bits_per_byte,
             "by_domain": run.by_domain,
+            "bits_per_byte_before": number(run.before.get("bits_per_byte")),
+            "bits_per_byte_after": number(run.after.get("bits_per_byte")),
             "params_active": run.cost.params_active,
             "params": run.cost.params,
             "flops_per_token": run.cost.flops,
@@ -167,6 +169,8 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
     least, most, fastest = (min, max, max if machine else None) if text else (None, None, max if machine else None)
     lines = [_line("held-out bits per byte", [row["bits_per_byte"] for row in rows], _decimals, least)]
     lines += [_line(f"  {domain}", [run.by_domain.get(domain) for run in runs], _decimals, least) for domain in domains]
+    for label, key in (("before the first step", "before"), ("after the last, same text", "after")):
+        lines.append(_line(label, [row[f"bits_per_byte_{key}"] for row in rows], _decimals, None))
     wanted: list[tuple[str, str, Callable[[float], str], Callable | None]] = [
         ("active parameters", "params_active", quantity, None),
         ("parameters", "params", quantity, None),

@@ -89,6 +89,18 @@ class RunData:
         return number(self.measured.get("bits_per_byte"))
 
     @property
+    def before(self) -> Mapping[str, Any]:
+        """The evaluation before the first step, of a run that began with a model; else empty."""
+        return next((line for line in self.lines("eval") if line["step"] == 0), {})
+
+    @property
+    def after(self) -> Mapping[str, Any]:
+        """The last evaluation on the same text as ``before``, where the result is of more text; else empty."""
+        last, size = self.lines("eval")[-1:], self.before.get("bytes")
+        same = bool(last) and last[0]["step"] > 0 and size is not None and last[0].get("bytes") == size
+        return last[0] if same and self.result.get("bytes") != size else {}
+
+    @property
     def by_domain(self) -> dict[str, float | None]:
         """Held-out bits per byte of each domain."""
         return {str(name): number(value) for name, value in (self.measured.get("by_domain") or {}).items()}

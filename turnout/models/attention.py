@@ -11,6 +11,7 @@ from turnout.models.config import LMConfig, MLAConfig
 from turnout.models.fused import rms_norm, turn
 from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
+from turnout.paths import LowRank
 from turnout.run.product import linear
 
 __all__ = ["Attention", "Cache", "LatentAttention", "Projection", "RMSNorm", "attended"]
@@ -32,6 +33,11 @@ class RMSNorm(nn.Module):
         """The same shape and dtype as x."""
         return rms_norm(x, self.weight, self.eps)
 
+    @property
+    def gain(self) -> float:
+        """The most that the root mean square of what comes out can be."""
+        return float(self.weight.detach().abs().max())
+
     def extra_repr(self) -> str:
         """The sizes, for printing."""
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -44,10 +50,12 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outer, inner).normal_(0, std, generator=generator))
         self.bias = nn.Parameter(torch.zeros(outer)) if bias else None
+        self.added: LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., outer) from (..., inner)."""
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.added is None else y + self.added(x)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
@@ -187,7 +195,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_width, self.qk_norm, self.window = config.head_width, config.qk_norm, config.window_of(layer)
         q, kv = self.heads * self.head_width, self.key_heads * self.head_width
-        self.rotated = config.rotated_width
+        self.rotated = config.rotated_width if config.is_turned(layer) else 0
         self.sizes, self.scale = (q, kv, kv), attention_scale(config)
         start = {"std": config.init_std, "generator": generator}
         self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
@@ -209,6 +217,8 @@ class Attention(nn.Module):
         return self.out(attend(q_BHSP, k_BHSP, v_BHSP, **of))
 
     def _turned(self, x_BSHP: Tensor, angles: Angles) -> Tensor:
+        if self.rotated == 0:
+            return x_BSHP
         if self.rotated == self.head_width:
             return turn(x_BSHP, *angles)
         turned_BSHP, fixed_BSHP = x_BSHP.tensor_split((self.rotated,), dim=-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = [
@@ -57,10 +59,11 @@ class LMOutput:
     hidden_BSD: Tensor
 
 
-class LM(nn.Module):
+class LM(Called):
     """A decoder language model: tokens in, scores of each next token out.
 
-    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)).
+    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). Norms can stand
+    elsewhere, and much else varies: see ``LMConfig``.
 
     Args:
         config: the sizes.
@@ -75,7 +78,8 @@ class LM(nn.Module):
     ([4, 4], torch.Size([1, 5]))
 
     Source: Touvron et al., 2023, "LLaMA"; experts as Jiang et al., 2024, "Mixtral of Experts". With the right
-    configuration it computes what the published Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek and gpt-oss models do.
+    configuration it computes what the published Llama, Mistral, Qwen, Granite, SmolLM3, Phi-3, OLMo 2, Mixtral, OLMoE,
+    DeepSeek and gpt-oss models do.
     """
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
@@ -134,8 +138,8 @@ class LM(nn.Module):
         Raises:
             ShapeError: not (B, S), longer than ``config.max_seq``, another B than the cache's, or a mask of another
                 shape.
-            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients, or an
-                unknown backend.
+            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
+                keys no longer hold (longrope), or an unknown backend.
         """
         hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
@@ -188,8 +192,15 @@ class LM(nn.Module):
         x_BSD = nn.functional.embedding(id_BS, self.embedding)
         if self.config.embedding_scale != 1:
             x_BSD = x_BSD * self.config.embedding_scale
+        if self.rope.changes(start, id_BS.shape[1], places):
+            allowed = (
+                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
+            )
+            fix = "start a new Cache with all the tokens, as LM.generate does"
+            got = f"{start} positions and {id_BS.shape[1]} more"
+            raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
         angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
-        call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
@@ -257,7 +268,8 @@ class LM(nn.Module):
             temperature: 0 takes the most likely token; 1 draws as the model says.
             top_k: draw among the k most likely only; None among all.
             attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
-                with a token. Each prompt goes on as it does alone. None for no padding.
+                with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
+                None for no padding.
             generator: where the chance comes from; torch's default when None.
 
         Returns:
@@ -273,14 +285,16 @@ class LM(nn.Module):
             raise UsageError(
                 word("tokens, temperature and top_k", got=got, allowed=allowed, where="LM.generate", fix=fix)
             )
-        was_training, cache, new_BS = self.training, Cache(), id_BS
+        was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
         self._check(id_BS, tokens)
         _refuse_padding_after(_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                mask = attention_mask if cache.length == 0 else None
-                logits_BV = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1]
+                if self.rope.changes(cache.length, new_BS.shape[1], _places(new_BS, None, cache)):
+                    mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
+                    cache, new_BS = Cache(), id_BS
+                logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
                 new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
                 id_BS = torch.cat((id_BS, new_BS), dim=1)
         finally:

@@ -10,11 +10,12 @@ from turnout.models.padding import Places
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.types import Routing, spread
+from turnout.types.called import Called
 
 __all__ = ["PreGate"]
 
 
-class PreGate(nn.Module):
+class PreGate(Called):
     """A causal decoder of its own, from token ids to one routing that every routed layer takes.
 
     p = softmax(W norm(x)), x what its layers make of the tokens so far; each token takes the k experts with the highest

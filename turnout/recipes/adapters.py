@@ -15,6 +15,7 @@ from torch import nn
 
 from turnout import __version__
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, nearest, word
+from turnout.hub import located
 from turnout.layers import Adapter
 from turnout.measure import hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
@@ -109,8 +110,8 @@ def adapt(
     The adapters are copied; nothing is changed in their own folders.
 
     Args:
-        path: a folder of transformers, the model that the adapters were trained on; any architecture.
-        adapters: folders of PEFT.
+        path: a folder of transformers or a model of the hub, which the adapters were trained on; any architecture.
+        adapters: folders of PEFT, or adapters of the hub.
         out: the new folder, which ``turnout.reshape.attach_folder`` reads; whole or not at all.
         router: by name.
         router_options: its keywords.
@@ -124,19 +125,19 @@ def adapt(
     Raises:
         TurnoutError: anything the user can mend; ``out`` does not exist then.
     """
-    out, path = Path(out), Path(path)
+    out, base, found = Path(out), located(path, where=_WHERE), [located(one, where=_WHERE) for one in adapters]
+    path, adapters = base.folder, [one.folder for one in found]
     asked: dict[str, Any] = {"router": router, "router_options": router_options, "gate_text": gate_text, "text": text}
     outlined = outline_adapters(path, adapters, **asked, any_base=any_base, dtype=dtype)
     texts = {name: str(Path(place).resolve()) for name, place in (gate_text or {}).items()}
-    source, options = str(path.resolve()), dict(router_options or {})
-    settings: dict[str, Any] = {"source": source, "adapters": [str(Path(one).resolve()) for one in adapters]}
-    about = None if text is None else str(Path(text).resolve())
-    settings |= {"router": router, "router_options": options, "gate_text": texts, "text": about}
+    options, about = dict(router_options or {}), None if text is None else str(Path(text).resolve())
+    settings: dict[str, Any] = {"source": base.source, "adapters": [one.source for one in found], "router": router}
+    settings |= {"router_options": options, "gate_text": texts, "text": about}
     settings |= {"text_tokens": text_tokens, "any_base": any_base, "dtype": dtype and str(dtype).split(".")[1]}
     with unfinished(out, settings, part) as place:
         place.clear()
-        save_adapters(place.result, adapters, router=router, router_options=options, base=source)
-        say(f"reading {path}")
+        save_adapters(place.result, adapters, router=router, router_options=options, base=base.source)
+        say(f"reading {base.name}")
         model = load_base(path, dtype)
         folders = {one.name: place.result / "adapters" / one.name for one in outlined.adapters}
         for number, (name, gate) in enumerate(texts.items(), 1):
@@ -207,8 +208,7 @@ def _normed(weight: Mapping[str, float]) -> dict[str, float]:
 
 def is_adaptation(run_json: str | Path) -> bool:
     """Whether a run.json, or the one in a folder, says how adapters were chosen."""
-    path = Path(run_json)
-    path = path / "run.json" if path.is_dir() else path
+    path = Path(run_json) / "run.json" if Path(run_json).is_dir() else Path(run_json)
     return path.is_file() and read_json(path, _WHERE).get("format") == _FORMAT
 
 
@@ -218,8 +218,7 @@ def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) 
     Raises:
         TurnoutError: the model, an adapter or a text that it names has gone.
     """
-    path = Path(run_json)
-    path = path / "run.json" if path.is_dir() else path
+    path = Path(run_json) / "run.json" if Path(run_json).is_dir() else Path(run_json)
 
     def refuse(problem: str) -> CheckpointError:
         fix = "name a folder that turnout convert --adapters wrote, or restore the file from a copy"
@@ -296,8 +295,8 @@ def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, 
 
 
 def _train(model: nn.Module, folder: Path, rows: Calibration, any_base: bool) -> None:
-    batches = [{"input_ids": id_BS, "labels": id_BS} for id_BS in rows.batches]
     with torch.enable_grad():
+        batches = [{"input_ids": id_BS, "labels": id_BS} for id_BS in rows.batches]
         train_gates(model, folder, batches, any_base=any_base)
 
 
@@ -317,19 +316,22 @@ def _alone(model: nn.Module, found: list[PeftAdapter], rows: Calibration, any_ba
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
-    """The model of a folder of transformers, in its own class, in evaluation mode.
+    """The model of a folder of transformers, or of the hub, in its own class, in evaluation mode.
 
     Raises:
         MissingExtraError: transformers is not installed.
         UsageError: it is no folder that transformers can load.
     """
+    found = located(path, where=_WHERE)
     with _explained(path):
         from transformers import AutoModelForCausalLM, logging
 
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+            model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=dtype or "auto", local_files_only=True)
+            model.config._name_or_path = found.repo or str(found.folder)  # by which adapters know it
+            return model.eval()
         finally:
             if shown:
                 logging.enable_progress_bar()
@@ -337,13 +339,13 @@ def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
 
 def _outline(path: str | Path, dtype: torch.dtype | None) -> Any:
     """The same without its weights."""
+    found = located(path, where=_WHERE)
     with _explained(path), torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-        model.config._name_or_path = str(path)
-        return model
+        config = AutoConfig.from_pretrained(found.folder, local_files_only=True)
+        config._name_or_path = found.repo or str(found.folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
 @contextlib.contextmanager
@@ -353,8 +355,7 @@ def _explained(path: str | Path) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(f"{_WHERE} needs transformers. Nearest fix: pip install 'turnout[hf]'.") from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        fix = "name a folder with config.json and safetensors"
+        first, fix = str(error).strip().split("\n")[0], "name a folder with config.json and safetensors"
         allowed = "be a causal language model in a folder of transformers"
         raise UsageError(word("the model", got=f"{path} ({first})", allowed=allowed, where=_WHERE, fix=fix)) from error
 

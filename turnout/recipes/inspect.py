@@ -15,12 +15,14 @@ from turnout.errors import CheckpointError, UsageError, word
 from turnout.measure import Evaluation, Passage, ReportData, RunData, bits_per_byte, hardware, read_run
 from turnout.measure.memory import free_memory
 from turnout.models import LM, checkpoint
+from turnout.recipes.calibration import find_tokenizer
+from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
 from turnout.show import AdaptationData, ConversionData, adaptation_html, conversion_html, report_html
 from turnout.storage import write_whole
 from turnout.train.config import TrainResult
-from turnout.train.data import TokenSet, prepare, windows
+from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
 
@@ -139,6 +141,7 @@ def evaluate_run(
     limit: int | None = None,
     trace: str | Path | None = None,
     token_ids: bool = False,
+    like: str | Path | None = None,
 ) -> Report:
     """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
 
@@ -148,12 +151,19 @@ def evaluate_run(
         limit: about how many tokens to predict; None takes all.
         trace: a new folder to record every routing in.
         token_ids: put the token ids into the trace too, which gives the text away.
+        like: a run to be compared with: its held-out documents, in rows of its length, in fp32.
 
     Source: none; ``measure_model``, with the file reading around it.
     """
-    folder = Path(folder)
-    if (folder / "config.json").is_file():  # a model by itself, no run
+    if like is not None:
+        if domains:
+            fix, allowed = "leave one of them out", "be by itself: it says which text"
+            raise UsageError(word("--like", got="--data beside it", allowed=allowed, where="turnout eval", fix=fix))
+        return _evaluate_like(folder, Path(like), limit=limit, trace=trace, token_ids=token_ids)
+    # A model by itself, no run; what is on the hub is one.
+    if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
         return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+    folder = Path(folder)
     run, model = load_run(folder)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
@@ -162,13 +172,33 @@ def evaluate_run(
     else:
         tokens = _own_tokens(folder)
         found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    return _evaluation(f"{run.recipe} in {folder}", folder, found)
+
+
+def _evaluate_like(folder: str | Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool) -> Report:
+    """A model measured as a run is, so that the numbers can be told apart by the models alone."""
+    run, tokens = Run.open(like), _own_tokens(like)
+    place = find_tokenizer(model_folder(folder, where="turnout eval"), where="turnout eval --like")
+    model, _ = open_model(folder)
+    fix = "measure both on a text with --data: bits per byte do not depend on the tokenizer"
+    allowed, where = f"be as those of {like}", "turnout eval --like"
+    if load_tokenizer(place).to_str() != tokens.tokenizer.to_str():
+        raise UsageError(word("the tokenizer", got=f"another, {place}", allowed=allowed, where=where, fix=fix))
+    if model.config.max_seq < run.train.seq:
+        got = f"rows of up to {model.config.max_seq} tokens, which is all that {folder} takes"
+        raise UsageError(word("the rows", got=got, allowed=f"{allowed}, of {run.train.seq}", where=where, fix=fix))
+    found = measure_model(model.float(), tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    return _evaluation(f"the model in {folder}, as {like} is measured", folder, found)
+
+
+def _evaluation(title: str, folder: str | Path, found: Evaluation) -> Report:
     values: dict = {"bits_per_byte": found.bits_per_byte}
     values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
     values |= {"tokens": found.tokens, "bytes": found.bytes}
     if found.load_LE:
         values |= {"max_vio": found.max_vio, "entropy": found.entropy, "dropped": found.dropped}
     context = {"run": str(folder), "hardware": hardware()}
-    return Report(f"{run.recipe} in {folder}", values, (), context)
+    return Report(title, values, (), context)
 
 
 def run_tokens(folder: Path, body: Mapping[str, Any]) -> TokenSet | None:

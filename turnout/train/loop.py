@@ -29,6 +29,7 @@ from turnout.train.allocator import keep_freed_memory
 from turnout.train.config import TrainConfig, TrainResult
 from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
+from turnout.train.frozen import training
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.progress import Progress, progress_for
 from turnout.train.room import check_room
@@ -39,7 +40,7 @@ from turnout.wrappers import unwrapped
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
 # A resumed run may change everything but these: they decide which tokens a step sees and what it draws.
-_FIXED = ("batch", "seq", "accumulate", "seed")
+_FIXED = ("batch", "seq", "accumulate", "seed", "only", "rank", "alpha")
 # These do not touch the weights, so changing them is nobody's business.
 _FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
 
@@ -120,10 +121,10 @@ class _Run:
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         if not devices:
             keep_freed_memory()
-        with locked(self.out), torch.random.fork_rng(devices=devices):
+        with locked(self.out), torch.random.fork_rng(devices=devices), training(self.model, self.config.only):
             if wanted is None:
                 refuse_other_run(self.out, run_json)
-            training = self.model.training
+            mode = self.model.training
             try:
                 self.open(wanted, run_json, tensorboard=tensorboard)
                 with listening(self.teller.say) as stop:
@@ -135,7 +136,7 @@ class _Run:
                 raise
             finally:
                 self.close()
-                self.model.train(training)
+                self.model.train(mode)
 
     # ---- beginning
 
@@ -192,7 +193,8 @@ class _Run:
 
     def _check_same(self, body: Mapping[str, Any]) -> None:
         now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
-        then = {**body["config"], "tokens_digest": body["tokens_digest"]}
+        # What a checkpoint of before says nothing of was as it is by default.
+        then = {"only": "all", "rank": None, "alpha": None, **body["config"], "tokens_digest": body["tokens_digest"]}
         for name in (*_FIXED, "tokens_digest"):
             if now[name] != then[name]:
                 raise UsageError(
@@ -234,6 +236,8 @@ class _Run:
         self.lap_s, self.lap_steps = 0.0, 0
         self.model.train()
         self.teller.start(self.step, config.steps)
+        if config.eval_first and self.step == 0 and not self.evaluations:
+            self._guard(self._evaluate)
         while self.step < config.steps:
             started = time.monotonic()
             lr = config.lr_at(self.step)

@@ -9,6 +9,7 @@ from test_huggingface import theirs
 from turnout.models import LM, Cache, checkpoint
 
 CASES = ["llama", "mistral windowed", "mixtral windowed", "qwen3_moe", "deepseek_v3 yarn", "gpt_oss"]
+CASES += ["granite", "smollm3 windowed", "smollm3 other windows", "phi3 windowed, partly turned", "olmo2"]
 LENGTHS = (4, 17, 11)
 
 

@@ -15,7 +15,7 @@ _WINDOWED = "sliding_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How an architecture names the tensors of its experts, below ``model.layers.N.``."""
+    """How an architecture names the tensors of its layers, below ``model.layers.N.``: those that differ."""
 
     routed: str = "mlp"
     router: str = "gate.weight"
@@ -27,6 +27,9 @@ class Names:
     fused: tuple[str, str] | None = None
     # Whether those are (E, in, out), with gates and values that alternate.
     alternating: bool = False
+    # One tensor for queries, keys and values, one for gates and values of a dense layer; None where each has its own.
+    qkv: str | None = None
+    gate_up: str | None = None
 
     @property
     def in_memory(self) -> "Names":
@@ -47,7 +50,7 @@ class Family:
         write: the keys for a configuration; what the architecture has no key for is lost, and ``express`` notices.
         layouts: the names of its tensors: as folders have them, and as transformers 5 has them in memory.
         limits: further reasons why a configuration cannot be of this architecture.
-        unpacks: the quantisations that are read, and never written.
+        unpacks: the quantisations that are read beside fp8, and never written.
         aliases: second name of a key -> the key. Where config.json holds both, transformers takes the second name's.
         also_called: other model types whose code is this architecture's, line by line.
         silent: the configuration with parts that add nothing, which the architecture cannot be without; None where
@@ -94,6 +97,10 @@ class Keys:
     def filled(self, name: str) -> Any:
         """The value of a key; null is as if it were missing."""
         return self._defaults.get(name) if self._given.get(name) is None else self._given[name]
+
+    def but(self, **changed: object) -> "Keys":
+        """The same with other values for these keys."""
+        return Keys({**self._given, **changed}, self._defaults)
 
     def number(self, name: str, default: float) -> float:
         """A number; where the key is missing the architecture's default, else ``default``. Null is none."""

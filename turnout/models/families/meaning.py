@@ -34,6 +34,7 @@ def meaning(config: LMConfig) -> dict[str, Any]:
     fields |= {
         "window": [config.window_of(n) for n in range(config.layers)],
         "attention_scale": attention_scale(config),
+        "rope_layers": "all" if all(map(config.is_turned, range(config.layers))) else config.rope_layers,
     }
     del fields["window_layers"]
     fields["rope_share"] = config.rotated_width

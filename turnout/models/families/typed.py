@@ -12,6 +12,7 @@ __all__ = ["check_types"]
 _WHOLE = (
     "decoder_sparse_step first_k_dense_replace head_dim hidden_size intermediate_size kv_lora_rank "
     "max_position_embeddings max_window_layers moe_intermediate_size n_group n_routed_experts n_shared_experts "
+    "no_rope_layer_interval "
     "num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
     "num_mtp_layers num_nextn_predict_layers "
     "original_max_position_embeddings q_lora_rank qk_nope_head_dim qk_rope_head_dim "
@@ -22,7 +23,8 @@ _NUMBERS = (
     "residual_multiplier rms_norm_eps rope_theta routed_scaling_factor swiglu_alpha swiglu_limit"
 ).split()
 _FLAGS = (
-    "attention_bias mlp_bias norm_topk_prob qkv_bias rope_interleave tie_word_embeddings use_qk_norm use_sliding_window"
+    "attention_bias lm_head_bias mlp_bias norm_topk_prob qkv_bias rope_interleave tie_word_embeddings use_qk_norm "
+    "use_sliding_window"
 ).split()
 _TEXTS = "dtype hidden_act model_type scoring_func topk_method torch_dtype".split()
 _ROPE = "attention_factor beta_fast beta_slow factor high_freq_factor low_freq_factor mscale mscale_all_dim".split()
@@ -31,6 +33,7 @@ _OTHERS = {
     "auto_map": dict[str, Any] | None,
     "layer_types": list[str] | None,
     "mlp_only_layers": list[int] | None,
+    "no_rope_layers": list[int] | None,
     "quantization_config": dict[str, Any] | None,
     "rope_parameters": dict[str, Any] | None,
     "rope_scaling": dict[str, Any] | None,
@@ -45,6 +48,7 @@ _KINDS: dict[str, types.UnionType] = {
 _ROPE_KINDS: dict[str, types.UnionType] = {
     **dict.fromkeys((*_ROPE, "rope_theta", "partial_rotary_factor"), float | None),
     **dict.fromkeys(("type", "rope_type"), str | None),
+    **dict.fromkeys(("long_factor", "short_factor"), list[float] | None),
     "original_max_position_embeddings": int | None,
 }
 # The largest side of a tensor that anybody has; lists of layers are made before any size is compared.
@@ -72,6 +76,6 @@ def check_types(keys: Mapping[str, Any], where: str = "config.json") -> None:
     for name in ("rope_scaling", "rope_parameters"):
         check_fields(keys.get(name) or {}, _ROPE_KINDS, lambda problem, name=name: refuse(f"{name}: {problem}"))
     for name in _WHOLE:
-        least = 1 if name == "decoder_sparse_step" else 0
+        least = 1 if name in ("decoder_sparse_step", "no_rope_layer_interval") else 0
         if keys.get(name) is not None and not least <= keys[name] < _MOST:
             raise refuse(f"{name!r} is {keys[name]}, which must be from {least} to below {_MOST:,}")

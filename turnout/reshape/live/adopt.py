@@ -9,7 +9,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from turnout.expects import expects
 from turnout.run import EXECUTORS, execute
 from turnout.types import ExpertWeights, Report, Routing
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["adopt", "register_backend", "release"]
 
@@ -67,7 +69,7 @@ def register_backend() -> tuple[str, ...]:
 
 
 @expects(hf_model=nn.Module)
-def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Report]:
+def adopt(hf_model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """The same model, with the experts of every mixture-of-experts block run by turnout; changed in place.
 
     Outputs and gradients stay what they were, up to the order of sums; parameters and the names in the state dict stay
@@ -129,7 +131,7 @@ def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Rep
 
 
 @expects(hf_model=nn.Module)
-def release(hf_model: nn.Module) -> tuple[nn.Module, Report]:
+def release(hf_model: Model) -> tuple[Model, Report]:
     """The same model as before ``adopt``: every block has the implementation back that it had; changed in place.
 
     Args:

@@ -11,7 +11,7 @@ from turnout.errors import UsageError, nearest, word
 from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
-from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text
+from turnout.reshape.calibrate import blocks, checked, difference, probe, reach, refuse_no_text
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.reshape.to_sparse.neuron_groups import Deal, cluster, coactivation, gradient
 from turnout.types import Report
@@ -95,8 +95,7 @@ def _sparse(lm: LM, config: LMConfig, dealt: list[Deal]) -> LM:
         assert isinstance(block.ff, FeedForward)
         up_EDH, down_EFD = _experts(block.ff, deal.expert_F, num_experts)
         changed |= {f"{name}.bank.up": up_EDH, f"{name}.bank.down": down_EFD * top_k}
-        gain = float(block.ff_norm.weight.detach().abs().max())
-        size = (_ALL if top_k == num_experts else _SPREAD) / max(gain, 1e-12)
+        size = (_ALL if top_k == num_experts else _SPREAD) / max(reach(lm, layer), 1e-12)
         changed[f"{name}.router.weight"] = (F.normalize(deal.centre_ED, dim=1) * size).to(lm.embedding.dtype)
     return rebuild(lm, config, changed)
 

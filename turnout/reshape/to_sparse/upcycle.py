@@ -12,7 +12,7 @@ from turnout.errors import UsageError, word
 from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
-from turnout.reshape.calibrate import blocks, checked, difference, probe
+from turnout.reshape.calibrate import blocks, checked, difference, probe, reach
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.types import Report
 from turnout.types.weights import GATED
@@ -141,9 +141,8 @@ def _experts(ff: FeedForward, num_experts: int, shards: int, scale: int) -> tupl
 
 
 def _even_std(lm: LM, layer: int) -> float:
-    """Router rows whose logits stay near 1e-6 on what the layer's norm lets through."""
-    gain = float(blocks(lm)[layer].ff_norm.weight.detach().abs().max())
-    return _EVEN / (math.sqrt(lm.config.width) * max(gain, 1e-12))
+    """Router rows whose logits stay near 1e-6 on what the layer's feed-forward takes."""
+    return _EVEN / (math.sqrt(lm.config.width) * max(reach(lm, layer), 1e-12))
 
 
 def _report(before: LM, after: LM, chosen: tuple[int, ...], shards: int, text: tuple[Tensor, ...]) -> Report:
