@@ -24,11 +24,17 @@ from house import ROOT, STOREYS, Module, locate, read
 
 PLACE = ROOT / "build" / "site"
 # Pages outside docs, and what they are called in the site.
-FRONT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FRONT = {
+    "README.md": "index.md",
+    "examples/README.md": "examples.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 # The navigation: a heading, and its pages; "guides" and "api" are all pages in those folders.
 NAVIGATION = (
     ("Start", "index.md"),
     ("Guides", "guides"),
+    ("Examples", "examples.md"),
     ("Methods", "methods.md"),
     ("API", "api"),
     ("Performance", "performance.md"),

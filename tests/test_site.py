@@ -24,7 +24,7 @@ def pages() -> dict[str, str]:
 def test_every_page_of_the_repository_is_there(pages: dict[str, str]) -> None:
     """What a reader finds on the code host is in the site, under its own name."""
     documents = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert {*documents, "index.md", "changelog.md", "contributing.md", "api/index.md"} <= set(pages)
+    assert {*documents, "index.md", "examples.md", "changelog.md", "contributing.md", "api/index.md"} <= set(pages)
     shown = re.findall(r'"([\w/.-]+\.md)"', site_pages.configuration(pages))
     assert sorted(shown) == sorted(page for page in pages if not page.startswith("source/"))
 
@@ -58,7 +58,8 @@ def test_links_are_moved(tmp_path: Path) -> None:
     )
     (tmp_path / "docs" / "guides" / "a.md").write_text("# A\n## B\n[home](../../README.md) [here](#b)\n")
     (tmp_path / "docs" / "methods.md").write_text("# M\n")
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    (tmp_path / "examples").mkdir()
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"):
         (tmp_path / name).write_text("# C\n")
     found = site_pages.site(tmp_path)
     wanted = "[a](guides/a.md#b) [r](source/run.py.md) [w](https://x.org)\n```python\n[a](b)\n```\n"
