@@ -114,7 +114,7 @@ def test_user_mistakes(monkeypatch):
 def test_without_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="pip install triton"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'turnout\[triton\]'"):
         kernels(*case())
 
 

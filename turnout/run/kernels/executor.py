@@ -48,7 +48,7 @@ def _check(x_TD: Tensor) -> None:
                 got="no such package",
                 allowed="be installed",
                 where=where,
-                fix="pip install triton, which torch for CUDA on Linux brings, or pass backend='sort'",
+                fix="pip install 'turnout[triton]' (torch for CUDA on Linux brings it), or pass backend='sort'",
             )
         )
 
