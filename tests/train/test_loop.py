@@ -108,6 +108,27 @@ def test_resuming_after_any_step_is_exact(tmp_path, monkeypatch, whole, steps):
     assert [e["bits_per_byte"] for e in result.evaluations] == [e["bits_per_byte"] for e in whole[1].evaluations]
 
 
+def test_time_adds_up_over_the_pieces_and_leaves_the_pause_out(tmp_path, monkeypatch):
+    run(tmp_path, steps=8)
+    first = lines(tmp_path)
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)  # the pause
+    result = run(tmp_path, resume=True, steps=12)
+    both = [record["seconds"] for record in lines(tmp_path)]
+    assert both == sorted(both) and both[: len(first)] == [record["seconds"] for record in first]
+    assert first[-1]["seconds"] < both[-1] <= result.seconds < 1000
+    peaks = [record["peak_memory_bytes"] for record in lines(tmp_path)]
+    assert peaks == sorted(peaks) and result.peak_memory_bytes >= peaks[-1]
+
+
+def test_the_peak_of_an_earlier_process_stays(tmp_path):
+    run(tmp_path, steps=4)
+    path = tmp_path / "metrics.jsonl"
+    records = [record | {"peak_memory_bytes": 10**15} for record in lines(tmp_path)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(tmp_path, resume=True, steps=8).peak_memory_bytes == 10**15
+
+
 def test_evaluating_and_logging_do_not_touch_the_weights(tmp_path, whole):
     run(tmp_path / "run", eval_every=1, log_every=1)
     name = "checkpoints/step-00000012/model.safetensors"

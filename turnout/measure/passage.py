@@ -91,6 +91,8 @@ class Passage:
             if any(len(layer) != len(tokens) for layer in routes):
                 raise ValueError("layers of other lengths than the tokens")
             layers = tuple(map(str, body["layers"]))
+            if len(layers) != len(routes):
+                raise ValueError(f"{len(routes)} layers of routes and {len(layers)} names")
             return cls(tokens, routes, layers, int(body["num_experts"]), str(body["domain"]), str(body["source"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
