@@ -168,7 +168,7 @@ def check_turnout(arguments: list[str]) -> str | None:
         if parsed.command == "train" and parsed.recipe and "=" not in parsed.recipe:
             from turnout import recipes
 
-            recipes.find(parsed.recipe).override(parsed.overrides)
+            recipes.find(parsed.recipe).scaled(parsed.overrides)
         if parsed.command == "verify":
             from turnout import claims
 

@@ -20,8 +20,8 @@ HELP = "whether one model computes what another does, and where they part"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout certify`` takes."""
-    parser.add_argument("a", metavar="A", help="the folder of the model that is right")
-    parser.add_argument("b", metavar="B", help="the folder of the model that should compute the same")
+    parser.add_argument("a", metavar="A", help="the model that is right: a folder, or org/name of the hub")
+    parser.add_argument("b", metavar="B", help="the model that should compute the same")
     parser.add_argument(
         "--prompts",
         metavar="FILE",

@@ -18,16 +18,22 @@ from turnout.errors import Interrupted, TurnoutError
 COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "convert", "certify", "verify", "methods", "doctor")
 
 _EXAMPLES = """\
-examples:
+a job each:
   turnout demo                                   dense against sparse, on this machine's own text, with a report
   turnout train tiny --data my_folder --out runs/x
-  turnout train tiny width=192 top_k=2 --data code=src --data prose=docs --out runs/y
   turnout train --resume --out runs/x            go on after a crash, bit for bit
-  turnout run runs/x/run.json --out runs/again   repeat a run
+  turnout train --from MODEL --data my_folder --out runs/y
+                                                 train a model on: a run's, a folder of transformers, org/name
+  turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
+  turnout report runs/x runs/y                   one page, which opens without a network
+  turnout run runs/x/run.json --out runs/again   repeat a run, or a conversion
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
-  turnout certify dense sparse                   does B compute what A does? if not, where they part
+                                                 dense to sparse; smaller, with adapters: turnout convert --help
+  turnout certify llama mixtral                  does B compute what A does? if not, where they part
+  turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
+  turnout doctor                                 what is installed, which backend each device would use, and why
   turnout COMMAND --help                         what a command takes, with examples
 
 exit codes: 0 done, 1 a claim or check failed, 2 a mistake in the input, 130 interrupted (everything saved)
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="turnout",
-        description="Networks that run only part of themselves: train, measure, verify and ship them.",
+        description="Networks that run only part of themselves: train, reshape, measure, verify and ship them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

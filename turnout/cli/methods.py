@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-HELP = "the methods that are here, whose papers they are, and what is seen of them"
+HELP = "what is here, whose paper it is, and what was seen of it"
 
 # What scripts/docs.py read from the source, so that listing methods loads none of them.
 CATALOGUE = Path(__file__).with_suffix(".json")

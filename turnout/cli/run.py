@@ -3,6 +3,7 @@
 examples:
   turnout run runs/x/run.json --out runs/again
   turnout run runs/x/run.json seed=1 --out runs/seed1
+  turnout run mixtral --out mixtral-again         what turnout convert did, from the folder that it wrote
 """
 
 import argparse
@@ -10,7 +11,7 @@ import argparse
 from turnout.cli.early import check_there
 from turnout.errors import UsageError, word
 
-HELP = "repeat a run from its run.json"
+HELP = "repeat a run, or a conversion, from its run.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Train a model by a recipe, with fields overridden as field=value.
+"""Train a model by a recipe, or one that exists on, with fields overridden as field=value.
 
 examples:
   turnout train                                    list the recipes
@@ -23,7 +23,7 @@ from turnout.errors import UsageError, word
 if typing.TYPE_CHECKING:
     from turnout.recipes.run import Run
 
-HELP = "train a model by a recipe"
+HELP = "train a model by a recipe, or one that exists on"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
