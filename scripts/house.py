@@ -210,9 +210,9 @@ def imports_are_declared(modules: Iterable[Module], root: Path = ROOT) -> Iterat
     """A library is a dependency in pyproject.toml; an optional one is imported where it is used, not at the top."""
     modules = list(modules)
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: wants for name, wants in project["optional-dependencies"].items() if name != "dev"}
+    extras = {name: wants for name, wants in project["optional-dependencies"].items() if name not in ("dev", "docs")}
     required, optional = _distributions(project["dependencies"]), _distributions(itertools.chain(*extras.values()))
-    known = required | optional | set(sys.stdlib_module_names) | {"turnout", "triton"}
+    known = required | optional | set(sys.stdlib_module_names) | {"turnout"}
     on_cuda = cuda_only(modules)
     for module in modules:
         top = set(imported_at_top(module))
@@ -220,7 +220,7 @@ def imports_are_declared(modules: Iterable[Module], root: Path = ROOT) -> Iterat
             library = target.partition(".")[0]
             if library not in known:
                 yield f"{module.path}:{line}: imports {library}, which pyproject.toml does not declare"
-            elif library in optional and (line, target) in top:
+            elif library in optional - {"triton", "turnout"} and (line, target) in top:
                 yield f"{module.path}:{line}: imports {library} at the top; it is optional: import it in use"
         if module.name in on_cuda and not module.name.startswith(KERNELS):
             yield f"{module.path}:1: loads triton, which only torch for CUDA has: import it in use"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from turnout.moved import Finder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names of the package, each with the room it lives in. This import line is the registry.
 _HOME = {

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
 from turnout.types import Given, Routing, spread
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = ["Adapter", "SequenceRouter"]
@@ -42,7 +43,7 @@ class SequenceRouter(Protocol):
         ...
 
 
-class Adapter(nn.Module):
+class Adapter(Called):
     """A linear map, adapters of it, and the router that says which of them a token or a sequence takes.
 
     y = base(x) + sum_n w_n * scale_n * B_n A_n x for a router of tokens. A router of sequences (``SequenceRouter``)
@@ -125,9 +126,6 @@ class Adapter(nn.Module):
                 word("what is added to", got=got, allowed=allowed, where="turnout.layers.Adapter", fix=fix)
             )
         return y + added_TO.view(y.shape).to(y.dtype)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def decide(self, x: Tensor) -> tuple[Routing, Given | None]:
         """The router's decision for x (..., D), and what was known of the sequences where it asks for that."""

@@ -1,7 +1,6 @@
 """The mixture-of-experts layer of a transformer: routed experts, and shared ones that are always on."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,14 @@ from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
+from turnout.types.called import Called
 from turnout.types.weights import Activation
 from turnout.wrappers import unwrapped
 
 __all__ = ["MoE"]
 
 
-class MoE(nn.Module):
+class MoE(Called):
     """Routed experts plus, if wanted, a shared expert: y = sum_e g_e(x) expert_e(x) + s(x) shared(x).
 
     s(x) is 1, or sigmoid(x @ w) with ``shared_gate``.
@@ -152,9 +152,6 @@ class MoE(nn.Module):
         if self.shared_gate is not None:
             always = always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
         return Routed(y + always.to(y.dtype), routing)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

@@ -1,6 +1,6 @@
 """A layer whose output is scaled and shifted by what each instance takes from a pool; and the model that asks first."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,12 @@ from turnout.decide.token import FedIns
 from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.layers.told import about, given
 from turnout.paths import SSF
+from turnout.types.called import Called
 
 __all__ = ["Asking", "Scaled"]
 
 
-class Scaled(nn.Module):
+class Scaled(Called):
     """A layer, and a pool of scales and shifts of what it gives; a router of sequences says which an instance takes.
 
     Args:
@@ -58,11 +59,8 @@ class Scaled(nn.Module):
         y_TD, found = y.reshape(-1, y.shape[-1]), about(y)
         return self.paths.merged(y_TD, self.router(y_TD, given=found), found.sequence_T).view(y.shape)
 
-    if TYPE_CHECKING:
-        __call__ = forward
 
-
-class Asking(nn.Module):
+class Asking(Called):
     """A model whose routers read a query: what a frozen network sees in the same input.
 
     Args:
@@ -87,9 +85,6 @@ class Asking(nn.Module):
         query_BQ = self.ask(*inputs, **named)
         with given(query_BQ=query_BQ, batch=len(query_BQ)):
             return self.model(*inputs, **named)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def match(self, *inputs: Any, **named: Any) -> Tensor:
         """How near the queries of these inputs are to the keys they choose, a scalar; training adds 1 - match."""

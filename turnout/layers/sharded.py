@@ -1,17 +1,18 @@
 """A linear map whose adapter is put together from shards that other maps have too."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, word
 from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.paths import Shards
+from turnout.types.called import Called
 
 __all__ = ["Sharded"]
 
 
-class Sharded(nn.Module):
+class Sharded(Called):
     """A linear map, plus what adapter m of some ``Shards`` adds.
 
     The shards belong to the model as a whole; here they are only referred to, so that they are counted, moved and saved
@@ -69,6 +70,3 @@ class Sharded(nn.Module):
         y = self.base(x)
         added = self.paths(x.to(self.paths.down.dtype), self.number)
         return y + added.to(y.dtype)
-
-    if TYPE_CHECKING:
-        __call__ = forward

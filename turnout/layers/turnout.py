@@ -1,7 +1,6 @@
 """The central class: paths, a policy that chooses among them, and a backend that runs the choice."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from turnout.expects import POLICY, expect
 from turnout.layers.told import about
 from turnout.layers.told import real as padding
 from turnout.types import Routing, spread
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = ["Routed", "Turnout"]
@@ -32,7 +32,7 @@ class Routed:
     routing: Routing
 
 
-class Turnout(nn.Module):
+class Turnout(Called):
     """Sends every token down the paths that a policy chooses, and sums what comes back.
 
     Args:
@@ -91,9 +91,6 @@ class Turnout(nn.Module):
             return Routed(y_TD.view(x.shape), routing)
         routing = decide(self.policy, x, token_id, generator, real)
         return Routed(self.paths(x_TD, routing, backend=self.backend).view(x.shape), routing)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

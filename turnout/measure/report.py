@@ -10,7 +10,7 @@ from turnout.measure.ranking import one_machine, unranked
 from turnout.measure.runs import RunData, number
 from turnout.types import Report
 
-__all__ = ["compare", "markdown", "quantity", "results_rows", "results_table"]
+__all__ = ["compare", "duration", "markdown", "quantity", "results_rows", "results_table"]
 
 _NONE = "–"
 
@@ -111,6 +111,8 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
             "steps": run.step,
             "tokens": run.tokens,
             "tokens_per_s": number(run.tokens_per_s),
+            "seconds": run.seconds,
+            "peak_memory_bytes": run.peak_memory_bytes,
             "experts": run.num_experts or None,
             "max_vio": number(run.measured.get("max_vio")),
             "entropy": number(run.measured.get("entropy")),
@@ -175,6 +177,8 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
         ("forward FLOPs a token", "flops_per_token", quantity, None),
         ("training tokens", "tokens", quantity, None),
         ("training tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}", fastest),
+        ("training time", "seconds", duration, None),
+        ("peak memory", "peak_memory_bytes", lambda value: f"{quantity(value)}B", None),
         ("experts", "experts", lambda value: f"{value:.0f}", None),
         ("load MaxVio", "max_vio", _decimals, least),
         ("load entropy", "entropy", _decimals, most),
@@ -182,6 +186,19 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
     ]
     lines += [_line(label, [row[key] for row in rows], show, best) for label, key, show, best in wanted]
     return [line for line in lines if any(cell != _NONE for cell in line[1])]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> duration(75), duration(3723)
+    ('1:15', '1:02:03')
+
+    Source: none; plain bookkeeping.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @expects(value=NUMBER)

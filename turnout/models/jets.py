@@ -1,18 +1,18 @@
 """Whole networks as experts: a gate on the features of a frozen one says which of them answers an example."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token import FedJETs
 from turnout.errors import ShapeError, word
+from turnout.types.called import Called
 
 __all__ = ["Jets"]
 
 
-class Jets(nn.Module):
+class Jets(Called):
     """Networks with the same outputs, and a gate that chooses among them for each example; only the chosen run.
 
     y = sum_e g_e expert_e(x), over the experts that the gate takes.
@@ -53,9 +53,6 @@ class Jets(nn.Module):
                 start += load
         y_RO = torch.cat(parts)
         return y_RO.new_zeros(len(x), y_RO.shape[1]).index_add(0, routing.token_R, y_RO)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

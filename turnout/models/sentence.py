@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, word
+from turnout.types.called import Called
 
 __all__ = ["SentenceEncoder"]
 
 _WHERE = "turnout.models.SentenceEncoder"
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(Called):
     """From B texts to unit vectors (B, Q): the mean of the last hidden states over each text's tokens, normalised.
 
     Padding is left out, so that a text's vector does not depend on the texts beside it. It says what adapters are for
@@ -98,6 +99,3 @@ class SentenceEncoder(nn.Module):
             mean_BQ = (hidden_BSQ * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
             rows.append(nn.functional.normalize(mean_BQ, dim=1))
         return torch.cat(rows)
-
-    if TYPE_CHECKING:
-        __call__ = forward

@@ -1,6 +1,6 @@
 """Feed-forward paths: a bank of experts with stacked weights, and the dense one that is always on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
+from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
 
 __all__ = ["Bank", "FeedForward"]
@@ -23,7 +24,7 @@ def _check(where: str, activation: str, **sizes: int) -> None:
     activate(torch.empty(0, 2), activation)
 
 
-class Bank(nn.Module):
+class Bank(Called):
     """E feed-forward experts of the same shape, with their weights stacked.
 
     Expert e maps x to act(x @ up_EDH[e] + up_bias[e]) @ down_EFD[e] + down_bias[e]; with a gated activation the up
@@ -33,7 +34,8 @@ class Bank(nn.Module):
         num_experts: E, at least 1.
         width: D, of the tokens.
         hidden: F, of each expert.
-        activation: "swiglu", "geglu", "reglu", "swiglu_oai" (gated), "gelu", "relu" or "silu".
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gated), "gelu", "gelu_tanh", "relu" or
+            "silu".
         bias: whether both products add a bias (started at zero).
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the chance comes from; torch's default when None.
@@ -105,9 +107,6 @@ class Bank(nn.Module):
         """
         return execute(x_TD, routing, self.weights(), backend=backend)
 
-    if TYPE_CHECKING:
-        __call__ = forward
-
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor) -> Tensor:
         """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``."""
         return merged(x_TD, routing, self.weights(), sequence_T)
@@ -127,7 +126,7 @@ class Bank(nn.Module):
         return f"{self.num_experts}, width={self.width}, hidden={self.hidden}, activation={self.activation!r}"
 
 
-class FeedForward(nn.Module):
+class FeedForward(Called):
     """The dense feed-forward layer: x -> act(x @ up + up_bias) @ down + down_bias. Also the shared expert.
 
     Args:
@@ -187,9 +186,6 @@ class FeedForward(nn.Module):
         hidden = activate(wide, self.activation)
         y = linear(hidden, self.down, self.down_bias)
         return y if self.down_added is None else y + self.down_added(hidden)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""

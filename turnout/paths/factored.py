@@ -1,13 +1,12 @@
 """A bank of experts with factored matrices: low-rank plus some rows, a factor shared by several experts."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
 from turnout.run import activate, factored, factored_reference, written_out
 from turnout.types import Cost, ExpertWeights, FactoredWeights, Routing
+from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
 
 __all__ = ["FactoredBank"]
@@ -15,7 +14,7 @@ __all__ = ["FactoredBank"]
 _WHERE = "turnout.paths.FactoredBank"
 
 
-class FactoredBank(nn.Module):
+class FactoredBank(Called):
     """E feed-forward experts each of whose matrices is W = L R + S: a product of two thin ones, and a few rows.
 
     Gate, value and down are factored one by one. The factor beside the width (R of gate and value, L of down) is shared
@@ -133,9 +132,6 @@ class FactoredBank(nn.Module):
         if backend not in ("auto", "factored", "reference"):
             raise nearest(backend, ("auto", "factored", "reference"), kind="backend", where=_WHERE)
         return (factored_reference if backend == "reference" else factored)(x_TD, routing, self.weights())
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def cost(self, tokens: int, entries: float) -> Cost:
         """What a forward pass over ``tokens`` tokens with ``entries`` routed entries takes (products only).

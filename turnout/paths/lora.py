@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, word
 from turnout.run import low_rank, low_rank_merged
 from turnout.types import Cost, LowRankWeights, Routing
+from turnout.types.called import Called
 
 __all__ = ["LoRA"]
 
 
-class LoRA(nn.Module):
+class LoRA(Called):
     """N low-rank adapters of one linear map from D to O, of any ranks, with their factors stacked.
 
     Adapter n adds scale_n * B_n A_n x, with A_n (r_n, D) and B_n (O, r_n); a routing says which adapters a token takes
@@ -75,9 +75,6 @@ class LoRA(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, O) the weighted sum of each token's adapters."""
         return low_rank(x_TD, routing, self.weights())
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor, *, parts: int = 1) -> Tensor:
         """(T, O) each token through the average of the adapters that its sequence takes; see ``low_rank_merged``."""

@@ -1,13 +1,13 @@
 """ScaLearn: all adapters at once, each output of each scaled by a learned number, with no constraint on their sum."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import LowRankWeights, Routing
+from turnout.types.called import Called
 from turnout.types.recall import steady
 
 __all__ = ["ScaLearn"]
@@ -15,7 +15,7 @@ __all__ = ["ScaLearn"]
 _WHERE = "turnout.paths.ScaLearn"
 
 
-class ScaLearn(nn.Module):
+class ScaLearn(Called):
     """Stands in a router's place: every token takes all N adapters, each scaled output by output.
 
     y = sum_n omega_n * a_n(x), with a_n the frozen adapters and omega (N, O), or (N, 1) when uniform. It does not
@@ -69,9 +69,6 @@ class ScaLearn(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Every token takes every adapter, whole; what scales them is in ``fold``."""
         return Routing.from_dense(x_TD.new_ones((len(x_TD), self.num_experts), dtype=torch.float32))
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def fold(self, weights: LowRankWeights, *, generator: torch.Generator | None = None) -> LowRankWeights:
         """The factors with omega in those that lead out; ``generator`` draws what is dropped in training.

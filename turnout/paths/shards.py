@@ -1,19 +1,18 @@
 """MoS: the low-rank adapters of many layers, put together from the shards of two pools that they share."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Cost, LowRankWeights
+from turnout.types.called import Called
 
 __all__ = ["Shards"]
 
 _WHERE = "turnout.paths.Shards"
 
 
-class Shards(nn.Module):
+class Shards(Called):
     """Low-rank adapters of M linear maps from D to O, their vectors concatenated from shards of global pools.
 
     Two pools hold n = e M l shards each, D / l and O / l wide: as many numbers as M adapters of rank e. Map m has the
@@ -128,9 +127,6 @@ class Shards(nn.Module):
         """(T, O) what map m's adapter adds."""
         weights = self.weights(m)
         return ((x_TD @ weights.down_RD.t()) * weights.scale_N[0]) @ weights.up_RO
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def cost(self) -> Cost:
         """What the pools hold, and what a token costs at one map: two products of rank r."""

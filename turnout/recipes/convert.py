@@ -340,6 +340,7 @@ def _record(
         "text_tokens": text_tokens,
         "held_out": done["held_out"],
         "plan": plan.to_json_dict(),
+        "seq": plan.seq,
         "compared": {"verdict": certificate.verdict, "max_abs": gap.max_abs, "relative": gap.relative},
         "command": shlex.join(sys.argv),
         "hardware": hardware(),

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
@@ -11,14 +10,17 @@ from pathlib import Path
 
 from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
+from turnout.measure.memory import forget_peak
 from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
-from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
+from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import KEPT, begin, kept_tokenizer, opening, write_adapters
 from turnout.reshape import fold_low_rank
-from turnout.storage import write_whole
+from turnout.show.headline import at_equal_time, headline
+from turnout.train.allocator import return_freed_memory
+from turnout.train.config import TrainResult
 from turnout.train.data import TokenSet, load_tokenizer, prepare, python_text
 from turnout.train.folder import read_run_json, refuse_foreign, refuse_missing_run, refuse_other_run
 from turnout.train.loop import train
@@ -44,6 +46,10 @@ class Done:
     def table(self) -> str:
         """The results as a plain text table, one column per run."""
         return results_table(self.runs)
+
+    def said(self) -> str:
+        """The result in words: who needs fewer bits, what it took, and where both stood after the same time."""
+        return "\n".join(filter(None, (f"{headline(self.runs)}.", at_equal_time(self.runs))))
 
     def rows(self) -> list[dict[str, object]]:
         """The results as plain JSON values, one dict per run."""
@@ -122,13 +128,13 @@ def execute(
             _tell(run, model, tokenizer, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")
             tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
-        _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
-        return finish(run, model, tokens, out)
+        trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
+        return finish(run, model, tokens, out, trained)
 
 
 def _train(
     run: Run, model: LM, tokens: TokenSet, out: Path, *, resume: str | None, tensorboard: bool, quiet: bool
-) -> None:
+) -> TrainResult:
     beside = {
         "tokens_digest": tokens.digest,
         "held_out_text": tokens.head.get("held_out_text"),
@@ -136,7 +142,9 @@ def _train(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
     }
-    train(
+    return_freed_memory()
+    forget_peak()  # of preparing the text, and of another run in this process
+    return train(
         model,
         tokens,
         run.train,
@@ -238,15 +246,14 @@ def _save(run: Run, model: LM, tokens: TokenSet, out: Path) -> None:
         shutil.copyfile(kept_tokenizer(out), out / "model" / "tokenizer.json")
 
 
-def finish(run: Run, model: LM, tokens: TokenSet, out: Path) -> Done:
-    """Measures a trained model on all held-out text and writes model/, trace/, result.json and report.html."""
+def finish(run: Run, model: LM, tokens: TokenSet, out: Path, trained: TrainResult) -> Done:
+    """Measures a trained model on all held-out text; writes model/, trace/, result.json, routes.json, report.html."""
     _save(run, model, tokens, out)
     trace = out / "trace" if model.routers else None
     if trace is not None and trace.exists():
         shutil.rmtree(trace)  # of the same run, finished before
     found = measure_model(model, tokens, seq=run.train.seq, trace=trace)
-    result = result_json(model, tokens, found, seq=run.train.seq)
-    write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_result(out, model, tokens, found, trained, seq=run.train.seq)
     data = read_run(out)
     report = write_report([out], out / "report.html")
     return Done((out,), (data,), report)

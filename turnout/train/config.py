@@ -152,7 +152,8 @@ class TrainResult:
         evaluations: the eval lines of metrics.jsonl, earliest first, those before a resume included.
         tokens_per_s: of training alone, in this process; 0 when there was nothing left to do.
         seconds: training, evaluations and checkpoints, over all the processes that worked on the run.
-        peak_memory_bytes: of the accelerator where the model is on one, else of this process.
+        peak_memory_bytes: of the accelerator where the model is on one, else of the process; the most of all those that
+            worked on the run, 0 where the system does not say.
 
     >>> TrainResult(1, 7.0, ({"bits_per_byte": 3.5},), 1e3, 2.0, 1).evaluations[-1]["bits_per_byte"]
     3.5

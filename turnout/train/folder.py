@@ -23,7 +23,7 @@ __all__ = ["locked", "read_run_json", "refuse_foreign", "refuse_missing_run", "r
 
 _TRACES = ("run.json", "metrics.jsonl", "checkpoints")
 # What a finished run writes over, and what says that a folder is a model, adapters or a conversion of somebody's.
-_WRITTEN = ("model", "trace", "result.json", "report.html")
+_WRITTEN = ("model", "trace", "result.json", "routes.json", "report.html")
 _MARKS = ("config.json", "adapter_config.json", "adapters.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 
 

@@ -1,18 +1,17 @@
 """Arrow: a token takes the adapters that its activation points along. Nothing is trained."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Arrow"]
 
 
-class Arrow(nn.Module):
+class Arrow(Called):
     """Each token takes the k adapters whose direction has the largest product with it, whatever the sign.
 
     v_e = the first right singular vector of B_e A_e; s_e = |v_e . x| / temperature; g = softmax of the k largest s.
@@ -72,9 +71,6 @@ class Arrow(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=softmax(logit_TE), logit_TE=logit_TE
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

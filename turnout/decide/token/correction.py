@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.types.called import Called
 
 __all__ = ["Corrected", "in_fp32", "nudge", "refuse_evaluation"]
 
@@ -62,7 +63,7 @@ def in_fp32(before: Tensor, after: Tensor) -> Tensor:
     return after.float() if before.is_meta else before.to(after.device)
 
 
-class Corrected(nn.Module):
+class Corrected(Called):
     """A router that adds a bias to the scores it chooses by; what ``LossFree`` and ``GroupLimited`` have in common.
 
     ``bias_E`` is a buffer that the router registers under this name, so that it stands in checkpoints beside the gate;

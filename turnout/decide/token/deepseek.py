@@ -1,6 +1,6 @@
 """Group-limited top-k: the routers of DeepSeek-V2 and V3."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,6 @@ class GroupLimited(Corrected):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _limited(self, biased_TE: Tensor) -> Tensor:
         """The biased scores, -inf outside the groups that each token may choose from."""

@@ -1,7 +1,7 @@
 """Dense to sparse: a gate that begins with all experts and, as its temperature falls, ends with a few."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ from turnout.decide.token.correction import in_fp32, refuse_evaluation
 from turnout.decide.token.gate import check, draw, largest, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["DenseToSparse"]
 
 
-class DenseToSparse(nn.Module):
+class DenseToSparse(Called):
     """Each token takes every expert whose gate is above a threshold; a falling temperature makes them fewer.
 
     g = softmax((W x + c n) / tau), n ~ Gumbel(0, 1) elementwise in training and 0 otherwise; a token takes the experts
@@ -127,9 +128,6 @@ class DenseToSparse(nn.Module):
             score_TE=gate_TE,
             logit_TE=logit_TE,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def after_step(self, load_E: Tensor) -> None:
         """Counts one step; the training loop calls it once per optimizer step. The load does not matter.

@@ -1,18 +1,18 @@
 """Expert choice: every expert picks its tokens, so that the load is even by construction."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["ExpertChoice"]
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoice(Called):
     """Each expert takes the C tokens that score it highest; a token may get many experts, or none.
 
     S = softmax(W x) over the experts; expert e takes the C largest of column e, each with weight S[t, e];
@@ -81,9 +81,6 @@ class ExpertChoice(nn.Module):
             score_TE=score_TE,
             logit_TE=logit_TE,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

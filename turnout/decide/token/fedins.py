@@ -1,20 +1,19 @@
 """FedIns: an instance takes the members of a pool whose keys are nearest to what a frozen network sees in it."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, check_tokens, largest, linear
 from turnout.errors import ShapeError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["FedIns"]
 
 _WHERE = "turnout.decide.token.FedIns"
 
 
-class FedIns(nn.Module):
+class FedIns(Called):
     """Each sequence, or instance, takes the k members of a pool with the most similar keys, with equal weights.
 
     s_e = cos(q, key_e); the k largest get 1 / k each. The weights have no gradient, the keys learn by ``match``. It is
@@ -87,9 +86,6 @@ class FedIns(nn.Module):
         index_BK = largest(near_BE, self.top_k)
         weight_BK = torch.full_like(near_BE[:, : self.top_k], 1 / self.top_k).detach()
         return Routing.from_topk(index_BK, weight_BK, num_experts=self.num_experts, logit_TE=near_BE)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def match(self, query_BQ: Tensor) -> Tensor:
         """The sum of a query's k similarities to the keys it chooses, the mean over queries; 1 - match is the loss."""

@@ -1,18 +1,17 @@
 """The gate of FedJETs: on features of a frozen network, which expert answers, and which experts a client trains."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.errors import ShapeError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["FedJETs"]
 
 
-class FedJETs(nn.Module):
+class FedJETs(Called):
     """Each example takes the experts that fit the features best that a frozen, common network sees in it.
 
     g = softmax(W h + b); an example takes the k largest, weighted by g over these k. A whole client is sent the experts
@@ -87,9 +86,6 @@ class FedJETs(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=softmax(logit_TE), logit_TE=logit_TE
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     @torch.no_grad()
     def assign(self, x_TD: Tensor, keep: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Glider: PHATGOOSE's choice for each token, guided by what the whole sequence asks for."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +9,14 @@ from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.decide.token.phatgoose import likeness
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["Glider"]
 
 _WHERE = "turnout.decide.token.Glider"
 
 
-class Glider(nn.Module):
+class Glider(Called):
     """Each token takes the k adapters that its own direction and the sequence's request point to.
 
     l_e = <LN(v_e), LN(u)> / sqrt(D), as PHATGOOSE; c_e = cos(d_e, q), with d_e an embedding of what adapter e was made
@@ -106,9 +106,6 @@ class Glider(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def guidance(self, given: Given) -> Tensor:
         """(B, E) fp32, s * c_e: what each sequence's request adds to the logits of its tokens.

@@ -1,7 +1,6 @@
 """GShard: two experts a token, the second kept by chance in proportion to its weight."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +8,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import capacity, check, draw, largest, linear, softmax
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["GShard"]
 
 
-class GShard(nn.Module):
+class GShard(Called):
     """Each token takes its two most probable experts; in training the second is skipped when it hardly counts.
 
     p = softmax(W x); g1, g2 = the two largest, divided by their sum; the second is kept when 2 g2 > u, u ~ U(0, 1),
@@ -97,9 +97,6 @@ class GShard(nn.Module):
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_TD.device))
         most = capacity(len(x_TD), self.num_experts, 2, self.capacity_factor)
         return routing.keep(place_R - routing.offset_E[routing.expert_R] < most)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

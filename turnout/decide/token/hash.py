@@ -1,21 +1,21 @@
 """Hash: the token's id decides, and nothing is learned."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.decide.token.gate import check, check_tokens, limit
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Hash"]
 
 _LOW = 0xFFFFFFFF
 
 
-class Hash(nn.Module):
+class Hash(Called):
     """Each token id has its k experts once and for all, picked by a seeded hash, each with weight 1 / k.
 
     e_j = (h(id) + j s(id)) mod E for j < k; h is the 32-bit finaliser of MurmurHash3 over id and seed, and s, taken
@@ -90,9 +90,6 @@ class Hash(nn.Module):
         weight_TK = torch.full(index_TK.shape, 1 / self.top_k, dtype=torch.float32, device=x_TD.device)
         routing = Routing.from_topk(index_TK, weight_TK, num_experts=self.num_experts)
         return limit(routing, self.top_k, self.capacity_factor, "position")
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _hash(self, id_T: Tensor) -> Tensor:
         """32 well-mixed bits of id and seed; seeds lie a golden section of 2^32 apart."""

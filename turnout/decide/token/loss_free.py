@@ -1,6 +1,6 @@
 """Loss-free balancing: a bias on the scores, moved by the observed load, decides who is chosen but not by how much."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,6 @@ class LossFree(Corrected):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

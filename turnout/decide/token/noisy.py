@@ -1,18 +1,17 @@
 """Noisy top-k: learned, input-dependent noise on the logits while training."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.decide.token.gate import Priority, check, draw, largest, limit, linear, softmax
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["NoisyTopK"]
 
 
-class NoisyTopK(nn.Module):
+class NoisyTopK(Called):
     """Each token takes the k experts with the highest noisy logit, weighted by a softmax over just those.
 
     H = W x + n * softplus(W_noise x), n ~ N(0, 1) elementwise in training and 0 otherwise; g = softmax of the k
@@ -83,9 +82,6 @@ class NoisyTopK(nn.Module):
             logit_TE=logit_TE,
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -1,18 +1,18 @@
 """PHATGOOSE: a token takes the adapters whose gate, trained for each adapter on its own, points the way it does."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, check_tokens, largest, linear, softmax, standard
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["PHATGOOSE"]
 
 
-class PHATGOOSE(nn.Module):
+class PHATGOOSE(Called):
     """Each token takes the k adapters whose normalised gate is most like it, at every linear map anew.
 
     a_e = <LN(v_e), LN(u)> / sqrt(D), LN without gain and shift; p = softmax(a) over all adapters; g_e = p_e for the k
@@ -68,9 +68,6 @@ class PHATGOOSE(nn.Module):
         return Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

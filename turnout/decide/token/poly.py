@@ -1,7 +1,7 @@
 """Poly and MHR: a table says how much of each adapter a task takes; with heads, how much of each part of it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, draw
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["Poly"]
 
@@ -16,7 +17,7 @@ _WHERE = "turnout.decide.token.Poly"
 _TINY = 1e-12
 
 
-class Poly(nn.Module):
+class Poly(Called):
     """Each sequence takes all adapters, their *parameters* averaged with the weights of its task; tokens do not matter.
 
     Task t has a row Z_ts (E,) of logits for each of ``parts`` equal parts of the adapters: w_ts = s / (sum s + 1e-12),
@@ -103,9 +104,6 @@ class Poly(nn.Module):
         routing = Routing.from_dense(weight_BSE.flatten(0, 1), mask_TE=torch.ones_like(weight_BSE.flatten(0, 1)).bool())
         logit_XE = logit_BSE.flatten(0, 1)
         return dataclasses.replace(routing, score_TE=_weights(logit_XE), logit_TE=logit_XE)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def weights(self, task: int) -> Tensor:
         """(S, E) what this task takes of each adapter, for each part, when nothing is drawn.

@@ -1,7 +1,6 @@
 """SMEAR: no choice at all. Experts are averaged with the router's probabilities, and one merged expert runs."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +8,14 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, check_tokens, draw, linear, softmax, standard
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["SMEAR"]
 
 _WHERE = "turnout.decide.token.SMEAR"
 
 
-class SMEAR(nn.Module):
+class SMEAR(Called):
     """Each sequence takes all experts, with weights that whoever runs it averages their *parameters* with.
 
     h = the mean of the sequence's tokens, padding left out; p = softmax((LN(h) * g) . LN(w_e) + b_e). In training each
@@ -104,9 +104,6 @@ class SMEAR(nn.Module):
             weight_BE = score_BE * kept_BE
             weight_BE = weight_BE / weight_BE.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         return dataclasses.replace(Routing.from_dense(weight_BE), score_TE=score_BE, logit_TE=logit_BE)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _query(self, given: Given) -> Tensor:
         query_BQ = given.need("query_BQ", _WHERE)

@@ -1,18 +1,17 @@
 """Switch: one expert a token, jitter on the input, the earliest tokens first."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, draw, largest, limit, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Switch"]
 
 
-class Switch(nn.Module):
+class Switch(Called):
     """Each token takes the one expert with the highest softmax probability, with that probability as its weight.
 
     p = softmax(W (x * u)), u ~ U(1 - jitter, 1 + jitter) elementwise in training and 1 otherwise; e = argmax p;
@@ -85,9 +84,6 @@ class Switch(nn.Module):
             logit_TE=logit_TE,
         )
         return limit(routing, 1, self.capacity_factor, "position")
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -1,18 +1,17 @@
 """Softmax over all experts, then the k largest: the router of Mixtral, OLMoE, Qwen-MoE and gpt-oss."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["TopK"]
 
 
-class TopK(nn.Module):
+class TopK(Called):
     """Each token takes the k experts with the highest softmax probability.
 
     p = softmax(W x + b); g_e = p_e for the k largest, or p_e / (their sum) when renormalised.
@@ -94,9 +93,6 @@ class TopK(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
