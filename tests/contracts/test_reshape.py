@@ -17,6 +17,9 @@ from small import ids, make, sparse
 # How each is asked to change nothing, and how to change something. What is listed for live transformers models is
 # tested in tests/reshape/test_adopt.py and test_attach.py.
 LIVE = (
+    "add_low_rank",  # these three in tests/reshape/test_low_rank.py
+    "fold_low_rank",
+    "low_rank_adapter",
     "adapters_of",
     "add_tasks",
     "adopt",

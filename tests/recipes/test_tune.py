@@ -14,7 +14,8 @@ from typing import Any
 import hf_folders as folders
 import pytest
 import torch
-from test_stock import DENSE, ROUTED
+from test_stock import ALONE, DENSE, ROUTED
+from tokenizers.processors import TemplateProcessing
 
 from turnout.cli.main import main
 from turnout.errors import CheckpointError, DataError, Interrupted, UsageError
@@ -27,12 +28,16 @@ from turnout.recipes.execute import execute
 from turnout.recipes.inspect import evaluate_run
 from turnout.recipes.run import Run
 from turnout.recipes.size import least_bytes
+from turnout.recipes.start import opening
 from turnout.recipes.steps import Drop, Upcycle
 from turnout.recipes.tune import tune
-from turnout.train.data import TokenSet, train_tokenizer, windows
+from turnout.train.data import TokenSet, load_tokenizer, train_tokenizer, windows
 from turnout.train.state import find
 from turnout.train.step import adamw
 
+KINDS = ROUTED | {name: keys for name, (keys, _) in (DENSE | ALONE).items()}
+FIRST = ("llama", "mixtral", "phi3", "deepseek_v3")
+FAMILIES = [pytest.param(kind, marks=[] if kind in FIRST else [pytest.mark.slow]) for kind in KINDS]
 FEW = ["steps=4", "warmup=1", "batch=4", "seq=32", "eval_every=2", "checkpoint_every=2", "log_every=1"]
 SMALL = (
     "width=16 layers=2 heads=2 kv_heads=1 model.hidden=24 vocab_size=300 max_seq=64 seq=32 batch=4 steps=4 warmup=1 "
@@ -130,10 +135,9 @@ def test_the_first_evaluation_is_what_transformers_computes(llama, text, tmp_pat
     assert lines(tmp_path / "x", "eval")[0]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *ROUTED])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_is_trained_and_given_back(kind, text, tmp_path, quiet):
-    keys = DENSE[kind][0] if kind in DENSE else ROUTED[kind]
-    base = folders.make(tmp_path / kind, kind, **keys)
+    base = folders.make(tmp_path / "base", kind.split()[0], **KINDS[kind])
     run = planned(base, text, "steps=1", "warmup=0", "lr=1e-2", "min_lr=1e-2")
     run.save(tmp_path / "run.json")
     assert Run.open(tmp_path) == run
@@ -144,7 +148,7 @@ def test_every_family_is_trained_and_given_back(kind, text, tmp_path, quiet):
     ours = checkpoint.load(tmp_path / "x" / "model")
     id_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5))
     assert torch.allclose(ours(id_BS).logits_BSV, folders.logits(tmp_path / "out"), atol=1e-4)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind.split()[0]
 
 
 def _base(folder: Path) -> dict[str, torch.Tensor]:
@@ -312,6 +316,18 @@ def test_tokens_of_another_tokenizer_are_refused(llama, own, text, tmp_path):
     assert len(digests) == 1
 
 
+def test_a_tokenizer_that_begins_a_text_otherwise_is_told(llama, tmp_path):
+    place = tmp_path / "tokenizer.json"
+    shutil.copyfile(llama / "tokenizer.json", place)
+    assert opening(place) == ""
+    tokenizer = load_tokenizer(place)
+    tokenizer.add_special_tokens(["<s>"])
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = begins
+    tokenizer.save(str(place))
+    assert "behind <|endoftext|>; the tokenizer by itself begins a text with <s>" in opening(place)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     tmp_path.joinpath("run.json").write_text(json.dumps({"format": "turnout.adaptation/1"}))
     with pytest.raises(CheckpointError, match="attach_folder"):
@@ -342,7 +358,9 @@ execute(Run.open(sys.argv[1]), sys.argv[2], quiet=True)
 """
 
 
-@pytest.mark.parametrize("only", ["all", "adapters", "router"])
+@pytest.mark.parametrize(
+    "only", ["all", *(pytest.param(one, marks=pytest.mark.slow) for one in ("adapters", "router"))]
+)
 def test_killed_and_resumed_without_the_base_bit_for_bit(only, mixtral, text, tmp_path, quiet):
     base = tmp_path / "base"
     shutil.copytree(mixtral, base)
@@ -417,11 +435,10 @@ def test_only_the_router_is_trained(mixtral, text, tmp_path, quiet):
     assert state.stat().st_size < 3 * sum(after[name].numel() * 4 for name in moved) + 2000
 
 
-@pytest.mark.parametrize("kind", [*DENSE, *ROUTED])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_only_adapters_are_trained_and_peft_loads_them(kind, text, tmp_path, quiet):
     peft = pytest.importorskip("peft")
-    keys = DENSE[kind][0] if kind in DENSE else ROUTED[kind]
-    base = folders.make(tmp_path / kind, kind, **keys)
+    base = folders.make(tmp_path / "base", kind.split()[0], **KINDS[kind])
     execute(planned(base, text, "lr=0.05", "rank=3", only="adapters"), tmp_path / "x", quiet=True)
     from safetensors.torch import load_file
 

@@ -16,7 +16,7 @@ from turnout.models.families.express import architecture_of
 from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
-from turnout.recipes.start import KEPT, begin, kept_tokenizer, write_adapters
+from turnout.recipes.start import KEPT, begin, kept_tokenizer, opening, write_adapters
 from turnout.reshape import fold_low_rank
 from turnout.show.headline import at_equal_time, headline
 from turnout.train.allocator import return_freed_memory
@@ -124,8 +124,8 @@ def execute(
     with _resumable(out):
         with _begun(run, out):
             model = begin(run, out, resume=resume)
-            _tell(run, model, quiet=quiet)
             tokenizer = None if run.start is None else kept_tokenizer(out)
+            _tell(run, model, tokenizer, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")
             tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
         trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
@@ -156,8 +156,10 @@ def _train(
     )
 
 
-def _tell(run: Run, model: LM, *, quiet: bool) -> None:
+def _tell(run: Run, model: LM, tokenizer: Path | None, *, quiet: bool) -> None:
     """Says what should be known of this model before it is trained."""
+    if not quiet and tokenizer is not None and (why := opening(tokenizer)):
+        print(f"note: {why}", file=sys.stderr)
     if not quiet and (why := unexportable(run)):
         print(f"note: {why}", file=sys.stderr)
     if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):

@@ -18,11 +18,11 @@ from turnout.recipes.run import Run, Start
 from turnout.reshape import add_low_rank, low_rank_adapter
 from turnout.storage import digest, write_whole
 from turnout.train.data import load_tokenizer
-from turnout.train.data.tokenizer import check_tokenizer
+from turnout.train.data.tokenizer import check_tokenizer, separator_id
 from turnout.train.state import find
 from turnout.train.step import derived_seed
 
-__all__ = ["KEPT", "begin", "kept_tokenizer", "look", "write_adapters"]
+__all__ = ["KEPT", "begin", "kept_tokenizer", "look", "opening", "write_adapters"]
 
 # Where a run keeps the small files of the model that it began with: they outlive that model's folder.
 KEPT = "start"
@@ -138,6 +138,16 @@ def write_adapters(run: Run, lm: LM, out: Path) -> None:
     kind = read_json(lm.origin / "config.json", _WHERE)["model_type"]
     adapter = low_rank_adapter(lm, out.resolve().name, base=run.start.path, prefer=kind)
     write_adapter(out / "adapter", adapter)
+
+
+def opening(tokenizer: Path) -> str:
+    """What is to be known where the tokenizer begins a text otherwise than documents begin here; else empty."""
+    made = load_tokenizer(tokenizer)
+    first, separator = made.encode("a").ids[0], separator_id(made)
+    if first in (separator, made.encode("a", add_special_tokens=False).ids[0]):
+        return ""
+    ours, theirs = made.id_to_token(separator), made.id_to_token(first)
+    return f"documents are trained and measured on behind {ours}; the tokenizer by itself begins a text with {theirs}"
 
 
 def kept_tokenizer(out: Path) -> Path:
