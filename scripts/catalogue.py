@@ -1,4 +1,4 @@
-"""What is a method here, whose paper it is, and which claim measures that paper; read from the source, not imported.
+"""What is public, what of it is a method, whose paper it is and which claim measures it; read from the source.
 
 ``scripts/docs.py`` writes what is found to turnout/cli/methods.json, which ``turnout methods`` shows, and to
 docs/methods.md. A method is a public function or class whose ``Source:`` names a paper, or says "our own".
@@ -123,6 +123,14 @@ def _claimed(table: Mapping[str, Module]) -> Iterator[tuple[str, tuple[Paper, ..
 def _function(tree: ast.AST | None, name: str) -> Function | None:
     body = tree.body if isinstance(tree, ast.Module) else []
     return next((node for node in body if isinstance(node, Function) and node.name == name), None)
+
+
+def sections(room: str, table: Mapping[str, Module]) -> Iterator[tuple[Module, list[str]]]:
+    """A room and the packages in it, each with the names that no package further in lists."""
+    for module in (module for module in table.values() if module.room == room and module.is_public):
+        floors = [inner for inner in table.values() if inner.is_public and inner.name.startswith(f"{module.name}.")]
+        shown = {name for floor in floors for name in listed(floor) or [] if not floor.name.endswith(f".{name}")}
+        yield module, [name for name in listed(module) or [] if name not in shown]
 
 
 # ---- what was measured

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import catalogue
-from house import ROOT, STOREYS, Function, Module, listed, locate, read, summary
+from house import ROOT, STOREYS, Function, Module, locate, read, summary
 
 NOTICE = "<!-- Written by scripts/docs.py. Change the docstrings instead, then run it. -->"
 CATALOGUE = "turnout/cli/methods.json"
@@ -84,7 +84,7 @@ def _order(path: str) -> list[tuple[bool, str]]:
 def api(room: str, table: Mapping[str, Module]) -> str:
     """One line per public name of a room and of the packages in it: signature, first line, link to the source."""
     lines = [NOTICE]
-    for module in (module for module in table.values() if module.room == room and module.is_public):
+    for module, names in catalogue.sections(room, table):
         level = "#" if module.name.count(".") == 1 else "##"
         lines += [
             "" if level == "##" else None,
@@ -93,9 +93,7 @@ def api(room: str, table: Mapping[str, Module]) -> str:
             ast.get_docstring(module.tree) or "",
             "",
         ]
-        floors = [inner for inner in table.values() if inner.is_public and inner.name.startswith(f"{module.name}.")]
-        shown = {name for floor in floors for name in listed(floor) or [] if not floor.name.endswith(f".{name}")}
-        for name in (name for name in listed(module) or [] if name not in shown):
+        for name in names:
             found = locate(name, module, table)
             lines += _entry(name, *found) if found else []
     return "\n".join(line for line in lines if line is not None).rstrip() + "\n"

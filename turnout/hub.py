@@ -29,8 +29,9 @@ class Located:
         given: what was asked for.
         repo: its name on the hub, "org/name"; None for a folder outside the cache.
         revision: the hash of the commit.
+        by_id: whether it was asked for by its name on the hub.
 
-    >>> Located(Path("cache/snapshots/0a1b"), "org/name", "org/name", "0a1b").source
+    >>> Located(Path("cache/snapshots/0a1b"), "org/name", "org/name", "0a1b", True).source
     'org/name@0a1b'
 
     Source: none; plain bookkeeping.
@@ -40,11 +41,7 @@ class Located:
     given: str
     repo: str | None = None
     revision: str | None = None
-
-    @property
-    def by_id(self) -> bool:
-        """Whether it was asked for by its name on the hub."""
-        return self.repo is not None and is_hub_id(self.given) and not Path(self.given).exists()
+    by_id: bool = False
 
     @property
     def name(self) -> str:
@@ -118,7 +115,7 @@ def located(path: str | Path, *, where: str = "turnout") -> Located:
     repo, revision = found["repo"], found["revision"]
     folder = _cached(repo, revision, where) if offline() else _fetched(repo, revision, where)
     _check_whole(folder, repo, where)
-    return Located(folder, given, repo, folder.name)
+    return Located(folder, given, repo, folder.name, by_id=True)
 
 
 def _snapshot(folder: Path, where: str) -> Path:

@@ -99,7 +99,10 @@ THEIRS: dict[str, tuple[Harm, str]] = {
     "renamed tensor": (renamed, "model.morn.weight"),
     "index of other shards": (index_lists_more, "1 missing (model.layers.2.input_layernorm.weight)"),
     "mixed dtypes": (
-        lambda path: rewrite(shards(path)[0], lambda tensors: {n: t.bfloat16() for n, t in tensors.items()}),
+        lambda path: (
+            rewrite(shards(path)[0], lambda tensors: {n: t.bfloat16() for n, t in tensors.items()}),
+            keys(path, dtype="float16"),
+        ),
         "(turnout convert --dtype float32)",
     ),
     "whole numbers": (

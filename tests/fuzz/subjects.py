@@ -12,6 +12,7 @@ from torch import nn
 
 from turnout.errors import CheckpointError
 from turnout.measure import ReportData, RunData
+from turnout.measure.passage import Passage
 from turnout.measure.runs import read_run
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
@@ -251,6 +252,11 @@ def _run(path: Path) -> None:
     lines = [{"kind": "train", "step": n, "loss": 3.0 / n, "tokens_per_s": 10.0 * n} for n in range(1, 5)]
     lines += [{"kind": "eval", "step": 4, "bits_per_byte": 1.5, "by_domain": {"a": 1.5}, "load": [[0.25] * 4]}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "result.json").write_text(json.dumps({"bits_per_byte": 1.5, "by_domain": {"a": 1.5}, "seconds": 2.0}))
+    routing = Routing.from_topk(torch.tensor([[1], [3]]), torch.ones(2, 1), num_experts=4)
+    passages = [Passage.from_routings(["x", "y"], [routing], domain=name).to_json_dict() for name in ("a", "b")]
+    load = {"load": [[0.25] * 4], "load_by_domain": {"a": [[0.25] * 4], "b": [[0.5, 0.5, 0.0, 0.0]]}}
+    (path / "routes.json").write_text(json.dumps(load | {"passages": passages}))
     _trace(path / "trace")
 
 

@@ -51,7 +51,7 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "Qwen2MoeForCausalLM"),
     "qwen3": ({"head_dim": 8}, "Qwen3MoeForCausalLM"),
     "granite": ({"attention_multiplier": 0.3, "logits_scaling": 2.0}, "GraniteMoeForCausalLM"),
-    "phi3": ({"sliding_window": 6, "num_key_value_heads": 2}, "MixtralForCausalLM"),
+    "phi3": ({"sliding_window": 6}, "MixtralForCausalLM"),
 }
 # What no published architecture says with experts, and the reason that is given.
 ALONE: dict[str, tuple[dict[str, Any], str]] = {
@@ -240,3 +240,43 @@ def test_without_memory_it_says_so(made: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stock, "free_memory", lambda: 1000)
     done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
     assert "not checked with transformers: float32, for want of memory" in done.summary()
+
+
+def routed_to_one_of_two(path: Path, tie_at: int | None) -> Path:
+    """A model with one of two experts a token; at this place of the first row of the batch the two are tied."""
+    folder = folders.make(
+        path, "olmoe", num_experts=2, num_experts_per_tok=1, intermediate_size=12, num_hidden_layers=1
+    )
+    if tie_at is None:
+        return folder
+    lm, seen = checkpoint.from_hf(folder), []
+    handle = lm.routers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    lm(stock.batch(lm.config))
+    handle.remove()
+    with torch.no_grad():
+        weight_ED, x_D = lm.routers[0].weight, seen[0][tie_at]
+        weight_ED[1] = weight_ED[0] + (off_D := torch.randn(x_D.shape, generator=torch.Generator().manual_seed(3)))
+        weight_ED[1] -= (off_D @ x_D) / (x_D @ x_D) * x_D
+    shutil.rmtree(folder)
+    checkpoint.to_hf(lm, folder)
+    return folder
+
+
+def test_tokens_whose_experts_are_tied_are_left_out_and_nothing_else(tmp_path, monkeypatch) -> None:
+    folder = routed_to_one_of_two(tmp_path / "tied", tie_at=20)
+    theirs = stock._theirs
+
+    def other(*args: Any, at: int) -> torch.Tensor:
+        logits_BSV = theirs(*args)
+        logits_BSV[0, at:] += 1
+        return logits_BSV
+
+    monkeypatch.setattr(stock, "_theirs", lambda *args: other(*args, at=20))
+    found = stock.check_with_transformers(folder, params=1000)
+    assert found["dtypes"]["float32"]["tied_tokens"] == 12
+    assert "12 tokens left out" in stock.said(found)
+    monkeypatch.setattr(stock, "_theirs", lambda *args: other(*args, at=19))
+    with pytest.raises(CheckpointError, match="compute the same"):
+        stock.check_with_transformers(folder, params=1000)
+    with pytest.raises(CheckpointError, match="compute the same"):
+        stock.check_with_transformers(routed_to_one_of_two(tmp_path / "clear", None), params=1000)

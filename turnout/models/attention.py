@@ -11,6 +11,7 @@ from turnout.models.config import LMConfig, MLAConfig
 from turnout.models.fused import rms_norm, turn
 from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
+from turnout.paths import LowRank
 from turnout.run.product import linear
 
 __all__ = ["Attention", "Cache", "LatentAttention", "Projection", "RMSNorm", "attended"]
@@ -49,10 +50,12 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outer, inner).normal_(0, std, generator=generator))
         self.bias = nn.Parameter(torch.zeros(outer)) if bias else None
+        self.added: LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., outer) from (..., inner)."""
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.added is None else y + self.added(x)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -62,7 +62,8 @@ class LMOutput:
 class LM(Called):
     """A decoder language model: tokens in, scores of each next token out.
 
-    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)).
+    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). Norms can stand
+    elsewhere, and much else varies: see ``LMConfig``.
 
     Args:
         config: the sizes.
@@ -77,7 +78,8 @@ class LM(Called):
     ([4, 4], torch.Size([1, 5]))
 
     Source: Touvron et al., 2023, "LLaMA"; experts as Jiang et al., 2024, "Mixtral of Experts". With the right
-    configuration it computes what the published Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek and gpt-oss models do.
+    configuration it computes what the published Llama, Mistral, Qwen, Granite, SmolLM3, Phi-3, OLMo 2, Mixtral, OLMoE,
+    DeepSeek and gpt-oss models do.
     """
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
@@ -266,7 +268,8 @@ class LM(Called):
             temperature: 0 takes the most likely token; 1 draws as the model says.
             top_k: draw among the k most likely only; None among all.
             attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
-                with a token. Each prompt goes on as it does alone. None for no padding.
+                with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
+                None for no padding.
             generator: where the chance comes from; torch's default when None.
 
         Returns:

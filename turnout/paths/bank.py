@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
 from turnout.paths.layout import align_fused_optimizers
+from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
@@ -163,6 +164,9 @@ class FeedForward(Called):
         self.down = nn.Parameter(torch.empty(width, hidden).normal_(0, std, generator=generator))
         self.up_bias = nn.Parameter(torch.zeros(wide)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        # Of low rank, beside ``up`` and ``down`` while these stay as they are.
+        self.up_added: LowRank | None = None
+        self.down_added: LowRank | None = None
 
     @property
     def up_DH(self) -> Tensor:
@@ -176,7 +180,11 @@ class FeedForward(Called):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) from (..., D)."""
-        return linear(activate(linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
+        wide = linear(x, self.up, self.up_bias)
+        wide = wide if self.up_added is None else wide + self.up_added(x)
+        hidden = activate(wide, self.activation)
+        y = linear(hidden, self.down, self.down_bias)
+        return y if self.down_added is None else y + self.down_added(hidden)
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""

@@ -340,6 +340,7 @@ def _record(
         "text_tokens": text_tokens,
         "held_out": done["held_out"],
         "plan": plan.to_json_dict(),
+        "seq": plan.seq,
         "compared": {"verdict": certificate.verdict, "max_abs": gap.max_abs, "relative": gap.relative},
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
@@ -351,7 +352,10 @@ def _record(
     tokens = plan.path / "tokens"
     kept = {name: old[name] for name in ("tokens_digest", "tokens_folder") if name in old}
     kept |= {"tokens_folder": str(tokens.resolve())} if tokens.is_dir() else {}
-    run = dataclasses.replace(Run.from_json_dict(old), model=plan.rows[-1].config)
+    run = Run.from_json_dict(old)
+    # What the run started from, and what of that was trained, says nothing of another model.
+    train = dataclasses.replace(run.train, only="all", rank=None, alpha=None)
+    run = dataclasses.replace(run, model=plan.rows[-1].config, train=train, start=None)
     return run.to_json_dict() | kept | {"conversion": conversion}
 
 

@@ -7,8 +7,8 @@ from turnout.recipes.run import Run
 
 __all__ = ["check_size", "least_bytes"]
 
-# A weight, its gradient and two moments of AdamW, in fp32.
-_PER_WEIGHT = 16
+# A weight in fp32; and where it is trained its gradient and two moments of AdamW.
+_PER_WEIGHT, _PER_TRAINED = 4, 12
 # What the objects of one block take whatever its sizes; measured at 0.1 MB and more.
 _PER_BLOCK = 100_000
 
@@ -30,7 +30,10 @@ def least_bytes(run: Run) -> int:
     experts = 0 if moe is None else routed * moe.num_experts * 3 * model.width * moe.hidden
     weights = model.vocab_size * model.width + dense + experts + model.layers * model.width**2
     kept = run.train.batch * run.train.seq * model.width * 4 * model.layers * (2 if run.train.dtype == "bf16" else 4)
-    return _PER_WEIGHT * weights + _PER_BLOCK * model.layers + kept
+    trained = weights
+    if run.train.only != "all":
+        trained = 0 if moe is None or run.train.only == "adapters" else routed * moe.num_experts * model.width
+    return _PER_WEIGHT * weights + _PER_TRAINED * trained + _PER_BLOCK * model.layers + kept
 
 
 def check_size(run: Run, *, free: int | None = None) -> None:

@@ -230,6 +230,19 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     assert set(found) == set(want) and all(torch.equal(found[name], want[name]) for name in want)
 
 
+def test_layers_that_predict_further_tokens_are_passed_over(tmp_path: Path) -> None:
+    path = make(tmp_path / "fp8", "deepseek_v3")
+    want, tensors = ours(checkpoint.from_hf(path)), stored(path)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    ahead = {one.replace("layers.1", "layers.2"): tensors[one] for one in (name, f"{name}_scale_inv")}
+    write(path, tensors, ahead)
+    body = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(body | {"num_nextn_predict_layers": 1}))
+    with pytest.warns(UserWarning, match="multi-token prediction"):
+        found = ours(checkpoint.from_hf(path))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_the_plan_counts_the_memory_of_what_is_read(tmp_path: Path) -> None:
     path = make(tmp_path / "fp8", "mixtral")
     plan = make_plan(path, [], as_format="model")

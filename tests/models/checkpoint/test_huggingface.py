@@ -594,7 +594,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
         ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "soft-capping"),
         ({"model_type": "mixtrl", "architectures": ["MixtrlForCausalLM"]}, "Did you mean 'MixtralForCausalLM'"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "unknown architecture"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"hidden_act": "gelu_new"}, "hidden_act"),
         ({"hidden_size": 48}, r"shape \(67, 32\)"),
         ({"num_hidden_layers": 2}, r"left over \(model\.layers\.2"),
@@ -638,7 +638,7 @@ def test_routers_of_deepseek_v2_that_do_not_fit_are_refused(keys: dict, match: s
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'sliding_attention'"),
         ({"sliding_window": None}, "sliding_window"),
         ({"num_experts_per_tok": 1}, "renormalised"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
     ],
 )
 def test_configurations_of_gpt_oss_that_do_not_fit_are_refused(keys: dict, match: str, tmp_path: Path) -> None:
@@ -703,7 +703,9 @@ def test_mixed_dtypes_are_refused_or_converted(tmp_path: Path) -> None:
     lm = ours("default")
     lm.norm.to(torch.bfloat16)
     checkpoint.to_hf(lm, tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"BF16 \(model\.norm\.weight\)"):
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(keys | {"dtype": None, "torch_dtype": None}))
+    with pytest.raises(CheckpointError, match=r"bfloat16 \(model\.norm\.weight\)"):
         checkpoint.from_hf(tmp_path / "a")
     assert checkpoint.from_hf(tmp_path / "a", dtype=torch.float32).norm.weight.dtype == torch.float32
 

@@ -21,7 +21,7 @@ from turnout.hub import located
 from turnout.measure.memory import free_memory
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
-from turnout.paths import Bank
+from turnout.paths import Bank, LowRank
 from turnout.reading import check_fields
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
 from turnout.wrappers import plain_names, stripped, unwrapped
@@ -186,7 +186,19 @@ def bare(lm: nn.Module) -> LM:
     if not isinstance(inside, LM):
         got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
         raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
+    refuse_adapters(inside, _WHERE)
     return inside
+
+
+def refuse_adapters(lm: LM, where: str) -> None:
+    """Refuses a model with adapters beside its weights, where they would be lost.
+
+    Raises:
+        UsageError: it has some.
+    """
+    if any(isinstance(module, LowRank) for module in lm.modules()):
+        got, fix = "one with adapters beside its weights", "call turnout.reshape.fold_low_rank(lm) first"
+        raise UsageError(word("the model", got=got, allowed="be by itself", where=where, fix=fix))
 
 
 def stored(lm: LM) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class Packed:
 
     def notes(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What is to be known of a model that is read from them."""
-        if self.method is None:
+        if not self.scales:
             return ()
         stored = f"{len(self.scales)} weights are stored as {self.method}"
         stored += f" in blocks of {self.block[0]} x {self.block[1]}" if self.block else ""

@@ -83,10 +83,10 @@ class Survey:
         """What is to be known of a model that is read from it and written again."""
         said = str(self.dtype).removeprefix("torch.")
         kinds = ", ".join(sorted({str(kind).removeprefix("torch.") for kind in self.others.values()}))
+        some = ", ".join(sorted(self.others)[:2]) + (", ..." if len(self.others) > 2 else "")
         mixed = (
-            f"{len(self.others)} tensors are stored in {kinds} ({min(self.others, default='')}, ...), which a folder "
+            f"stored in {kinds}, which a folder of transformers keeps: {some}; the model computes in {said}, as there"
         )
-        mixed += f"of transformers keeps; the model computes in {said}, as there"
         plain = all(name.endswith(CORRECTION) for name in self.others)
         return (*self.packed.notes(self.dtype), *([] if plain else [mixed]))
 

@@ -43,7 +43,8 @@ def stragglers(
         loss: takes a model, gives a scalar with gradients, on data of the fine-tuning; the same every time.
         positions: where on the line, 0 for the first and 1 for the second.
         factor: how much sharper, at least 1.
-        radius, steps: of ``sharpness``.
+        radius: of ``sharpness``, as ``steps``.
+        steps: of ``sharpness``.
 
     Returns:
         ``stragglers``, sharpest first; ``by_layer``, the means; and of each position the loss, and sharpness.
@@ -61,8 +62,7 @@ def stragglers(
     ['2']
 
     Source: Abdollahpoorrostam, 2024, "In Search of the Successful Interpolation: On the Role of Sharpness in CLIP
-    Generalization", the idea. Its code is not published: sharpness as in ``turnout.measure.sharpness``, one layer at a
-    time, and the rule that makes a straggler, are ours.
+    Generalization", the idea. No code is published: sharpness by layer, and what makes a straggler, are ours.
     """
     matched([first, second], _WHERE)
     if not factor >= 1 or not positions:
