@@ -114,8 +114,8 @@ THEIRS: dict[str, tuple[Harm, str]] = {
         "Did you mean 'MixtralForCausalLM'? Available: DeepseekV2",
     ),
     "architecture we lack": (
-        lambda path: keys(path, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
-        "It has logit soft-capping and norms after attention and feed-forward, which no model here has",
+        lambda path: keys(path, model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"]),
+        "It has a part that sees images (docs/guides/convert.md says how",
     ),
     "architecture nobody knows": (
         lambda path: keys(path, model_type="zzz", architectures=["ZzzForCausalLM"]),

@@ -91,14 +91,14 @@ def _dense(path: Path) -> None:
 def _dense_as(architecture: str, **fields: Any) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         torch.manual_seed(0)
-        lm = LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, max_seq=64, **fields))
-        checkpoint.to_hf(lm, path, architecture=f"{architecture}ForCausalLM")
+        lm = LM(LMConfig(32, 16, 2, 2, **{"kv_heads": 1, "hidden": 24, "max_seq": 64, **fields}))
+        checkpoint.to_hf(lm, path, architecture=architecture)
 
     return make
 
 
 _phi3 = _dense_as(
-    "Phi3",
+    "Phi3ForCausalLM",
     rope_share=0.5,
     window=8,
     rope_scaling={
@@ -109,9 +109,34 @@ _phi3 = _dense_as(
         "attention_factor": 1.2,
     },
 )
-_smollm3 = _dense_as("SmolLM3", rope_layers=(0,), window=8, window_layers=(1,))
-_granite = _dense_as("Granite", embedding_scale=2.0, residual_scale=0.5, logit_divisor=3.0)
-_olmo2 = _dense_as("Olmo2", norm_place="after", qk_norm="full")
+_smollm3 = _dense_as("SmolLM3ForCausalLM", rope_layers=(0,), window=8, window_layers=(1,))
+_granite = _dense_as("GraniteForCausalLM", embedding_scale=2.0, residual_scale=0.5, logit_divisor=3.0)
+_olmo2 = _dense_as("Olmo2ForCausalLM", norm_place="after", qk_norm="full")
+_gemma = _dense_as(
+    "Gemma3ForCausalLM",
+    window=8,
+    window_layers=(0,),
+    activation="geglu_tanh",
+    norm="rms_plus_one",
+    norm_place="both",
+    qk_norm="head",
+    embedding_scale=4.0,
+    embedding_rounded=True,
+    tie_embeddings=True,
+    local_rope_theta=1e3,
+    logit_softcap=5.0,
+)
+_gpt2 = _dense_as(
+    "GPT2LMHeadModel",
+    kv_heads=None,
+    qkv_bias=True,
+    out_bias=True,
+    ff_bias=True,
+    activation="gelu_tanh",
+    rope_layers=(),
+    learned_positions=True,
+    norm="layer",
+)
 
 
 def _read_hf(path: Path, out: Path) -> Any:
@@ -304,6 +329,8 @@ SUBJECTS = {
     "mixtral": Subject(_mixtral, _read_hf),
     "deepseek": Subject(_deepseek, _read_hf),
     "llama": Subject(_dense, _read_hf),
+    "gemma": Subject(_gemma, _read_hf),
+    "gpt2": Subject(_gpt2, _read_hf),
     "granite": Subject(_granite, _read_hf),
     "smollm3": Subject(_smollm3, _read_hf),
     "phi3": Subject(_phi3, _read_hf),

@@ -1,6 +1,7 @@
 """The language model: what it computes does not depend on how it is asked, and what it costs is what is counted."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -28,6 +29,39 @@ VARIANTS = {
     "norms after": {"norm_place": "after", "qk_norm": "full", "residual_scale": 0.5},
     "norms on both sides": {"norm_place": "both", "moe": dataclasses.replace(ROUTED, layers=(1,))},
     "a layer without rope": {"rope_layers": (1,), "window": 5, "window_layers": (0,)},
+    "gemma": {
+        "norm": "rms_plus_one",
+        "norm_place": "both",
+        "qk_norm": "head",
+        "window": 5,
+        "window_layers": (0,),
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "local_rope_theta": 50.0,
+        "activation": "geglu_tanh",
+        "embedding_scale": 32**0.5,
+        "embedding_rounded": True,
+        "attention_softcap": 1.5,
+        "logit_softcap": 4.0,
+        "tie_embeddings": True,
+    },
+    "gpt-2": {
+        "heads": 32,
+        "kv_heads": None,
+        "rope_layers": (),
+        "learned_positions": True,
+        "norm": "layer",
+        "qkv_bias": True,
+        "out_bias": True,
+        "ff_bias": True,
+        "activation": "gelu_tanh",
+    },
+    "gpt-2 with experts": {
+        "rope_layers": (),
+        "learned_positions": True,
+        "norm": "layer",
+        "moe": dataclasses.replace(ROUTED, activation="gelu_tanh", bias=True),
+    },
+    "latent, capped": {**LATENT, "attention_softcap": 0.7, "norm": "rms_plus_one"},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "moe": {"moe": ROUTED},
     "moe in one layer": {"moe": dataclasses.replace(ROUTED, layers=(1,), shared_hidden=12, shared_gate=True)},
@@ -133,6 +167,29 @@ def test_sinks_are_one_more_term_of_the_softmax(window: int | None) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         none = attend(q, k, v, scale=0.4, window=window, sink_H=torch.full((4,), -1e9))
         torch.testing.assert_close(none, attend(q, k, v, scale=0.4, window=window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_scores_are_capped_before_the_softmax(window: int | None) -> None:
+    """Against the formula, one score at a time; a cap far away is none."""
+    g = torch.Generator().manual_seed(8)
+    for new, total in ((9, 9), (3, 9), (1, 9), (1, 1)):
+        q, k, v = (torch.randn(2, h, n, 6, generator=g) for h, n in ((4, new), (2, total), (2, total)))
+        given = [t.requires_grad_() for t in (q, k, v)]
+        y_BSD = attend(q, k, v, scale=0.9, window=window, softcap=0.7)
+        rows = []
+        for b, h, s in itertools.product(range(2), range(4), range(new)):
+            at = s + total - new
+            seen = range(max(0, at - (window or total) + 1), at + 1)
+            score = torch.stack([0.7 * torch.tanh(0.9 * q[b, h, s] @ k[b, h // 2, t] / 0.7) for t in seen])
+            rows.append(score.softmax(0) @ v[b, h // 2, seen.start : seen.stop])
+        expected = torch.stack(rows).view(2, 4, new, 6).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(y_BSD, expected, rtol=1e-4, atol=1e-5)
+        slope = torch.randn(y_BSD.shape, generator=g)
+        for a, b in zip(*(torch.autograd.grad(out, given, slope) for out in (y_BSD, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        far = attend(q, k, v, scale=0.9, window=window, softcap=1e4)
+        torch.testing.assert_close(far, attend(q, k, v, scale=0.9, window=window), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -252,7 +309,7 @@ def test_drawn_tokens_follow_the_model() -> None:
 
 def test_autocast_and_bf16() -> None:
     id_BS = ids(2, 16)
-    for name in ("moe", "latent", "head norm"):
+    for name in ("moe", "latent", "head norm", "gemma", "gpt-2"):
         lm = make(name)
         exact = lm(id_BS).logits_BSV
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -70,6 +70,16 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "rope",
     ),
+    "gemma": ({"head_dim": 8}, "norm is 'rms_plus_one'"),
+    "gemma2": (
+        {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "attn_logit_softcapping": 2.0},
+        "attention_softcap is 2.0",
+    ),
+    "gemma3_text": (
+        {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+        "norm_place is 'both'",
+    ),
+    "gpt2": ({}, "learned_positions is True"),
 }
 STEPS: dict[str, list[Step]] = {
     "drop": [Drop(count=2, by="random")],

@@ -111,6 +111,16 @@ def test_what_cannot_be_split_is_refused(text) -> None:
         split(make(), num_experts=4, top_k=2, by="clusters")
     with pytest.raises(UsageError, match="batches must be given"):
         split(make(), num_experts=4, top_k=2, by="gradient")
-    for lm in (sparse(), make(ff_bias=True)):
+    for lm in (sparse(),):
         with pytest.raises(UsageError, match="be dense"):
             split(lm, num_experts=4, top_k=2)
+
+
+@pytest.mark.parametrize("by", ["cluster", "coactivation", "gradient"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_biases_go_with_their_neurons(by: str, activation: str, text) -> None:
+    lm = make(ff_bias=True, norm="layer", activation=activation, rope_layers=(), learned_positions=True)
+    new, report = split(lm, num_experts=4, top_k=4, by=by, batches=text)
+    assert report["relative_difference"] < 1e-5 and new.config.moe.bias
+    _, report = split(lm, num_experts=4, top_k=2, by=by, batches=text)
+    assert report["relative_difference"] > 1e-3

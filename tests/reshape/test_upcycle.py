@@ -86,12 +86,10 @@ def test_what_does_not_fit_is_refused_with_what_does(sizes: tuple[int, int, int]
         upcycle(make(), num_experts=int(e), top_k=int(k), granularity=int(g))
 
 
-def test_models_with_experts_or_feed_forward_biases_are_refused() -> None:
+def test_models_with_experts_are_refused() -> None:
     new, _ = upcycle(make(), num_experts=4, top_k=2)
     with pytest.raises(UsageError, match="must be dense"):
         upcycle(new, num_experts=4, top_k=2)
-    with pytest.raises(UsageError, match="no feed-forward biases"):
-        upcycle(make(ff_bias=True), num_experts=4, top_k=2)
     with pytest.raises(UsageError, match="router_std"):
         upcycle(make(), num_experts=4, top_k=1, router_std=0.1)
     with pytest.raises(UsageError, match="layers"):
@@ -130,3 +128,22 @@ def test_half_precision_keeps_its_dtype() -> None:
     new, report = upcycle(make().bfloat16(), num_experts=4, top_k=2)
     assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
     assert report["relative_difference"] < 0.02
+
+
+@pytest.mark.parametrize(("top_k", "shards"), [(2, 1), (4, 2), (1, 1)])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "geglu_tanh"])
+def test_biases_are_those_of_the_dense_layer(top_k: int, shards: int, activation: str) -> None:
+    """As GPT-2 has them, and norms with a bias before them."""
+    lm = make(ff_bias=True, norm="layer", activation=activation, rope_layers=(), learned_positions=True)
+    new, report = upcycle(lm, num_experts=8, top_k=top_k, granularity=shards)
+    assert report["relative_difference"] < 1e-5 and new.config.moe.bias
+    torch.testing.assert_close(new(ids()).logits_BSV, lm(ids()).logits_BSV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_gemma_is_upcycled_exactly(top_k: int) -> None:
+    norms = {"norm": "rms_plus_one", "norm_place": "both", "embedding_scale": 4.0, "embedding_rounded": True}
+    caps = {"attention_softcap": 2.0, "logit_softcap": 5.0, "window": 8, "window_layers": (0,), "local_rope_theta": 1e3}
+    lm = make(**norms, **caps, activation="geglu_tanh")
+    _, report = upcycle(lm, num_experts=4, top_k=top_k)
+    assert report["relative_difference"] < 1e-5

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from turnout.decide import token
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
-from turnout.models.attention import Angles, Attention, Cache, LatentAttention, RMSNorm
+from turnout.models.attention import Angles, Attention, Cache, LatentAttention
 from turnout.models.config import LMConfig, MoEConfig
+from turnout.models.norm import Norm, build_norm
 from turnout.models.padding import Places
 from turnout.models.pre_gate import PreGate
 from turnout.paths import FeedForward
@@ -83,13 +84,13 @@ class Block(nn.Module):
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
         return self._add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 
-    def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
         change_BSD = change_BSD if norm is None else norm(change_BSD)
         return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
 
 
-def _norm(config: LMConfig, there: bool) -> RMSNorm | None:
-    return RMSNorm(config.width, config.norm_eps) if there else None
+def _norm(config: LMConfig, there: bool) -> Norm | None:
+    return build_norm(config, config.width) if there else None
 
 
 def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:

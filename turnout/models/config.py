@@ -16,6 +16,7 @@ __all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig"]
 _NAMES = {
     "qk_norm": ("none", "head", "full"),
     "attention": ("gqa", "mla"),
+    "norm": ("rms", "rms_plus_one", "layer"),
     "norm_place": ("before", "after", "both"),
 }
 _ROPE_NEEDS = {
@@ -46,11 +47,16 @@ class LMConfig:
         rope_share: how much of each head is rotated, from its start; above 0, at most 1. Not used by "mla".
         rope_layers: the layers whose heads are rotated; in the others attention knows no order but what it may look at.
             "all" with "mla".
-        norm_eps: of every RMSNorm.
-        norm_place: where a layer has an RMSNorm: "before" attention and feed-forward, x + f(norm(x)); "after" them,
+        local_rope_theta: another base in the layers with a window, where nothing is stretched; None for the same as in
+            all others.
+        learned_positions: whether each position has a vector that is added to its token's.
+        norm: of layers, heads and the end: "rms"; "rms_plus_one", which stores its weight less one and multiplies
+            before it rounds (Gemma); or "layer", with a bias (GPT-2). Latents have "rms".
+        norm_eps: of these norms.
+        norm_place: where a layer has a norm: "before" attention and feed-forward, x + f(norm(x)); "after" them,
             x + norm(f(x)) (OLMo 2); or "both" (Gemma 2).
         tie_embeddings: whether the output layer is the embedding.
-        qk_norm: RMSNorm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
+        qk_norm: a norm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
         attention: "gqa", or "mla" with ``mla`` set.
         mla: the sizes of latent attention.
         qkv_bias: whether the products that make queries, keys and values add a bias.
@@ -62,9 +68,13 @@ class LMConfig:
         window_layers: the layers that ``window`` holds in.
         activation: of the dense feed-forward layers.
         embedding_scale: what embeddings are multiplied with.
+        embedding_rounded: whether that number is first rounded to the dtype of the weights.
         attention_scale: what products of queries and keys are multiplied with; None for head_width^-1/2.
+        attention_softcap: c, for scores s of queries and keys that enter the softmax as c tanh(s / c); None for s. Not
+            with sinks.
         residual_scale: what attention and feed-forward are multiplied with before they are added.
         logit_divisor: what logits are divided by.
+        logit_softcap: c, for logits l that come out as c tanh(l / c), divided before; None for l.
         moe: the routed layers; None for a dense model.
         init_std: standard deviation of the starting weights.
 
@@ -90,6 +100,9 @@ class LMConfig:
     rope_scaling: Mapping[str, object] | None = None
     rope_share: float = 1.0
     rope_layers: Literal["all"] | tuple[int, ...] = "all"
+    local_rope_theta: float | None = None
+    learned_positions: bool = False
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_place: Literal["before", "after", "both"] = "before"
     tie_embeddings: bool = False
@@ -104,9 +117,12 @@ class LMConfig:
     window_layers: Literal["all"] | tuple[int, ...] = "all"
     activation: Activation = "swiglu"
     embedding_scale: float = 1.0
+    embedding_rounded: bool = False
     attention_scale: float | None = None
+    attention_softcap: float | None = None
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    logit_softcap: float | None = None
     moe: MoEConfig | None = None
     init_std: float = 0.02
 
@@ -119,6 +135,11 @@ class LMConfig:
         for name in ("rope_theta", "norm_eps", "init_std", "logit_divisor"):
             if not getattr(self, name) > 0:
                 refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
+        for name in ("local_rope_theta", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                refuse(name, getattr(self, name), "be positive, or None", "LMConfig", f"{name}=None")
+        if self.sinks and self.attention_softcap is not None:
+            refuse("attention_softcap", self.attention_softcap, "be None with sinks", "LMConfig", "sinks=False")
         for name, allowed in _NAMES.items():
             if getattr(self, name) not in allowed:
                 raise nearest(str(getattr(self, name)), allowed, kind=name, where="LMConfig")
@@ -175,6 +196,12 @@ class LMConfig:
         """Whether RoPE turns the heads of this layer, counted from 0."""
         return self.rope_layers == "all" or layer in self.rope_layers
 
+    def rope_of(self, layer: int) -> tuple[float, Mapping[str, object] | None]:
+        """The base of this layer's rotary frequencies, and how they are stretched."""
+        if self.local_rope_theta is None or self.window_of(layer) is None:
+            return self.rope_theta, self.rope_scaling
+        return self.local_rope_theta, None
+
     def window_of(self, layer: int) -> int | None:
         """How many positions a token of this layer sees; None for all."""
         return self.window if self.window_layers == "all" or layer in self.window_layers else None
@@ -223,6 +250,8 @@ def _check_heads(config: LMConfig) -> None:
     if config.heads % config.key_heads:
         near = _near_divisor(config.heads, config.key_heads)
         refuse("kv_heads", config.kv_heads, f"divide heads={config.heads}", "LMConfig", f"kv_heads={near}")
+    if config.rope_layers == ():  # nothing turns
+        return
     if config.head_width % 2:
         refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
                 f"head_dim={config.head_width + 1}")  # fmt: skip

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expect
 from turnout.layers import MoE
-from turnout.models.attention import Cache, Projection, RMSNorm, attended
+from turnout.models.attention import Cache, Projection, attended
 from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
-from turnout.models.fused import IGNORE
+from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
-from turnout.models.padding import Places, real_tokens
+from turnout.models.norm import build_norm
+from turnout.models.padding import Places, new_places, real_tokens
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
@@ -78,8 +79,7 @@ class LM(Called):
     ([4, 4], torch.Size([1, 5]))
 
     Source: Touvron et al., 2023, "LLaMA"; experts as Jiang et al., 2024, "Mixtral of Experts". With the right
-    configuration it computes what the published Llama, Mistral, Qwen, Granite, SmolLM3, Phi-3, OLMo 2, Mixtral, OLMoE,
-    DeepSeek and gpt-oss models do.
+    configuration it computes what the published models of ``turnout.models.families`` do.
     """
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
@@ -94,12 +94,18 @@ class LM(Called):
             torch.empty(config.vocab_size, config.width).normal_(0, config.init_std, generator=generator)
         )
         self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.positions = None
+        if config.learned_positions:
+            at_SD = torch.empty(config.max_seq, config.width).normal_(0, config.init_std, generator=generator)
+            self.positions = nn.Parameter(at_SD)
+        self.norm = build_norm(config, config.width)
         self.head = None
         if not config.tie_embeddings:
             start = {"std": config.init_std, "generator": generator}
             self.head = Projection(config.width, config.vocab_size, bias=False, **start)
-        self.rope = Rope(config)
+        self.rope, self.local_rope = Rope(config), None
+        if config.local_rope_theta is not None:
+            self.local_rope = Rope(config, theta=config.local_rope_theta)
         self.pre_gate = build_pre_gate(config, generator)
 
     @property
@@ -145,7 +151,7 @@ class LM(Called):
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
-        return LMOutput(logits_BSV, routings, hidden_BSD)
+        return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
 
     def loss(
         self,
@@ -175,7 +181,8 @@ class LM(Called):
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
         weight_VD = self.embedding if self.head is None else self.head.weight
-        return LMLoss(head_loss(hidden_BSD, weight_VD, target_BS), routings)
+        nats = head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
+        return LMLoss(nats, routings)
 
     def _hidden(
         self,
@@ -189,9 +196,7 @@ class LM(Called):
         start = 0 if cache is None else cache.length
         self._check(id_BS, start)
         places = _places(id_BS, attention_mask, cache)
-        x_BSD = nn.functional.embedding(id_BS, self.embedding)
-        if self.config.embedding_scale != 1:
-            x_BSD = x_BSD * self.config.embedding_scale
+        x_BSD = self._embedded(id_BS, start, places)
         if self.rope.changes(start, id_BS.shape[1], places):
             allowed = (
                 "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
@@ -199,18 +204,29 @@ class LM(Called):
             fix = "start a new Cache with all the tokens, as LM.generate does"
             got = f"{start} positions and {id_BS.shape[1]} more"
             raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
-        angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
+        at = (start, id_BS.shape[1], x_BSD.dtype, places)
+        angles = self.rope(*at)
+        local = angles if self.local_rope is None else self.local_rope(*at)
         call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
-        for block in self._blocks():
-            x_BSD, routing = block(x_BSD, angles, cache, places, **call)
+        for layer, block in enumerate(self._blocks()):
+            turns = angles if self.config.window_of(layer) is None else local
+            x_BSD, routing = block(x_BSD, turns, cache, places, **call)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
         return self.norm(x_BSD), tuple(routings), places
+
+    def _embedded(self, id_BS: Tensor, start: int, places: Places | None) -> Tensor:
+        x_BSD, scale = nn.functional.embedding(id_BS, self.embedding), self.config.embedding_scale
+        if scale != 1:
+            x_BSD = x_BSD * (torch.tensor(scale, dtype=x_BSD.dtype) if self.config.embedding_rounded else scale)
+        if self.positions is None:
+            return x_BSD
+        return x_BSD + self.positions[new_places(start, id_BS.shape[1], places, id_BS.device)]
 
     @torch.no_grad()
     def route(self, id_BS: Tensor, *, attention_mask: Tensor | None = None) -> tuple[Routing, ...]:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
-from turnout.models.attention import Angles, Attention, Cache, Projection, RMSNorm
+from turnout.models.attention import Angles, Attention, Cache, Projection
 from turnout.models.config import LMConfig
+from turnout.models.norm import RMSNorm
 from turnout.models.padding import Places
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from turnout.models.config import LMConfig
-from turnout.models.padding import Places
+from turnout.models.padding import Places, new_places
 
 __all__ = ["Rope", "attention_scale", "rotate_neighbours"]
 
 
 class Rope(nn.Module):
     """The rotary angles of a model: position p turns pair i by p * theta^(-2i / d), stretched as configured.
+
+    With a ``theta`` of its own it is that of the windowed layers, which nothing stretches.
 
     Frequencies stay in fp32 whatever the model is cast to: in bf16 the angles of far positions would be noise.
 
@@ -33,9 +35,11 @@ class Rope(nn.Module):
     # Those of texts that end after so many positions; None for the same in all.
     long_P: Tensor | None
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(self, config: LMConfig, *, theta: float | None = None) -> None:
         super().__init__()
         self._width, self._theta, self._scaling = config.rotated_width, config.rope_theta, config.rope_scaling
+        if theta is not None:
+            self._theta, self._scaling = theta, None
         frequency_P, self.magnitude = self._frequencies()
         self.register_buffer("frequency_P", frequency_P, persistent=False)
         self.register_buffer("long_P", self._long(), persistent=False)
@@ -47,9 +51,7 @@ class Rope(nn.Module):
 
         Where attention is told of padding they are (B, S, P), at the places of the rows' tokens.
         """
-        position_S = torch.arange(start, start + length, device=self.frequency_P.device, dtype=torch.float32)
-        if places is not None and places.aside:
-            position_S = places.place_BT[:, -length:].to(position_S)
+        position_S = new_places(start, length, places, self.frequency_P.device).float()
         frequency_P = self.long_P if self._is_long(start + length, places) else self.frequency_P
         assert frequency_P is not None
         with torch.autocast(frequency_P.device.type, enabled=False):

@@ -34,7 +34,8 @@ class Bank(Called):
         num_experts: E, at least 1.
         width: D, of the tokens.
         hidden: F, of each expert.
-        activation: "swiglu", "geglu", "reglu", "swiglu_oai" (gated), "gelu", "relu" or "silu".
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gated), "gelu", "gelu_tanh", "relu" or
+            "silu".
         bias: whether both products add a bias (started at zero).
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the chance comes from; torch's default when None.

@@ -35,10 +35,16 @@ def reach(lm: LM, layer: int) -> float:
     block = blocks(lm)[layer]
     if block.ff_norm is not None:
         return block.ff_norm.gain
-    longest = float(lm.embedding.detach().float().square().mean(1).max().sqrt()) * abs(lm.config.embedding_scale)
+    longest = _longest(lm.embedding) * abs(lm.config.embedding_scale)
+    longest += 0 if lm.positions is None else _longest(lm.positions)
     before = [norm for done in blocks(lm)[:layer] for norm in (done.attention_out_norm, done.ff_out_norm)]
     added = sum(norm.gain for norm in (*before, block.attention_out_norm) if norm is not None)
     return longest + abs(lm.config.residual_scale) * added
+
+
+def _longest(row_ND: Tensor) -> float:
+    """The largest root mean square of a row."""
+    return float(row_ND.detach().float().square().mean(1).max().sqrt())
 
 
 def checked(batches: Iterable[Tensor | Mapping[str, Tensor]] | None, lm: LM, where: str) -> tuple[Tensor, ...]:

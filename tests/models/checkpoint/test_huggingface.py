@@ -65,6 +65,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 5e3,
 }
+GEMMA = {"head_dim": 12, "rms_norm_eps": 0.03}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 3e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+GPT2 = {"layer_norm_epsilon": 0.03, "intermediate_size": ..., "num_key_value_heads": ..., "rms_norm_eps": ...}
 # Other factors for texts of more than 16 positions; the shorter ones of the 23 below have the first.
 LONG = {
     "rope_type": "longrope",
@@ -86,6 +92,66 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 12}),
     "qwen3 biased": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "gemma": ("gemma", GEMMA),
+    "gemma biased": (
+        "gemma",
+        GEMMA | {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    ),
+    "gemma2": (
+        "gemma2",
+        # Caps so low that they bite.
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 0.7,
+        },
+    ),
+    "gemma2 uncapped": (
+        "gemma2",
+        GEMMA
+        | {
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_activation": "relu",
+            "attention_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 9,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_parameters": GEMMA3_ROPE,
+            "final_logit_softcapping": 0.9,
+        },
+    ),
+    "gemma3 yarn": (
+        "gemma3_text",
+        GEMMA | {"sliding_window": 5, "sliding_window_pattern": 2, "rope_parameters": {"full_attention": YARN}},
+    ),
+    "gemma3 all local": (
+        "gemma3_text",
+        GEMMA | {"sliding_window": 5, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 other": (
+        "gpt2",
+        GPT2
+        | {
+            "n_inner": 20,
+            "activation_function": "relu",
+            "scale_attn_weights": False,
+            "tie_word_embeddings": False,
+            "num_attention_heads": 32,
+        },
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 5}),
     "mixtral windowed": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7}),
     "qwen2_moe": (
@@ -203,6 +269,13 @@ MLA = MLAConfig(kv_rank=14, rope_dim=6, nope_dim=8, v_dim=12, q_rank=10)
 OURS = LMConfig(
     vocab_size=67, width=32, layers=3, heads=4, kv_heads=2, hidden=40, max_seq=64, init_std=0.1, norm_eps=0.03
 )
+GEMMA_OURS = {
+    "norm": "rms_plus_one",
+    "activation": "geglu_tanh",
+    "embedding_scale": 32**0.5,
+    "embedding_rounded": True,
+    "tie_embeddings": True,
+}
 # What ours is, and the architecture that it must be given.
 EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("LlamaForCausalLM", {}),
@@ -213,6 +286,46 @@ EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "window above": ("Qwen2ForCausalLM", {"window": 6, "window_layers": (2,), "qkv_bias": True}),
     "qkv bias": ("Qwen2ForCausalLM", {"qkv_bias": True, "head_dim": 12}),
     "head norm": ("Qwen3ForCausalLM", {"qk_norm": "head"}),
+    "gemma": ("GemmaForCausalLM", GEMMA_OURS),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        GEMMA_OURS
+        | {
+            "norm_place": "both",
+            "window": 6,
+            "window_layers": (1,),
+            "attention_scale": 50**-0.5,
+            "attention_softcap": 0.5,
+            "logit_softcap": 0.8,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        GEMMA_OURS
+        | {
+            "norm_place": "both",
+            "qk_norm": "head",
+            "window": 6,
+            "window_layers": (0, 2),
+            "rope_theta": 2e5,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "local_rope_theta": 300.0,
+        },
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {
+            "kv_heads": None,
+            "rope_layers": (),
+            "learned_positions": True,
+            "norm": "layer",
+            "qkv_bias": True,
+            "out_bias": True,
+            "ff_bias": True,
+            "activation": "gelu_tanh",
+            "tie_embeddings": True,
+        },
+    ),
     "scaled, dense": (
         "GraniteForCausalLM",
         {"heads": 5, "kv_heads": 1, "head_dim": 6, "logit_divisor": 3.0, "ff_bias": True},
@@ -334,7 +447,8 @@ def transformers() -> Any:
 def theirs(name: str) -> Any:
     """A random model of transformers, none of its parameters at a neutral value."""
     kind, keys = CASES[name]
-    config = transformers().AutoConfig.for_model(kind, **(SIZES | keys))
+    given = {key: value for key, value in (SIZES | keys).items() if value is not ...}
+    config = transformers().AutoConfig.for_model(kind, **given)
     torch.manual_seed(len(name))
     model = transformers().AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -439,7 +553,10 @@ def test_experts_in_one_tensor(name: str, tmp_path: Path) -> None:
     assert held(tmp_path / "a") == files(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "mixtral", "granite", "smollm3", "phi3", "olmo2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "deepseek_v3", "mixtral", "granite", "smollm3", "phi3", "olmo2", "gemma2", "gemma3", "gpt2"],
+)
 def test_bf16(name: str, tmp_path: Path) -> None:
     hf = theirs(name).to(torch.bfloat16)
     hf.save_pretrained(tmp_path / "a")
@@ -453,6 +570,18 @@ def test_bf16(name: str, tmp_path: Path) -> None:
         assert files(tmp_path / "a") == files(tmp_path / "b")
     checkpoint.to_hf(wide, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "config.json").read_text())["dtype"] == "float32"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_a_gemma_rounds_where_its_own_code_does(name: str, tmp_path: Path) -> None:
+    hf = theirs(name).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path)
+    lm, id_BS = checkpoint.from_hf(tmp_path), torch.arange(60).view(3, 20)
+    embedded = hf.model.embed_tokens(id_BS)
+    assert torch.equal(lm._embedded(id_BS, 0, None), embedded)
+    assert not torch.equal(lm.embedding[id_BS] * lm.config.embedding_scale, embedded)  # the unrounded root
+    assert torch.equal(lm.norm(embedded), hf.model.norm(embedded))
 
 
 def theirs_from(folder: Path) -> Any:
@@ -591,11 +720,11 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "soft-capping"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "a part that sees images"),
         ({"model_type": "mixtrl", "architectures": ["MixtrlForCausalLM"]}, "Did you mean 'MixtralForCausalLM'"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "unknown architecture"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-        ({"hidden_act": "gelu_new"}, "hidden_act"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act"),
         ({"hidden_size": 48}, r"shape \(67, 32\)"),
         ({"num_hidden_layers": 2}, r"left over \(model\.layers\.2"),
         ({"num_hidden_layers": 4}, r"missing \(model\.layers\.3"),

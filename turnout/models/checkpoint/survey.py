@@ -42,14 +42,16 @@ SINGLE = "model.safetensors"
 CORRECTION = ".e_score_correction_bias"
 _SUFFIX = "ForCausalLM"
 # What old checkpoints hold beside their weights, worked out again whenever a model is built: everyone passes it over.
-_WORKED_OUT = re.compile(r"(^|\.)(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$")
+_WORKED_OUT = re.compile(
+    r"(^|\.)(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|masked_bias|position_ids|h\.\d+\.attn\.bias)$"
+)
+_LAYER = re.compile(r"(?:model\.layers|(?:transformer\.)?h)\.(\d{1,9})\.", re.ASCII)
 # How often transformers predicts further than the next token, by its several names.
 AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Why well-known architectures are not among ours.
 _NEEDS = {
-    "gemma2": "logit soft-capping and norms after attention and feed-forward",
-    "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
+    "gemma3": "a part that sees images (docs/guides/convert.md says how to save its text part alone)",
     "jamba": "state-space layers",
     "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
 }
@@ -102,7 +104,7 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     family = _family(path, keys)
     where, dtypes, shapes = headers(path, keys)
     packed = find_packed(path, family, keys.get("quantization_config"), where, dtypes, shapes)
-    _check_layers(path, keys, len(where))
+    _check_layers(path, family.keys(keys).get("num_hidden_layers"), len(where))
     try:
         config = family.read(family.keys(keys))
     except TurnoutError as error:
@@ -131,10 +133,10 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     return Survey(family, config, common, names, where, packed, others, wider)
 
 
-def _check_layers(path: Path, keys: Mapping[str, Any], tensors: int) -> None:
+def _check_layers(path: Path, layers: int | None, tensors: int) -> None:
     """Refuses more layers than tensors, before a list of them is made."""
-    if (keys.get("num_hidden_layers") or 0) > tensors:
-        got, fix = f"{keys['num_hidden_layers']} layers", "use the config.json that belongs to these weights"
+    if (layers or 0) > tensors:
+        got, fix = f"{layers} layers", "use the config.json that belongs to these weights"
         allowed = f"have no more layers than the {tensors} tensors there"
         raise CheckpointError(word("config.json", got=got, allowed=allowed, where=str(path), fix=fix))
 
@@ -267,6 +269,9 @@ def _first(path: Path, keys: Mapping[str, Any]) -> str:
 def layout(family: Family, names: Iterable[str]) -> Names:
     """How a folder with these tensors names those of its experts."""
     on_disk, in_memory = family.layouts
+    names = tuple(names)
+    if in_memory.root != on_disk.root:
+        return on_disk if not names or any(name.startswith(on_disk.root) for name in names) else in_memory
     fused = in_memory.fused is not None and any(name.endswith(in_memory.fused[0]) for name in names)
     return in_memory if fused else on_disk
 
@@ -306,8 +311,8 @@ def plain_kinds(dtypes: Mapping[str, str]) -> dict[str, torch.dtype]:
 
 def layer_of(name: str) -> int:
     """The layer that a tensor belongs to, by its name; -1 for none."""
-    number = name.removeprefix("model.layers.").partition(".")[0]
-    return int(number) if name.startswith("model.layers.") and number.isdecimal() and len(number) < 10 else -1
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1
 
 
 def _also(tied: bool) -> set[str]:

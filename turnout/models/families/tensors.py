@@ -50,6 +50,8 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
         lm: the model.
         names: how the architecture names its tensors.
     """
+    if names.views is not None:
+        return {name: Slot(tensor.detach()) for name, tensor in names.views(lm, names.root).items()}
     found: Views = {"model.embed_tokens.weight": lm.embedding, "model.norm.weight": lm.norm.weight}
     if lm.head is not None:
         found["lm_head.weight"] = lm.head.weight

@@ -24,6 +24,9 @@ def _slope(h, KIND: tl.constexpr):
         out = s * (1.0 + h * (1.0 - s))
     elif KIND == "gelu":
         out = 0.5 * (1.0 + tl.math.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif KIND == "gelu_tanh":
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * h * (1.0 + 0.044715 * h * h)))
+        out = s * (1.0 + h * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h))
     elif KIND == "oai":
         s = 1.0 / (1.0 + tl.exp(-1.702 * h))
         out = tl.where(h > 7.0, 0.0, s * (1.0 + 1.702 * h * (1.0 - s)))

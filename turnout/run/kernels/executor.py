@@ -15,7 +15,7 @@ from turnout.types import ExpertWeights, Routing
 __all__ = ["kernels"]
 
 _KIND = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "silu": "silu", "gelu": "gelu", "relu": "relu"}
-_KIND["swiglu_oai"] = "oai"
+_KIND |= {"swiglu_oai": "oai", "geglu_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
 
 def _check(x_TD: Tensor) -> None:

@@ -28,6 +28,8 @@ def activated(h, KIND: tl.constexpr):
         out = h / (1.0 + tl.exp(-h))
     elif KIND == "gelu":
         out = 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        out = h / (1.0 + tl.exp(-1.5957691216057308 * h * (1.0 + 0.044715 * h * h)))
     elif KIND == "oai":
         h = tl.where(h > 7.0, 7.0, h)
         out = h / (1.0 + tl.exp(-1.702 * h))
