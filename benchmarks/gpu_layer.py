@@ -231,7 +231,7 @@ def main() -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"gpu_layer-{facts['date']}-{facts['commit']}.json"
-        path.write_text(json.dumps({"about": facts, "lines": lines}, indent=1) + "\n")
+        path.write_text(json.dumps({"about": facts, "lines": lines}, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {path}")
     if any("wrong" in found for found in lines):
         raise SystemExit("something was wrong; see above")

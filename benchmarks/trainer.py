@@ -58,7 +58,7 @@ class Watch:
 def _resident() -> int:
     """Bytes in memory before the first step; 0 where the system does not say."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
@@ -87,7 +87,7 @@ def train_ours(options: argparse.Namespace, run: Any, tokens: Any, watch: Watch)
     watch.start_bytes = _resident()
     with tempfile.TemporaryDirectory() as out:
         train(model, tokens, run.train, Path(out) / "run", progress=Marking())
-        lines = (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(out) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [record["loss"] for record in records if record["kind"] == "train"]
 
@@ -159,7 +159,7 @@ def one(options: argparse.Namespace) -> None:
     watch = Watch(options.warm)
     losses = (train_ours if options.arm == "turnout" else train_theirs)(options, run, tokens, watch)
     body = watch.found(run.train.tokens_per_step) | {"losses": losses}
-    (options.work / "arm.json").write_text(json.dumps(body))
+    (options.work / "arm.json").write_text(json.dumps(body), encoding="utf-8")
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -195,7 +195,7 @@ def call(options: argparse.Namespace, arm: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads((options.work / "arm.json").read_text())
+    return json.loads((options.work / "arm.json").read_text(encoding="utf-8"))
 
 
 def table(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]], worst: float) -> list[str]:

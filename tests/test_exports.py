@@ -2,11 +2,13 @@
 
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 
 import turnout
-from house import ROOT, Module, listed, read
+from house import ROOT, Module, imported_for_checkers, listed, read
 
 MODULES = read()
 ROOMS = [module for module in MODULES if module.is_public]
@@ -70,6 +72,22 @@ def test_package_names_are_the_rooms_names() -> None:
         room = importlib.import_module(home)
         assert name in room.__all__
         assert getattr(turnout, name) is getattr(room, name)
+
+
+def test_every_room_is_an_attribute_of_the_package() -> None:
+    """``import turnout; turnout.reshape`` works, and so does what completes names."""
+    assert sorted({module.room for module in ROOMS}) == turnout._ROOMS
+    code = "import turnout; assert all(hasattr(turnout, name) for name in dir(turnout)); print(*dir(turnout))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == sorted([*turnout.__all__, *turnout._ROOMS])
+
+
+def test_checkers_are_shown_what_is_there() -> None:
+    """Under ``TYPE_CHECKING`` stand the names and rooms that load on first use, each from where it lives."""
+    (package,) = (module for module in MODULES if module.name == "turnout")
+    shown = sorted(target for _, target in imported_for_checkers(package))
+    names = [f"{home}.{name}" for name, home in turnout._HOME.items()]
+    assert shown == sorted([*names, *(f"turnout.{room}" for room in turnout._ROOMS)])
 
 
 def test_an_unknown_package_name_says_so() -> None:

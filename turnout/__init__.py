@@ -26,8 +26,8 @@ _HOME = {
 }
 # What is there as ``turnout.room`` too, after ``import turnout`` alone.
 _ROOMS = (
-    "claims cli decide errors expects fields layers measure models moved paths reading recipes reshape run show solve"
-    " storage train types wrappers"
+    "claims cli decide errors expects fields hub layers measure models moved paths reading recipes reshape run show"
+    " solve storage train types wrappers"
 ).split()
 
 __all__ = [
@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same, for editors and type checkers; tests/test_exports
     from turnout import errors as errors
     from turnout import expects as expects
     from turnout import fields as fields
+    from turnout import hub as hub
     from turnout import layers as layers
     from turnout import measure as measure
     from turnout import models as models

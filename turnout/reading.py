@@ -68,7 +68,12 @@ def open_regular(path: str | Path, *, refuse: Refuse | None = None, any_link: bo
     if "\0" in str(path):
         raise refuse("a name with a zero byte")
     # Opened before it is looked at, so that nothing can be put in its place in between.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except PermissionError as error:
+        if path.is_dir():  # which Windows opens for nobody
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from error
+        raise
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(handle, "rb")

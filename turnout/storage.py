@@ -3,14 +3,17 @@
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
+import time
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ __all__ = [
     "check_seal",
     "create",
     "digest",
+    "flush",
+    "hold",
     "load_tensors",
     "open_own",
     "read_error",
@@ -29,6 +34,11 @@ __all__ = [
     "sealed",
     "write_whole",
 ]
+
+# Windows changes the ends of lines in a file that is opened without it, and elsewhere there is no such thing.
+_BINARY = getattr(os, "O_BINARY", 0)
+# The byte that is locked on Windows, where nobody may read what is locked: far behind all that a file of ours holds.
+_FAR = 1 << 30
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -62,9 +72,9 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None])
             content(aside)
             # Some libraries make files that nobody else may read.
             aside.chmod(mode)
-        _flush(aside)
+        flush(aside)
         aside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -88,7 +98,7 @@ def create(path: Path) -> BinaryIO:
     Source: none; plain bookkeeping.
     """
     path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), "wb")
 
 
 def open_own(path: Path) -> BinaryIO:
@@ -104,7 +114,59 @@ def open_own(path: Path) -> BinaryIO:
 
     Source: none; plain bookkeeping.
     """
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a+b")
+    no_link = getattr(os, "O_NOFOLLOW", None)  # Windows has none: there a link could still come in between
+    if no_link is None and path.is_symlink():
+        raise FileExistsError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _BINARY | (no_link or 0)
+    return os.fdopen(os.open(path, flags, 0o666), "a+b")
+
+
+def hold(file: BinaryIO, *, wait: bool = False) -> bool:
+    """Locks an open file for this process, until the file is closed or the process ends, however it does.
+
+    Args:
+        file: open for writing. What it holds can be read by others, locked or not.
+        wait: until whoever has it lets it go.
+
+    Returns:
+        Whether it is locked now; without ``wait``, false where another process has it. Where this Python has no locks
+        at all it says so in a warning, and gives true.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     hold(file)
+    True
+
+    Source: flock(2), and _locking of Windows.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _hold_on_windows(file, wait)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _hold_on_windows(file: BinaryIO, wait: bool) -> bool:
+    try:
+        windows: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        warnings.warn(f"this Python has no locks: nothing keeps other processes out of {file.name}", stacklevel=3)
+        return True
+    while True:
+        os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+        try:
+            windows.locking(file.fileno(), windows.LK_NBLCK, 1)
+            return True
+        except OSError:
+            if not wait:
+                return False
+        finally:
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+        time.sleep(0.1)
 
 
 def _system_error(error: BaseException) -> OSError | None:
@@ -115,8 +177,18 @@ def _system_error(error: BaseException) -> OSError | None:
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk. Windows opens no folders, and keeps their names.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flush(Path(folder))
+
+    Source: fsync(2).
+    """
+    if (folder := path.is_dir()) and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(handle)
     finally:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
 from turnout.run.product import linear
+from turnout.types.called import Called
 
 __all__ = ["LowRank"]
 
 
-class LowRank(nn.Module):
+class LowRank(Called):
     """scale · B A x, beside W x: what fine-tuning adds when W stays as it is.
 
     A map whose outputs are of several kinds, such as queries, keys and values, has a pair (A, B) for each. A begins as

@@ -80,7 +80,7 @@ class Pieces:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): digest(file) for file in files}
+    return {file.relative_to(folder).as_posix(): digest(file) for file in files}
 
 
 class Partial:

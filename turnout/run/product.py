@@ -38,7 +38,7 @@ def onednn_is_faster() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or "BLAS_INFO=mkl" not in torch.__config__.show():
         return False
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(errors="replace")
+    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(encoding="utf-8", errors="replace")
 
 
 def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:

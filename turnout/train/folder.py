@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import os
 import platform
 import shlex
@@ -17,7 +16,7 @@ import torch
 from turnout import __version__
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.reading import read_json
-from turnout.storage import open_own, read_error, write_whole
+from turnout.storage import hold, open_own, read_error, write_whole
 
 __all__ = ["locked", "read_run_json", "refuse_foreign", "refuse_missing_run", "refuse_other_run", "write_failure"]
 
@@ -47,9 +46,7 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
     except OSError as error:
         raise read_error(error, out, where) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold(file):
             file.seek(0)
             holder = file.read(32).decode(errors="replace").strip() or "unknown"
             raise UsageError(
@@ -60,7 +57,7 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
                     where=where,
                     fix="wait for that process or stop it (it saves first), or write to another --out",
                 )
-            ) from None
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())
         file.flush()

@@ -14,7 +14,6 @@ the loop derives every generator from (seed, step).
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, StorageError, word
 from turnout.reading import check_fields, check_link, read_json
-from turnout.storage import digest, read_error, write_whole
+from turnout.storage import digest, flush, read_error, write_whole
 from turnout.wrappers import plain_names, stripped
 
 __all__ = ["checkpoint_name", "choose", "clean", "damage", "find", "load", "newest_whole", "save", "set_aside_after"]
@@ -90,7 +89,7 @@ def save(
         if path.exists():
             _set_aside(path)
         part.rename(path)
-        _flush(folder)
+        flush(folder)
         for old in find(folder)[:-keep]:
             _remove(old)
     except OSError as error:
@@ -302,11 +301,3 @@ def _check_fit(path: Path, saved: Mapping[str, tuple[int, ...]], held: Mapping[s
             fix="resume with the configuration in the folder's run.json, or train in another folder",
         )
     )
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -45,6 +45,8 @@ class LossFree(Corrected):
     in fp32 when the module is cast down, or steps of 0.001 would vanish.
     """
 
+    bias_E: Tensor  # pyrefly: ignore[bad-override-mutable-attribute] - it always has one
+
     def __init__(
         self,
         width: int,

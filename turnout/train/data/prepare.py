@@ -1,7 +1,6 @@
 """From sources to a TokenSet: survey them, train a tokenizer on a sample, tokenise piece by piece onto the disk."""
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import itertools
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import tokenizers
 
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
-from turnout.storage import digest, open_own, read_error, sealed, write_whole
+from turnout.storage import digest, hold, open_own, read_error, sealed, write_whole
 from turnout.train.data.display import Display, display
 from turnout.train.data.documents import Source
 from turnout.train.data.reader import Reader, Settings, Survey
@@ -164,7 +163,7 @@ def _strange(out: Path) -> list[str]:
         folder = out / side
         inside = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
         found += [path for path in inside if path.name not in COLUMNS]
-    return sorted(str(path.relative_to(out)) for path in found)
+    return sorted(path.relative_to(out).as_posix() for path in found)
 
 
 @contextlib.contextmanager
@@ -172,11 +171,9 @@ def _locked(out: Path, tell: Display) -> Iterator[None]:
     """Holds the folder; a second process waits, then finds what the first one made."""
     out.mkdir(parents=True, exist_ok=True)
     with open_own(out / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold(file):
             tell.say(f"waiting for another process that prepares {out}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            hold(file, wait=True)
         yield
 
 

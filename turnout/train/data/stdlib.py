@@ -102,7 +102,7 @@ def _files(folder: Path, suffix: str) -> list[Document]:
     for inside, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         paths += [Path(inside, name) for name in names if name.endswith(suffix)]
-    names = {str(path.relative_to(folder)): path for path in paths if path.stat().st_size}
+    names = {path.relative_to(folder).as_posix(): path for path in paths if path.stat().st_size}
     return [Document(name, names[name], optional=True) for name in sorted(names)]
 
 
