@@ -36,7 +36,7 @@ from turnout.train.state import find
 from turnout.train.step import adamw
 
 KINDS = ROUTED | {name: keys for name, (keys, _) in (DENSE | ALONE).items()}
-FIRST = ("llama", "mixtral", "phi3", "deepseek_v3")
+FIRST = ("llama", "mixtral", "phi3", "deepseek_v3", "gpt2")
 FAMILIES = [pytest.param(kind, marks=[] if kind in FIRST else [pytest.mark.slow]) for kind in KINDS]
 FEW = ["steps=4", "warmup=1", "batch=4", "seq=32", "eval_every=2", "checkpoint_every=2", "log_every=1"]
 SMALL = (
@@ -436,15 +436,20 @@ def test_only_the_router_is_trained(mixtral, text, tmp_path, quiet):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_only_adapters_are_trained_and_peft_loads_them(kind, text, tmp_path, quiet):
+def test_only_adapters_are_trained_and_peft_loads_them(kind, text, tmp_path, quiet, capsys):
     peft = pytest.importorskip("peft")
     base = folders.make(tmp_path / "base", kind.split()[0], **KINDS[kind])
-    execute(planned(base, text, "lr=0.05", "rank=3", only="adapters"), tmp_path / "x", quiet=True)
+    execute(planned(base, text, "lr=0.05", "rank=3", only="adapters"), tmp_path / "x")
+    said = capsys.readouterr().err
     from safetensors.torch import load_file
 
     saved = load_file(find(tmp_path / "x" / "checkpoints")[-1] / "model.safetensors")
     before = _base(base)
     assert all(torch.equal(saved[name], tensor) for name, tensor in before.items() if name in saved), "the base stays"
+    if kind == "gpt2":  # whose folder stores (in, out)
+        assert not (tmp_path / "x" / "adapter").exists() and "GPT2LMHeadModel stores otherwise" in said
+        return
+    assert "folded in" not in said
     model = folders.transformers().AutoModelForCausalLM.from_pretrained(base)
     id_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -461,6 +466,7 @@ def test_what_is_frozen_takes_no_memory_for_training(mixtral):
 
 
 CONFIGS = {
+    "placed": LMConfig(vocab_size=30, width=8, layers=1, heads=2, max_seq=16, learned_positions=True),
     "tied": LMConfig(vocab_size=30, width=8, layers=1, heads=2, tie_embeddings=True),
     "biased": LMConfig(
         vocab_size=30, width=8, layers=1, heads=2, qkv_bias=True, out_bias=True, ff_bias=True, sinks=True
@@ -486,5 +492,5 @@ def test_matrices_decay_and_nothing_else(name, embeddings):
     assert set(decays) == set(names.values()), "every parameter once"
     for one, does in decays.items():
         vector = any(word in one for word in ("norm", "bias", "sinks"))
-        assert does == (not vector and (embeddings or one != "embedding")), one
+        assert does == (not vector and (embeddings or one not in ("embedding", "positions"))), one
     assert not any("bias_E" in one for one in decays), "biases of routers are buffers, which no optimizer sees"

@@ -16,7 +16,7 @@ from turnout.models.families.express import architecture_of
 from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
-from turnout.recipes.start import KEPT, begin, kept_tokenizer, opening, write_adapters
+from turnout.recipes.start import KEPT, begin, folded_only, kept_tokenizer, opening, write_adapters
 from turnout.reshape import fold_low_rank
 from turnout.show.headline import at_equal_time, headline
 from turnout.train.allocator import return_freed_memory
@@ -125,7 +125,7 @@ def execute(
         with _begun(run, out):
             model = begin(run, out, resume=resume)
             tokenizer = None if run.start is None else kept_tokenizer(out)
-            _tell(run, model, tokenizer, quiet=quiet)
+            _tell(run, model, out, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")
             tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
         trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
@@ -156,9 +156,11 @@ def _train(
     )
 
 
-def _tell(run: Run, model: LM, tokenizer: Path | None, *, quiet: bool) -> None:
+def _tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
     """Says what should be known of this model before it is trained."""
-    if not quiet and tokenizer is not None and (why := opening(tokenizer)):
+    if not quiet and run.start is not None and (why := opening(kept_tokenizer(out))):
+        print(f"note: {why}", file=sys.stderr)
+    if not quiet and (why := folded_only(run, model, out)):
         print(f"note: {why}", file=sys.stderr)
     if not quiet and (why := unexportable(run)):
         print(f"note: {why}", file=sys.stderr)

@@ -10,7 +10,7 @@ import torch
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
 from turnout.hub import located
 from turnout.models import LM, checkpoint
-from turnout.models.checkpoint import write_adapter
+from turnout.models.checkpoint import PeftAdapter, write_adapter
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.certify import model_folder
@@ -22,7 +22,7 @@ from turnout.train.data.tokenizer import check_tokenizer, separator_id
 from turnout.train.state import find
 from turnout.train.step import derived_seed
 
-__all__ = ["KEPT", "begin", "kept_tokenizer", "look", "opening", "write_adapters"]
+__all__ = ["KEPT", "begin", "folded_only", "kept_tokenizer", "look", "opening", "write_adapters"]
 
 # Where a run keeps the small files of the model that it began with: they outlive that model's folder.
 KEPT = "start"
@@ -131,13 +131,31 @@ def _keep(path: str, kept: Path) -> None:
     write_whole(kept / "tokenizer.json", place.read_bytes())
 
 
-def write_adapters(run: Run, lm: LM, out: Path) -> None:
-    """Writes the adapters to ``out/adapter`` as a folder of PEFT, where the run began with a folder of transformers."""
-    if run.start is None or lm.origin is None:
-        return
+def written_adapter(run: Run, lm: LM, out: Path) -> PeftAdapter | None:
+    """The adapters as one of PEFT's, for the folder of transformers that the run began with; None where it did not.
+
+    Raises:
+        UsageError: that folder stores the maps in another way than PEFT could add to.
+    """
+    if run.start is None or run.train.only != "adapters" or lm.origin is None:
+        return None
     kind = read_json(lm.origin / "config.json", _WHERE)["model_type"]
-    adapter = low_rank_adapter(lm, out.resolve().name, base=run.start.path, prefer=kind)
-    write_adapter(out / "adapter", adapter)
+    return low_rank_adapter(lm, out.resolve().name, base=run.start.path, prefer=kind)
+
+
+def write_adapters(run: Run, lm: LM, out: Path) -> None:
+    """Writes the adapters to ``out/adapter`` as a folder of PEFT, where there is one to write; ``folded_only`` says."""
+    if not folded_only(run, lm, out) and (adapter := written_adapter(run, lm, out)) is not None:
+        write_adapter(out / "adapter", adapter)
+
+
+def folded_only(run: Run, lm: LM, out: Path) -> str:
+    """Why the adapters could not be written by themselves; empty where they can be, or nobody would look for them."""
+    try:
+        written_adapter(run, lm, out)
+    except UsageError as error:
+        return f"the adapters will be in model/, folded in, and not by themselves: {error}"
+    return ""
 
 
 def opening(tokenizer: Path) -> str:

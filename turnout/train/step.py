@@ -18,7 +18,8 @@ from turnout.wrappers import routers_of, takes
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
 
 IGNORE = -100
-_TABLES = (LM, nn.Embedding)
+# What our own models call their tables of embeddings.
+_TABLES = ("embedding", "positions")
 
 
 def derived_seed(*parts: int) -> int:
@@ -48,8 +49,8 @@ def adamw(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name for name, p in trained.items() if p.ndim < 2 or name.endswith("bias")}
     if not embeddings:
-        tables = {id(m.embedding if isinstance(m, LM) else m.weight) for m in model.modules() if isinstance(m, _TABLES)}
-        kept |= {name for name, p in trained.items() if id(p) in tables}
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        kept |= {name for name, p in trained.items() if id(p) in tables or name.rpartition(".")[2] in _TABLES}
     groups = [
         {"params": [p for name, p in trained.items() if name not in kept], "weight_decay": weight_decay},
         {"params": [p for name, p in trained.items() if name in kept], "weight_decay": 0.0},
