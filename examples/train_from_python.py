@@ -16,7 +16,7 @@ folder = Path(tempfile.mkdtemp())
 text = folder / "text"  # any files of text, jsonl or parquet; here multiplication tables
 text.mkdir()
 for n in range(40):
-    (text / f"{n}.txt").write_text("\n".join(f"{n} times {k} is {n * k}." for k in range(40)))
+    (text / f"{n}.txt").write_text("\n".join(f"{n} times {k} is {n * k}." for k in range(40)), encoding="utf-8")
 
 tokens = prepare({"tables": text}, folder / "tokens", vocab_size=300, held_out=0.1, quiet=True)
 print(f"{tokens.train.num_tokens} tokens to train on, {tokens.held_out.num_tokens} held out")

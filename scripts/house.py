@@ -40,6 +40,11 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 FLAGS = {"allow_pickle=True", "weights_only=False", "shell=True", "trust_remote_code=True"}
 BARE_ERRORS = {"Exception", "IndexError", "KeyError", "OSError", "RuntimeError", "TypeError", "ValueError"}
 
+# Modules and names of ``os`` that some system lacks.
+ELSEWHERE = {"fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "winreg"}
+POSIX = {"O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fork", "getloadavg", "getuid", "geteuid", "killpg"}
+POSIX |= {"lockf", "mkfifo", "sched_getaffinity", "sched_setaffinity", "setsid", "sysconf", "uname", "WNOHANG"}
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -380,6 +385,40 @@ def _called(node: ast.Call) -> str:
     return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
 
 
+def runs_anywhere(modules: Iterable[Module]) -> Iterator[str]:
+    """Text files say their encoding; what only some systems have is asked for before it is used."""
+    for module in modules:
+        tried = [node for node in ast.walk(module.tree) if isinstance(node, ast.Try) and _expects_no_import(node)]
+        for line, target in imported(module):
+            if target.partition(".")[0] in ELSEWHERE and not any(
+                node.lineno < line <= (node.body[-1].end_lineno or line) for node in tried
+            ):
+                yield f"{module.path}:{line}: imports {target}, which not every system has: catch ImportError"
+        asked = {ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os" and node.attr in POSIX:
+                if f"hasattr(os, '{node.attr}')" not in asked:
+                    yield f"{module.path}:{node.lineno}: os.{node.attr}, which not every system has: ask hasattr"
+            elif isinstance(node, ast.Call) and _is_text(node) and "encoding" not in {k.arg for k in node.keywords}:
+                yield f"{module.path}:{node.lineno}: {_called(node)} without encoding: systems differ; say utf-8"
+
+
+def _expects_no_import(node: ast.Try) -> bool:
+    return any("ImportError" in ast.unparse(handler.type) for handler in node.handlers if handler.type)
+
+
+def _is_text(node: ast.Call) -> bool:
+    """Whether a call reads or writes a text file: of ``open``, or of a path; ``turnout.reading`` knows its encoding."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "reading"
+    modes = [one.value for one in node.args + [k.value for k in node.keywords] if isinstance(one, ast.Constant)]
+    found = [mode for mode in modes if isinstance(mode, str) and re.fullmatch(r"[rwax][bt+]*", mode)]
+    if name == "open" and (isinstance(node.func, ast.Name) or found or not node.args):
+        return not any("b" in mode for mode in found)
+    return False
+
+
 def public_names_are_documented(modules: Iterable[Module]) -> Iterator[str]:
     """Every public class and function has a docstring with a ``Source:`` and a doctest; an exception, a docstring."""
     table = {module.name: module for module in modules}
@@ -404,15 +443,17 @@ RULES = (
     sizes_stay_small,
     rooms_list_their_names,
     nothing_dangerous,
+    runs_anywhere,
     public_names_are_documented,
 )
 
 
 def main() -> int:
-    """Prints every violation in turnout/, and of the rules on names in the other folders."""
+    """Prints every violation in turnout/, and of the rules on names in the other folders, and on systems in some."""
     found = [line for rule in RULES for line in rule(read())]
     others = [module for folder in ("tests", "scripts", "examples", "benchmarks") for module in read(ROOT, folder)]
     found += names_say_something(others)
+    found += runs_anywhere(module for module in others if module.path.startswith(("scripts/", "examples/")))
     print("\n".join(sorted(found)) or "the house is in order")
     return 1 if found else 0
 

@@ -99,6 +99,16 @@ PLANTED = {
             "__init__ asserts on its argument k",
         ),
     ],
+    "runs_anywhere": [
+        ({"run/a.py": "import fcntl"}, "imports fcntl, which not every system has"),
+        ({"run/a.py": "try:\n    import resource\nexcept OSError:\n    pass"}, "imports resource"),
+        ({"run/a.py": "def f():\n    return os.O_RDWR | os.O_NOFOLLOW"}, "os.O_NOFOLLOW"),
+        ({"run/a.py": "path.read_text(errors='replace')"}, "path.read_text without encoding"),
+        ({"run/a.py": "Path('a').write_text(text)"}, "without encoding"),
+        ({"run/a.py": "open('a')"}, "open without encoding"),
+        ({"run/a.py": "path.open('w')"}, "path.open without encoding"),
+        ({"run/a.py": "path.open()"}, "path.open without encoding"),
+    ],
     "public_names_are_documented": [
         ({"run/__init__.py": "__all__ = ['f']\ndef f(): ..."}, "f lacks a docstring"),
         ({"run/__init__.py": "__all__ = ['f']\ndef f():\n    '''A thing.\n\n    >>> 1'''"}, "f lacks Source:"),
@@ -150,6 +160,11 @@ LAWFUL = {
         "run/a.py": "try:\n    raise ValueError(1)\nexcept ValueError as error:\n    raise UsageError from error",
         "run/b.py": "def f(x):\n    y = x + 1\n    assert y\n    model.eval()",
         "run/c.py": "def _f(x):\n    assert x\nnp.load('x')",
+    },
+    "runs_anywhere": {
+        "run/a.py": "try:\n    import fcntl\nexcept ImportError:\n    fcntl = None\nopen('a', 'rb')",
+        "run/b.py": "n = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else getattr(os, 'O_NOFOLLOW', 0)",
+        "run/c.py": "path.read_text(encoding='utf-8'), Run.open(path), reading.read_text(path), path.open(mode='ab')",
     },
     "public_names_are_documented": {
         "run/__init__.py": "__all__ = ['X', 'f']\nX = 1\ndef f():\n    '''>>> 1\n    1\n    Source: none.'''",
