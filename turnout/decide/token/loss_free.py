@@ -47,6 +47,8 @@ class LossFree(Corrected):
 
     bias_E: Tensor  # pyrefly: ignore[bad-override-mutable-attribute] - it always has one
 
+    bias_E: Tensor  # always one here, where others may have none
+
     def __init__(
         self,
         width: int,
