@@ -47,8 +47,6 @@ class LossFree(Corrected):
 
     bias_E: Tensor  # pyrefly: ignore[bad-override-mutable-attribute] - it always has one
 
-    bias_E: Tensor  # always one here, where others may have none
-
     def __init__(
         self,
         width: int,
