@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 from turnout.models.checkpoint import from_hf, to_hf
 from turnout.reshape import upcycle

@@ -27,7 +27,7 @@ print(f"{trace.num_tokens} tokens, {trace.num_layers} routed layers")
 for layer in range(trace.num_layers):
     for domain in trace.domains:
         load_E = trace.load(layer, domain=domain)
-        print(f"layer {layer}, {domain:<7}: tokens by expert {load_E.tolist()}")
+        print(f"layer {layer}, {domain:<7}: tokens by expert {list(map(int, load_E))}")
 
 first = trace.routing(0, start=0, stop=9)  # a Routing again, to run, compare or draw
-print("the experts of 'the quick':", first.dense().argmax(1).tolist())
+print("the experts of 'the quick':", list(map(int, first.dense().argmax(1))))

@@ -33,4 +33,4 @@ for line in result.evaluations:
 
 tokenizer = load_tokenizer(folder / "tokens")
 prompt = torch.tensor([tokenizer.encode("7 times 8").ids])
-print("a sample:", tokenizer.decode(model.generate(prompt, tokens=1, temperature=0.0)[0].tolist()))
+print("a sample:", tokenizer.decode(list(map(int, model.generate(prompt, tokens=1, temperature=0.0)[0]))))
