@@ -59,6 +59,7 @@ def test_the_folder_is_as_documented(whole):
     ]
     first, evaluated = records[0], records[2]
     keys = ["kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "aux_loss", "z_loss", "max_vio"]
+    keys += ["peak_memory_bytes"]
     assert list(first) == keys
     assert first["tokens"] == 64 and first["lr"] == tiny_config().lr_at(0)
     assert {"tokens", "bits_per_byte", "by_domain", "load", "max_vio", "entropy", "dropped"} <= set(evaluated)
@@ -139,7 +140,7 @@ def test_resuming_keeps_run_json_and_says_how_it_was_resumed(tmp_path):
     train(model, tokens, longer, out, resume=True, run_json={"recipe": "tiny", "command": "b"}, quiet=True)
     body = json.loads((out / "run.json").read_text())
     assert body["train"]["steps"] == 14
-    assert body["resumed"] == [{"step": 12, "command": "b", "changed": {"steps": [12, 14]}}]
+    assert body["resumed"] == [{"step": 12, "command": "b", "changed": {"steps": [12, 14]}, "place": body["place"]}]
     assert lines(out)[-1]["step"] == 14
 
 

@@ -1,9 +1,12 @@
-"""How much memory is free, as Linux, a container and the process's own limit say it."""
+"""How much memory is free, and how much was taken at most: of the machine as Linux says it, of a device as torch does."""
 
 import resource
+import sys
 from pathlib import Path
 
-__all__ = ["free_memory"]
+import torch
+
+__all__ = ["forget_peak", "free_memory", "free_on", "peak_bytes"]
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
@@ -29,6 +32,38 @@ def free_memory(system: Path = Path("/")) -> int | None:
     if limit != resource.RLIM_INFINITY and used.is_file():
         free = min(free, limit - int(used.read_text(encoding="ascii").split()[0]) * resource.getpagesize())
     return max(0, free)
+
+
+def free_on(device: torch.device) -> int | None:
+    """The bytes that a model on this device can still take; None where nothing says so.
+
+    On CUDA that is what the driver calls free, and what torch holds there without using it.
+
+    Args:
+        device: that is there.
+    """
+    if device.type == "cpu":
+        return free_memory()
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was taken at once: on CUDA by tensors since ``forget_peak``, else by this process ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Counts the peak of a CUDA device from now on; that of a process cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _meminfo(path: Path) -> int | None:

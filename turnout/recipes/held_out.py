@@ -37,11 +37,12 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
 
     def add(id_BS: Tensor) -> None:
         for some_BS in id_BS.split(1) if rows_mix(lm) else (id_BS,):
+            some_BS = some_BS.to(lm.embedding.device)
             output = lm(some_BS)
             for logits_SV, id_S in zip(output.logits_BSV, some_BS, strict=True):
-                nats.add_(F.cross_entropy(logits_SV[:-1].float(), id_S[1:], reduction="sum").double())
+                nats.add_(F.cross_entropy(logits_SV[:-1].float(), id_S[1:], reduction="sum").cpu().double())
             for row, routing in enumerate(output.routings):
-                load_LE[row] += routing.load_E
+                load_LE[row] += routing.load_E.cpu()
 
     with evaluating(lm):
         by_batch("held-out text", text.held_out, {"nats": nats, "load": load_LE}, add)
