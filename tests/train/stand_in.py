@@ -99,7 +99,10 @@ def lines(out):
 
 def exact(out):
     """The lines of metrics.jsonl without what a clock decides, and the memory that the process took."""
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "peak_memory_bytes")} for line in lines(out)]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_s", "peak_memory_bytes")}
+        for line in lines(out)
+    ]
 
 
 def run(out, *, resume=False, **fields):

@@ -13,6 +13,7 @@ import argparse
 import sys
 import typing
 
+from turnout.cli.device import add_device, device_field
 from turnout.cli.early import check_data, check_there
 from turnout.errors import UsageError, word
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on in --out from its last checkpoint, or from the one named (step-00000100)",
     )
     parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
+    add_device(parser, default=None)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
     parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -67,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in recipes.__all__:
             print(f"  {name:<12} {(getattr(recipes, name).__doc__ or '').splitlines()[0]}")
         return 0
+    arguments.overrides += device_field(arguments)
     if arguments.show and arguments.recipe is not None:
         from turnout.recipes.explain import explain
 

@@ -1,4 +1,4 @@
-"""How much memory is free, and how much was taken at most: of the machine as Linux says it, of a device as torch does."""
+"""How much memory is free, and how much was taken at most: as Linux says it of the machine, torch of a device."""
 
 import resource
 import sys

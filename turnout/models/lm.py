@@ -364,5 +364,7 @@ def _draw(logits_BV: Tensor, temperature: float, top_k: int | None, generator: t
     logits_BK, index_BK = logits_BV.topk(min(top_k or logits_BV.shape[1], logits_BV.shape[1]), dim=1)
     share_BK = (logits_BK / temperature).softmax(1)
     # Drawn where the generator is: so a seed draws the same on every device, up to the rounding of the shares.
-    place_B1 = torch.multinomial(share_BK if generator is None else share_BK.to(generator.device), 1, generator=generator)
+    place_B1 = torch.multinomial(
+        share_BK if generator is None else share_BK.to(generator.device), 1, generator=generator
+    )
     return index_BK.gather(1, place_B1.to(index_BK.device))

@@ -1,5 +1,6 @@
 """A model on the device that it is to run on; one that does not fit there is refused before anything is moved."""
 
+import warnings
 from typing import TypeVar
 
 import torch
@@ -10,10 +11,10 @@ from turnout.measure import quantity
 from turnout.measure.memory import free_on
 from turnout.types.device import find_device, shown
 
-__all__ = ["fits", "placed", "weight_bytes"]
+__all__ = ["placed", "roomy", "weight_bytes"]
 
 M = TypeVar("M", bound=nn.Module)
-# Beside the weights: what the libraries of the device take, and what a short batch does.
+# Beside the weights: what the device's libraries take, and a short batch.
 _SLACK, _BESIDE = 1.05, 256 * 2**20
 
 
@@ -28,51 +29,58 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def fits(device: torch.device, size: int) -> bool:
-    """Whether weights of so many bytes, and what comes along, fit into what is free there; True where nothing says."""
-    free = free_on(device)
-    return free is None or _SLACK * size + _BESIDE <= free
+def roomy(asked: object, size: int) -> torch.device:
+    """The device that was asked for, which has room for weights of so many bytes and what comes along.
 
-
-def placed(model: M, asked: object = "auto", *, where: str) -> M:
-    """The model, moved to the device that was asked for; with ``"auto"`` to CUDA where it is there and has room.
+    With ``"auto"`` a CUDA device without that room gives way to the CPU, with a warning.
 
     Args:
-        model: moved in place.
         asked: as ``find_device`` takes it.
-        where: who asks.
+        size: bytes.
 
     Raises:
-        UsageError: no such device, one without room for the model, or without the dtype of its weights.
+        UsageError: no such device, or one without room; says how much would fit.
 
-    >>> placed(nn.Linear(3, 2), "cpu", where="the example").weight.device
+    >>> roomy("cpu", 1000)
     device(type='cpu')
 
     Source: none; asks torch.
     """
-    device = find_device(asked, where=where)
-    there = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if there <= {device} or device.type == "cpu":
-        return model.to(device)
-    size = weight_bytes(model)
-    if not fits(device, size):
-        if asked == "auto":
-            return model.to("cpu")
-        raise _no_room(model, device, size, where)
+    device = find_device(asked)
+    free = None if device.type == "cpu" else free_on(device)
+    if free is None or _SLACK * size + _BESIDE <= free:
+        return device
+    most = max(0.0, (free - _BESIDE) / _SLACK)
+    got = f"{quantity(free)}B free on {shown(device)}"
+    allowed = f"hold the {quantity(size)}B of the weights, and a little more"
+    if asked != "auto":
+        fix = f"pass device=cpu, or end what else runs there (see nvidia-smi); {quantity(most)}B of weights would fit"
+        raise UsageError(word("the memory", got=got, allowed=allowed, where="turnout.device", fix=fix))
+    warnings.warn(f"on the CPU: {got} does not {allowed}.", stacklevel=3)
+    return torch.device("cpu")
+
+
+def placed(model: M, asked: object = "auto") -> M:
+    """The model, moved to the device that was asked for, as ``roomy`` finds it.
+
+    Args:
+        model: moved in place.
+        asked: as ``find_device`` takes it.
+
+    Raises:
+        UsageError: no such device, one without room for the model, or without the dtype of its weights.
+
+    >>> placed(nn.Linear(3, 2), "cpu").weight.device
+    device(type='cpu')
+
+    Source: none; asks torch.
+    """
+    device = find_device(asked)
+    if {tensor.device for tensor in (*model.parameters(), *model.buffers())} <= {device}:
+        return model
+    device = roomy(asked, weight_bytes(model))
     if device.type == "mps" and any(tensor.dtype == torch.float64 for tensor in model.parameters()):
         got, fix = f"float64 weights on {device}", "pass device=cpu, or convert the model with --dtype float32"
-        raise UsageError(word("device", got=got, allowed="have the dtype of the weights", where=where, fix=fix))
-    try:
-        return model.to(device)
-    except torch.OutOfMemoryError as error:
-        model.to("cpu")
-        raise _no_room(model, device, size, where) from error
-
-
-def _no_room(model: nn.Module, device: torch.device, size: int, where: str) -> UsageError:
-    free, params = free_on(device) or 0, sum(tensor.numel() for tensor in model.parameters())
-    most = max(0, int((free - _BESIDE) / _SLACK * params / max(size, 1)))
-    got = f"{quantity(free)}B free on {shown(device)}"
-    allowed = f"hold the {quantity(size)}B of this model's weights, and a little more"
-    fix = f"pass device=cpu, or end what else runs there (nvidia-smi); up to {quantity(most)} parameters would fit now"
-    return UsageError(word("the memory", got=got, allowed=allowed, where=where, fix=fix))
+        allowed = "have the dtype of the weights"
+        raise UsageError(word("device", got=got, allowed=allowed, where="turnout.device", fix=fix))
+    return model.to(device)

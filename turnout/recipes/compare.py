@@ -10,7 +10,7 @@ from turnout.recipes.tiny import tiny, tiny_dense
 from turnout.storage import write_whole
 
 
-def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> Done:
+def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False, device: str | None = None) -> Done:
     """Trains ``tiny_dense`` and ``tiny`` on the text that this Python carries and compares them.
 
     Args:
@@ -18,6 +18,7 @@ def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> D
             A demo that was interrupted there goes on where it stopped.
         steps: optimiser steps of each model; default the recipes' own, at most six minutes on two cores.
         quiet: no progress on stderr.
+        device: where to train; None as the recipes say, on CUDA where it is there, else on the CPU.
 
     Returns:
         Both folders, their numbers and the page.
@@ -33,7 +34,7 @@ def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> D
             run = dataclasses.replace(run, train=train)
         folder = out / name
         resume = "latest" if (folder / "run.json").exists() else None
-        finished.append(execute(run, folder, resume=resume, tokens_folder=out / "tokens", quiet=quiet))
+        finished.append(execute(run, folder, resume=resume, tokens_folder=out / "tokens", quiet=quiet, device=device))
     done = Done(
         tuple(folder for one in finished for folder in one.folders),
         tuple(run for one in finished for run in one.runs),

@@ -11,6 +11,7 @@ from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
 from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
+from turnout.models.placed import placed
 from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
@@ -70,6 +71,7 @@ def execute(
     tokens_folder: str | Path | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
+    device: str | None = None,
 ) -> Done:
     """Trains what ``run`` describes in the folder ``out``, measures it on all held-out text and writes report.html.
 
@@ -80,6 +82,7 @@ def execute(
         tokens_folder: where the prepared tokens are kept, to share them between runs; default ``out/tokens``.
         tensorboard: also write TensorBoard events (an extra).
         quiet: no progress on stderr.
+        device: where to train, in the place of the run's own ``train.device``.
 
     Returns:
         Where everything is, with the numbers.
@@ -88,8 +91,10 @@ def execute(
         TurnoutError: the input, the folder or the training is at fault; the message says what to do.
     """
     out = Path(out)
+    if device is not None:
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device))
     check_size(run)
-    model = LM(run.model, seed=run.train.seed)
+    model = placed(LM(run.model, seed=run.train.seed), run.train.device)
     if not quiet and (why := unexportable(run)):
         print(f"note: {why}", file=sys.stderr)
     if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
@@ -106,7 +111,7 @@ def execute(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
     }
-    train(
+    result = train(
         model,
         tokens,
         run.train,
@@ -116,7 +121,7 @@ def execute(
         tensorboard=tensorboard,
         quiet=quiet,
     )
-    return finish(run, model, tokens, out)
+    return finish(run, model, tokens, out, peak_bytes=result.peak_memory_bytes)
 
 
 def unexportable(run: Run) -> str:
@@ -172,7 +177,7 @@ def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
         raise
 
 
-def finish(run: Run, model: LM, tokens: TokenSet, out: Path) -> Done:
+def finish(run: Run, model: LM, tokens: TokenSet, out: Path, *, peak_bytes: int) -> Done:
     """Measures a trained model on all held-out text and writes model/, trace/, result.json and report.html."""
     checkpoint.save(out / "model", model)
     tokens.tokenizer.save(str(out / "model" / "tokenizer.json"))
@@ -180,7 +185,7 @@ def finish(run: Run, model: LM, tokens: TokenSet, out: Path) -> Done:
     if trace is not None and trace.exists():
         shutil.rmtree(trace)  # of the same run, finished before
     found = measure_model(model, tokens, seq=run.train.seq, trace=trace)
-    result = result_json(model, tokens, found, seq=run.train.seq)
+    result = result_json(model, tokens, found, seq=run.train.seq) | {"peak_memory_bytes": peak_bytes}
     write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
     data = read_run(out)
     report = write_report([out], out / "report.html")

@@ -12,8 +12,9 @@ import torch
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.measure import Evaluation, Passage, ReportData, RunData, bits_per_byte, hardware, read_run
-from turnout.measure.memory import free_memory
+from turnout.measure.memory import free_on
 from turnout.models import LM, checkpoint
+from turnout.models.placed import placed
 from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
 from turnout.show import AdaptationData, ConversionData, adaptation_html, conversion_html, report_html
@@ -21,6 +22,7 @@ from turnout.storage import write_whole
 from turnout.train.data import TokenSet, prepare, windows
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
+from turnout.types.device import shown
 
 _EVAL_BATCH = 16
 
@@ -60,7 +62,8 @@ def measure_model(
                 fix="leave it out: a dense model decides nothing",
             )
         )
-    batches = windows(tokens.held_out, batch=_rows(seq * tokens.vocab_size), seq=seq, limit=limit)
+    rows = _rows(seq * tokens.vocab_size, model.embedding.device)
+    batches = windows(tokens.held_out, batch=rows, seq=seq, limit=limit)
     if trace is None:
         return bits_per_byte(model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains)
     config = model.config.moe
@@ -79,9 +82,9 @@ def measure_model(
         )
 
 
-def _rows(logits: int) -> int:
+def _rows(logits: int, device: torch.device) -> int:
     """How many rows to measure at once: as many as there is memory for; the numbers do not depend on it."""
-    free = free_memory()
+    free = free_on(device)
     return _EVAL_BATCH if free is None else max(1, min(_EVAL_BATCH, free // (2 * 4 * logits)))
 
 
@@ -93,7 +96,7 @@ def passage(model: LM, tokens: TokenSet, *, length: int) -> Passage:
     first = int(split.document_N[wanted])
     ids = torch.from_numpy(split.token_T[first : first + min(length, int(sizes[wanted]))].astype("int64"))
     with torch.no_grad():
-        output = model.eval()(ids[None])
+        output = model.eval()(ids[None].to(model.embedding.device))
     texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
     return Passage.from_routings(texts, output.routings, domain=tokens.domains[int(split.domain_N[wanted])])
 
@@ -126,6 +129,7 @@ def evaluate_run(
     limit: int | None = None,
     trace: str | Path | None = None,
     token_ids: bool = False,
+    device: str | torch.device = "auto",
 ) -> Report:
     """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
 
@@ -135,13 +139,15 @@ def evaluate_run(
         limit: about how many tokens to predict; None takes all.
         trace: a new folder to record every routing in.
         token_ids: put the token ids into the trace too, which gives the text away.
+        device: where the model runs, in the precision of its weights.
 
     Source: none; ``measure_model``, with the file reading around it.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():  # a model by itself, no run
-        return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+        return evaluate_model(folder, domains=domains, limit=limit, trace=trace, device=device)
     run, model = load_run(folder)
+    model = placed(model, device)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
             tokens = prepare(domains, place, tokenizer=folder / "model" / "tokenizer.json", held_out=1.0, quiet=True)
@@ -154,7 +160,7 @@ def evaluate_run(
     values |= {"tokens": found.tokens, "bytes": found.bytes}
     if found.load_LE:
         values |= {"max_vio": found.max_vio, "entropy": found.entropy, "dropped": found.dropped}
-    context = {"run": str(folder), "hardware": hardware()}
+    context = {"run": str(folder), "device": shown(model.embedding.device), "hardware": hardware()}
     return Report(f"{run.recipe} in {folder}", values, (), context)
 
 

@@ -39,8 +39,8 @@ class TrainConfig:
         keep_checkpoints: how many of them stay.
         log_every: steps between lines of metrics.jsonl, whose losses are means over those steps.
         seed: of the order of the data and of everything drawn in training.
-        device: "cpu", "cuda", "cuda:1" or "mps": where the model is put. "auto": a recipe and the command line take CUDA
-            where it is there, else the CPU; ``train`` itself leaves the model where it is.
+        device: where the model is put: "cpu", "cuda", "cuda:1" or "mps". "auto": a recipe and the command line take
+            CUDA where it is there, else the CPU; ``train`` itself leaves the model where it is.
 
     Raises:
         UsageError: a value out of range.

@@ -70,9 +70,10 @@ def train(
 
     Args:
         model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
-            device, unless ``config.device`` names another. If it takes a ``generator``, it is given one seeded from (seed, step, micro-batch); if it takes an
-            ``attention_mask``, one for batches with padding. All this is found in what is wrapped too: compiled,
-            DistributedDataParallel, a module around it. Checkpoints are written in the names of the model inside.
+            device, unless ``config.device`` names another. If it takes a ``generator``, it is given one seeded from
+            (seed, step, micro-batch); if it takes an ``attention_mask``, one for batches with padding. All this is
+            found in what is wrapped too: compiled, DistributedDataParallel, a module around it. Checkpoints are
+            written in the names of the model inside.
         tokens: a TokenSet.
         config: the optimisation.
         out: a folder that holds no run; or, with ``resume``, the one that holds this run.
@@ -381,4 +382,3 @@ class _Run:
             self.teller.stop()
         if self.metrics is not None:
             self.metrics.close()
-

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Place:
     """
 
     device: torch.device
-    dtype: str
+    dtype: Literal["fp32", "bf16"]
 
     def __str__(self) -> str:
         return f"{self.device.type} ({self.dtype})"
@@ -46,9 +46,9 @@ def settle(model: nn.Module, config: TrainConfig) -> Place:
         UsageError: no such device here, no room on it, or no bf16.
     """
     if config.device != "auto":
-        placed(model, config.device, where="turnout.train")
+        placed(model, config.device)
     device = next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
-    return Place(device, find_precision(config.dtype, device, where="turnout.train"))
+    return Place(device, find_precision(config.dtype, device))
 
 
 def crossing(body: Mapping[str, Any], place: Place, here: str) -> Iterator[str]:

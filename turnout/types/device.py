@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from typing import Literal
 
 import torch
 
@@ -9,7 +10,7 @@ from turnout.errors import UsageError, word
 
 __all__ = ["check_name", "find_device", "find_precision", "shown", "there"]
 
-_WHERE = "turnout.types.find_device"
+_WHERE = "turnout.device"
 _NAME = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _ALLOWED = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
 # What people write for "whatever accelerator this machine has".
@@ -39,7 +40,7 @@ def check_name(asked: object, where: str = _WHERE) -> str:
     raise UsageError(word("device", got=asked, allowed=_ALLOWED, where=where, fix=f"pass device={near[0]}"))
 
 
-def find_device(asked: object = "auto", *, where: str = _WHERE) -> torch.device:
+def find_device(asked: object = "auto") -> torch.device:
     """The device of that name, which is there and answers.
 
     ``"auto"`` is the current CUDA device where there is one, else the CPU. MPS is taken by name only: nobody has yet
@@ -47,7 +48,6 @@ def find_device(asked: object = "auto", *, where: str = _WHERE) -> torch.device:
 
     Args:
         asked: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or a ``torch.device``.
-        where: who asks.
 
     Raises:
         UsageError: no such name, or no such device here; says what there is.
@@ -57,29 +57,29 @@ def find_device(asked: object = "auto", *, where: str = _WHERE) -> torch.device:
 
     Source: none; asks torch.
     """
-    name = check_name(asked, where)
+    name = check_name(asked)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if name == "mps":
         if not torch.backends.mps.is_available():
             why = "macOS 12.3 and an Apple GPU" if torch.backends.mps.is_built() else "a torch that is built with it"
-            raise _missing(name, f"be one that is there: mps needs {why}", "pass device=cpu", where)
-        return _answering(torch.device("mps"), where)
+            raise _missing(name, f"be one that is there: mps needs {why}", "pass device=cpu")
+        return _answering(torch.device("mps"))
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         fix = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or pass device=cpu"
         if not built:
             fix = "pass device=cpu, or install a torch that is built for CUDA (pytorch.org/get-started)"
         allowed = "be a device that torch sees" if built else f"be one that torch {torch.__version__} is built for"
-        raise _missing(name, allowed, fix, where)
+        raise _missing(name, allowed, fix)
     index, count = torch.device("cuda" if name == "auto" else name).index, torch.cuda.device_count()
     if index is not None and index >= count:
         fix = f"pass device=cuda:{count - 1}"
-        raise _missing(name, f"be one of {count}, counted from 0", fix, where)
-    return _answering(torch.device("cuda", torch.cuda.current_device() if index is None else index), where)
+        raise _missing(name, f"be one of {count}, counted from 0", fix)
+    return _answering(torch.device("cuda", torch.cuda.current_device() if index is None else index))
 
 
-def find_precision(asked: str, device: torch.device, *, where: str = "turnout.types.find_precision") -> str:
+def find_precision(asked: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
     """``"bf16"`` or ``"fp32"``: what training computes in on this device.
 
     ``"auto"`` is bf16 on a CUDA device that computes in it (NVIDIA since Ampere), else fp32. On a CPU bf16 is rarely
@@ -88,7 +88,6 @@ def find_precision(asked: str, device: torch.device, *, where: str = "turnout.ty
     Args:
         asked: ``"auto"``, ``"fp32"`` or ``"bf16"``.
         device: that is there.
-        where: who asks.
 
     Raises:
         UsageError: bf16, on a device that has none.
@@ -102,7 +101,7 @@ def find_precision(asked: str, device: torch.device, *, where: str = "turnout.ty
         return "bf16" if device.type == "cuda" and _has_bf16(device, native=True) else "fp32"
     if asked == "bf16" and device.type in ("cuda", "mps") and not _has_bf16(device, native=False):
         got = f"bf16 on {shown(device)}, which has none"
-        raise UsageError(word("dtype", got=got, allowed="be fp32 there", where=where, fix="pass dtype=fp32"))
+        raise UsageError(word("dtype", got=got, allowed="be fp32 there", where=_WHERE, fix="pass dtype=fp32"))
     return asked
 
 
@@ -132,19 +131,19 @@ def there() -> tuple[str, ...]:
     return ("cpu", *found, *(["mps"] if torch.backends.mps.is_available() else []))
 
 
-def _missing(name: str, allowed: str, fix: str, where: str) -> UsageError:
+def _missing(name: str, allowed: str, fix: str) -> UsageError:
     got = f"{name}, and there is {', '.join(there())}"
-    return UsageError(word("device", got=got, allowed=allowed, where=where, fix=fix))
+    return UsageError(word("device", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _answering(device: torch.device, where: str) -> torch.device:
+def _answering(device: torch.device) -> torch.device:
     """The device, after a first sum on it: a driver, a card or a torch that do not fit each other show there."""
     try:
         _first_sum(device)
     except RuntimeError as error:
         got = f"{shown(device)}, which answers: {str(error).strip().splitlines()[0]}"
         fix = "pass device=cpu, or mend what it says"
-        raise UsageError(word("device", got=got, allowed="be able to compute", where=where, fix=fix)) from error
+        raise UsageError(word("device", got=got, allowed="be able to compute", where=_WHERE, fix=fix)) from error
     return device
 
 
