@@ -118,7 +118,18 @@ class _Names(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0].to(META)
         args, kwargs = tree_map(_renamed, (args, kwargs or {}))
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # so would there be none in a list of indices
+            args = (args[0], _indices(args[1]), *args[2:])
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:
+            # On "meta" there would be no numbers in it.
+            return func(*args, **{**kwargs, "device": "cpu"}).to(META)
         return func(*args, **kwargs)
+
+
+def _indices(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_indices, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _renamed(one: Any) -> Any:
