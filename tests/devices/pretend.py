@@ -113,6 +113,8 @@ class _Names(TorchFunctionMode):
     """To torch's own code the device is called "meta": it would look for a CUDA that is not there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.cuda:
