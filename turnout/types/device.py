@@ -37,7 +37,7 @@ def check_name(asked: object, where: str = _WHERE) -> str:
         return name
     near = difflib.get_close_matches(str(name).lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
     near = ["auto"] if not near or any(text in str(name).lower() for text in _ACCELERATOR) else near
-    raise UsageError(word("device", got=asked, allowed=_ALLOWED, where=where, fix=f"pass device={near[0]}"))
+    raise UsageError(word("device", got=repr(asked), allowed=_ALLOWED, where=where, fix=f"pass device={near[0]}"))
 
 
 def find_device(asked: object = "auto") -> torch.device:
