@@ -64,7 +64,17 @@ def test_cpu_by_name_stays_there(text, tmp_path, how: list[str], capsys) -> None
 
 
 def test_two_devices_are_one_too_many(text, tmp_path, capsys) -> None:
-    argv = ["train", "tiny", "device=cpu", "--device", "cuda", "--data", f"numbers={text}", "--out", str(tmp_path / "r")]
+    argv = [
+        "train",
+        "tiny",
+        "device=cpu",
+        "--device",
+        "cuda",
+        "--data",
+        f"numbers={text}",
+        "--out",
+        str(tmp_path / "r"),
+    ]
     assert main(argv) == 2
     assert "the device must be said once" in capsys.readouterr().err and not (tmp_path / "r").exists()
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -12,19 +11,20 @@ from torch import nn
 
 from turnout import reshape
 from turnout.measure import bits_per_byte, certify
-from turnout.models import LM, LMConfig, MoEConfig
+from turnout.models import LM, LMConfig
 from turnout.run import execute
 from turnout.types import ExpertWeights, Routing, TraceWriter
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
 from pretend import CUDA, Mixed, Pretend, pretending
-from stand_in import Tiny, lines, tiny_config, tiny_tokens
 from tables import cases
 
-models, routers, reshapes = cases("models/test_lm.py"), cases("contracts/test_decide_token.py"), cases(
-    "contracts/test_reshape.py"
+models, routers, reshapes = (
+    cases("models/test_lm.py"),
+    cases("contracts/test_decide_token.py"),
+    cases("contracts/test_reshape.py"),
 )
-sequences = cases("contracts/test_decide_sequence.py")
+sequences, many = cases("contracts/test_decide_sequence.py"), cases("contracts/test_reshape_many.py")
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -127,6 +127,19 @@ def test_a_router_decides_there_what_it_does_here(name: str, training: bool) -> 
                 torch.testing.assert_close(p.cpu(), q)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", sequences.NAMES)
+def test_a_router_of_sequences_decides_there_what_it_does_here(name: str, training: bool) -> None:
+    router, x_TD, given = sequences.build(name).train(training), sequences.tokens(7), sequences.about([3, 4])
+    want = sequences.call(router, x_TD, given)
+    with pretending():
+        # What is known of a sequence may lie where the caller has it; the layers above put ``sequence_T`` beside x.
+        there = dataclasses.replace(given, sequence_T=given.sequence_T.to(CUDA))
+        got = sequences.call(moved(router), x_TD.to(CUDA), there)
+        assert torch.equal(got.token_R.cpu(), want.token_R) and torch.equal(got.offset_E.cpu(), want.offset_E)
+        torch.testing.assert_close(got.weight_R.cpu(), want.weight_R)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", "sort", "grouped", "auto"])
 def test_an_executor_runs_there(backend: str, dtype: torch.dtype) -> None:
@@ -179,6 +192,19 @@ def test_a_model_here_is_certified_against_itself_there() -> None:
 
 
 # ---- reshaping
+
+
+@pytest.mark.parametrize("name", many.MANY)
+def test_several_models_become_one_there(name: str) -> None:
+    lms = [many.sparse(seed) for seed in range(3)]
+    want, _ = many.MANY[name](lms)
+    with pytest.MonkeyPatch.context() as patch, pretending():
+        patch.setattr(many, "ids", lambda: cases("reshape/small.py").ids().to(CUDA))
+        new, _ = many.MANY[name]([moved(lm) for lm in lms])
+        assert {type(p.data) for p in new.parameters()} == {Pretend}
+        if name != "fisher":  # its information is drawn from the very weights
+            for p, q in zip(new.parameters(), want.parameters(), strict=True):
+                torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", reshapes.SOMETHING)

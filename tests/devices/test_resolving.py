@@ -17,7 +17,9 @@ from turnout.types.device import check_name, find_device, find_precision, shown,
 
 
 @contextlib.contextmanager
-def machine(*, count: int = 0, built: str | None = "13.0", native: bool = True, mps: bool = False, answer: object = None):
+def machine(
+    *, count: int = 0, built: str | None = "13.0", native: bool = True, mps: bool = False, answer: object = None
+):
     """A machine with so many CUDA devices."""
 
     def first_sum(device: torch.device) -> None:
@@ -119,7 +121,9 @@ def test_a_model_without_room_there_is_refused_or_stays() -> None:
 def test_again_where_it_was() -> None:
     said: list[str] = []
     with machine(count=1):
-        assert as_before("cuda:3", said.append) == torch.device("cuda:0") and as_before("cpu", said.append).type == "cpu"
+        assert (
+            as_before("cuda:3", said.append) == torch.device("cuda:0") and as_before("cpu", said.append).type == "cpu"
+        )
         assert not said
     with machine(), warnings.catch_warnings():
         assert as_before("cuda:0", said.append).type == "cpu"

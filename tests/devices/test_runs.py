@@ -127,7 +127,9 @@ def test_a_batch_without_room_is_refused_with_one_that_fits(tokens) -> None:
         assert need.fixed_bytes > 12 * sum(p.numel() for p in lm.parameters())
         assert need.row_bytes > 3 * 4 * 265 * 32, "the logits and their gradients"
         big = TrainConfig(steps=1, batch=10**6, seq=32)
-        with pytest.raises(UsageError, match=r"210 MB of memory that are free on cuda:0 \(Pretend\).*pass batch=") as no:
+        with pytest.raises(
+            UsageError, match=r"210 MB of memory that are free on cuda:0 \(Pretend\).*pass batch="
+        ) as no:
             check_room(lm, row, big)
         most = int(str(no.value).partition("batch=")[2].partition(";")[0])
         check_room(lm, row, TrainConfig(steps=1, batch=most, seq=32))
