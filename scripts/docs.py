@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/architecture.md, docs/api/<room>.md and docs/methods.md.
+"""Writes the generated pages: docs/architecture.md, docs/api/<room>.md, docs/methods.md, turnout/cli/methods.json.
 
     python scripts/docs.py            writes them, and says which changed
     python scripts/docs.py --check    writes nothing; shows the drift, and exits with 1 when there is any
@@ -15,16 +15,22 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from house import ROOT, STOREYS, Function, Module, listed, locate, read, summary
+import catalogue
+from house import ROOT, STOREYS, Function, Module, locate, read, summary
 
 NOTICE = "<!-- Written by scripts/docs.py. Change the docstrings instead, then run it. -->"
+CATALOGUE = "turnout/cli/methods.json"
 VERIFY = "turnout verify --all --jobs 2 --json docs/claims.json"
 
 
 def pages(modules: Iterable[Module], claims: object) -> dict[str, str]:
     """Every generated page: its path from the repository's root, and its text."""
     table = {module.name: module for module in modules}
-    found = {"docs/architecture.md": architecture(table), "docs/methods.md": methods(claims)}
+    found = {
+        "docs/architecture.md": architecture(table),
+        "docs/methods.md": methods(claims, catalogue.methods(table)),
+        CATALOGUE: listing(claims, table),
+    }
     for room in sorted({module.room for module in table.values() if module.is_public}):
         found[f"docs/api/{room}.md"] = api(room, table)
     return found
@@ -78,7 +84,7 @@ def _order(path: str) -> list[tuple[bool, str]]:
 def api(room: str, table: Mapping[str, Module]) -> str:
     """One line per public name of a room and of the packages in it: signature, first line, link to the source."""
     lines = [NOTICE]
-    for module in (module for module in table.values() if module.room == room and module.is_public):
+    for module, names in catalogue.sections(room, table):
         level = "#" if module.name.count(".") == 1 else "##"
         lines += [
             "" if level == "##" else None,
@@ -87,9 +93,7 @@ def api(room: str, table: Mapping[str, Module]) -> str:
             ast.get_docstring(module.tree) or "",
             "",
         ]
-        floors = [inner for inner in table.values() if inner.is_public and inner.name.startswith(f"{module.name}.")]
-        shown = {name for floor in floors for name in listed(floor) or [] if not floor.name.endswith(f".{name}")}
-        for name in (name for name in listed(module) or [] if name not in shown):
+        for name in names:
             found = locate(name, module, table)
             lines += _entry(name, *found) if found else []
     return "\n".join(line for line in lines if line is not None).rstrip() + "\n"
@@ -176,13 +180,19 @@ def _comment(module: Module, node: ast.AST) -> str:
 # ---- docs/methods.md
 
 
-def methods(claims: object) -> str:
-    """The table of claims: method, source, claim, measured, control, holds; and where it was measured."""
+def methods(claims: object, found: Iterable[catalogue.Method] = ()) -> str:
+    """Every method by room, with its paper and claims; then the table of claims, and where it was measured."""
     context, rows = (dict(claims), claims.get("claims", [])) if isinstance(claims, dict) else ({}, claims)
     rows = rows if isinstance(rows, list) else []
     lines = [
         NOTICE,
         "# Methods, and what is seen of their papers here",
+        "",
+        "What is here, by room and floor, with the paper it comes from. A claim reproduces a paper small, against its",
+        "own ablation; its numbers are [below](#claims). `turnout methods NAME` shows one method in full.",
+        *_by_room(found, {claim["name"]: catalogue.verdict(claim) for claim in rows}),
+        "",
+        "## Claims",
         "",
         "Each claim is one published result, run small on one CPU core, with its mechanism on and off. A number is the",
         "mean over the seeds, ± the standard deviation; lower is better. 'Below' holds when the difference clears the",
@@ -193,7 +203,7 @@ def methods(claims: object) -> str:
         "off. What does not hold at this scale says so.",
         f"`turnout verify NAME` runs one; `{VERIFY}` measured this table.",
         "",
-        "| method | source | claim | measured | value | control | against | allowed | holds |",
+        "| claim | source | statement | measured | value | control | against | allowed | holds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for claim in rows:
@@ -207,6 +217,44 @@ def methods(claims: object) -> str:
     where = [f"- {name}: {value}" for name, value in context.items() if name not in ("claims", "format")]
     lines += ["", "Measured with:", "", *where] if where else []
     return "\n".join(lines) + "\n"
+
+
+def _by_room(found: Iterable[catalogue.Method], verdicts: Mapping[str, str]) -> Iterator[str]:
+    room = None
+    for method in found:
+        if method.room != room:
+            room = method.room
+            yield from ("", f"## `{room}`", "", "| method | what it does | paper | claims |", "|---|---|---|---|")
+        link = f"[`{method.name}`](api/{method.module.room}.md)"
+        said = "; ".join(f"`{name}`: {verdicts.get(name, 'not measured yet')}" for name in method.claims)
+        cells = [link, method.summary, "; ".join(map(str, method.papers)) or "our own", said or "–"]
+        yield f"| {' | '.join(map(_cell, cells))} |"
+
+
+def listing(claims: object, table: Mapping[str, Module]) -> str:
+    """What ``turnout methods`` shows, as JSON."""
+    rows = claims.get("claims", []) if isinstance(claims, dict) else claims
+    found = catalogue.methods(table)
+    body = {
+        "rooms": {room.removeprefix("turnout."): table[room].summary for room in dict.fromkeys(m.room for m in found)},
+        "methods": [
+            {
+                "name": method.name,
+                "room": method.room.removeprefix("turnout."),
+                "import_from": method.home,
+                "path": method.module.path,
+                "signature": _constructor(method.node)
+                if isinstance(method.node, ast.ClassDef)
+                else _signature(method.node),
+                "summary": method.summary,
+                "papers": list(map(str, method.papers)),
+                "claims": list(method.claims),
+            }
+            for method in found
+        ],
+        "claims": catalogue.verdicts(rows if isinstance(rows, list) else []),
+    }
+    return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
 
 def _allowed(row: Mapping[str, object]) -> str:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The storeys, from the ground up. A file imports from its own room and from lower storeys; only the rooms of the
 # ground floor, the nouns and what they stand on, may import each other.
 STOREYS = (
-    ("moved", "errors", "reading", "storage", "fields", "expects", "wrappers", "types"),
+    ("moved", "errors", "reading", "storage", "hub", "fields", "expects", "wrappers", "types"),
     ("solve",),
     ("decide", "run", "measure"),
     ("paths", "show"),
@@ -126,7 +126,9 @@ def locate(name: str, module: Module, modules: Mapping[str, Module]) -> tuple[Mo
             name = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
         elif node is not None:
             return module, node
-        if inner := modules.get(f"{source}.{name}"):
+        inner, package = modules.get(f"{source}.{name}"), modules.get(source)
+        # A package whose __init__ binds a name means that, not the file beside it that is called the same.
+        if inner and not (package and package is not module and name in bindings(package)):
             return inner, inner.tree
         if source not in modules:
             break
@@ -140,6 +142,7 @@ def locate(name: str, module: Module, modules: Mapping[str, Module]) -> tuple[Mo
 def imports_go_down(modules: Iterable[Module]) -> Iterator[str]:
     """A file imports from its own room and from lower storeys: never sideways, never up."""
     for module in modules:
+        shown = set(imported_for_checkers(module)) if module.room == "" else set()
         if module.room not in STOREY and module.room not in ("", "__main__"):
             yield f"{module.path}:1: {module.room!r} is not a room; the rooms are in scripts/house.py: STOREYS"
             continue
@@ -152,7 +155,8 @@ def imports_go_down(modules: Iterable[Module]) -> Iterator[str]:
             if room not in STOREY:
                 yield f"{module.path}:{line}: imports {target!r}: name the room that holds it"
             elif module.room == "":
-                yield f"{module.path}:{line}: imports {target!r}: `import turnout` loads no room"
+                if (line, target) not in shown:
+                    yield f"{module.path}:{line}: imports {target!r}: `import turnout` loads no room"
             elif STOREY[room] > STOREY[module.room]:
                 yield f"{module.path}:{line}: {module.room} imports up, from {room}"
             elif STOREY[room] == STOREY[module.room] > 0 and room != module.room:
@@ -206,9 +210,9 @@ def imports_are_declared(modules: Iterable[Module], root: Path = ROOT) -> Iterat
     """A library is a dependency in pyproject.toml; an optional one is imported where it is used, not at the top."""
     modules = list(modules)
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: wants for name, wants in project["optional-dependencies"].items() if name != "dev"}
+    extras = {name: wants for name, wants in project["optional-dependencies"].items() if name not in ("dev", "docs")}
     required, optional = _distributions(project["dependencies"]), _distributions(itertools.chain(*extras.values()))
-    known = required | optional | set(sys.stdlib_module_names) | {"turnout", "triton"}
+    known = required | optional | set(sys.stdlib_module_names) | {"turnout"}
     on_cuda = cuda_only(modules)
     for module in modules:
         top = set(imported_at_top(module))
@@ -216,17 +220,31 @@ def imports_are_declared(modules: Iterable[Module], root: Path = ROOT) -> Iterat
             library = target.partition(".")[0]
             if library not in known:
                 yield f"{module.path}:{line}: imports {library}, which pyproject.toml does not declare"
-            elif library in optional and (line, target) in top:
+            elif library in optional - {"triton", "turnout"} and (line, target) in top:
                 yield f"{module.path}:{line}: imports {library} at the top; it is optional: import it in use"
         if module.name in on_cuda and not module.name.startswith(KERNELS):
             yield f"{module.path}:1: loads triton, which only torch for CUDA has: import it in use"
 
 
 def imported_at_top(module: Module) -> Iterator[tuple[int, str]]:
-    """The imports that run when the file does: those outside functions."""
+    """The imports that run when the file does: those outside functions, and not for type checkers alone."""
     functions = [node for node in ast.walk(module.tree) if isinstance(node, Function)]
+    shown = set(imported_for_checkers(module))
     for line, target in imported(module):
-        if not any(function.lineno <= line <= (function.end_lineno or line) for function in functions):
+        inside = any(function.lineno <= line <= (function.end_lineno or line) for function in functions)
+        if not inside and (line, target) not in shown:
+            yield line, target
+
+
+def imported_for_checkers(module: Module) -> Iterator[tuple[int, str]]:
+    """The imports under ``if TYPE_CHECKING:``, which never run; those under its ``else`` do."""
+    blocks = [
+        node
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING"
+    ]
+    for line, target in imported(module):
+        if any(block.lineno < line <= (block.body[-1].end_lineno or line) for block in blocks):
             yield line, target
 
 

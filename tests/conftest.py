@@ -64,7 +64,7 @@ def pieces(text: str) -> list[str]:
     return tokens
 
 
-def make_passage(layers: int, experts: int, *, seed: int = 0) -> Passage:
+def make_passage(layers: int, experts: int, *, seed: int = 0, domain: str = "library") -> Passage:
     rng, tokens, routes = random.Random(seed), pieces(TEXT), []
     for layer in range(layers):
         row = []
@@ -77,7 +77,7 @@ def make_passage(layers: int, experts: int, *, seed: int = 0) -> Passage:
             entries = [(first, weight, score), (second, 1 - weight, 0.15)]
             row.append(tuple(entries[: 1 if experts == 1 else 2]))
         routes.append(tuple(row))
-    return Passage(tuple(tokens), tuple(routes), tuple(map(str, range(layers))), experts, "library", "fractions.py")
+    return Passage(tuple(tokens), tuple(routes), tuple(map(str, range(layers))), experts, domain, "fractions.py")
 
 
 def make_run(
@@ -89,7 +89,15 @@ def make_run(
     late = [shares(rng, experts, 0.12) for _ in range(layers)] if experts else []
     for step in range(5, steps + 1, 5):
         loss = 2.9 + 4.6 * math.exp(-step / 28) + 1.3 * math.exp(-step / 190) + rng.gauss(0, 0.05) - gain * step / steps
-        line = {"kind": "train", "step": step, "loss": loss, "lr": 3e-3, "grad_norm": 0.8, "tokens": step * each}
+        clock = {"seconds": step * (0.4 + 0.01 * experts), "peak_memory_bytes": 900_000_000}
+        line = {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "lr": 3e-3,
+            "grad_norm": 0.8,
+            "tokens": step * each,
+        } | clock
         metrics.append(line | {"tokens_per_s": 9000 + rng.gauss(0, 150) - 40 * experts})
         if evals and step % (steps // evals) == 0:
             bits = 1.62 + 1.9 * math.exp(-step / 90) - 0.3 * gain * step / steps
@@ -100,6 +108,8 @@ def make_run(
                     "kind": "eval",
                     "step": step,
                     "tokens": step * each,
+                    **clock,
+                    "bytes": 90_000,
                     "bits_per_byte": bits,
                     "by_domain": dict(zip(DOMAINS, (bits - 0.06, bits + 0.34, bits - 0.21), strict=True)),
                     "load": load,
@@ -126,11 +136,12 @@ def make_run(
             "train": {"steps": steps, "batch": 16, "lr": 3e-3, "seed": 0},
         },
         metrics=tuple(metrics),
+        result=next((line for line in reversed(metrics) if line["kind"] == "eval"), {}),
         cost=Cost(params=params, params_active=2_640_000, flops=5_410_000.0 + experts * 6144),
         tokens_per_s=9000.0 - 40 * experts,
         load=load,
         load_by_domain=by_domain,
-        passage=make_passage(layers, experts) if experts else None,
+        passages=tuple(make_passage(layers, experts, seed=n, domain=d) for n, d in enumerate(DOMAINS) if experts),
         hardware={"cpu": "Example 9000", "cores": 2, "memory_bytes": 17179869184, "torch": "2.13.0", "commit": None},
         command="turnout demo --out runs/demo",
         texts=("held_out_text 12ab",),

@@ -249,7 +249,7 @@ def test_help_examples_are_true(name: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     """Every relative link of every page names a file that is there."""
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
     broken = [
         f"{page_name(page)}: {link}" for page in pages for link in links(page) if not (page.parent / link).exists()
     ]

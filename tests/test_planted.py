@@ -27,6 +27,14 @@ PLANTED = {
         ({"types/cost.py": "from turnout.solve import knapsack"}, "types imports up, from solve"),
         ({"attic/old.py": ""}, "'attic' is not a room"),
         ({"__init__.py": "from turnout.types import Cost"}, "loads no room"),
+        (
+            {"__init__.py": "if TYPE_CHECKING:\n    x = 1\nelse:\n    from turnout.types import Cost"},
+            "imports 'turnout.types.Cost': `import turnout` loads no room",
+        ),
+        (
+            {"run/a.py": "if TYPE_CHECKING:\n    from turnout.layers import MoE"},
+            "run imports up, from layers",
+        ),
     ],
     "imports_have_no_cycle": [
         (
@@ -43,6 +51,7 @@ PLANTED = {
         ({"run/sort.py": "import pytest"}, "imports pytest, which"),
         ({"models/lm.py": "try:\n    import transformers\nexcept ImportError:\n    pass"}, "transformers at the top"),
         ({"run/sort.py": "import triton"}, "loads triton"),
+        ({"run/a.py": "if not TYPE_CHECKING:\n    import transformers"}, "transformers at the top"),
         (
             {"run/sort.py": "from turnout.run.kernels.a import f", "run/kernels/a.py": "import triton.language"},
             "triton",

@@ -10,7 +10,7 @@ import yaml
 
 from house import ROOT
 
-SCRIPTS = [*(ROOT / "scripts" / name for name in ("demo", "env", "test", "test-python")), ROOT / ".ci" / "run"]
+SCRIPTS = [*(ROOT / "scripts" / name for name in ("demo", "env", "site", "test", "test-python")), ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -99,7 +99,10 @@ THEIRS: dict[str, tuple[Harm, str]] = {
     "renamed tensor": (renamed, "model.morn.weight"),
     "index of other shards": (index_lists_more, "1 missing (model.layers.2.input_layernorm.weight)"),
     "mixed dtypes": (
-        lambda path: rewrite(shards(path)[0], lambda tensors: {n: t.bfloat16() for n, t in tensors.items()}),
+        lambda path: (
+            rewrite(shards(path)[0], lambda tensors: {n: t.bfloat16() for n, t in tensors.items()}),
+            keys(path, dtype="float16"),
+        ),
         "(turnout convert --dtype float32)",
     ),
     "whole numbers": (
@@ -111,8 +114,8 @@ THEIRS: dict[str, tuple[Harm, str]] = {
         "Did you mean 'MixtralForCausalLM'? Available: DeepseekV2",
     ),
     "architecture we lack": (
-        lambda path: keys(path, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
-        "It has logit soft-capping and norms after attention and feed-forward, which no model here has",
+        lambda path: keys(path, model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"]),
+        "It has a part that sees images (docs/guides/convert.md says how",
     ),
     "architecture nobody knows": (
         lambda path: keys(path, model_type="zzz", architectures=["ZzzForCausalLM"]),

@@ -341,7 +341,7 @@ def test_a_path_in_a_hint_is_quoted_for_the_shell(run, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("line", ["methods", "methods LossFree --long", "train tiny --show"])
+@pytest.mark.parametrize("line", ["methods", "methods LossFree", "train tiny --show"])
 def test_output_that_cannot_be_written_is_one_line_and_exit_2(line):
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "turnout", *line.split()]

@@ -14,6 +14,7 @@ from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.doctor import _PARTS
 from turnout.train.data import train_tokenizer
 
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 LINES = "\n".join(f"line {n}: " + " ".join(str(n * k) for k in range(20)) for n in range(60))
 
 
@@ -130,16 +131,28 @@ def test_models_of_any_folder_are_sampled_and_measured(place, tmp_path, monkeypa
 
 
 def test_the_doctor_names_extras_that_exist() -> None:
-    extras = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
-    known = set(extras["optional-dependencies"])
-    named = {extra for extra, _ in _PARTS.values() if extra is not None and " " not in extra}
-    assert named <= known and {"hf", "peft"} <= named and "triton" not in known
+    """And every library that pyproject.toml asks for, with the extra that asks for it."""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    extras = {None: project["dependencies"]} | project["optional-dependencies"]
+    named = {extra: {name for name, (by, _) in _PARTS.items() if by == extra} for extra in extras}
+    wanted = {extra: {re.split(r"[^\w-]", one)[0] for one in wants} for extra, wants in extras.items()}
+    assert set(extras) >= {by for by, _ in _PARTS.values()}
+    for_people = wanted.keys() - {"all", "dev", "docs"}
+    assert {extra: named[extra] for extra in for_people} == {extra: wanted[extra] for extra in for_people}
+
+
+def test_all_is_every_extra_for_people() -> None:
+    extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (everything,) = extras["all"]
+    assert set(everything.removeprefix("turnout[").rstrip("]").split(",")) == extras.keys() - {"all", "dev", "docs"}
 
 
 def test_only_extras_that_exist_are_advised_anywhere() -> None:
-    root = Path(__file__).parents[2]
-    known = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    files = [*root.glob("turnout/**/*.py"), *root.glob("docs/guides/*.md"), root / "README.md"]
+    root = PYPROJECT.parent
+    known = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = [path for path in root.rglob("*") if path.suffix in (".py", ".md", ".toml", ".txt", ".html", ".yml")]
+    files = [path for path in texts if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    assert root / "README.md" in files
     for file in files:
-        for extras in re.findall(r"turnout\[([a-z,]+)\]", file.read_text(encoding="utf-8")):
+        for extras in re.findall(r"(?:turnout|install.* -e '\.)\[([a-z,]+)\]", file.read_text(encoding="utf-8")):
             assert set(extras.split(",")) <= set(known), f"{file}: {extras}"

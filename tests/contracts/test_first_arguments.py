@@ -48,7 +48,7 @@ RIGHT = {
 
 
 def allowed(first: inspect.Parameter) -> set[str]:
-    shown = str(first.annotation)
+    shown = str(first.annotation).replace("~Model", "Module")  # a type variable: whatever module goes in comes out
     if "Sequence" in shown or "Mapping" in shown:
         return set()
     return {name for word, names in RIGHT.items() if word in shown for name in names}

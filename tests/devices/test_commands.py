@@ -149,12 +149,12 @@ def test_demo(monkeypatch, tmp_path) -> None:
 
     seen: list[object] = []
 
-    def note(run, out, *, device, **rest):
-        seen.append(device)
+    def note(run, out, **rest):
+        seen.append(run.train.device)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "execute", note)
-    assert main(["demo", "--out", str(tmp_path), *CUDA]) == 130
+    assert main(["demo", "--out", str(tmp_path), "--quiet", *CUDA]) == 130
     assert seen == ["cuda"]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from turnout.errors import CheckpointError
 from turnout.measure import ReportData, RunData
+from turnout.measure.passage import Passage
 from turnout.measure.runs import read_run
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import PeftAdapter, read_adapter, write_adapter
@@ -85,6 +86,57 @@ def _dense(path: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 32}
     scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     checkpoint.to_hf(LM(LMConfig(32, 16, 2, 2, kv_heads=1, hidden=24, rope_scaling=scaling, max_seq=64)), path)
+
+
+def _dense_as(architecture: str, **fields: Any) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        torch.manual_seed(0)
+        lm = LM(LMConfig(32, 16, 2, 2, **{"kv_heads": 1, "hidden": 24, "max_seq": 64, **fields}))
+        checkpoint.to_hf(lm, path, architecture=architecture)
+
+    return make
+
+
+_phi3 = _dense_as(
+    "Phi3ForCausalLM",
+    rope_share=0.5,
+    window=8,
+    rope_scaling={
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 8.0],
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.2,
+    },
+)
+_smollm3 = _dense_as("SmolLM3ForCausalLM", rope_layers=(0,), window=8, window_layers=(1,))
+_granite = _dense_as("GraniteForCausalLM", embedding_scale=2.0, residual_scale=0.5, logit_divisor=3.0)
+_olmo2 = _dense_as("Olmo2ForCausalLM", norm_place="after", qk_norm="full")
+_gemma = _dense_as(
+    "Gemma3ForCausalLM",
+    window=8,
+    window_layers=(0,),
+    activation="geglu_tanh",
+    norm="rms_plus_one",
+    norm_place="both",
+    qk_norm="head",
+    embedding_scale=4.0,
+    embedding_rounded=True,
+    tie_embeddings=True,
+    local_rope_theta=1e3,
+    logit_softcap=5.0,
+)
+_gpt2 = _dense_as(
+    "GPT2LMHeadModel",
+    kv_heads=None,
+    qkv_bias=True,
+    out_bias=True,
+    ff_bias=True,
+    activation="gelu_tanh",
+    rope_layers=(),
+    learned_positions=True,
+    norm="layer",
+)
 
 
 def _read_hf(path: Path, out: Path) -> Any:
@@ -225,6 +277,11 @@ def _run(path: Path) -> None:
     lines = [{"kind": "train", "step": n, "loss": 3.0 / n, "tokens_per_s": 10.0 * n} for n in range(1, 5)]
     lines += [{"kind": "eval", "step": 4, "bits_per_byte": 1.5, "by_domain": {"a": 1.5}, "load": [[0.25] * 4]}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "result.json").write_text(json.dumps({"bits_per_byte": 1.5, "by_domain": {"a": 1.5}, "seconds": 2.0}))
+    routing = Routing.from_topk(torch.tensor([[1], [3]]), torch.ones(2, 1), num_experts=4)
+    passages = [Passage.from_routings(["x", "y"], [routing], domain=name).to_json_dict() for name in ("a", "b")]
+    load = {"load": [[0.25] * 4], "load_by_domain": {"a": [[0.25] * 4], "b": [[0.5, 0.5, 0.0, 0.0]]}}
+    (path / "routes.json").write_text(json.dumps(load | {"passages": passages}))
     _trace(path / "trace")
 
 
@@ -272,6 +329,12 @@ SUBJECTS = {
     "mixtral": Subject(_mixtral, _read_hf),
     "deepseek": Subject(_deepseek, _read_hf),
     "llama": Subject(_dense, _read_hf),
+    "gemma": Subject(_gemma, _read_hf),
+    "gpt2": Subject(_gpt2, _read_hf),
+    "granite": Subject(_granite, _read_hf),
+    "smollm3": Subject(_smollm3, _read_hf),
+    "phi3": Subject(_phi3, _read_hf),
+    "olmo2": Subject(_olmo2, _read_hf),
     "adapter": Subject(_adapter, _read_adapter),
     "attached": Subject(_attached, _read_attached),
     "gates": Subject(_gates, _read_gates),

@@ -381,6 +381,27 @@ def test_a_loaded_model_equals_that_of_transformers_layer_by_layer(mixtral: nn.M
     assert (parted.layer, parted.part, parted.module) == ("model.layers.1", "router", "model.layers.1.mlp.gate")
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "phi3", "smollm3", "granite"])
+def test_dense_models_and_faults_in_their_norms(kind: str, tmp_path) -> None:
+    """Where the norms stand after, the one that is called post_attention_layernorm is another than elsewhere."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 53, "initializer_range": 0.25, "pad_token_id": None}
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    hf.save_pretrained(tmp_path)
+    ours = checkpoint.from_hf(tmp_path)
+    certificate = certify(hf, ours, ids())
+    seen = {"model.layers.0", "model.layers.1.self_attn", "model.layers.1.mlp"}
+    assert certificate.verdict == "bit-equal" or (certificate.equal and seen <= set(certificate.layers))
+    norm = ours.blocks[1].ff_norm if kind != "olmo2" else ours.blocks[1].attention_out_norm
+    norm.weight.data[3] *= 3
+    parted = certify(hf, ours, ids()).parted
+    assert (parted.layer, parted.part) == ("model.layers.1", "norm")
+    assert parted.module == "model.layers.1.post_attention_layernorm"
+
+
 def test_gpt_oss_and_faults_in_its_biases_and_sinks(tmp_path) -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -8,7 +8,7 @@ from turnout.measure import ReportData, RunData, results_table
 from turnout.measure.ranking import unranked
 from turnout.measure.report import result_lines
 from turnout.show import report_html
-from turnout.show.run import headline
+from turnout.show.headline import headline
 
 
 def run(name: str, bits: float = 2.0, *, seed: int = 0, width: int = 8, **changes: object) -> RunData:

@@ -7,6 +7,7 @@ import pytest
 
 from turnout.errors import UsageError
 from turnout.measure import RunData, compare, markdown, quantity, results_rows, results_table
+from turnout.measure.report import duration
 from turnout.types import Cost, Report
 
 
@@ -85,3 +86,8 @@ def test_no_runs_and_no_numbers_make_an_empty_table() -> None:
 def test_an_unknown_style_is_refused() -> None:
     with pytest.raises(UsageError, match="markdown"):
         results_table([], style="latex")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3600, "1:00:00")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -44,8 +44,30 @@ def test_a_whole_folder(tmp_path) -> None:
     assert (run.cost.params, run.cost.params_active, run.cost.flops) == (100, 60, 120.0)
     assert run.config == {"recipe": "tiny", "model": {"width": 8}}
     assert (run.command, run.hardware) == ("turnout train tiny", {"cpu": "x"})
-    assert run.passage == passage
+    assert run.passages == (passage,)
     assert run.notes == ()
+
+
+def test_arrays_are_read_beside_the_result_and_what_a_run_took_from_either(tmp_path) -> None:
+    """An older run has its arrays in result.json, as above."""
+    passages = [
+        Passage.from_routings(
+            ["a"], [Routing.from_topk(torch.tensor([[1]]), torch.ones(1, 1), num_experts=2)], domain=d
+        )
+        for d in ("code", "prose")
+    ]
+    routes = {"load": [[0.25, 0.75]], "load_by_domain": {"code": [[0.25, 0.75]], "prose": [[0.5, 0.5]]}}
+    routes["passages"] = [passage.to_json_dict() for passage in passages]
+    metrics = line("eval", 4, bits_per_byte=2.5, load=[[0.5, 0.5]], seconds=8.0, peak_memory_bytes=100)
+    folder = write(tmp_path, metrics, result={"bits_per_byte": 2.25, "seconds": 9.5}, routes=routes)
+    run = read_run(folder)
+    assert run.passages == tuple(passages)
+    assert (run.load, run.load_by_domain) == (routes["load"], routes["load_by_domain"])
+    assert (run.seconds, run.peak_memory_bytes, run.notes) == (9.5, 100, ())
+    (folder / "routes.json").write_text('{"load": [[7]]}')
+    broken = read_run(folder)
+    assert broken.load == [[0.5, 0.5]] and broken.passages == ()
+    assert any("routes.json cannot be read" in note for note in broken.notes)
 
 
 def test_a_run_still_going_on_counts_its_last_evaluation_and_ignores_half_a_line(tmp_path) -> None:
@@ -77,7 +99,7 @@ def test_broken_parts_are_notes_and_do_not_stop_the_reading(tmp_path) -> None:
     (folder / "trace" / "trace.json").write_text("{}")
     run = read_run(folder)
     assert len(run.notes) == 2
-    assert run.passage is None
+    assert run.passages == ()
     (folder / "result.json").write_text("{")
     assert any("result.json" in note for note in read_run(folder).notes)
 
@@ -113,6 +135,10 @@ def test_a_passage_that_does_not_fit_its_routings_is_refused() -> None:
     with pytest.raises(CheckpointError, match="passage"):
         Passage.from_json_dict(
             {"tokens": ["a"], "routes": [[]], "layers": ["0"], "num_experts": 2, "domain": "", "source": ""}
+        )
+    with pytest.raises(CheckpointError, match="1 layers of routes and 0 names"):
+        Passage.from_json_dict(
+            {"tokens": ["a"], "routes": [[[]]], "layers": [], "num_experts": 2, "domain": "", "source": ""}
         )
 
 

@@ -19,10 +19,12 @@ def given(*rows: int, width: int = 6, vocab: int = 11, seed: int = 0, dtype: tor
 
 @pytest.mark.parametrize("rows", [(1, 1), (3, 7), (2, 300), (0, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_equals_the_loss_of_the_logits(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_equals_the_loss_of_the_logits(rows: tuple[int, ...], dtype: torch.dtype, softcap: float | None) -> None:
     hidden, weight, target = given(*rows, dtype=dtype)
-    got = head_loss(hidden, weight, target)
+    got = head_loss(hidden, weight, target, softcap=softcap)
     logits = hidden.float() @ weight.float().t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     want = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100)
     off = 1e-5 if dtype != torch.bfloat16 else 2e-2
     torch.testing.assert_close(got, want, rtol=off, atol=off)
@@ -80,7 +82,9 @@ def test_refuses_targets_of_other_positions() -> None:
         head_loss(torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"logit_divisor": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False}, {"logit_divisor": 3.0}, {"logit_softcap": 0.05}], ids=str
+)
 def test_loss_of_a_language_model_is_that_of_its_logits(changes: dict) -> None:
     lm = LM(LMConfig(vocab_size=16, width=8, layers=2, heads=2, **({"tie_embeddings": True} | changes)), seed=1)
     g = torch.Generator().manual_seed(2)

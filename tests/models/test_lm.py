@@ -1,6 +1,7 @@
 """The language model: what it computes does not depend on how it is asked, and what it costs is what is counted."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -25,6 +26,42 @@ VARIANTS = {
     "latent": LATENT,
     "latent queries": {**LATENT, "mla": dataclasses.replace(LATENT["mla"], q_rank=9, interleaved=False)},
     "half turned": {"rope_share": 0.5},
+    "norms after": {"norm_place": "after", "qk_norm": "full", "residual_scale": 0.5},
+    "norms on both sides": {"norm_place": "both", "moe": dataclasses.replace(ROUTED, layers=(1,))},
+    "a layer without rope": {"rope_layers": (1,), "window": 5, "window_layers": (0,)},
+    "gemma": {
+        "norm": "rms_plus_one",
+        "norm_place": "both",
+        "qk_norm": "head",
+        "window": 5,
+        "window_layers": (0,),
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "local_rope_theta": 50.0,
+        "activation": "geglu_tanh",
+        "embedding_scale": 32**0.5,
+        "embedding_rounded": True,
+        "attention_softcap": 1.5,
+        "logit_softcap": 4.0,
+        "tie_embeddings": True,
+    },
+    "gpt-2": {
+        "heads": 32,
+        "kv_heads": None,
+        "rope_layers": (),
+        "learned_positions": True,
+        "norm": "layer",
+        "qkv_bias": True,
+        "out_bias": True,
+        "ff_bias": True,
+        "activation": "gelu_tanh",
+    },
+    "gpt-2 with experts": {
+        "rope_layers": (),
+        "learned_positions": True,
+        "norm": "layer",
+        "moe": dataclasses.replace(ROUTED, activation="gelu_tanh", bias=True),
+    },
+    "latent, capped": {**LATENT, "attention_softcap": 0.7, "norm": "rms_plus_one"},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "moe": {"moe": ROUTED},
     "moe in one layer": {"moe": dataclasses.replace(ROUTED, layers=(1,), shared_hidden=12, shared_gate=True)},
@@ -132,6 +169,29 @@ def test_sinks_are_one_more_term_of_the_softmax(window: int | None) -> None:
         torch.testing.assert_close(none, attend(q, k, v, scale=0.4, window=window), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_scores_are_capped_before_the_softmax(window: int | None) -> None:
+    """Against the formula, one score at a time; a cap far away is none."""
+    g = torch.Generator().manual_seed(8)
+    for new, total in ((9, 9), (3, 9), (1, 9), (1, 1)):
+        q, k, v = (torch.randn(2, h, n, 6, generator=g) for h, n in ((4, new), (2, total), (2, total)))
+        given = [t.requires_grad_() for t in (q, k, v)]
+        y_BSD = attend(q, k, v, scale=0.9, window=window, softcap=0.7)
+        rows = []
+        for b, h, s in itertools.product(range(2), range(4), range(new)):
+            at = s + total - new
+            seen = range(max(0, at - (window or total) + 1), at + 1)
+            score = torch.stack([0.7 * torch.tanh(0.9 * q[b, h, s] @ k[b, h // 2, t] / 0.7) for t in seen])
+            rows.append(score.softmax(0) @ v[b, h // 2, seen.start : seen.stop])
+        expected = torch.stack(rows).view(2, 4, new, 6).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(y_BSD, expected, rtol=1e-4, atol=1e-5)
+        slope = torch.randn(y_BSD.shape, generator=g)
+        for a, b in zip(*(torch.autograd.grad(out, given, slope) for out in (y_BSD, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        far = attend(q, k, v, scale=0.9, window=window, softcap=1e4)
+        torch.testing.assert_close(far, attend(q, k, v, scale=0.9, window=window), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_window_hides_what_lies_before_it() -> None:
     lm = LM(dataclasses.replace(TINY, window=4, layers=1, init_std=0.2)).eval()
@@ -185,6 +245,34 @@ def test_every_parameter_learns(name: str) -> None:
     assert len(out.routings) == len(lm.routers)
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+@torch.no_grad()
+def test_the_norms_stand_where_it_says(place: str) -> None:
+    lm, x_BSD = make("dense"), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    block = LM(dataclasses.replace(lm.config, norm_place=place, residual_scale=0.5), seed=1).blocks[0]
+    for norm in (module for name, module in block.named_modules() if name.endswith("norm")):
+        norm.weight.normal_(1, 0.3, generator=torch.Generator().manual_seed(norm.weight.numel()))
+    angles, want_BSD = lm.rope(0, 5, x_BSD.dtype), x_BSD
+    for part, first, last in (("attention", "attention_norm", "attention_out_norm"), ("ff", "ff_norm", "ff_out_norm")):
+        y_BSD = want_BSD if place == "after" else getattr(block, first)(want_BSD)
+        y_BSD = block.attention(y_BSD, angles, None) if part == "attention" else block.ff(y_BSD)
+        want_BSD = want_BSD + 0.5 * (y_BSD if place == "before" else getattr(block, last)(y_BSD))
+    assert (block.ff_norm is None, block.ff_out_norm is None) == (place == "after", place == "before")
+    got_BSD, _ = block(x_BSD, angles, None, token_id_BS=ids(1, 5), backend="auto", generator=None)
+    torch.testing.assert_close(got_BSD, want_BSD, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_layer_without_rope_knows_no_order() -> None:
+    """Alone and without a causal mask in the way: the last token sees the same in any order of those before it."""
+    id_BS = ids(1, 9)
+    shuffled_BS = id_BS[:, [3, 0, 7, 5, 1, 2, 6, 4, 8]]
+    for layers, equal in (((), True), ("all", False)):
+        lm = LM(dataclasses.replace(TINY, layers=1, init_std=0.2, rope_layers=layers)).eval()
+        last_V, again_V = (lm(x).logits_BSV[0, -1] for x in (id_BS, shuffled_BS))
+        assert torch.allclose(last_V, again_V, rtol=0, atol=1e-5) == equal
+
+
 def test_the_seed_decides_the_weights() -> None:
     for name in ("moe", "latent"):
         first, again, other = make(name, 1).state_dict(), make(name, 1).state_dict(), make(name, 2).state_dict()
@@ -221,7 +309,7 @@ def test_drawn_tokens_follow_the_model() -> None:
 
 def test_autocast_and_bf16() -> None:
     id_BS = ids(2, 16)
-    for name in ("moe", "latent", "head norm"):
+    for name in ("moe", "latent", "head norm", "gemma", "gpt-2"):
         lm = make(name)
         exact = lm(id_BS).logits_BSV
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,6 +365,9 @@ def test_mistakes_are_worded() -> None:
         ({"rope_scaling": {"rope_type": "yarm"}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
         ({"window_layers": (0, 2)}, "window_layers"),
+        ({"rope_layers": (1, 1)}, "rope_layers='all'"),
+        ({**LATENT, "rope_layers": (1,)}, "rope_layers='all'"),
+        ({"norm_place": "afters"}, "'after'"),
         ({"moe": dataclasses.replace(ROUTED, layers=(7,))}, "moe.layers"),
     ],
 )

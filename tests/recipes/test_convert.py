@@ -208,7 +208,9 @@ def test_bf16_and_mixed_dtypes(tmp_path, llama):
     mixed = shutil.copytree(llama, tmp_path / "mixed")
     shard = sorted(mixed.glob("*.safetensors"))[0]
     _rewrite(shard, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
-    with pytest.raises(CheckpointError, match="BF16"):
+    body = json.loads((mixed / "config.json").read_text())
+    (mixed / "config.json").write_text(json.dumps(body | {"dtype": None}))
+    with pytest.raises(CheckpointError, match="bfloat16"):
         convert(mixed, [Upcycle(4, 2)], tmp_path / "b")
     done = convert(mixed, [Upcycle(4, 2)], tmp_path / "b", dtype=torch.float32)
     assert done.certificate.equal and checkpoint.peek(tmp_path / "b").dtype == torch.float32

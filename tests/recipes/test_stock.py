@@ -9,10 +9,11 @@ import hf_folders as folders
 import pytest
 import torch
 
-from turnout.errors import CheckpointError
+from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, checkpoint
 from turnout.models.families import FAMILIES
 from turnout.recipes import stock
+from turnout.recipes.certify import certify_folders
 from turnout.recipes.convert import convert
 from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
 
@@ -49,6 +50,36 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "mistral": ({"sliding_window": 6}, "MixtralForCausalLM"),
     "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "Qwen2MoeForCausalLM"),
     "qwen3": ({"head_dim": 8}, "Qwen3MoeForCausalLM"),
+    "granite": ({"attention_multiplier": 0.3, "logits_scaling": 2.0}, "GraniteMoeForCausalLM"),
+    "phi3": ({"sliding_window": 6}, "MixtralForCausalLM"),
+}
+# What no published architecture says with experts, and the reason that is given.
+ALONE: dict[str, tuple[dict[str, Any], str]] = {
+    "smollm3": ({"no_rope_layers": [1, 0]}, "rope_layers is"),
+    "olmo2": ({}, "norm_place is 'after'"),
+    "phi3 long": (
+        {
+            "original_max_position_embeddings": 20,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.5],
+                "long_factor": [1.0, 2.5, 7.0],
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+        "rope",
+    ),
+    "gemma": ({"head_dim": 8}, "norm is 'rms_plus_one'"),
+    "gemma2": (
+        {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "attn_logit_softcapping": 2.0},
+        "attention_softcap is 2.0",
+    ),
+    "gemma3_text": (
+        {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+        "norm_place is 'both'",
+    ),
+    "gpt2": ({}, "learned_positions is True"),
 }
 STEPS: dict[str, list[Step]] = {
     "drop": [Drop(count=2, by="random")],
@@ -79,8 +110,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder_of(made: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
     path = made / f"{kind}-{dtype}"
-    keys = ROUTED.get(kind) or DENSE[kind][0]
-    return path if path.exists() else folders.make(path, kind, dtype, **keys)
+    keys = ROUTED.get(kind) or (DENSE | ALONE)[kind][0]
+    return path if path.exists() else folders.make(path, kind.split(maxsplit=1)[0], dtype, **keys)
 
 
 @torch.no_grad()
@@ -101,7 +132,7 @@ def assert_stock(out: Path, architecture: str) -> None:
 
 
 def test_every_family_has_its_case() -> None:
-    assert {family.model_type for family in FAMILIES} == {*ROUTED, *DENSE}
+    assert {family.model_type for family in FAMILIES} == {*ROUTED, *DENSE, *(kind.split()[0] for kind in ALONE)}
 
 
 @pytest.mark.parametrize("kind", ROUTED)
@@ -120,16 +151,52 @@ def test_dense_families_become_sparse(kind: str, way: str, made: Path, tmp_path:
     path, architecture = folder_of(made, kind), DENSE[kind][1]
     if way == "upcycle to one" and architecture == "MixtralForCausalLM":
         architecture = "Qwen2MoeForCausalLM"  # which leaves the weight of one expert as it is
+    if way == "upcycle to one" and kind == "granite":  # and there nothing is scaled
+        with pytest.raises(UsageError, match=r"weights of a token sum to 1.*\n(.*\n)?.*--as model"):
+            convert(path, GROW[way], tmp_path / "out")
+        return
     convert(path, GROW[way], tmp_path / "out")
     assert_stock(tmp_path / "out", architecture)
     if way.startswith("upcycle"):
         torch.testing.assert_close(folders.logits(tmp_path / "out"), folders.logits(path), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*ROUTED, *DENSE])
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("way", GROW)
+def test_dense_families_without_a_sparse_one_become_our_own(kind: str, way: str, made: Path, tmp_path: Path) -> None:
+    path, why = folder_of(made, kind), ALONE[kind][1]
+    with pytest.raises(UsageError, match="--as model") as caught:
+        convert(path, GROW[way], tmp_path / "out")
+    assert why in str(caught.value) and not (tmp_path / "out").exists()
+    convert(path, GROW[way], tmp_path / "out", as_format="model")
+    lm = checkpoint.load(tmp_path / "out").eval()
+    assert lm.config.moe is not None
+    if way.startswith("upcycle"):
+        id_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(lm(id_BS).logits_BSV, folders.logits(path), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *ALONE])
+def test_dense_families_come_back_from_our_own_format(kind: str, made: Path, tmp_path: Path) -> None:
+    path, architecture = folder_of(made, kind), json.loads((folder_of(made, kind) / "config.json").read_text())
+    convert(path, [], tmp_path / "own", as_format="model")
+    done = convert(tmp_path / "own", [], tmp_path / "back", as_format="transformers")
+    assert done.record["stock"]["dtypes"]["float32"]["max_abs"] < 1e-4 and done.certificate.verdict == "bit-equal"
+    assert_stock(tmp_path / "back", architecture["architectures"][0])
+    before, after = checkpoint.from_hf(path).state_dict(), checkpoint.from_hf(tmp_path / "back").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    certificate, _ = certify_folders(path, tmp_path / "back")
+    assert certificate.verdict == "bit-equal"
+
+
+@pytest.mark.parametrize("kind", [*ROUTED, *DENSE, *ALONE])
 def test_bf16_of_every_family(kind: str, made: Path, tmp_path: Path) -> None:
     path = folder_of(made, kind, torch.bfloat16)
-    done = convert(path, STEPS["drop"] if kind in ROUTED else GROW["upcycle"], tmp_path / "out")
+    if kind in ALONE:
+        convert(path, [], tmp_path / "own", as_format="model")
+        done = convert(tmp_path / "own", [], tmp_path / "out", as_format="transformers")
+    else:
+        done = convert(path, STEPS["drop"] if kind in ROUTED else GROW["upcycle"], tmp_path / "out")
     found = done.record["stock"]["dtypes"]
     assert found["bfloat16"]["relative"] < 0.06 and found["float32"]["max_abs"] < 1e-4, found
     assert "bfloat16 logits" in done.summary() and "float32 logits" in done.summary()
@@ -183,3 +250,43 @@ def test_without_memory_it_says_so(made: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stock, "free_memory", lambda: 1000)
     done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
     assert "not checked with transformers: float32, for want of memory" in done.summary()
+
+
+def routed_to_one_of_two(path: Path, tie_at: int | None) -> Path:
+    """A model with one of two experts a token; at this place of the first row of the batch the two are tied."""
+    folder = folders.make(
+        path, "olmoe", num_experts=2, num_experts_per_tok=1, intermediate_size=12, num_hidden_layers=1
+    )
+    if tie_at is None:
+        return folder
+    lm, seen = checkpoint.from_hf(folder), []
+    handle = lm.routers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    lm(stock.batch(lm.config))
+    handle.remove()
+    with torch.no_grad():
+        weight_ED, x_D = lm.routers[0].weight, seen[0][tie_at]
+        weight_ED[1] = weight_ED[0] + (off_D := torch.randn(x_D.shape, generator=torch.Generator().manual_seed(3)))
+        weight_ED[1] -= (off_D @ x_D) / (x_D @ x_D) * x_D
+    shutil.rmtree(folder)
+    checkpoint.to_hf(lm, folder)
+    return folder
+
+
+def test_tokens_whose_experts_are_tied_are_left_out_and_nothing_else(tmp_path, monkeypatch) -> None:
+    folder = routed_to_one_of_two(tmp_path / "tied", tie_at=20)
+    theirs = stock._theirs
+
+    def other(*args: Any, at: int) -> torch.Tensor:
+        logits_BSV = theirs(*args)
+        logits_BSV[0, at:] += 1
+        return logits_BSV
+
+    monkeypatch.setattr(stock, "_theirs", lambda *args: other(*args, at=20))
+    found = stock.check_with_transformers(folder, params=1000)
+    assert found["dtypes"]["float32"]["tied_tokens"] == 12
+    assert "12 tokens left out" in stock.said(found)
+    monkeypatch.setattr(stock, "_theirs", lambda *args: other(*args, at=19))
+    with pytest.raises(CheckpointError, match="compute the same"):
+        stock.check_with_transformers(folder, params=1000)
+    with pytest.raises(CheckpointError, match="compute the same"):
+        stock.check_with_transformers(routed_to_one_of_two(tmp_path / "clear", None), params=1000)

@@ -113,7 +113,8 @@ def test_products_that_are_merged_factor_by_factor_are_told() -> None:
         ("llama", {"rms_norm_eps": 1e-3}, "norm_eps"),
         ("mixtral", {"num_experts_per_tok": 3}, "moe.top_k"),
         ("qwen3_moe", {"norm_topk_prob": True, "head_dim": 8, "num_experts": 9}, "renormalize"),
-        ("gemma2", {"attn_logit_softcapping": 1.0, "head_dim": 8}, "attn_logit_softcapping"),  # not ours: all it says
+        ("gemma2", {"attn_logit_softcapping": 1.0, "head_dim": 8}, "attention_softcap"),
+        ("cohere2", {"logit_scale": 1.0, "num_key_value_heads": 2}, "logit_scale"),  # not ours: all it says
     ],
 )
 def test_live_models_of_transformers(kind: str, keys: dict[str, Any], name: str) -> None:

@@ -38,9 +38,10 @@ def test_all_experts_on_is_the_dense_layer_and_every_neuron_is_in_one_expert(by:
         assert {tuple(row) for expert in new.blocks[layer].ff.bank.up.tolist() for row in expert} == rows
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
 @torch.no_grad()
-def test_chosen_experts_weigh_nearly_one_each(text) -> None:
-    new, _ = split(make(), num_experts=6, top_k=2, batches=text)
+def test_chosen_experts_weigh_nearly_one_each(text, place: str) -> None:
+    new, _ = split(make(norm_place=place), num_experts=6, top_k=2, batches=text)
     assert isinstance(split(make(), num_experts=1, top_k=1)[0].blocks[0].ff, FeedForward)
     for routing in new(text[0]).routings:
         assert (2 * routing.weight_R - 1).abs().max() < 0.01
@@ -110,6 +111,16 @@ def test_what_cannot_be_split_is_refused(text) -> None:
         split(make(), num_experts=4, top_k=2, by="clusters")
     with pytest.raises(UsageError, match="batches must be given"):
         split(make(), num_experts=4, top_k=2, by="gradient")
-    for lm in (sparse(), make(ff_bias=True)):
+    for lm in (sparse(),):
         with pytest.raises(UsageError, match="be dense"):
             split(lm, num_experts=4, top_k=2)
+
+
+@pytest.mark.parametrize("by", ["cluster", "coactivation", "gradient"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_biases_go_with_their_neurons(by: str, activation: str, text) -> None:
+    lm = make(ff_bias=True, norm="layer", activation=activation, rope_layers=(), learned_positions=True)
+    new, report = split(lm, num_experts=4, top_k=4, by=by, batches=text)
+    assert report["relative_difference"] < 1e-5 and new.config.moe.bias
+    _, report = split(lm, num_experts=4, top_k=2, by=by, batches=text)
+    assert report["relative_difference"] > 1e-3

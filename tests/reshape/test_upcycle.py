@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from small import make
+from small import ids, make
 
 from turnout.errors import UsageError
 from turnout.layers import MoE
 from turnout.reshape import upcycle
+from turnout.reshape.calibrate import reach
 
 HIDDEN = 24
 VALID = [
@@ -52,6 +53,24 @@ def test_one_expert_a_token_starts_spread_over_the_copies() -> None:
     assert load_E.max() < 1000
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_starting_weights_of_one_expert_are_even_wherever_the_norms_stand(place: str, seed: int) -> None:
+    """Without a norm before it a feed-forward layer takes the stream itself, which grows from layer to layer."""
+    lm = make(seed, layers=3, norm_place=place, embedding_scale=30.0, residual_scale=2.0)
+    new, report = upcycle(lm, num_experts=8, top_k=1, batches=[ids()])
+    assert report["relative_difference"] <= 1e-5
+    seen: list[torch.Tensor] = []
+    for block in lm.blocks:
+        block.ff.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    lm(ids())
+    for layer, x_BSD in enumerate(seen):
+        most = float(x_BSD.square().mean(-1).sqrt().max())
+        assert 0.05 * reach(lm, layer) < most <= reach(lm, layer) * 1.001
+        assert 0 < new.blocks[layer].ff.router(x_BSD.flatten(0, 1)).weight_R.std() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("sizes", "near"),
     [((8, 3, 2), "(8, 4, 2)"), ((9, 2, 2), "(8, 2, 2)"), ((8, 5, 5), "(8, 4, 4)"), ((4, 6, 1), "(4, 4, 1)"),
@@ -67,12 +86,10 @@ def test_what_does_not_fit_is_refused_with_what_does(sizes: tuple[int, int, int]
         upcycle(make(), num_experts=int(e), top_k=int(k), granularity=int(g))
 
 
-def test_models_with_experts_or_feed_forward_biases_are_refused() -> None:
+def test_models_with_experts_are_refused() -> None:
     new, _ = upcycle(make(), num_experts=4, top_k=2)
     with pytest.raises(UsageError, match="must be dense"):
         upcycle(new, num_experts=4, top_k=2)
-    with pytest.raises(UsageError, match="no feed-forward biases"):
-        upcycle(make(ff_bias=True), num_experts=4, top_k=2)
     with pytest.raises(UsageError, match="router_std"):
         upcycle(make(), num_experts=4, top_k=1, router_std=0.1)
     with pytest.raises(UsageError, match="layers"):
@@ -111,3 +128,22 @@ def test_half_precision_keeps_its_dtype() -> None:
     new, report = upcycle(make().bfloat16(), num_experts=4, top_k=2)
     assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
     assert report["relative_difference"] < 0.02
+
+
+@pytest.mark.parametrize(("top_k", "shards"), [(2, 1), (4, 2), (1, 1)])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "geglu_tanh"])
+def test_biases_are_those_of_the_dense_layer(top_k: int, shards: int, activation: str) -> None:
+    """As GPT-2 has them, and norms with a bias before them."""
+    lm = make(ff_bias=True, norm="layer", activation=activation, rope_layers=(), learned_positions=True)
+    new, report = upcycle(lm, num_experts=8, top_k=top_k, granularity=shards)
+    assert report["relative_difference"] < 1e-5 and new.config.moe.bias
+    torch.testing.assert_close(new(ids()).logits_BSV, lm(ids()).logits_BSV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_gemma_is_upcycled_exactly(top_k: int) -> None:
+    norms = {"norm": "rms_plus_one", "norm_place": "both", "embedding_scale": 4.0, "embedding_rounded": True}
+    caps = {"attention_softcap": 2.0, "logit_softcap": 5.0, "window": 8, "window_layers": (0,), "local_rope_theta": 1e3}
+    lm = make(**norms, **caps, activation="geglu_tanh")
+    _, report = upcycle(lm, num_experts=4, top_k=top_k)
+    assert report["relative_difference"] < 1e-5

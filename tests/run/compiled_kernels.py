@@ -19,6 +19,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from turnout.run.kernels import backward, dispatch, forward
+from turnout.run.kernels.executor import _KIND
 from turnout.types import ExpertWeights
 from turnout.types.weights import GATED
 
@@ -100,9 +101,7 @@ def layer(case: argparse.Namespace) -> None:
     weights = ExpertWeights(stack(case.width, wide), stack(case.hidden, case.width), *bias, case.activation)
     x_TD, weight_R = torch.empty(case.tokens, case.width, dtype=dtype), torch.empty(rows)
     token_R, offset_E = torch.zeros(rows, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    kind = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "swiglu_oai": "oai"}.get(
-        case.activation, case.activation
-    )
+    kind = _KIND[case.activation]
     tiled = dispatch.tiles(offset_E, rows, case.block_m)
     forward.up(x_TD, token_R, weight_R, weights, offset_E, tiled, kind=kind, keep=False)
     active, hidden = forward.up(x_TD, token_R, weight_R, weights, offset_E, tiled, kind=kind, keep=True)

@@ -80,6 +80,7 @@ def test_machine_code_for_hopper(layout, tmp_path):
     [
         "--dtype float32 --activation reglu --bias --width 7 --hidden 3 --block-m 16",
         "--dtype float16 --activation gelu --bias --width 100 --hidden 36 --block-m 16",
+        "--dtype bfloat16 --activation geglu_tanh --bias --width 100 --hidden 36 --block-m 16",
         "--dtype bfloat16 --activation swiglu_oai --bias --width 256 --hidden 64 --block-m 32",
     ],
 )
@@ -113,7 +114,7 @@ def test_user_mistakes(monkeypatch):
 def test_without_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="pip install triton"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'turnout\[triton\]'"):
         kernels(*case())
 
 

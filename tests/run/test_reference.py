@@ -28,11 +28,13 @@ def test_formula_token_by_token():
 
 
 @pytest.mark.parametrize(
-    "name, plain", [("silu", F.silu), ("gelu", F.gelu), ("relu", F.relu)], ids=["silu", "gelu", "relu"]
+    "name, plain",
+    [("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")), ("relu", F.relu)],
+    ids=["silu", "gelu", "gelu_tanh", "relu"],
 )
 def test_gated_activations_take_the_gate_first(name, plain):
     hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    gated = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}[name]
+    gated = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}[name]
     torch.testing.assert_close(activate(hidden, name), plain(hidden))
     torch.testing.assert_close(activate(hidden, gated), plain(hidden[:, :4]) * hidden[:, 4:])
 

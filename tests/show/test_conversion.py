@@ -70,6 +70,32 @@ def test_it_says_what_changed():
         assert text in page, text
 
 
+STOCK = {"version": "5.1.0", "dtypes": {"float32": {"max_abs": 2e-6, "relative": 3e-7}}, "skipped": ["bfloat16, so"]}
+
+
+def with_stock(stock: dict | None) -> str:
+    whole = data()
+    return conversion_html(dataclasses.replace(whole, record={**whole.record, "stock": stock}))
+
+
+def test_what_transformers_said_is_in_the_headline_and_in_full_below() -> None:
+    page = with_stock(STOCK)
+    assert re.search(r"<h1>small has .*2\.500; transformers 5\.1\.0 loads it and computes the same\.</h1>", page)
+    assert "<td>float32</td><td>2e-06</td><td>3e-07</td>" in page and "Not checked: bfloat16, so." in page
+    unasked = with_stock(None)
+    assert "loads it" not in unasked and "It was not asked" in unasked
+    absent = with_stock({"version": None, "dtypes": {}, "skipped": ["it is not installed"]})
+    assert "loads it" not in absent and "Not checked: it is not installed." in absent
+
+
+@pytest.mark.parametrize("change", [{"version": 3}, {"dtypes": {"float32": {"max_abs": "x", "relative": 0.0}}}])
+def test_a_broken_word_of_transformers_is_refused(tmp_path, change: dict) -> None:
+    record = {**data().record, "stock": {**STOCK, **change}}
+    (tmp_path / "run.json").write_text(json.dumps({"conversion": record}))
+    with pytest.raises(CheckpointError, match=r"version|max_abs"):
+        ConversionData.open(tmp_path)
+
+
 def test_experts_keep_their_colours_through_both_steps():
     """Of four, layer 0 keeps 0 and 3, and layer 1 keeps 1 and 2."""
     found = re.findall(r"layer (\d), expert (\d): (75|25)\.0 %", conversion_html(data()))
@@ -138,13 +164,26 @@ def test_conversions_and_adapters_stand_beside_each_other_and_beside_runs() -> N
     chosen = AdaptationData("routed", ADAPTED)
     both = report_html(ReportData("two", []), others=[one, other])
     assert "Conversions side by side" in both and both.count("Does it compute the same?") == 2
-    assert "2 models made of others" in both and "2.500 → 2.625" in both and "not ranked" in both
+    assert re.search(r"<h1>small has \d+ % fewer parameters against big; ", both)
+    assert "2.500 → 2.625" in both and "not ranked" in both, "neither says which text it was given"
     assert HOSTILE not in both and "Nothing has been measured yet" not in both
     run = RunData("x", result={"bits_per_byte": 2.0}, texts=("a",))
     mixed = report_html(ReportData("mixed", [run]), others=[one, chosen])
     assert "x needs 2.000 bits per byte on held-out text; beside it 2 models made of others" in mixed
     assert "big → small" in mixed and "base → routed" in mixed and HOSTILE not in mixed
     assert "–</td><td>–" not in mixed.split("Conversions side by side")[0].split("big → small")[0]
+
+
+def test_conversions_of_one_model_on_one_text_may_be_compared() -> None:
+    text = {"source": "/text", "tokens": 10}
+    whole = data()
+    one = dataclasses.replace(whole, record={**whole.record, "calibration": text, "seq": 64})
+    page = report_html(ReportData("two", []), others=[one, dataclasses.replace(one, name="other")])
+    assert "measured on the same text: lower bits per byte are better" in page and "not ranked" not in page
+    assert "FLOPs a token, 64 of context" in page
+    for change in ({"source": "/other"}, {"calibration": {"source": "/b", "tokens": 10}}, {"held_out": None}):
+        other = dataclasses.replace(one, record={**one.record, **change})
+        assert "not ranked" in report_html(ReportData("two", []), others=[one, other])
 
 
 def test_a_loss_that_is_not_finite_is_no_win() -> None:

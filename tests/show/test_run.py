@@ -83,17 +83,19 @@ def check(data: ReportData) -> Page:
 def test_the_sample_has_everything(sample) -> None:
     page = check(sample)
     kinds = [chart["kind"] for chart in page.data["charts"]]
-    assert (kinds.count("lines"), kinds.count("load"), kinds.count("domains")) == (2, 4, 4)
-    assert page.count("svg") == 1 + 10
+    assert (kinds.count("lines"), kinds.count("load"), kinds.count("domains")) == (4, 4, 4)
+    assert page.count("svg") == 1 + 12
     dense, moe = sample.runs
     share = 100 * (1 - moe.bits_per_byte / dense.bits_per_byte)
     said = f"moe needs {moe.bits_per_byte:.3f} bits per byte on held-out text, {share:.1f} % less than dense"
-    assert f"{said} (one seed each)." in page.text
+    assert f"{said} with 1.02 times the FLOPs (one seed each), and took 1.40 times as long." in page.text
+    assert "After 3:20, when the shorter training ended, moe needed" in page.text
+    assert "moe was then in the middle of its learning-rate schedule." in page.text
     for piece in ("MaxVio", "5.41 M", "Example 9000", "turnout demo --out runs/demo", "model.moe.num_experts"):
         assert piece in page.text
-    assert "".join(moe.passage.tokens) in page.text
-    assert page.data["passage"]["tokens"] == list(moe.passage.tokens)
-    assert len(page.data["passage"]["routes"]) == 4
+    assert "".join(moe.passages[0].tokens) in page.text
+    assert [one["tokens"] for one in page.data["passages"]] == [list(one.tokens) for one in moe.passages]
+    assert [len(one["routes"]) for one in page.data["passages"]] == [4, 4, 4]
 
 
 def test_nothing_in_it_names_an_address(sample) -> None:
@@ -120,7 +122,7 @@ def test_hostile_text_is_inert_wherever_it_stands(sample, passage_of) -> None:
         metrics=tuple(
             {**line, "by_domain": {HOSTILE: 1.5}} if line["kind"] == "eval" else line for line in sample.runs[1].metrics
         ),
-        passage=Passage(tokens, routes, (HOSTILE, HOSTILE), 4, HOSTILE, HOSTILE),
+        passages=(Passage(tokens, routes, (HOSTILE, HOSTILE), 4, HOSTILE, HOSTILE),) * 2,
         hardware={HOSTILE: HOSTILE},
         command=HOSTILE,
         error=HOSTILE,
@@ -128,7 +130,7 @@ def test_hostile_text_is_inert_wherever_it_stands(sample, passage_of) -> None:
     )
     page = check(ReportData(HOSTILE, (run, sample.runs[0]), command=HOSTILE, notes=(HOSTILE,)))
     assert "".join(tokens) in page.text
-    assert page.data["passage"]["tokens"][1] == HOSTILE
+    assert page.data["passages"][1]["tokens"][1] == HOSTILE
     text = report_html(ReportData(HOSTILE, (run,)))
     assert "<img" not in text
     assert "<svg/" not in text
@@ -137,10 +139,10 @@ def test_hostile_text_is_inert_wherever_it_stands(sample, passage_of) -> None:
 
 def test_dense_runs_alone_say_why_there_are_no_experts(run_of) -> None:
     page = check(ReportData("dense", (run_of("a"), run_of("b", seed=4))))
-    assert page.data["passage"] is None
+    assert page.data["passages"] == []
     assert "they are dense" in page.text
     assert "a dense model sends every token the same way" in page.text
-    assert [chart["kind"] for chart in page.data["charts"]] == ["lines", "lines"]
+    assert [chart["kind"] for chart in page.data["charts"]] == ["lines"] * 4
 
 
 @pytest.mark.parametrize(("layers", "experts", "evals"), [(1, 1, 1), (1, 2, 1), (1, 8, 4), (20, 4, 2), (2, 64, 1)])

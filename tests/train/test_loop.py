@@ -58,9 +58,9 @@ def test_the_folder_is_as_documented(whole):
         )
     ]
     first, evaluated = records[0], records[2]
-    keys = ["kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "aux_loss", "z_loss", "max_vio"]
-    keys += ["peak_memory_bytes"]
-    assert list(first) == keys
+    keys = ["kind", "step", "tokens", "seconds", "peak_memory_bytes"]
+    assert list(evaluated)[:5] == keys
+    assert list(first) == [*keys, "loss", "lr", "grad_norm", "tokens_per_s", "aux_loss", "z_loss", "max_vio"]
     assert first["tokens"] == 64 and first["lr"] == tiny_config().lr_at(0)
     assert {"tokens", "bits_per_byte", "by_domain", "load", "max_vio", "entropy", "dropped"} <= set(evaluated)
     assert sum(evaluated["load"][0]) == pytest.approx(1) and set(evaluated["by_domain"]) == {"even", "odd"}
@@ -106,6 +106,27 @@ def test_resuming_after_any_step_is_exact(tmp_path, monkeypatch, whole, steps):
         last = "checkpoints/step-00000012"
         assert (out / last / name).read_bytes() == (whole[0] / last / name).read_bytes()
     assert [e["bits_per_byte"] for e in result.evaluations] == [e["bits_per_byte"] for e in whole[1].evaluations]
+
+
+def test_time_adds_up_over_the_pieces_and_leaves_the_pause_out(tmp_path, monkeypatch):
+    run(tmp_path, steps=8)
+    first = lines(tmp_path)
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)  # the pause
+    result = run(tmp_path, resume=True, steps=12)
+    both = [record["seconds"] for record in lines(tmp_path)]
+    assert both == sorted(both) and both[: len(first)] == [record["seconds"] for record in first]
+    assert first[-1]["seconds"] < both[-1] <= result.seconds < 1000
+    peaks = [record["peak_memory_bytes"] for record in lines(tmp_path)]
+    assert peaks == sorted(peaks) and result.peak_memory_bytes >= peaks[-1]
+
+
+def test_the_peak_of_an_earlier_process_stays(tmp_path):
+    run(tmp_path, steps=4)
+    path = tmp_path / "metrics.jsonl"
+    records = [record | {"peak_memory_bytes": 10**15} for record in lines(tmp_path)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(tmp_path, resume=True, steps=8).peak_memory_bytes == 10**15
 
 
 def test_evaluating_and_logging_do_not_touch_the_weights(tmp_path, whole):

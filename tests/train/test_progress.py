@@ -2,10 +2,8 @@
 
 import io
 
-import pytest
 from rich.console import Console
 
-from turnout.train import progress
 from turnout.train.progress import Bar, Lines, Silent, progress_for
 
 TRAIN = {"kind": "train", "step": 10, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 12345.6}
@@ -65,8 +63,3 @@ def test_the_terminal_decides(monkeypatch):
 def test_silence_is_silent(capsys):
     shown(Silent())
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3600, "1:00:00")])
-def test_durations(seconds, text):
-    assert progress.duration(seconds) == text

@@ -89,6 +89,7 @@ class _Arm:
         if self.arm == "smear":
             return routing, one_B1
         logit_BE = routing.logit_TE
+        assert logit_BE is not None, "a softmax has logits"
         if self.arm == "gumbel" and self.router.training:
             uniform_BE = torch.rand(logit_BE.shape, generator=self.chance).clamp(1e-20, 1 - 1e-7)
             logit_BE = (logit_BE - (-uniform_BE.log()).log()) / self.temperature

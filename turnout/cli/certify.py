@@ -1,7 +1,8 @@
 """Say whether model B computes what model A does: to the bit, within a bound, or not, and in which layer they part.
 
-A and B are run folders, folders of turnout's own models, or of transformers. Without --prompts both run on the same
-512 random tokens. The exit code is 0 when they are equal, 1 when they are not, 2 for a mistake in the input.
+A and B are run folders, folders of turnout's own models or of transformers, or models of the hub (org/name). Without
+--prompts both run on the same 512 random tokens. The exit code is 0 when they are equal, 1 when they are not, 2 for a
+mistake in the input.
 
 examples:
   turnout certify runs/x exported
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compares or checks, and prints; the exit code is 1 when the two differ or the certificate does not hold."""
     for what in ("a", "b", "prompts", "map", "check"):
         name = what.upper() if len(what) == 1 else f"--{what}"
-        check_there(name, [getattr(arguments, what)], "turnout certify")
+        check_there(name, [getattr(arguments, what)], "turnout certify", hub=len(what) == 1)
     from turnout.recipes.certify import certify_folders, read_map
 
     if arguments.check:

@@ -1,8 +1,9 @@
 """Reshape a model on disk and write it in the format it came in: steps in the order given, or another format.
 
-PATH is a folder of transformers, one of turnout's own models, or a run folder. --experts, --top-k, --granularity and
---by belong to the step before them. What was done is in DIR/run.json, and turnout run DIR/run.json does it again.
-Until it is done everything is in DIR.part; whatever stopped it, the same command goes on from the last finished layer.
+PATH is a folder of transformers, one of turnout's own models, a run folder, or a model of the hub (org/name).
+--experts, --top-k, --granularity and --by belong to the step before them. What was done is in DIR/run.json, and
+turnout run DIR/run.json does it again. Until it is done everything is in DIR.part; whatever stopped it, the same
+command goes on from the last finished layer.
 
 examples:
   turnout convert llama --to moe --experts 8 --top-k 2 --dry-run            what it would cost; writes nothing
@@ -56,7 +57,7 @@ class _InOrder(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout convert`` takes."""
-    parser.add_argument("path", metavar="PATH", help="the model's folder")
+    parser.add_argument("path", metavar="PATH", help="the model's folder, or org/name of the hub")
     parser.set_defaults(given=[])
     steps = parser.add_argument_group("steps, any number, in this order")
     steps.add_argument("--to", action=_InOrder, choices=["moe"], help="dense to sparse, by copies (upcycling)")
@@ -82,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "gradient, random; of --compress-experts: sensitivity (default), magnitude, random",
     )
     many = parser.add_argument_group("adapters, in the place of steps")
-    many.add_argument("--adapters", nargs="+", metavar="DIR", help="folders of PEFT, LoRA adapters of this very model")
+    many.add_argument(
+        "--adapters", nargs="+", metavar="DIR", help="folders of PEFT or org/name, LoRA adapters of this very model"
+    )
     many.add_argument(
         "--router", metavar="NAME", help="who chooses among them (default arrow, which needs no training)"
     )
@@ -112,9 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans, converts, and says how far the model moved."""
-    check_there("PATH", [arguments.path], "turnout convert")
+    check_there("PATH", [arguments.path], "turnout convert", hub=True)
     check_there("--calibration", [arguments.calibration], "turnout convert")
-    check_there("--adapters", arguments.adapters or [], "turnout convert")
+    check_there("--adapters", arguments.adapters or [], "turnout convert", hub=True)
     grouped(arguments.given if not arguments.adapters else [])
     if not arguments.dry_run:
         _need_out(arguments)

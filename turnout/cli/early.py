@@ -5,17 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from turnout.errors import UsageError, word
+from turnout.hub import is_hub_id, located, offline
 
 __all__ = ["check_data", "check_there"]
 
 
-def check_there(what: str, paths: Iterable[str | None], where: str) -> None:
+def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool = False) -> None:
     """Refuses a path that does not exist, with the nearest name beside it.
 
     Args:
         what: the path as the user knows it: ``"RUN"``, ``"--prompts"``.
         paths: what was given; None is passed over.
         where: the command.
+        hub: whether it may also be a model of the hub; where nobody may ask that, it must be in the cache.
 
     Raises:
         UsageError: one of them is not there.
@@ -24,15 +26,22 @@ def check_there(what: str, paths: Iterable[str | None], where: str) -> None:
 
     Source: none; plain bookkeeping.
     """
-    for path in map(Path, filter(None, paths)):
+    for given in filter(None, paths):
+        path = Path(given)
         if path.exists():
             continue
         folder = path.parent
         names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=1)
         fix = f"did you mean {folder / close[0]}?" if close else "check the spelling of the path"
-        if str(path).count("/") == 1 and not close and not folder.exists():
-            fix += "; a name of the hub is no path: download it first, and name its folder"
+        if hub and is_hub_id(given):
+            try:
+                if offline():
+                    located(given, where=where)
+                continue
+            except UsageError:
+                if not close:
+                    raise
         got = f"{path}, which does not exist"
         raise UsageError(word(what, got=got, allowed="exist", where=where, fix=fix.rstrip("?") if close else fix))
 

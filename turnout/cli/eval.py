@@ -7,6 +7,7 @@ examples:
   turnout eval runs/x --data other_folder        on all of another text
   turnout eval runs/x --json
   turnout eval mixtral --data text               a model of transformers
+  turnout eval mixtral --like runs/x             as runs/x is measured: what it was before it was trained on
 """
 
 import argparse
@@ -19,8 +20,13 @@ HELP = "bits per byte and load balance of a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout eval`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="an output folder of turnout train, a model's folder, or org/name"
+    )
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="text to measure on")
+    parser.add_argument(
+        "--like", metavar="RUN", help="measure on the held-out documents of this run, as it is measured"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N tokens")
     parser.add_argument("--trace", metavar="DIR", help="also record a Trace of all routings here")
     parser.add_argument(
@@ -32,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
-    check_there("RUN", [arguments.run_folder], "turnout eval")
+    check_there("RUN", [arguments.run_folder], "turnout eval", hub=True)
+    check_there("--like", [arguments.like], "turnout eval")
     check_data(arguments.data, "turnout eval")
     from turnout.recipes.inspect import evaluate_run
     from turnout.recipes.run import named_domains
@@ -43,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         trace=arguments.trace,
         token_ids=arguments.token_ids,
+        like=arguments.like,
         device=arguments.device,
     )
     print(report.to_json() if arguments.json else report)

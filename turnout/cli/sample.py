@@ -16,7 +16,9 @@ HELP = "let a model continue a prompt"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout sample`` takes."""
-    parser.add_argument("run_folder", metavar="RUN", help="an output folder of turnout train, or a model's folder")
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="an output folder of turnout train, a model's folder, or org/name"
+    )
     parser.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default: 100, or what fits)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation."""
-    check_there("RUN", [arguments.run_folder], "turnout sample")
+    check_there("RUN", [arguments.run_folder], "turnout sample", hub=True)
     from turnout.recipes.models import sample_model
 
     text = sample_model(

@@ -7,6 +7,10 @@ examples:
   turnout train tiny --data my_folder --out runs/x
   turnout train tiny width=192 top_k=2 steps=500 --data code=src --data prose=docs --out runs/y
   turnout train --resume --out runs/x              go on from the last checkpoint, bit for bit
+  turnout train --from MODEL --data my_folder --out runs/z
+                                                   train a model on, with its own tokenizer: a run, a conversion, a
+                                                   folder of transformers
+  turnout train --from MODEL only=adapters rank=16 --data my_folder --out runs/z
 """
 
 import argparse
@@ -28,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a recipe's name; without one, the recipes are listed")
     parser.add_argument(
         "overrides", nargs="*", metavar="field=value", help="any field of the recipe, as width=192; --show lists them"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start from this model's weights and tokenizer, in place of a recipe",
     )
     parser.add_argument(
         "--data",
@@ -54,23 +64,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains, and says where everything is."""
     check_data(arguments.data, "turnout train")
+    if arguments.recipe is not None and "=" in arguments.recipe:
+        # `turnout train --resume steps=500`: the first override landed where a recipe's name goes.
+        arguments.overrides.insert(0, arguments.recipe)
+        arguments.recipe = None
+    _check_start(arguments)
     if arguments.resume is not None and arguments.recipe is None:
         check_there("--out", [arguments.out], "turnout train --resume")
     from turnout import recipes
     from turnout.recipes.execute import execute
     from turnout.recipes.run import Run
 
-    if arguments.recipe is not None and "=" in arguments.recipe:
-        # `turnout train --resume steps=500`: the first override landed where a recipe's name goes.
-        arguments.overrides.insert(0, arguments.recipe)
-        arguments.recipe = None
-    if arguments.recipe is None and arguments.resume is None:
+    begins = arguments.recipe is not None or arguments.start is not None
+    if not begins and arguments.resume is None:
         print("recipes (turnout train NAME):")
         for name in recipes.__all__:
             print(f"  {name:<12} {(getattr(recipes, name).__doc__ or '').splitlines()[0]}")
+        print("or train a model on (turnout train --from MODEL)")
         return 0
     arguments.overrides += device_field(arguments)
-    if arguments.show and arguments.recipe is not None:
+    if arguments.show and begins:
         from turnout.recipes.explain import explain
 
         for line in explain(_planned(arguments)):
@@ -82,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "--out", got="nothing", allowed="name the output folder", where="turnout train", fix="add --out runs/x"
             )
         )
-    if arguments.recipe is None:
+    if not begins:
         plan = Run.open(arguments.out).override(arguments.overrides)
         if arguments.data:
             raise UsageError(
@@ -109,11 +122,35 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _planned(arguments: argparse.Namespace) -> "Run":
+def _check_start(arguments: argparse.Namespace) -> None:
+    """Refuses what does not go with --from, before torch loads."""
+    if arguments.start is None:
+        return
+    for flag, given in (("--resume", arguments.resume), (f"the recipe {arguments.recipe}", arguments.recipe)):
+        if given is not None:
+            fix = "leave --from out: a resumed run knows what it began with" if flag == "--resume" else "leave it out"
+            got, allowed = f"{flag} beside it", "begin a run by itself"
+            raise UsageError(word("--from", got=got, allowed=allowed, where="turnout train", fix=fix))
+    check_there("--from", [arguments.start], "turnout train", hub=True)
+
+
+def _recipe(arguments: argparse.Namespace) -> "Run":
     from turnout import recipes
+
+    if arguments.start is None:
+        return recipes.find(arguments.recipe)
+    from turnout.recipes.tune import tune
+
+    # What is trained decides about the rate, so it is known first; a value that is none is refused with the others.
+    asked = [text.partition("=")[2] for text in arguments.overrides if text.startswith(("only=", "train.only="))]
+    only = asked[-1] if asked and asked[-1] in ("router", "adapters") else "all"
+    return tune(arguments.start, only=only)
+
+
+def _planned(arguments: argparse.Namespace) -> "Run":
     from turnout.recipes.run import named_domains
 
-    recipe = recipes.find(arguments.recipe)
+    recipe = _recipe(arguments)
     # Other text first: it lifts the recipe's own limit, and a limit that is asked for stays.
     plan = recipe.with_domains(named_domains(arguments.data)) if arguments.data else recipe
     plan = plan.scaled(arguments.overrides)

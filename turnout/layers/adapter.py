@@ -13,6 +13,7 @@ from turnout.layers.told import about, real
 from turnout.paths import LoRA
 from turnout.run import low_rank
 from turnout.types import Given, Routing, spread
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = ["Adapter", "SequenceRouter"]
@@ -42,7 +43,7 @@ class SequenceRouter(Protocol):
         ...
 
 
-class Adapter(nn.Module):
+class Adapter(Called):
     """A linear map, adapters of it, and the router that says which of them a token or a sequence takes.
 
     y = base(x) + sum_n w_n * scale_n * B_n A_n x for a router of tokens. A router of sequences (``SequenceRouter``)

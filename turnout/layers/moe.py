@@ -10,13 +10,14 @@ from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward
 from turnout.types import Routing
+from turnout.types.called import Called
 from turnout.types.weights import Activation
 from turnout.wrappers import unwrapped
 
 __all__ = ["MoE"]
 
 
-class MoE(nn.Module):
+class MoE(Called):
     """Routed experts plus, if wanted, a shared expert: y = sum_e g_e(x) expert_e(x) + s(x) shared(x).
 
     s(x) is 1, or sigmoid(x @ w) with ``shared_gate``.

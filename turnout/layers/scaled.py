@@ -9,11 +9,12 @@ from turnout.decide.token import FedIns
 from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.layers.told import about, given
 from turnout.paths import SSF
+from turnout.types.called import Called
 
 __all__ = ["Asking", "Scaled"]
 
 
-class Scaled(nn.Module):
+class Scaled(Called):
     """A layer, and a pool of scales and shifts of what it gives; a router of sequences says which an instance takes.
 
     Args:
@@ -59,7 +60,7 @@ class Scaled(nn.Module):
         return self.paths.merged(y_TD, self.router(y_TD, given=found), found.sequence_T).view(y.shape)
 
 
-class Asking(nn.Module):
+class Asking(Called):
     """A model whose routers read a query: what a frozen network sees in the same input.
 
     Args:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, word
 from turnout.layers.stock import as_if_plain, put_into_base
 from turnout.paths import Shards
+from turnout.types.called import Called
 
 __all__ = ["Sharded"]
 
 
-class Sharded(nn.Module):
+class Sharded(Called):
     """A linear map, plus what adapter m of some ``Shards`` adds.
 
     The shards belong to the model as a whole; here they are only referred to, so that they are counted, moved and saved

@@ -10,6 +10,7 @@ from turnout.expects import POLICY, expect
 from turnout.layers.told import about
 from turnout.layers.told import real as padding
 from turnout.types import Routing, spread
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = ["Routed", "Turnout"]
@@ -31,7 +32,7 @@ class Routed:
     routing: Routing
 
 
-class Turnout(nn.Module):
+class Turnout(Called):
     """Sends every token down the paths that a policy chooses, and sums what comes back.
 
     Args:

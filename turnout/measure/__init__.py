@@ -1,5 +1,7 @@
 """Meters: what a decision costs, how even it is, how well the network does, and whether two are the same."""
 
+from typing import TYPE_CHECKING
+
 from turnout import moved
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
@@ -7,8 +9,9 @@ from turnout.measure.cost import count_flops, count_params
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
+from turnout.measure.passage import Passage
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
-from turnout.measure.runs import Passage, ReportData, RunData, read_run
+from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
 
 __all__ = [
@@ -40,5 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    return moved.name("turnout.measure", name)
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.measure", name)

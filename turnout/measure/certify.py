@@ -83,7 +83,7 @@ def certify(
     >>> certify(model, lambda id_BS: 2 * model(id_BS), torch.arange(8)[None]).verdict
     'different'
 
-    Source: none; it would have caught the corrupted placements of experts in vLLM #28377 and SGLang #32962.
+    Source: none; our own. It would have caught the corrupted placements of experts in vLLM #28377 and SGLang #32962.
     """
     items, names = _items(inputs), dict(names or {})
     with evaluating(a, b):

@@ -1,12 +1,44 @@
-"""How much memory is free, and how much was taken at most: as Linux says it of the machine, torch of a device."""
+"""How much memory is free, and the most that was taken: as Linux says it of the machine, torch of a device."""
 
-import resource
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["forget_peak", "free_memory", "free_on", "peak_bytes"]
+try:
+    import resource
+except ImportError:  # not there on Windows
+    resource = None
+
+__all__ = ["forget_peak", "free_memory", "free_on", "peak_memory"]
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes taken so far: by torch's tensors on a CUDA device, else by this process; None where nobody knows.
+
+    Args:
+        device: where the model is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return None if resource is None else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> None:
+    """Makes ``peak_memory`` count from now on, where Linux and CUDA allow it: what came before is not the next run's.
+
+    It is the whole process that forgets, so this is for programs, not for a library call.
+    """
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="ascii"
+        )  # proc(5): the high-water mark of resident memory
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
@@ -27,6 +59,8 @@ def free_memory(system: Path = Path("/")) -> int | None:
         if found[0] is not None and found[1] is not None:
             file = (system / "sys/fs/cgroup" / limit).with_name("memory.stat")
             free = min(free, found[0] - found[1] + _fields(file).get(cache, 0))
+    if resource is None:
+        return max(0, free)
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used = system / "proc/self/statm"
     if limit != resource.RLIM_INFINITY and used.is_file():
@@ -50,20 +84,6 @@ def free_on(device: torch.device) -> int | None:
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was taken at once: on CUDA by tensors since ``forget_peak``, else by this process ever."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Counts the peak of a CUDA device from now on; that of a process cannot be forgotten."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _meminfo(path: Path) -> int | None:

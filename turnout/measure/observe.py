@@ -26,25 +26,29 @@ _PARTS = (
     ("router", re.compile(r"^(router|gate|wg|policy)$")),
     ("experts", re.compile(r"^(experts?|bank|paths)$")),
     ("attention", re.compile(r"attn|attention|rope|rotary")),
-    ("embedding", re.compile(r"emb|^wte$")),
+    ("embedding", re.compile(r"emb|^w[tp]e$")),
     ("head", re.compile(r"^(lm_head|head|logits)$")),
     ("feed-forward", re.compile(r"^(ff|mlp|ffn|feed_forward|block_sparse_moe|moe)$")),
 )
 # What others call the parts of a block; ours first.
 _WORDS = {
     "attention": ("self_attn", "attn", "self_attention"),
-    "attention_norm": ("input_layernorm",),
-    "ff_norm": ("post_attention_layernorm",),
+    "attention_norm": ("input_layernorm", "ln_1"),
+    "ff_norm": ("post_attention_layernorm", "pre_feedforward_layernorm", "ln_2"),
+    "ff_out_norm": ("post_feedforward_layernorm",),
     "ff": ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
     "router": ("gate",),
     "bank": ("experts",),
     "shared": ("shared_expert", "shared_experts", "shared_mlp"),
-    "out": ("o_proj",),
+    "qkv": ("c_attn",),
+    "out": ("o_proj", "c_proj"),
     "embedding": ("embed_tokens", "wte"),
     "head": ("lm_head",),
     "norm": ("ln_f",),
 }
 _CANONICAL = {other: ours for ours, others in _WORDS.items() for other in others}
+# Where there is a norm after the feed-forward layer, the one that is called so stands after attention as well.
+_AFTER = _CANONICAL | {"post_attention_layernorm": "attention_out_norm"}
 
 
 def part_of(name: str) -> str | None:
@@ -107,10 +111,12 @@ def _mapped(name: str, names: Mapping[str, str | None]) -> str | None:
 def _places(names: list[str]) -> dict[str, str]:
     """Canonical name -> name, of those that have one for themselves."""
     found: dict[str, list[str]] = {}
+    after = any(name.rpartition(".")[2] == "post_feedforward_layernorm" for name in names)
+    words = _AFTER if after else _CANONICAL
     for name in names:
         inside = re.sub(r"^(?:.*?\.)?(\d+)(?=\.|$)", r"blocks.\1", name)
         pieces = inside.split(".") if inside != name or inside.startswith("blocks.") else name.split(".")[-1:]
-        found.setdefault(".".join(_CANONICAL.get(piece, piece) for piece in pieces), []).append(name)
+        found.setdefault(".".join(words.get(piece, piece) for piece in pieces), []).append(name)
     return {place: those[0] for place, those in found.items() if len(those) == 1}
 
 

@@ -20,12 +20,14 @@ class Standing:
     Args:
         name: of the first of them.
         bits: held-out bits per byte of each.
+        runs: they themselves.
 
     Source: none; plain bookkeeping.
     """
 
     name: str
     bits: tuple[float, ...]
+    runs: tuple[RunData, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -94,7 +96,9 @@ def standings(runs: Sequence[RunData]) -> list[Standing]:
     for run in runs:
         if run.bits_per_byte is not None:
             found.setdefault(_kind(run), []).append(run)
-    groups = [Standing(each[0].name, tuple(run.bits_per_byte or 0.0 for run in each)) for each in found.values()]
+    groups = [
+        Standing(each[0].name, tuple(run.bits_per_byte or 0.0 for run in each), tuple(each)) for each in found.values()
+    ]
     return sorted(groups, key=lambda group: group.mean)
 
 

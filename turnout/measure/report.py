@@ -10,7 +10,7 @@ from turnout.measure.ranking import one_machine, unranked
 from turnout.measure.runs import RunData, number
 from turnout.types import Report
 
-__all__ = ["compare", "markdown", "quantity", "results_rows", "results_table"]
+__all__ = ["compare", "duration", "markdown", "quantity", "results_rows", "results_table"]
 
 _NONE = "–"
 
@@ -103,12 +103,16 @@ def results_rows(runs: Sequence[RunData]) -> list[dict[str, object]]:
             "name": run.name,
             "bits_per_byte": run.bits_per_byte,
             "by_domain": run.by_domain,
+            "bits_per_byte_before": number(run.before.get("bits_per_byte")),
+            "bits_per_byte_after": number(run.after.get("bits_per_byte")),
             "params_active": run.cost.params_active,
             "params": run.cost.params,
             "flops_per_token": run.cost.flops,
             "steps": run.step,
             "tokens": run.tokens,
             "tokens_per_s": number(run.tokens_per_s),
+            "seconds": run.seconds,
+            "peak_memory_bytes": run.peak_memory_bytes,
             "experts": run.num_experts or None,
             "max_vio": number(run.measured.get("max_vio")),
             "entropy": number(run.measured.get("entropy")),
@@ -165,12 +169,16 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
     least, most, fastest = (min, max, max if machine else None) if text else (None, None, max if machine else None)
     lines = [_line("held-out bits per byte", [row["bits_per_byte"] for row in rows], _decimals, least)]
     lines += [_line(f"  {domain}", [run.by_domain.get(domain) for run in runs], _decimals, least) for domain in domains]
+    for label, key in (("before the first step", "before"), ("after the last, same text", "after")):
+        lines.append(_line(label, [row[f"bits_per_byte_{key}"] for row in rows], _decimals, None))
     wanted: list[tuple[str, str, Callable[[float], str], Callable | None]] = [
         ("active parameters", "params_active", quantity, None),
         ("parameters", "params", quantity, None),
         ("forward FLOPs a token", "flops_per_token", quantity, None),
         ("training tokens", "tokens", quantity, None),
         ("training tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}", fastest),
+        ("training time", "seconds", duration, None),
+        ("peak memory", "peak_memory_bytes", lambda value: f"{quantity(value)}B", None),
         ("experts", "experts", lambda value: f"{value:.0f}", None),
         ("load MaxVio", "max_vio", _decimals, least),
         ("load entropy", "entropy", _decimals, most),
@@ -178,6 +186,19 @@ def result_lines(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | No
     ]
     lines += [_line(label, [row[key] for row in rows], show, best) for label, key, show, best in wanted]
     return [line for line in lines if any(cell != _NONE for cell in line[1])]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> duration(75), duration(3723)
+    ('1:15', '1:02:03')
+
+    Source: none; plain bookkeeping.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @expects(value=NUMBER)

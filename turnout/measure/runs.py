@@ -6,114 +6,29 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from turnout.errors import CheckpointError, ShapeError, word
+from turnout.errors import CheckpointError, word
 from turnout.expects import PATH, expects
+from turnout.measure.passage import Passage
 from turnout.reading import check_fields, open_regular, parse_json, read_json
-from turnout.types import Cost, Routing, Trace
+from turnout.types import Cost, Trace
 
-__all__ = ["Passage", "ReportData", "RunData", "read_run"]
+__all__ = ["ReportData", "RunData", "read_run"]
 
 # Keys of run.json that say where and how it ran, not what it is.
 _BESIDE = ("hardware", "command", "tokens_digest", "held_out_text", "versions", "commit", "cost")
 _MEASURED: dict[str, Any] = {"load": list[list[float]] | None, "by_domain": dict[str, Any] | None}
 _LINE = {"step": int, "kind": str | None, **_MEASURED}
+# What a run of before this has in its result.json, one passage among it, is now in routes.json: it is for machines.
 _RESULT = {"load_by_domain": dict[str, list[list[float]]] | None, "passage": dict | None, **_MEASURED}
-Route = tuple[int, float, float | None]
+_ROUTES = {
+    "load": list[list[float]] | None,
+    "load_by_domain": dict[str, list[list[float]]] | None,
+    "passages": list[dict] | None,
+}
+_LATER = {"result": _RESULT, "routes": _ROUTES}
 Shares = Sequence[Sequence[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Passage:
-    """A held-out passage, token by token, with the experts that each layer sent each token to.
-
-    Args:
-        tokens: the text of each token.
-        routes: per routed layer, per token, its (expert, weight, score) entries, the heaviest first; score may be None.
-        layers: the name of each routed layer.
-        num_experts: experts in each layer (the largest).
-        domain: the domain of the document.
-        source: the name of the document.
-
-    >>> import torch
-    >>> routing = Routing.from_topk(torch.tensor([[1], [0]]), torch.ones(2, 1), num_experts=2)
-    >>> Passage.from_routings(["a", " b"], [routing]).routes
-    ((((1, 1.0, None),), ((0, 1.0, None),)),)
-
-    Source: none; plain bookkeeping.
-    """
-
-    tokens: tuple[str, ...]
-    routes: tuple[tuple[tuple[Route, ...], ...], ...]
-    layers: tuple[str, ...]
-    num_experts: int
-    domain: str = ""
-    source: str = ""
-
-    @classmethod
-    def from_routings(
-        cls,
-        tokens: Sequence[str],
-        routings: Sequence[Routing],
-        *,
-        layers: Sequence[str] = (),
-        domain: str = "",
-        source: str = "",
-    ) -> Self:
-        """The passage whose tokens these routings sent on, one routing per layer.
-
-        Raises:
-            ShapeError: a routing is not over exactly these tokens.
-        """
-        if any(routing.num_tokens != len(tokens) for routing in routings):
-            raise ShapeError(
-                word(
-                    "the routings",
-                    got=f"over {[routing.num_tokens for routing in routings]} tokens",
-                    allowed=f"be over the {len(tokens)} tokens of the passage",
-                    where="Passage.from_routings",
-                    fix="pass the text of every token of the forward pass",
-                )
-            )
-        names = tuple(layers) or tuple(str(layer) for layer in range(len(routings)))
-        experts = max((routing.num_experts for routing in routings), default=0)
-        routes = tuple(tuple(_routes(routing)) for routing in routings)
-        return cls(tuple(tokens), routes, names, experts, domain, source)
-
-    def to_json_dict(self) -> dict[str, object]:
-        """The passage as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json_dict(cls, body: Mapping[str, Any]) -> Self:
-        """The passage that ``to_json_dict`` wrote.
-
-        Raises:
-            CheckpointError: the values are not a passage.
-        """
-        try:
-            tokens = tuple(str(token) for token in body["tokens"])
-            routes = tuple(
-                tuple(
-                    tuple((int(e), float(w), None if s is None else float(s)) for e, w, s in token) for token in layer
-                )
-                for layer in body["routes"]
-            )
-            if any(len(layer) != len(tokens) for layer in routes):
-                raise ValueError("layers of other lengths than the tokens")
-            layers = tuple(map(str, body["layers"]))
-            return cls(tokens, routes, layers, int(body["num_experts"]), str(body["domain"]), str(body["source"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                word(
-                    "the passage",
-                    got=f"{type(error).__name__}: {error}",
-                    allowed="hold tokens, routes, layers and num_experts",
-                    where="Passage.from_json_dict",
-                    fix="write it with Passage.to_json_dict",
-                )
-            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +45,7 @@ class RunData:
         tokens_per_s: of training.
         load: per routed layer, the share of each expert on held-out text.
         load_by_domain: domain -> the same for its text.
-        passage: a held-out passage with its routes.
+        passages: held-out passages with their routes, one of each domain.
         hardware: of the machine it ran on.
         command: the command line that started it.
         error: what it stopped with.
@@ -152,7 +67,7 @@ class RunData:
     tokens_per_s: float | None = None
     load: Shares = ()
     load_by_domain: Mapping[str, Shares] = dataclasses.field(default_factory=dict)
-    passage: Passage | None = None
+    passages: tuple[Passage, ...] = ()
     hardware: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     command: str = ""
     error: str = ""
@@ -174,6 +89,18 @@ class RunData:
         return number(self.measured.get("bits_per_byte"))
 
     @property
+    def before(self) -> Mapping[str, Any]:
+        """The evaluation before the first step, of a run that began with a model; else empty."""
+        return next((line for line in self.lines("eval") if line["step"] == 0), {})
+
+    @property
+    def after(self) -> Mapping[str, Any]:
+        """The last evaluation on the same text as ``before``, where the result is of more text; else empty."""
+        last, size = self.lines("eval")[-1:], self.before.get("bytes")
+        same = bool(last) and last[0]["step"] > 0 and size is not None and last[0].get("bytes") == size
+        return last[0] if same and self.result.get("bytes") != size else {}
+
+    @property
     def by_domain(self) -> dict[str, float | None]:
         """Held-out bits per byte of each domain."""
         return {str(name): number(value) for name, value in (self.measured.get("by_domain") or {}).items()}
@@ -191,6 +118,20 @@ class RunData:
         return seen[-1] if seen else None
 
     @property
+    def seconds(self) -> float | None:
+        """What training took so far, with its evaluations and checkpoints and without pauses; None of old runs."""
+        return self._latest("seconds")
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The most memory that training took, of the accelerator or of the process; None of old runs."""
+        return self._latest("peak_memory_bytes")
+
+    def _latest(self, name: str) -> float | None:
+        said = [number(line.get(name)) for line in (*self.metrics, self.result)]
+        return next((value for value in reversed(said) if value), None)
+
+    @property
     def step(self) -> int | None:
         """The last step that was logged."""
         seen = [line["step"] for line in self.metrics if isinstance(line.get("step"), int)]
@@ -204,7 +145,7 @@ class ReportData:
     Args:
         title: the heading.
         runs: in the order of their columns.
-        passage: default the passage of the first run that has one.
+        passages: default those of the first run that has some.
         hardware: default that of the first run that has it.
         command: the command that makes this page's numbers again; default the runs' own.
         notes: sentences that a reader must know.
@@ -217,7 +158,7 @@ class ReportData:
 
     title: str
     runs: Sequence[RunData]
-    passage: Passage | None = None
+    passages: tuple[Passage, ...] = ()
     hardware: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     command: str = ""
     notes: tuple[str, ...] = ()
@@ -234,8 +175,9 @@ def number(value: object) -> float | None:
 def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
     """What is in a run folder, whether the run is finished, going on, or was killed while writing a line.
 
-    Reads ``run.json``, ``metrics.jsonl``, ``result.json`` (``Evaluation.to_json_dict`` with ``cost``, ``tokens_per_s``
-    and ``passage``), ``trace/`` and ``error.txt``; all but the first may be missing, and ``notes`` says what is.
+    Reads ``run.json``, ``metrics.jsonl``, ``result.json`` (``Evaluation.to_json_dict`` with ``cost``, ``seconds`` and
+    ``peak_memory_bytes``), ``routes.json`` (``load``, ``load_by_domain`` and ``passages``), ``trace/`` and
+    ``error.txt``; all but the first may be missing, and ``notes`` says what is.
 
     Args:
         folder: an output folder of a training run.
@@ -266,14 +208,10 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
                 fix="name a folder that turnout train wrote",
             )
         )
-    notes: list[str] = []
     metrics = tuple(_lines(folder / "metrics.jsonl"))
-    result, problem = _json(folder / "result.json", _RESULT)
-    if not metrics:
-        notes.append("no metrics.jsonl: the run has not logged anything yet")
-    if problem and (folder / "result.json").exists():
-        notes.append(f"result.json cannot be read ({problem})")
-    load, by_domain = _loads(folder, metrics, result, notes)
+    notes = [] if metrics else ["no metrics.jsonl: the run has not logged anything yet"]
+    result, routes = (_beside(folder / f"{name}.json", kinds, notes) for name, kinds in _LATER.items())
+    load, by_domain = _loads(folder, metrics, result | routes, notes)
     return RunData(
         name=name or folder.resolve().name,
         config={key: run[key] for key in run if key not in _BESIDE},
@@ -283,7 +221,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunData:
         tokens_per_s=number(result.get("tokens_per_s")) or _speed(metrics),
         load=load,
         load_by_domain=by_domain,
-        passage=_passage(result, notes),
+        passages=_passages(routes.get("passages") or [result.get("passage")], notes),
         hardware=run.get("hardware") or {},
         command=str(run.get("command") or ""),
         error=_text(folder / "error.txt"),
@@ -313,25 +251,15 @@ def _loads(
         except CheckpointError as error:
             notes.append(str(error))
     evaluations = [line for line in metrics if line.get("kind") == "eval"]
-    return (result or (evaluations[-1] if evaluations else {})).get("load") or (), {}
+    return result.get("load") or (evaluations[-1] if evaluations else {}).get("load") or (), {}
 
 
-def _passage(result: Mapping[str, Any], notes: list[str]) -> Passage | None:
+def _passages(found: Sequence[Mapping[str, Any] | None], notes: list[str]) -> tuple[Passage, ...]:
     try:
-        return Passage.from_json_dict(result["passage"]) if result.get("passage") else None
+        return tuple(Passage.from_json_dict(body) for body in found if body)
     except CheckpointError as error:
         notes.append(str(error))
-        return None
-
-
-def _routes(routing: Routing) -> Iterator[tuple[Route, ...]]:
-    order_R, start_T = (tensor.tolist() for tensor in routing.by_token)
-    expert_R, weight_R = routing.expert_R.tolist(), routing.weight_R.detach().float().tolist()
-    score_TE = None if routing.score_TE is None else routing.score_TE.detach().float().cpu()
-    for t in range(routing.num_tokens):
-        entries = [(expert_R[r], weight_R[r]) for r in order_R[start_T[t] : start_T[t + 1]]]
-        entries.sort(key=lambda entry: -entry[1])
-        yield tuple((e, round(w, 4), None if score_TE is None else round(float(score_TE[t, e]), 4)) for e, w in entries)
+        return ()
 
 
 def _trace_loads(trace: Trace) -> tuple[Shares, dict[str, Shares]]:
@@ -358,6 +286,14 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     speeds = [number(line.get("tokens_per_s")) for line in metrics if line.get("kind") == "train"]
     known = [speed for speed in speeds if speed]
     return statistics.median(known[1:] or known) if known else None
+
+
+def _beside(path: Path, kinds: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What a file holds that a finished run has; empty where it is not there, or with a note where it is broken."""
+    found, problem = _json(path, kinds)
+    if problem and path.exists():
+        notes.append(f"{path.name} cannot be read ({problem})")
+    return found
 
 
 def _json(path: Path, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""Attention of a decoder: grouped-query and multi-head latent, their norm, and the cache of what they have seen."""
+"""Attention of a decoder: grouped-query and multi-head latent, and the cache of what they have seen."""
 
 from typing import Self
 
@@ -8,33 +8,16 @@ from torch.nn import functional as F
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.models.config import LMConfig, MLAConfig
-from turnout.models.fused import rms_norm, turn
+from turnout.models.fused import capped, turn
+from turnout.models.norm import RMSNorm, build_norm
 from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
+from turnout.paths import LowRank
 from turnout.run.product import linear
 
-__all__ = ["Attention", "Cache", "LatentAttention", "Projection", "RMSNorm", "attended"]
+__all__ = ["Attention", "Cache", "LatentAttention", "Projection", "attended"]
 
 Angles = tuple[Tensor, Tensor]
-
-
-class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), in fp32 up to the weight, over the last axis.
-
-    Source: Zhang & Sennrich, 2019, "Root Mean Square Layer Normalization"; rounded as transformers' LlamaRMSNorm.
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype as x."""
-        return rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        """The sizes, for printing."""
-        return f"{self.weight.numel()}, eps={self.eps}"
 
 
 class Projection(nn.Module):
@@ -44,10 +27,12 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outer, inner).normal_(0, std, generator=generator))
         self.bias = nn.Parameter(torch.zeros(outer)) if bias else None
+        self.added: LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., outer) from (..., inner)."""
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.added is None else y + self.added(x)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
@@ -119,13 +104,14 @@ def attend(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
     sink_H: Tensor | None = None,
     places: Places | None = None,
 ) -> Tensor:
     """(B, S, H·P) causal attention of the last S of T positions to all of them, or to the last ``window``.
 
-    Where ``places`` says so, padding is left out. With ``sink_H`` the softmax of head h has one more term, exp(sink_h),
-    that no value belongs to.
+    Where ``places`` says so, padding is left out. With ``softcap`` the scores are capped before the softmax. With
+    ``sink_H`` the softmax of head h has one more term, exp(sink_h), that no value belongs to.
     """
     new, aside = q_BHSP.shape[2], places is not None and places.aside
     if window is not None and not aside:  # what no query sees is not even read
@@ -143,6 +129,8 @@ def attend(
     if sink_H is not None:
         q_BHSP, k_BHTP, v_BHTP = _with_sinks(q_BHSP, k_BHTP, v_BHTP, sink_H / scale, causal)
         seen_ST = None if seen_ST is None else F.pad(seen_ST, (1, 0), value=True)
+    if softcap is not None:
+        return _softcapped(q_BHSP, k_BHTP, v_BHTP, scale, softcap, seen_ST, causal).transpose(1, 2).flatten(2)
     grouped = q_BHSP.shape[1] != k_BHTP.shape[1]
     y_BHSP = F.scaled_dot_product_attention(
         q_BHSP, k_BHTP, v_BHTP, attn_mask=seen_ST, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -165,6 +153,26 @@ def _with_sinks(q_BHSP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, score_H: Tensor,
     return q_BHSP, k_BHTP, v_BHTP
 
 
+def _softcapped(
+    q_BHSP: Tensor,
+    k_BHTP: Tensor,
+    v_BHTP: Tensor,
+    scale: float,
+    softcap: float,
+    seen_ST: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Attention with its scores in memory, since torch's kernels cap none; rounded as transformers' own."""
+    share = q_BHSP.shape[1] // k_BHTP.shape[1]
+    k_BHTP, v_BHTP = (part.repeat_interleave(share, 1) if share > 1 else part for part in (k_BHTP, v_BHTP))
+    score_BHST = capped(q_BHSP @ k_BHTP.transpose(-1, -2) * scale, softcap)
+    if causal:
+        seen_ST = torch.ones(score_BHST.shape[-2:], dtype=torch.bool, device=score_BHST.device).tril()
+    if seen_ST is not None:
+        score_BHST = score_BHST.masked_fill(~seen_ST, -torch.inf)
+    return score_BHST.softmax(-1, dtype=torch.float32).to(v_BHTP.dtype) @ v_BHTP
+
+
 def attended(config: LMConfig, layer: int, seq: int) -> float:
     """Multiply-adds per token of all heads' products with keys and values, as ``attend`` asks its kernel for them."""
     window = config.window_of(layer)
@@ -179,7 +187,8 @@ class Attention(nn.Module):
     """Grouped-query attention: H query heads share fewer key and value heads. One product makes all three.
 
     Source: Vaswani et al., 2017, "Attention Is All You Need"; grouped as Ainslie et al., 2023, "GQA"; norms on queries
-    and keys as Qwen3 ("head") or OLMoE ("full"); sinks as OpenAI, 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
+    and keys as Qwen3 ("head") or OLMoE ("full"); softcap as Gemma Team, 2024, "Gemma 2"; sinks as OpenAI, 2025,
+    "gpt-oss-120b & gpt-oss-20b Model Card".
     """
 
     def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
@@ -187,15 +196,15 @@ class Attention(nn.Module):
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_width, self.qk_norm, self.window = config.head_width, config.qk_norm, config.window_of(layer)
         q, kv = self.heads * self.head_width, self.key_heads * self.head_width
-        self.rotated = config.rotated_width
-        self.sizes, self.scale = (q, kv, kv), attention_scale(config)
+        self.rotated = config.rotated_width if config.is_turned(layer) else 0
+        self.sizes, self.scale, self.softcap = (q, kv, kv), attention_scale(config), config.attention_softcap
         start = {"std": config.init_std, "generator": generator}
         self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
         self.out = Projection(q, config.width, bias=config.out_bias, **start)
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
             wide = (q, kv) if config.qk_norm == "full" else (self.head_width, self.head_width)
-            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in wide)
+            self.q_norm, self.k_norm = (build_norm(config, width) for width in wide)
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
 
     def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
@@ -205,10 +214,12 @@ class Attention(nn.Module):
         q_BHSP, k_BHSP, v_BHSP = q_BSHP.transpose(1, 2), k_BSHP.transpose(1, 2), v_BSHP.transpose(1, 2)
         if cache is not None:
             k_BHSP, v_BHSP = cache.update(self.layer, k_BHSP, v_BHSP)
-        of = {"scale": self.scale, "window": self.window, "sink_H": self.sinks, "places": places}
-        return self.out(attend(q_BHSP, k_BHSP, v_BHSP, **of))
+        of = {"scale": self.scale, "softcap": self.softcap, "window": self.window, "places": places}
+        return self.out(attend(q_BHSP, k_BHSP, v_BHSP, sink_H=self.sinks, **of))
 
     def _turned(self, x_BSHP: Tensor, angles: Angles) -> Tensor:
+        if self.rotated == 0:
+            return x_BSHP
         if self.rotated == self.head_width:
             return turn(x_BSHP, *angles)
         turned_BSHP, fixed_BSHP = x_BSHP.tensor_split((self.rotated,), dim=-1)
@@ -234,7 +245,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: LMConfig, sizes: MLAConfig, layer: int, generator: torch.Generator | None) -> None:
         super().__init__()
         self.layer, self.heads, self.mla, self.window = layer, config.heads, sizes, config.window_of(layer)
-        self.scale = attention_scale(config)
+        self.scale, self.softcap = attention_scale(config), config.attention_softcap
         start = {"std": config.init_std, "generator": generator}
         wide = config.heads * config.head_width
         self.q_down = self.q_norm = None
@@ -262,4 +273,5 @@ class LatentAttention(nn.Module):
         kv_BHTP = self.kv_up(latent_B1TP.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHTP, v_BHTP = kv_BHTP.split((mla.nope_dim, mla.v_dim), dim=-1)
         k_BHTP = torch.cat((k_BHTP, key_B1TP.expand(-1, self.heads, -1, -1)), dim=-1)
-        return self.out(attend(q_BHSP, k_BHTP, v_BHTP, scale=self.scale, window=self.window, places=places))
+        of = {"scale": self.scale, "softcap": self.softcap, "window": self.window, "places": places}
+        return self.out(attend(q_BHSP, k_BHTP, v_BHTP, **of))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from turnout.decide import token
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
-from turnout.models.attention import Angles, Attention, Cache, LatentAttention, RMSNorm
+from turnout.models.attention import Angles, Attention, Cache, LatentAttention
 from turnout.models.config import LMConfig, MoEConfig
+from turnout.models.norm import Norm, build_norm
 from turnout.models.padding import Places
 from turnout.models.pre_gate import PreGate
 from turnout.paths import FeedForward
@@ -21,19 +22,24 @@ __all__ = ["Block", "build_pre_gate", "build_router"]
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)), the latter dense or routed."""
+    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)), the latter dense or routed.
+
+    The norms stand before the two, after them (x + norm(attention(x))), or on both sides.
+    """
 
     def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
         super().__init__()
         start = {"std": config.init_std, "generator": generator}
         self.scale = config.residual_scale
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = _norm(config, before)
         self.attention = (
             Attention(config, layer, generator)
             if config.mla is None
             else LatentAttention(config, config.mla, layer, generator)
         )
-        self.ff_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_out_norm = _norm(config, after)
+        self.ff_norm = _norm(config, before)
         self.ff: FeedForward | MoE
         if config.moe is None or not config.is_routed(layer):
             hidden, activation = config.dense_hidden, config.activation
@@ -53,6 +59,7 @@ class Block(nn.Module):
                 factored=config.factors(layer),
                 **start,
             )
+        self.ff_out_norm = _norm(config, after)
 
     def forward(
         self,
@@ -67,16 +74,23 @@ class Block(nn.Module):
         routing: Routing | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
-        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), angles, cache, places))
-        normed_BSD = self.ff_norm(x_BSD)
-        if isinstance(unwrapped(self.ff), FeedForward):
-            return self._add(x_BSD, self.ff(normed_BSD)), None
+        normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
+        x_BSD = self._add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
+        ff: Any = self.ff  # or what wraps it
+        if isinstance(unwrapped(ff), FeedForward):
+            return self._add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
-        routed = self.ff(normed_BSD, **call, real=None if places is None else places.real_BS)
-        return self._add(x_BSD, routed.output), routed.routing
+        routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
+        return self._add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 
-    def _add(self, x_BSD: Tensor, change_BSD: Tensor) -> Tensor:
+    def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
+        change_BSD = change_BSD if norm is None else norm(change_BSD)
         return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
+
+
+def _norm(config: LMConfig, there: bool) -> Norm | None:
+    return build_norm(config, config.width) if there else None
 
 
 def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:

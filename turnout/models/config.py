@@ -6,143 +6,25 @@ import typing
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from turnout.decide import token
-from turnout.errors import UsageError, nearest, word
+from turnout.errors import nearest
 from turnout.fields import build, plain
+from turnout.models.part_configs import FactoredConfig, MLAConfig, MoEConfig, positive, refuse
 from turnout.types.weights import Activation
 
 __all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig"]
 
-# Routers: those of single layers, and the one that routes all layers at once.
-_ROUTERS = (*token.__all__, "PreGate")
-
-# No tensor of a model has a side of 2^31; what is worked out from sizes below it ends.
-_SIZES = 1 << 31
-
+_NAMES = {
+    "qk_norm": ("none", "head", "full"),
+    "attention": ("gqa", "mla"),
+    "norm": ("rms", "rms_plus_one", "layer"),
+    "norm_place": ("before", "after", "both"),
+}
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("attention_factor", "original_max_position_embeddings"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class FactoredConfig:
-    """The sizes of experts whose matrices are W = L R + S: a product of two thin ones, and a few rows.
-
-    Args:
-        up_rank: of every gate and value matrix, 0 for S alone.
-        down_rank: of every down matrix, 0 for S alone.
-        share: how many neighbouring experts share the factor beside the width.
-        rows: for each routed layer, in layer order, how many rows of S its up and its down matrices have in all; None
-            for none.
-
-    >>> FactoredConfig(up_rank=4, down_rank=4, share=8).rows is None
-    True
-
-    Source: none; plain configuration of ``turnout.paths.FactoredBank``.
-    """
-
-    up_rank: int
-    down_rank: int
-    share: int = 1
-    rows: tuple[tuple[int, int], ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("up_rank", "down_rank"):
-            if getattr(self, name) != 0:
-                _positive(name, getattr(self, name), "FactoredConfig")
-        _positive("share", self.share, "FactoredConfig")
-        wrong = [pair for pair in self.rows or () if len(pair) != 2 or min(pair) < 0]
-        if wrong:
-            _refuse("rows", wrong[0], "be two whole numbers of at least 0 a layer", "FactoredConfig", "rows=None")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """The routed feed-forward layers of a language model.
-
-    Args:
-        num_experts: E, of each routed layer.
-        top_k: K, experts per token, 1 to E.
-        hidden: F, of each routed expert.
-        router: the name of a class in ``turnout.decide.token``; or "PreGate", which routes all layers at once from the
-            token ids (``turnout.models.PreGate``).
-        router_options: further keywords of that class (``{"renormalize": True}``).
-        shared_hidden: F of the expert that is always on; None for none.
-        shared_gate: whether the shared expert is scaled by a learned sigmoid.
-        layers: which layers are routed, counted from 0; all the others are dense.
-        activation: of routed and shared experts.
-        bias: whether both products of routed and shared experts add a bias.
-        distinct: how many different experts each routed layer holds, in layer order, where several of the router's E
-            share their weights (merged experts); None for E.
-        factored: the sizes of experts whose matrices are factored; None for whole ones.
-
-    >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
-    'TopK'
-
-    Source: none; plain configuration.
-    """
-
-    num_experts: int
-    top_k: int
-    hidden: int
-    router: str = "TopK"
-    router_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    shared_hidden: int | None = None
-    shared_gate: bool = False
-    layers: Literal["all"] | tuple[int, ...] = "all"
-    activation: Activation = "swiglu"
-    bias: bool = False
-    distinct: tuple[int, ...] | None = None
-    factored: FactoredConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden"):
-            _positive(name, getattr(self, name), "MoEConfig")
-        if self.shared_hidden is not None:
-            _positive("shared_hidden", self.shared_hidden, "MoEConfig")
-        if self.top_k > self.num_experts:
-            _refuse("top_k", self.top_k, f"be between 1 and num_experts={self.num_experts}", "MoEConfig",
-                    f"top_k={self.num_experts}")  # fmt: skip
-        if self.router not in _ROUTERS:
-            raise nearest(self.router, _ROUTERS, kind="router", where="MoEConfig")
-        if self.shared_gate and self.shared_hidden is None:
-            _refuse("shared_gate", True, "go with a shared expert", "MoEConfig", "shared_hidden too")
-
-
-@dataclasses.dataclass(frozen=True)
-class MLAConfig:
-    """The sizes of multi-head latent attention.
-
-    Args:
-        kv_rank: width of the latent that keys and values are made from, and that the cache holds.
-        rope_dim: rotated part of each head, even; shared by all heads in the keys.
-        nope_dim: part of each head that is not rotated.
-        v_dim: width of each head's value.
-        q_rank: width of the latent that queries are made from; None makes them straight from the input.
-        interleaved: whether the rotated pairs are neighbours (2i, 2i + 1) or halves apart (i, i + rope_dim / 2).
-
-    >>> MLAConfig(kv_rank=16, rope_dim=8, nope_dim=16, v_dim=16).q_rank is None
-    True
-
-    Source: DeepSeek-AI, 2024, "DeepSeek-V2".
-    """
-
-    kv_rank: int
-    rope_dim: int
-    nope_dim: int
-    v_dim: int
-    q_rank: int | None = None
-    interleaved: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("kv_rank", "rope_dim", "nope_dim", "v_dim"):
-            _positive(name, getattr(self, name), "MLAConfig")
-        if self.q_rank is not None:
-            _positive("q_rank", self.q_rank, "MLAConfig")
-        if self.rope_dim % 2:
-            _refuse("rope_dim", self.rope_dim, "be even", "MLAConfig", f"rope_dim={self.rope_dim + 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +42,21 @@ class LMConfig:
         max_seq: the longest sequence.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched, in the words of transformers' ``rope_parameters``
-            (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; None leaves them.
+            (``{"rope_type": "llama3", "factor": 8.0, ...}``): linear, llama3 or yarn; or longrope, whose frequencies
+            are others in batches of longer texts; None leaves them.
         rope_share: how much of each head is rotated, from its start; above 0, at most 1. Not used by "mla".
-        norm_eps: of every RMSNorm.
+        rope_layers: the layers whose heads are rotated; in the others attention knows no order but what it may look at.
+            "all" with "mla".
+        local_rope_theta: another base in the layers with a window, where nothing is stretched; None for the same as in
+            all others.
+        learned_positions: whether each position has a vector that is added to its token's.
+        norm: of layers, heads and the end: "rms"; "rms_plus_one", which stores its weight less one and multiplies
+            before it rounds (Gemma); or "layer", with a bias (GPT-2). Latents have "rms".
+        norm_eps: of these norms.
+        norm_place: where a layer has a norm: "before" attention and feed-forward, x + f(norm(x)); "after" them,
+            x + norm(f(x)) (OLMo 2); or "both" (Gemma 2).
         tie_embeddings: whether the output layer is the embedding.
-        qk_norm: RMSNorm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
+        qk_norm: a norm on queries and keys: "none", over each "head" (Qwen3), or over the "full" width (OLMoE).
         attention: "gqa", or "mla" with ``mla`` set.
         mla: the sizes of latent attention.
         qkv_bias: whether the products that make queries, keys and values add a bias.
@@ -176,9 +68,13 @@ class LMConfig:
         window_layers: the layers that ``window`` holds in.
         activation: of the dense feed-forward layers.
         embedding_scale: what embeddings are multiplied with.
+        embedding_rounded: whether that number is first rounded to the dtype of the weights.
         attention_scale: what products of queries and keys are multiplied with; None for head_width^-1/2.
+        attention_softcap: c, for scores s of queries and keys that enter the softmax as c tanh(s / c); None for s. Not
+            with sinks.
         residual_scale: what attention and feed-forward are multiplied with before they are added.
         logit_divisor: what logits are divided by.
+        logit_softcap: c, for logits l that come out as c tanh(l / c), divided before; None for l.
         moe: the routed layers; None for a dense model.
         init_std: standard deviation of the starting weights.
 
@@ -203,7 +99,12 @@ class LMConfig:
     rope_theta: float = 1e4
     rope_scaling: Mapping[str, object] | None = None
     rope_share: float = 1.0
+    rope_layers: Literal["all"] | tuple[int, ...] = "all"
+    local_rope_theta: float | None = None
+    learned_positions: bool = False
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_place: Literal["before", "after", "both"] = "before"
     tie_embeddings: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     attention: Literal["gqa", "mla"] = "gqa"
@@ -216,27 +117,36 @@ class LMConfig:
     window_layers: Literal["all"] | tuple[int, ...] = "all"
     activation: Activation = "swiglu"
     embedding_scale: float = 1.0
+    embedding_rounded: bool = False
     attention_scale: float | None = None
+    attention_softcap: float | None = None
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    logit_softcap: float | None = None
     moe: MoEConfig | None = None
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "max_seq"):
-            _positive(name, getattr(self, name), "LMConfig")
+            positive(name, getattr(self, name), "LMConfig")
         for name in ("kv_heads", "head_dim", "hidden", "window"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name), "LMConfig")
+                positive(name, getattr(self, name), "LMConfig")
         for name in ("rope_theta", "norm_eps", "init_std", "logit_divisor"):
             if not getattr(self, name) > 0:
-                _refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
-        for name, allowed in (("qk_norm", ("none", "head", "full")), ("attention", ("gqa", "mla"))):
+                refuse(name, getattr(self, name), "be positive", "LMConfig", f"{name}={_DEFAULTS[name]}")
+        for name in ("local_rope_theta", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                refuse(name, getattr(self, name), "be positive, or None", "LMConfig", f"{name}=None")
+        if self.sinks and self.attention_softcap is not None:
+            refuse("attention_softcap", self.attention_softcap, "be None with sinks", "LMConfig", "sinks=False")
+        for name, allowed in _NAMES.items():
             if getattr(self, name) not in allowed:
                 raise nearest(str(getattr(self, name)), allowed, kind=name, where="LMConfig")
         _check_heads(self)
-        _check_rope(self.rope_scaling)
+        _check_rope(self.rope_scaling, self.rotated_width // 2)
         _check_layers("window_layers", self.window_layers, self.layers)
+        _check_layers("rope_layers", self.rope_layers, self.layers)
         if self.moe is not None:
             _check_layers("moe.layers", self.moe.layers, self.layers)
             _check_each_layer(self.moe, self.layers if self.moe.layers == "all" else len(self.moe.layers))
@@ -282,6 +192,16 @@ class LMConfig:
         ranks = {"up_rank": sizes.up_rank, "down_rank": sizes.down_rank}
         return {**ranks, "share": sizes.share, "up_rows": up_rows, "down_rows": down_rows}
 
+    def is_turned(self, layer: int) -> bool:
+        """Whether RoPE turns the heads of this layer, counted from 0."""
+        return self.rope_layers == "all" or layer in self.rope_layers
+
+    def rope_of(self, layer: int) -> tuple[float, Mapping[str, object] | None]:
+        """The base of this layer's rotary frequencies, and how they are stretched."""
+        if self.local_rope_theta is None or self.window_of(layer) is None:
+            return self.rope_theta, self.rope_scaling
+        return self.local_rope_theta, None
+
     def window_of(self, layer: int) -> int | None:
         """How many positions a token of this layer sees; None for all."""
         return self.window if self.window_layers == "all" or layer in self.window_layers else None
@@ -303,17 +223,6 @@ class LMConfig:
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(LMConfig)}
 
 
-def _refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
-    raise UsageError(word(name, got=got, allowed=allowed, where=where, fix=f"pass {fix}"))
-
-
-def _positive(name: str, got: object, where: str) -> None:
-    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
-        _refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
-    if isinstance(got, int) and got >= _SIZES:
-        _refuse(name, got, f"be below {_SIZES:,}", where, f"a smaller {name}")
-
-
 def _near_divisor(of: int, near: int) -> int:
     """The divisor of ``of`` that is closest to ``near``."""
     pairs = ((n, of // n) for n in range(1, math.isqrt(of) + 1) if of % n == 0)
@@ -323,33 +232,37 @@ def _near_divisor(of: int, near: int) -> int:
 def _check_heads(config: LMConfig) -> None:
     if (config.attention == "mla") != (config.mla is not None):
         fix = "mla=MLAConfig(...) with attention='mla', or neither"
-        _refuse("mla", config.mla, f"fit attention={config.attention!r}", "LMConfig", fix)
+        refuse("mla", config.mla, f"fit attention={config.attention!r}", "LMConfig", fix)
     if config.mla is not None:
         if config.qk_norm != "none" or config.key_heads != config.heads:
             got = f"qk_norm={config.qk_norm!r}, kv_heads={config.kv_heads}"
-            _refuse("qk_norm and kv_heads", got, "be 'none' and None with latent attention", "LMConfig",
+            refuse("qk_norm and kv_heads", got, "be 'none' and None with latent attention", "LMConfig",
                     "qk_norm='none', kv_heads=None")  # fmt: skip
         if config.sinks:
-            _refuse("sinks", True, "be False with latent attention", "LMConfig", "sinks=False")
+            refuse("sinks", True, "be False with latent attention", "LMConfig", "sinks=False")
+        if config.rope_layers != "all":
+            refuse("rope_layers", config.rope_layers, "be 'all' with latent attention", "LMConfig", "rope_layers='all'")
         return
     if config.head_dim is None and config.width % config.heads:
         near = _near_divisor(config.width, config.heads)
-        _refuse("heads", config.heads, f"divide width={config.width} unless head_dim is set", "LMConfig",
+        refuse("heads", config.heads, f"divide width={config.width} unless head_dim is set", "LMConfig",
                 f"heads={near}")  # fmt: skip
     if config.heads % config.key_heads:
         near = _near_divisor(config.heads, config.key_heads)
-        _refuse("kv_heads", config.kv_heads, f"divide heads={config.heads}", "LMConfig", f"kv_heads={near}")
+        refuse("kv_heads", config.kv_heads, f"divide heads={config.heads}", "LMConfig", f"kv_heads={near}")
+    if config.rope_layers == ():  # nothing turns
+        return
     if config.head_width % 2:
-        _refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
+        refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
                 f"head_dim={config.head_width + 1}")  # fmt: skip
     if not 0 < config.rope_share <= 1 or config.rotated_width < 2 or config.rotated_width % 2:
         got, allowed = config.rope_share, f"be an even part of the {config.head_width} positions of a head"
-        _refuse(
+        refuse(
             "rope_share", got, allowed, "LMConfig", f"rope_share={2 / config.head_width:g} or a multiple of it, to 1"
         )
 
 
-def _check_rope(scaling: Mapping[str, object] | None) -> None:
+def _check_rope(scaling: Mapping[str, object] | None, pairs: int) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
@@ -357,17 +270,22 @@ def _check_rope(scaling: Mapping[str, object] | None) -> None:
         raise nearest(str(kind), _ROPE_NEEDS, kind="rope_type", where="LMConfig.rope_scaling")
     missing = [name for name in _ROPE_NEEDS[kind] if not isinstance(scaling.get(name), int | float)]
     if missing:
-        _refuse(
-            "rope_scaling", dict(scaling), f"give {', '.join(missing)}, a number", "LMConfig", f"{missing[0]} in it"
-        )
+        refuse("rope_scaling", dict(scaling), f"give {', '.join(missing)}, a number", "LMConfig", f"{missing[0]} in it")
     wrong = [name for name in _ROPE_NEEDS[kind] if not 0 < float(typing.cast(float, scaling[name])) < math.inf]
     if wrong:
-        _refuse(
-            "rope_scaling", dict(scaling), f"have {', '.join(wrong)} above 0", "LMConfig", f"{wrong[0]}=1.0 or more"
-        )
+        refuse("rope_scaling", dict(scaling), f"have {', '.join(wrong)} above 0", "LMConfig", f"{wrong[0]}=1.0 or more")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        factors = scaling.get(name)
+        if not isinstance(factors, list | tuple) or len(factors) != pairs or not all(map(_is_positive, factors)):
+            allowed = f"be a number above 0 for each of the {pairs} pairs of positions that are rotated"
+            refuse(f"rope_scaling.{name}", factors, allowed, "LMConfig", f"{name}=[1.0] * {pairs}")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:  # pyrefly: ignore
         allowed = "have low_freq_factor below high_freq_factor"
-        _refuse("rope_scaling", dict(scaling), allowed, "LMConfig", "low_freq_factor=1.0, high_freq_factor=4.0")
+        refuse("rope_scaling", dict(scaling), allowed, "LMConfig", "low_freq_factor=1.0, high_freq_factor=4.0")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: int) -> None:
@@ -375,7 +293,7 @@ def _check_layers(name: str, layers: Literal["all"] | tuple[int, ...], count: in
         return
     wrong = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < count]
     if isinstance(layers, str) or wrong or len(set(layers)) < len(layers):
-        _refuse(name, layers, f"be 'all' or different layers from 0 to {count - 1}", "LMConfig", f"{name}='all'")
+        refuse(name, layers, f"be 'all' or different layers from 0 to {count - 1}", "LMConfig", f"{name}='all'")
 
 
 def _check_each_layer(moe: MoEConfig, routed: int) -> None:
@@ -384,8 +302,8 @@ def _check_each_layer(moe: MoEConfig, routed: int) -> None:
         len(held) == routed and all(isinstance(n, int) and 1 <= n <= moe.num_experts for n in held)
     ):
         allowed = f"give each of the {routed} routed layers 1 to num_experts={moe.num_experts} experts, or be None"
-        _refuse("moe.distinct", held, allowed, "LMConfig", "distinct=None")
+        refuse("moe.distinct", held, allowed, "LMConfig", "distinct=None")
     rows = None if moe.factored is None else moe.factored.rows
     if rows is not None and len(rows) != routed:
-        _refuse("moe.factored.rows", rows, f"have one pair for each of the {routed} routed layers, or be None",
+        refuse("moe.factored.rows", rows, f"have one pair for each of the {routed} routed layers, or be None",
                 "LMConfig", "rows=None")  # fmt: skip

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.composed import composes, slopes, transformed
 
-__all__ = ["rms_norm", "token_loss", "turn"]
+__all__ = ["capped", "rms_norm", "token_loss", "turn"]
 
 IGNORE = -100
 # Rows of logits handled at once: few enough to stay in the processor's cache from one pass to the next.
@@ -20,6 +20,11 @@ def by_hand(*tensors: Tensor) -> bool:
     """Whether the hand-written gradients apply: fp32 on a CPU, traced by no compiler (it fuses better) or transform."""
     suited = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
     return suited and not torch.compiler.is_compiling() and not transformed()
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """The x held within the cap on either side, cap * tanh(x / cap); x where there is none."""
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 class _Norm(torch.autograd.Function):

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from turnout.decide.token import FedJETs
 from turnout.errors import ShapeError, word
+from turnout.types.called import Called
 
 __all__ = ["Jets"]
 
 
-class Jets(nn.Module):
+class Jets(Called):
     """Networks with the same outputs, and a gate that chooses among them for each example; only the chosen run.
 
     y = sum_e g_e expert_e(x), over the experts that the gate takes.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,18 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expect
 from turnout.layers import MoE
-from turnout.models.attention import Cache, Projection, RMSNorm, attended
+from turnout.models.attention import Cache, Projection, attended
 from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
-from turnout.models.fused import IGNORE
+from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
-from turnout.models.padding import Places, real_tokens
+from turnout.models.norm import build_norm
+from turnout.models.padding import Places, new_places, real_tokens
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
+from turnout.types.called import Called
 from turnout.wrappers import unwrapped
 
 __all__ = [
@@ -57,10 +60,11 @@ class LMOutput:
     hidden_BSD: Tensor
 
 
-class LM(nn.Module):
+class LM(Called):
     """A decoder language model: tokens in, scores of each next token out.
 
-    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)).
+    x_0 = embedding; in every layer x += attention(norm(x)), x += ff(norm(x)); logits = head(norm(x_L)). Norms can stand
+    elsewhere, and much else varies: see ``LMConfig``.
 
     Args:
         config: the sizes.
@@ -75,7 +79,7 @@ class LM(nn.Module):
     ([4, 4], torch.Size([1, 5]))
 
     Source: Touvron et al., 2023, "LLaMA"; experts as Jiang et al., 2024, "Mixtral of Experts". With the right
-    configuration it computes what the published Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek and gpt-oss models do.
+    configuration it computes what the published models of ``turnout.models.families`` do.
     """
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
@@ -90,12 +94,18 @@ class LM(nn.Module):
             torch.empty(config.vocab_size, config.width).normal_(0, config.init_std, generator=generator)
         )
         self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.positions = None
+        if config.learned_positions:
+            at_SD = torch.empty(config.max_seq, config.width).normal_(0, config.init_std, generator=generator)
+            self.positions = nn.Parameter(at_SD)
+        self.norm = build_norm(config, config.width)
         self.head = None
         if not config.tie_embeddings:
             start = {"std": config.init_std, "generator": generator}
             self.head = Projection(config.width, config.vocab_size, bias=False, **start)
-        self.rope = Rope(config)
+        self.rope, self.local_rope = Rope(config), None
+        if config.local_rope_theta is not None:
+            self.local_rope = Rope(config, theta=config.local_rope_theta)
         self.pre_gate = build_pre_gate(config, generator)
 
     @property
@@ -134,14 +144,14 @@ class LM(nn.Module):
         Raises:
             ShapeError: not (B, S), longer than ``config.max_seq``, another B than the cache's, or a mask of another
                 shape.
-            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients, or an
-                unknown backend.
+            UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
+                keys no longer hold (longrope), or an unknown backend.
         """
         hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
-        return LMOutput(logits_BSV, routings, hidden_BSD)
+        return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
 
     def loss(
         self,
@@ -171,7 +181,8 @@ class LM(nn.Module):
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
         weight_VD = self.embedding if self.head is None else self.head.weight
-        return LMLoss(head_loss(hidden_BSD, weight_VD, target_BS), routings)
+        nats = head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
+        return LMLoss(nats, routings)
 
     def _hidden(
         self,
@@ -185,21 +196,37 @@ class LM(nn.Module):
         start = 0 if cache is None else cache.length
         self._check(id_BS, start)
         places = _places(id_BS, attention_mask, cache)
-        x_BSD = nn.functional.embedding(id_BS, self.embedding)
-        if self.config.embedding_scale != 1:
-            x_BSD = x_BSD * self.config.embedding_scale
-        angles = self.rope(start, id_BS.shape[1], x_BSD.dtype, places)
-        call = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        x_BSD = self._embedded(id_BS, start, places)
+        if self.rope.changes(start, id_BS.shape[1], places):
+            allowed = (
+                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
+            )
+            fix = "start a new Cache with all the tokens, as LM.generate does"
+            got = f"{start} positions and {id_BS.shape[1]} more"
+            raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
+        at = (start, id_BS.shape[1], x_BSD.dtype, places)
+        angles = self.rope(*at)
+        local = angles if self.local_rope is None else self.local_rope(*at)
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
-        for block in self._blocks():
-            x_BSD, routing = block(x_BSD, angles, cache, places, **call)
+        for layer, block in enumerate(self._blocks()):
+            turns = angles if self.config.window_of(layer) is None else local
+            x_BSD, routing = block(x_BSD, turns, cache, places, **call)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
         return self.norm(x_BSD), tuple(routings), places
+
+    def _embedded(self, id_BS: Tensor, start: int, places: Places | None) -> Tensor:
+        x_BSD, scale = nn.functional.embedding(id_BS, self.embedding), self.config.embedding_scale
+        if scale != 1:
+            x_BSD = x_BSD * (torch.tensor(scale, dtype=x_BSD.dtype) if self.config.embedding_rounded else scale)
+        if self.positions is None:
+            return x_BSD
+        return x_BSD + self.positions[new_places(start, id_BS.shape[1], places, id_BS.device)]
 
     @torch.no_grad()
     def route(self, id_BS: Tensor, *, attention_mask: Tensor | None = None) -> tuple[Routing, ...]:
@@ -232,9 +259,8 @@ class LM(nn.Module):
                 word("id_BS", got=f"{start + id_BS.shape[1]} tokens", allowed=allowed, where="LM", fix=fix)
             )
         if id_BS.device != self.embedding.device:
-            got, where = f"them on {id_BS.device}", self.embedding.device
-            fix = f"pass id_BS.to({str(where)!r})"
-            raise UsageError(word("id_BS", got=got, allowed=f"be on the model's {where}", where="LM", fix=fix))
+            allowed, fix = f"be on the model's {self.embedding.device}", f"pass id_BS.to('{self.embedding.device}')"
+            raise UsageError(word("id_BS", got=f"them on {id_BS.device}", allowed=allowed, where="LM", fix=fix))
         if id_BS.device.type == "cpu" and id_BS.numel():  # on an accelerator the look would wait for it
             least, most = (int(bound) for bound in id_BS.aminmax())
             if least < 0 or most >= self.config.vocab_size:
@@ -261,7 +287,8 @@ class LM(nn.Module):
             temperature: 0 takes the most likely token; 1 draws as the model says.
             top_k: draw among the k most likely only; None among all.
             attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
-                with a token. Each prompt goes on as it does alone. None for no padding.
+                with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
+                None for no padding.
             generator: where the chance comes from, on any device; torch's default when None.
 
         Returns:
@@ -277,14 +304,16 @@ class LM(nn.Module):
             raise UsageError(
                 word("tokens, temperature and top_k", got=got, allowed=allowed, where="LM.generate", fix=fix)
             )
-        was_training, cache, new_BS = self.training, Cache(), id_BS
+        was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
         self._check(id_BS, tokens)
         _refuse_padding_after(_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                mask = attention_mask if cache.length == 0 else None
-                logits_BV = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1]
+                if self.rope.changes(cache.length, new_BS.shape[1], _places(new_BS, None, cache)):
+                    mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
+                    cache, new_BS = Cache(), id_BS
+                logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
                 new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
                 id_BS = torch.cat((id_BS, new_BS), dim=1)
         finally:

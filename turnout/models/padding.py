@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 
-__all__ = ["Places", "real_tokens"]
+__all__ = ["Places", "new_places", "real_tokens"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +53,13 @@ class Places:
             place_BT = self.place_BT
             seen_BST &= place_BT[:, -self.new :, None] - place_BT.unsqueeze(1) < window
         return seen_BST | (behind_ST == 0)  # a softmax over nothing is not a number
+
+
+def new_places(start: int, length: int, places: Places | None, device: torch.device) -> Tensor:
+    """(S,) where the new tokens stand in their text, or (B, S) where attention is told of padding."""
+    if places is not None and places.aside:
+        return places.place_BT[:, -length:].to(device)
+    return torch.arange(start, start + length, device=device)
 
 
 def real_tokens(attention_mask: Tensor, id_BS: Tensor, before_BP: Tensor | None, length: int) -> Tensor | None:

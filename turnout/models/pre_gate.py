@@ -4,17 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
-from turnout.models.attention import Angles, Attention, Cache, Projection, RMSNorm
+from turnout.models.attention import Angles, Attention, Cache, Projection
 from turnout.models.config import LMConfig
+from turnout.models.norm import RMSNorm
 from turnout.models.padding import Places
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.types import Routing, spread
+from turnout.types.called import Called
 
 __all__ = ["PreGate"]
 
 
-class PreGate(nn.Module):
+class PreGate(Called):
     """A causal decoder of its own, from token ids to one routing that every routed layer takes.
 
     p = softmax(W norm(x)), x what its layers make of the tokens so far; each token takes the k experts with the highest

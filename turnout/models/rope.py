@@ -1,20 +1,23 @@
 """Rotary position embedding: frequencies, their published stretchings, and the rotation itself."""
 
 import math
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from turnout.models.config import LMConfig
-from turnout.models.padding import Places
+from turnout.models.padding import Places, new_places
 
 __all__ = ["Rope", "attention_scale", "rotate_neighbours"]
 
 
 class Rope(nn.Module):
     """The rotary angles of a model: position p turns pair i by p * theta^(-2i / d), stretched as configured.
+
+    With a ``theta`` of its own it is that of the windowed layers, which nothing stretches.
 
     Frequencies stay in fp32 whatever the model is cast to: in bf16 the angles of far positions would be noise.
 
@@ -23,16 +26,23 @@ class Rope(nn.Module):
     (torch.Size([3, 2]), [1.0, 1.0], [0.0, 0.0])
 
     Source: Su et al., 2021, "RoFormer"; stretched linearly (Chen et al., 2023, "Extending Context Window ... via
-    Positional Interpolation"), by parts as Llama 3, or by YaRN (Peng et al., 2023).
+    Positional Interpolation"), by parts as Llama 3, by YaRN (Peng et al., 2023), or for long texts alone by LongRoPE
+    (Ding et al., 2024): which frequencies all tokens of a batch have is decided by its longest text, as transformers
+    does it.
     """
 
     frequency_P: Tensor
+    # Those of texts that end after so many positions; None for the same in all.
+    long_P: Tensor | None
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(self, config: LMConfig, *, theta: float | None = None) -> None:
         super().__init__()
         self._width, self._theta, self._scaling = config.rotated_width, config.rope_theta, config.rope_scaling
+        if theta is not None:
+            self._theta, self._scaling = theta, None
         frequency_P, self.magnitude = self._frequencies()
         self.register_buffer("frequency_P", frequency_P, persistent=False)
+        self.register_buffer("long_P", self._long(), persistent=False)
 
     def forward(
         self, start: int, length: int, dtype: torch.dtype, places: Places | None = None
@@ -41,15 +51,34 @@ class Rope(nn.Module):
 
         Where attention is told of padding they are (B, S, P), at the places of the rows' tokens.
         """
-        position_S = torch.arange(start, start + length, device=self.frequency_P.device, dtype=torch.float32)
-        if places is not None and places.aside:
-            position_S = places.place_BT[:, -length:].to(position_S)
-        with torch.autocast(self.frequency_P.device.type, enabled=False):
-            angle_SP = position_S.unsqueeze(-1) * self.frequency_P
+        position_S = new_places(start, length, places, self.frequency_P.device).float()
+        frequency_P = self.long_P if self._is_long(start + length, places) else self.frequency_P
+        assert frequency_P is not None
+        with torch.autocast(frequency_P.device.type, enabled=False):
+            angle_SP = position_S.unsqueeze(-1) * frequency_P
         cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()
         if self.magnitude != 1:
             cos_SP, sin_SP = cos_SP * self.magnitude, sin_SP * self.magnitude
         return cos_SP.to(dtype), sin_SP.to(dtype)
+
+    def changes(self, start: int, length: int, places: Places | None) -> bool:
+        """Whether the first ``start`` positions were turned by other frequencies than they are with further ones."""
+        if self.long_P is None or start == 0 or self._is_long(start, places):
+            return False
+        return self._is_long(start + length, places)
+
+    def _is_long(self, end: int, places: Places | None) -> bool:
+        if self.long_P is None or self._scaling is None:
+            return False
+        if places is not None and places.aside:
+            end = int(places.place_BT[:, :end].max()) + 1
+        return end > typing.cast(int, self._scaling["original_max_position_embeddings"])
+
+    def _long(self) -> Tensor | None:
+        scaling: Mapping[str, Any] = self._scaling or {}
+        if scaling.get("rope_type") != "longrope":
+            return None
+        return _stretched(self._width, self._theta, scaling["long_factor"])
 
     def _frequencies(self) -> tuple[Tensor, float]:
         plain_P = 1.0 / self._theta ** (torch.arange(0, self._width, 2, dtype=torch.float32) / self._width)
@@ -60,13 +89,17 @@ class Rope(nn.Module):
             return _llama3(plain_P, scaling), 1.0
         if scaling["rope_type"] == "yarn":
             return _yarn(plain_P, self._theta, scaling)
+        if scaling["rope_type"] == "longrope":
+            return _stretched(self._width, self._theta, scaling["short_factor"]), scaling["attention_factor"]
         return plain_P, 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if not self.frequency_P.is_meta:
             with torch.device("cpu"):
-                self.frequency_P = self._frequencies()[0].to(self.frequency_P.device)
+                device = self.frequency_P.device
+                self.frequency_P, long_P = self._frequencies()[0].to(device), self._long()
+                self.long_P = None if long_P is None else long_P.to(device)
         return self
 
 
@@ -91,6 +124,11 @@ def attention_scale(config: LMConfig) -> float:
 
 def _magnitude(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _stretched(width: int, theta: float, factors: Sequence[float]) -> Tensor:
+    share_P = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * theta**share_P)
 
 
 def _llama3(plain_P: Tensor, scaling: Mapping[str, Any]) -> Tensor:

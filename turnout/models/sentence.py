@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, word
+from turnout.types.called import Called
 
 __all__ = ["SentenceEncoder"]
 
 _WHERE = "turnout.models.SentenceEncoder"
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(Called):
     """From B texts to unit vectors (B, Q): the mean of the last hidden states over each text's tokens, normalised.
 
     Padding is left out, so that a text's vector does not depend on the texts beside it. It says what adapters are for

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
 from turnout.paths.layout import align_fused_optimizers
+from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
+from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
 
 __all__ = ["Bank", "FeedForward"]
@@ -22,7 +24,7 @@ def _check(where: str, activation: str, **sizes: int) -> None:
     activate(torch.empty(0, 2), activation)
 
 
-class Bank(nn.Module):
+class Bank(Called):
     """E feed-forward experts of the same shape, with their weights stacked.
 
     Expert e maps x to act(x @ up_EDH[e] + up_bias[e]) @ down_EFD[e] + down_bias[e]; with a gated activation the up
@@ -32,7 +34,8 @@ class Bank(nn.Module):
         num_experts: E, at least 1.
         width: D, of the tokens.
         hidden: F, of each expert.
-        activation: "swiglu", "geglu", "reglu", "swiglu_oai" (gated), "gelu", "relu" or "silu".
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gated), "gelu", "gelu_tanh", "relu" or
+            "silu".
         bias: whether both products add a bias (started at zero).
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the chance comes from; torch's default when None.
@@ -123,7 +126,7 @@ class Bank(nn.Module):
         return f"{self.num_experts}, width={self.width}, hidden={self.hidden}, activation={self.activation!r}"
 
 
-class FeedForward(nn.Module):
+class FeedForward(Called):
     """The dense feed-forward layer: x -> act(x @ up + up_bias) @ down + down_bias. Also the shared expert.
 
     Args:
@@ -162,6 +165,9 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden).normal_(0, std, generator=generator))
         self.up_bias = nn.Parameter(torch.zeros(wide)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        # Of low rank, beside ``up`` and ``down`` while these stay as they are.
+        self.up_added: LowRank | None = None
+        self.down_added: LowRank | None = None
 
     @property
     def up_DH(self) -> Tensor:
@@ -175,7 +181,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) from (..., D)."""
-        return linear(activate(linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
+        wide = linear(x, self.up, self.up_bias)
+        wide = wide if self.up_added is None else wide + self.up_added(x)
+        hidden = activate(wide, self.activation)
+        y = linear(hidden, self.down, self.down_bias)
+        return y if self.down_added is None else y + self.down_added(hidden)
 
     def cost(self, tokens: int) -> Cost:
         """What a forward pass over ``tokens`` tokens takes (products only)."""

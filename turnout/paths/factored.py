@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from turnout.errors import UsageError, nearest, word
 from turnout.run import activate, factored, factored_reference, written_out
 from turnout.types import Cost, ExpertWeights, FactoredWeights, Routing
+from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
 
 __all__ = ["FactoredBank"]
@@ -13,7 +14,7 @@ __all__ = ["FactoredBank"]
 _WHERE = "turnout.paths.FactoredBank"
 
 
-class FactoredBank(nn.Module):
+class FactoredBank(Called):
     """E feed-forward experts each of whose matrices is W = L R + S: a product of two thin ones, and a few rows.
 
     Gate, value and down are factored one by one. The factor beside the width (R of gate and value, L of down) is shared

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, word
 from turnout.run import low_rank, low_rank_merged
 from turnout.types import Cost, LowRankWeights, Routing
+from turnout.types.called import Called
 
 __all__ = ["LoRA"]
 
 
-class LoRA(nn.Module):
+class LoRA(Called):
     """N low-rank adapters of one linear map from D to O, of any ranks, with their factors stacked.
 
     Adapter n adds scale_n * B_n A_n x, with A_n (r_n, D) and B_n (O, r_n); a routing says which adapters a token takes

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import LowRankWeights, Routing
+from turnout.types.called import Called
 from turnout.types.recall import steady
 
 __all__ = ["ScaLearn"]
@@ -14,7 +15,7 @@ __all__ = ["ScaLearn"]
 _WHERE = "turnout.paths.ScaLearn"
 
 
-class ScaLearn(nn.Module):
+class ScaLearn(Called):
     """Stands in a router's place: every token takes all N adapters, each scaled output by output.
 
     y = sum_n omega_n * a_n(x), with a_n the frozen adapters and omega (N, O), or (N, 1) when uniform. It does not

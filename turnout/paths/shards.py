@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Cost, LowRankWeights
+from turnout.types.called import Called
 
 __all__ = ["Shards"]
 
 _WHERE = "turnout.paths.Shards"
 
 
-class Shards(nn.Module):
+class Shards(Called):
     """Low-rank adapters of M linear maps from D to O, their vectors concatenated from shards of global pools.
 
     Two pools hold n = e M l shards each, D / l and O / l wide: as many numbers as M adapters of rank e. Map m has the

@@ -14,6 +14,7 @@ from torch import nn
 
 from turnout import __version__
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, nearest, word
+from turnout.hub import located
 from turnout.measure import hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
 from turnout.models.checkpoint.own import read_json
@@ -106,13 +107,11 @@ def adapt(
     say: Say = lambda text: None,
     part: Part = lambda what, done, of: None,
 ) -> Adapted:
-    """Puts the adapters and a router on the model, measures them on the text, and writes them to one folder.
-
-    The adapters are copied; their own folders stay as they are.
+    """Puts the adapters and a router on the model, measures them on the text, and writes copies of them to one folder.
 
     Args:
-        path: a folder of transformers, the model that the adapters were trained on; any architecture.
-        adapters: folders of PEFT.
+        path: a folder of transformers or a model of the hub, which the adapters were trained on; any architecture.
+        adapters: folders of PEFT, or adapters of the hub.
         out: the new folder, which ``turnout.reshape.attach_folder`` reads; whole or not at all.
         router, router_options: by name, and its keywords.
         gate_text: adapter's name -> text to train its gates on, for the router "phatgoose".
@@ -126,18 +125,19 @@ def adapt(
     Raises:
         TurnoutError: anything the user can mend; ``out`` does not exist then.
     """
-    out, path = Path(out), Path(path)
+    out, base, found = Path(out), located(path, where=_WHERE), [located(one, where=_WHERE) for one in adapters]
+    path, adapters = base.folder, [one.folder for one in found]
     asked: dict[str, Any] = {"router": router, "router_options": router_options, "gate_text": gate_text, "text": text}
     outlined = outline_adapters(path, adapters, **asked, any_base=any_base, dtype=dtype)
     device = roomy(device, sum(file.stat().st_size for file in path.glob("*.safetensors")))
-    settings = _settings(path, adapters, asked)
-    named = {"device": device.type, "dtype": dtype and str(dtype).split(".")[1]}
-    settings |= {"text_tokens": text_tokens, "any_base": any_base, **named}
+    asked |= {"text_tokens": text_tokens, "any_base": any_base, "device": device.type}
+    asked["dtype"] = dtype and str(dtype).split(".")[1]
+    settings: dict[str, Any] = {"source": base.source, "adapters": [one.source for one in found], **_settings(asked)}
     texts, options = settings["gate_text"], settings["router_options"]
     with unfinished(out, settings, part) as place:
         place.clear()
-        save_adapters(place.result, adapters, router=router, router_options=options, base=settings["source"])
-        say(f"reading {path}")
+        save_adapters(place.result, adapters, router=router, router_options=options, base=base.source)
+        say(f"reading {base.name}")
         model = load_base(path, dtype).to(device)
         folders = {one.name: place.result / "adapters" / one.name for one in outlined.adapters}
         for number, (name, gate) in enumerate(texts.items(), 1):
@@ -151,16 +151,14 @@ def adapt(
     return dataclasses.replace(done, out=out)
 
 
-def _settings(path: Path, adapters: Sequence[str | Path], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked for, with the places of things from the root on."""
 
     def whole(place: str | Path) -> str:
         return str(Path(place).resolve())
 
     return {
-        "source": whole(path),
-        "adapters": [whole(one) for one in adapters],
-        "router": asked["router"],
+        **asked,
         "router_options": dict(asked["router_options"] or {}),
         "gate_text": {name: whole(place) for name, place in (asked["gate_text"] or {}).items()},
         "text": None if asked["text"] is None else whole(asked["text"]),
@@ -224,8 +222,7 @@ def _normed(weight: Mapping[str, float]) -> dict[str, float]:
 
 def is_adaptation(run_json: str | Path) -> bool:
     """Whether a run.json, or the one in a folder, says how adapters were chosen."""
-    path = Path(run_json)
-    path = path / "run.json" if path.is_dir() else path
+    path = Path(run_json) / "run.json" if Path(run_json).is_dir() else Path(run_json)
     return path.is_file() and read_json(path, _WHERE).get("format") == _FORMAT
 
 
@@ -237,8 +234,7 @@ def adapt_again(
     Raises:
         TurnoutError: the model, an adapter or a text that it names has gone.
     """
-    path = Path(run_json)
-    path = path / "run.json" if path.is_dir() else path
+    path = Path(run_json) / "run.json" if Path(run_json).is_dir() else Path(run_json)
 
     def refuse(problem: str) -> CheckpointError:
         fix = "name a folder that turnout convert --adapters wrote, or restore the file from a copy"
@@ -318,8 +314,9 @@ def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, 
 
 def _train(model: nn.Module, folder: Path, rows: Calibration, any_base: bool) -> None:
     device = next(model.parameters()).device
-    batches = [{"input_ids": id_BS.to(device), "labels": id_BS.to(device)} for id_BS in rows.batches]
     with torch.enable_grad():
+        moved = [id_BS.to(device) for id_BS in rows.batches]
+        batches = [{"input_ids": id_BS, "labels": id_BS} for id_BS in moved]
         train_gates(model, folder, batches, any_base=any_base)
 
 
@@ -329,19 +326,22 @@ def _rows(model: Any, path: Path, text: str | Path, tokens: int) -> Calibration:
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
-    """The model of a folder of transformers, in its own class, in evaluation mode.
+    """The model of a folder of transformers, or of the hub, in its own class, in evaluation mode.
 
     Raises:
         MissingExtraError: transformers is not installed.
         UsageError: it is no folder that transformers can load.
     """
+    found = located(path, where=_WHERE)
     with _explained(path):
         from transformers import AutoModelForCausalLM, logging
 
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+            model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=dtype or "auto", local_files_only=True)
+            model.config._name_or_path = found.repo or str(found.folder)  # by which adapters know it
+            return model.eval()
         finally:
             if shown:
                 logging.enable_progress_bar()
@@ -349,13 +349,13 @@ def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
 
 def _outline(path: str | Path, dtype: torch.dtype | None) -> Any:
     """The same without its weights."""
+    found = located(path, where=_WHERE)
     with _explained(path), torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-        model.config._name_or_path = str(path)
-        return model
+        config = AutoConfig.from_pretrained(found.folder, local_files_only=True)
+        config._name_or_path = found.repo or str(found.folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
 @contextlib.contextmanager
@@ -365,8 +365,7 @@ def _explained(path: str | Path) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(f"{_WHERE} needs transformers. Nearest fix: pip install 'turnout[hf]'.") from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        fix = "name a folder with config.json and safetensors"
+        first, fix = str(error).strip().split("\n")[0], "name a folder with config.json and safetensors"
         allowed = "be a causal language model in a folder of transformers"
         raise UsageError(word("the model", got=f"{path} ({first})", allowed=allowed, where=_WHERE, fix=fix)) from error
 

@@ -62,7 +62,7 @@ class Calibration:
         }
 
 
-def find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path, *, where: str = _WHERE) -> Path:
     """The tokenizer.json that belongs to the model in this folder.
 
     Raises:
@@ -73,7 +73,7 @@ def find_tokenizer(folder: Path) -> Path:
             return place / "tokenizer.json"
     fix = f'run AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}"), which writes one'
     raise DataError(
-        word("the model", got=str(folder), allowed="have its tokenizer.json beside it", where=_WHERE, fix=fix)
+        word("the model", got=str(folder), allowed="have its tokenizer.json beside it", where=where, fix=fix)
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, DataError, UsageError, word
+from turnout.hub import located
 from turnout.measure import Certificate, certify
 from turnout.measure.certificate import Side
 from turnout.measure.certify import describe, measured
@@ -70,7 +71,7 @@ def certify_folders(
     """Whether the model in one folder computes what that in another does, and the worst prompt as text.
 
     Args:
-        a: a run folder, a folder that ``checkpoint.save`` wrote, or one of transformers.
+        a: a run folder, a folder that ``checkpoint.save`` wrote, one of transformers, or a model of the hub.
         b: the other.
         prompts: a text file with a prompt a line, or a ``.jsonl`` (texts, lists of ids, or objects with ``prompt``,
             ``text`` or ``ids``); None for random tokens, always the same for a vocabulary.
@@ -165,12 +166,12 @@ def read_map(path: str | Path) -> dict[str, str | None]:
 
 
 def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
-    """Where the model is: the folder itself, or ``model`` in a run folder.
+    """Where the model is: the folder itself, a snapshot in the hub's cache, or ``model`` in a run folder.
 
     Raises:
         CheckpointError: the folder holds no model; a run may not be finished.
     """
-    path = Path(path)
+    path = located(path, where=where).folder
     if (path / "config.json").is_file():
         return path
     if (path / "model" / "config.json").is_file():
@@ -194,7 +195,8 @@ def open_model(path: str | Path) -> tuple[LM, str]:
 
 
 def _open(a: str | Path, b: str | Path, prompts: str | Path | None, device: str | torch.device) -> Pair:
-    folders = model_folder(a), model_folder(b)
+    found = [located(one, where=_WHERE) for one in (a, b)]
+    folders = [model_folder(one.folder) for one in found]
     models = [open_model(folder) for folder in folders]
     one, other = models[0][0], models[1][0]
     if one.config.vocab_size != other.config.vocab_size:
@@ -202,7 +204,7 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None, device: str 
         fix = "certify models of one vocabulary"
         raise UsageError(word("the models", got=got, allowed="have one vocabulary", where=_WHERE, fix=fix))
     sides = tuple(
-        describe(lm, str(name), config_sha256=config) for (lm, config), name in zip(models, (a, b), strict=True)
+        describe(lm, place.name, config_sha256=config) for (lm, config), place in zip(models, found, strict=True)
     )
     on = roomy(device, weight_bytes(one) + weight_bytes(other))
     one, other = one.to(on), other.to(on)

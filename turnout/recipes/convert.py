@@ -105,7 +105,7 @@ def convert(
     transformers is installed, it loads a folder of its kind whole, and to the same logits, before that takes its place.
 
     Args:
-        path: a folder of transformers, one that ``checkpoint.save`` wrote, or a run folder.
+        path: a folder of transformers, one that ``checkpoint.save`` wrote, a run folder, or a model of the hub.
         steps: what to do; may be empty where ``as_format`` asks for another format.
         out: the new folder; must not exist.
         as_format: "transformers" or "model"; None for the kind that ``path`` is.
@@ -161,7 +161,7 @@ def _settings(plan: Plan, text: Calibration | None, seed: int, device: torch.dev
         for file in files
     ]
     return {
-        "PATH": str(plan.path.resolve()),
+        "PATH": plan.found.source,
         "steps": [step_json(step) for step in plan.steps],
         "--as": plan.target,
         "--dtype": None if plan.dtype is None else str(plan.dtype),
@@ -266,7 +266,7 @@ def _take(
     plan: Plan, text: Calibration | None, seed: int, device: torch.device, place: Partial, say: Say
 ) -> tuple[LM, dict[str, Any]]:
     """The model after all steps; what each reported, and both models measured on held-out text."""
-    say(f"reading {plan.path}")
+    say(f"reading {plan.found.name}")
     lm = _load(plan.folder, plan.dtype).to(device)
     with keeping(place.pieces("before")):
         before = None if text is None else measured(lm, text)
@@ -313,8 +313,9 @@ def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
         a, b = _load(plan.folder, plan.dtype), _load(place, plan.dtype)
         generator = torch.Generator().manual_seed(0)
         id_BS = torch.randint(a.config.vocab_size, (8, min(64, a.config.max_seq)), generator=generator)
-        found = certify(a, b, id_BS, labels=(str(plan.path), str(out)), source="random tokens, seed 0")
-    return dataclasses.replace(found, b=dataclasses.replace(found.b, name=str(out)))
+        found = certify(a, b, id_BS, labels=(plan.found.name, str(out)), source="random tokens, seed 0")
+    a, b = dataclasses.replace(found.a, name=plan.found.name), dataclasses.replace(found.b, name=str(out))
+    return dataclasses.replace(found, a=a, b=b)
 
 
 def _judged(plan: Plan, result: Path, certificate: Certificate, say: Say) -> dict[str, Any]:
@@ -347,7 +348,7 @@ def _record(
     gap = certificate.logits
     steps = [step_json(step) | {"report": report} for step, report in zip(plan.steps, done["reports"], strict=True)]
     conversion = {
-        "source": str(plan.path.resolve()),
+        "source": plan.found.source,
         "as_format": None if plan.target == plan.source else plan.target,
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
         "seed": seed,
@@ -357,6 +358,7 @@ def _record(
         "text_tokens": text_tokens,
         "held_out": done["held_out"],
         "plan": plan.to_json_dict(),
+        "seq": plan.seq,
         "compared": {"verdict": certificate.verdict, "max_abs": gap.max_abs, "relative": gap.relative},
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
@@ -368,7 +370,10 @@ def _record(
     tokens = plan.path / "tokens"
     kept = {name: old[name] for name in ("tokens_digest", "tokens_folder") if name in old}
     kept |= {"tokens_folder": str(tokens.resolve())} if tokens.is_dir() else {}
-    run = dataclasses.replace(Run.from_json_dict(old), model=plan.rows[-1].config)
+    run = Run.from_json_dict(old)
+    # What the run started from, and what of that was trained, says nothing of another model.
+    train = dataclasses.replace(run.train, only="all", rank=None, alpha=None)
+    run = dataclasses.replace(run, model=plan.rows[-1].config, train=train, start=None)
     return run.to_json_dict() | kept | {"conversion": conversion}
 
 

@@ -11,19 +11,22 @@ from turnout.run import choose
 from turnout.types import ExpertWeights, Routing
 from turnout.types.device import find_device, find_precision, shown, there
 
-# Distribution -> the extra that installs it (None: always needed; a sentence: where it comes from), and its purpose.
+# Distribution -> the extra that installs it (None: always needed), and its purpose.
 _PARTS = {
     "torch": (None, "everything"),
     "numpy": (None, "token shards and traces"),
     "safetensors": (None, "checkpoints"),
     "tokenizers": (None, "byte-level BPE"),
+    "huggingface_hub": (None, "models by the name that the hub knows"),
     "rich": (None, "progress"),
+    "scipy": (None, "assignments, statistics of claims"),
     "transformers": ("hf", "models people already have"),
+    "accelerate": ("hf", "transformers' Trainer"),
     "pyarrow": ("parquet", "parquet files"),
     "datasets": ("datasets", "hf:NAME data sets"),
     "tensorboard": ("tensorboard", "TensorBoard events"),
     "peft": ("peft", "adapters, trained by PEFT"),
-    "triton": ("comes with torch for CUDA", "GPU kernels"),
+    "triton": ("triton", "GPU kernels, on Linux; torch for CUDA brings it"),
 }
 # Tokens, experts, top-k, width, hidden: training, serving and decoding.
 _SHAPES = ((4096, 8, 2, 256, 512), (4096, 64, 8, 1024, 256), (1, 64, 8, 1024, 256))
@@ -39,7 +42,7 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
     """
     yield "hardware"
     for name, value in hardware().items():
-        yield f"  {name:<12} {value}"
+        yield f"  {name:<15} {value}"
     yield "installed"
     for name, (extra, purpose) in _PARTS.items():
         try:
@@ -47,8 +50,8 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             found = "MISSING: pip install turnout"
             if extra is not None:
-                found = f"missing: {extra}" if " " in extra else f"missing: pip install 'turnout[{extra}]'"
-        yield f"  {name:<12} {found:<40} {purpose}"
+                found = f"missing: pip install 'turnout[{extra}]'"
+        yield f"  {name:<15} {found:<40} {purpose}"
     if calibrate:
         yield f"calibrated    the constants are in {measure_backends()}"
     yield "devices (--device, or device= in a run)"

@@ -1,24 +1,31 @@
 """Execute a Run: prepare its text, train, measure, and leave a folder that explains itself."""
 
+import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from turnout.errors import Interrupted, UsageError, word
 from turnout.measure import RunData, hardware, read_run, results_rows, results_table
+from turnout.measure.memory import forget_peak
 from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
 from turnout.models.placed import placed
-from turnout.recipes.inspect import measure_model, result_json, run_tokens, write_report
+from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
-from turnout.storage import write_whole
-from turnout.train.data import TokenSet, prepare, python_text
+from turnout.recipes.start import KEPT, begin, kept_tokenizer, write_adapters
+from turnout.reshape import fold_low_rank
+from turnout.show.headline import at_equal_time, headline
+from turnout.train.allocator import return_freed_memory
+from turnout.train.config import TrainResult
+from turnout.train.data import TokenSet, load_tokenizer, prepare, python_text
 from turnout.train.folder import read_run_json, refuse_foreign, refuse_missing_run, refuse_other_run
 from turnout.train.loop import train
+from turnout.train.state import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +48,30 @@ class Done:
         """The results as a plain text table, one column per run."""
         return results_table(self.runs)
 
+    def said(self) -> str:
+        """The result in words: who needs fewer bits, what it took, and where both stood after the same time."""
+        return "\n".join(filter(None, (f"{headline(self.runs)}.", at_equal_time(self.runs))))
+
     def rows(self) -> list[dict[str, object]]:
         """The results as plain JSON values, one dict per run."""
         return results_rows(self.runs)
 
 
-def tokens_for(run: Run, folder: Path, *, quiet: bool) -> TokenSet:
-    """The run's text as tokens, prepared in ``folder`` or found there."""
+def tokens_for(run: Run, folder: Path, *, tokenizer: Path | None = None, quiet: bool) -> TokenSet:
+    """The run's text as tokens, prepared in ``folder`` or found there; by this tokenizer, or by one of the text's own.
+
+    Raises:
+        UsageError: the folder holds tokens that another tokenizer made, perhaps those of another run.
+    """
+    if tokenizer is not None:
+        _refuse_other_tokens(folder, tokenizer)
     limit = None if run.data.limit_mb is None else int(run.data.limit_mb * 1e6)
     domains = run.data.domains or python_text(limit_bytes=limit)
     return prepare(
         domains,
         folder,
         vocab_size=run.model.vocab_size,
+        tokenizer=tokenizer,
         held_out=run.data.held_out,
         limit_bytes=limit,
         part_bytes=run.data.part_bytes,
@@ -61,6 +79,16 @@ def tokens_for(run: Run, folder: Path, *, quiet: bool) -> TokenSet:
         bad=run.data.bad,
         quiet=quiet,
     )
+
+
+def _refuse_other_tokens(folder: Path, tokenizer: Path) -> None:
+    place = folder / "tokenizer.json"
+    if (folder / "tokens.json").is_file() and place.is_file():
+        ours, theirs = (load_tokenizer(file).to_str() for file in (tokenizer, place))
+        if ours != theirs:
+            got, fix = f"{folder}, made with another tokenizer", "name another folder with --tokens, or leave it out"
+            allowed = "be made with the tokenizer of the model that the run starts from"
+            raise UsageError(word("the tokens", got=got, allowed=allowed, where="turnout train --from", fix=fix))
 
 
 def execute(
@@ -75,8 +103,11 @@ def execute(
 ) -> Done:
     """Trains what ``run`` describes in the folder ``out``, measures it on all held-out text and writes report.html.
 
+    A run with a ``start`` begins with that model's weights, and reads text with its tokenizer. Its small files (chat
+    template, generation configuration) go along in the folder, so that ``turnout convert --as transformers`` has them.
+
     Args:
-        run: from a recipe or a run.json.
+        run: from a recipe, ``turnout.recipes.tune`` or a run.json.
         out: a new folder; or, with ``resume``, the folder that holds this run.
         resume: ``"latest"`` or the name of a checkpoint to go on from.
         tokens_folder: where the prepared tokens are kept, to share them between runs; default ``out/tokens``.
@@ -94,16 +125,21 @@ def execute(
     if device is not None:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device))
     check_size(run)
-    model = placed(LM(run.model, seed=run.train.seed), run.train.device)
-    if not quiet and (why := unexportable(run)):
-        print(f"note: {why}", file=sys.stderr)
-    if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
-        print(
-            f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "
-            "bits per byte of this run are lower than what it can predict.",
-            file=sys.stderr,
-        )
-    tokens = _claim(run, out, resume) or _prepare(run, out, Path(tokens_folder or out / "tokens"), quiet=quiet)
+    found = _claim(run, out, resume)
+    with _resumable(out):
+        with _begun(run, out):
+            model = placed(begin(run, out, resume=resume), run.train.device)
+            _tell(run, model, quiet=quiet)
+            tokenizer = None if run.start is None else kept_tokenizer(out)
+            folder = Path(tokens_folder or out / "tokens")
+            tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
+        trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
+        return finish(run, model, tokens, out, trained)
+
+
+def _train(
+    run: Run, model: LM, tokens: TokenSet, out: Path, *, resume: str | None, tensorboard: bool, quiet: bool
+) -> TrainResult:
     beside = {
         "tokens_digest": tokens.digest,
         "held_out_text": tokens.head.get("held_out_text"),
@@ -111,7 +147,9 @@ def execute(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
     }
-    result = train(
+    return_freed_memory()
+    forget_peak()  # of preparing the text, and of another run in this process
+    return train(
         model,
         tokens,
         run.train,
@@ -121,7 +159,18 @@ def execute(
         tensorboard=tensorboard,
         quiet=quiet,
     )
-    return finish(run, model, tokens, out, peak_bytes=result.peak_memory_bytes)
+
+
+def _tell(run: Run, model: LM, *, quiet: bool) -> None:
+    """Says what should be known of this model before it is trained."""
+    if not quiet and (why := unexportable(run)):
+        print(f"note: {why}", file=sys.stderr)
+    if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
+        print(
+            f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "
+            "bits per byte of this run are lower than what it can predict.",
+            file=sys.stderr,
+        )
 
 
 def unexportable(run: Run) -> str:
@@ -159,34 +208,55 @@ def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
     return run_tokens(out, body)
 
 
-def _prepare(run: Run, out: Path, folder: Path, *, quiet: bool) -> TokenSet:
-    """The tokens of a run whose run.json is there first, so that it can be resumed whatever stops it."""
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Whenever Ctrl-C strikes, the way to go on is said; what was said already stands."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        known = find(out / "checkpoints")
+        saved = f"{known[-1].name} is saved" if known else "nothing is trained yet"
+        how = f"turnout train --resume --out {shlex.quote(str(out))}"
+        raise Interrupted(f"stopped; {saved}. To go on: {how}") from None
+
+
+@contextlib.contextmanager
+def _begun(run: Run, out: Path) -> Iterator[None]:
+    """The run.json is there first, so that a run can be resumed whatever stops it; a refusal takes it back."""
     begun = not (out / "run.json").exists()
     if begun:
         run.save(out / "run.json")
     try:
-        return tokens_for(run, folder, quiet=quiet)
+        yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            "stopped while the text was prepared; nothing is trained yet. To go on: "
-            f"turnout train --resume --out {shlex.quote(str(out))}"
-        ) from None
+        raise
     except BaseException:
         if begun:
             (out / "run.json").unlink(missing_ok=True)
+            shutil.rmtree(out / KEPT, ignore_errors=True)
         raise
 
 
-def finish(run: Run, model: LM, tokens: TokenSet, out: Path, *, peak_bytes: int) -> Done:
-    """Measures a trained model on all held-out text and writes model/, trace/, result.json and report.html."""
+def _save(run: Run, model: LM, tokens: TokenSet, out: Path) -> None:
+    """Writes model/; where adapters were trained, these too, and the model with them folded in."""
+    if run.train.only == "adapters":
+        write_adapters(run, model, out)
+        fold_low_rank(model)
     checkpoint.save(out / "model", model)
-    tokens.tokenizer.save(str(out / "model" / "tokenizer.json"))
+    if run.start is None:
+        tokens.tokenizer.save(str(out / "model" / "tokenizer.json"))
+    else:
+        shutil.copyfile(kept_tokenizer(out), out / "model" / "tokenizer.json")
+
+
+def finish(run: Run, model: LM, tokens: TokenSet, out: Path, trained: TrainResult) -> Done:
+    """Measures a trained model on all held-out text; writes model/, trace/, result.json, routes.json, report.html."""
+    _save(run, model, tokens, out)
     trace = out / "trace" if model.routers else None
     if trace is not None and trace.exists():
         shutil.rmtree(trace)  # of the same run, finished before
     found = measure_model(model, tokens, seq=run.train.seq, trace=trace)
-    result = result_json(model, tokens, found, seq=run.train.seq) | {"peak_memory_bytes": peak_bytes}
-    write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_result(out, model, tokens, found, trained, seq=run.train.seq)
     data = read_run(out)
     report = write_report([out], out / "report.html")
     return Done((out,), (data,), report)

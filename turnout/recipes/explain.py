@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from turnout.fields import plain
 from turnout.models.config import MLAConfig, MoEConfig
 from turnout.models.lm import LMConfig
-from turnout.recipes.run import DataConfig, Run
+from turnout.recipes.run import DataConfig, Run, Start
 from turnout.train.config import TrainConfig
 
 _SECTIONS = {
@@ -17,6 +17,7 @@ _SECTIONS = {
     "model.moe": MoEConfig,
     "model.mla": MLAConfig,
     "train": TrainConfig,
+    "start": Start,
 }
 _ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 

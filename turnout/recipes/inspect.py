@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +16,21 @@ from turnout.measure import Evaluation, Passage, ReportData, RunData, bits_per_b
 from turnout.measure.memory import free_on
 from turnout.models import LM, checkpoint
 from turnout.models.placed import placed
+from turnout.recipes.calibration import find_tokenizer
+from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.models import evaluate_model
 from turnout.recipes.run import Run
 from turnout.show import AdaptationData, ConversionData, adaptation_html, conversion_html, report_html
 from turnout.storage import write_whole
-from turnout.train.data import TokenSet, prepare, windows
+from turnout.train.config import TrainResult
+from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
 from turnout.types.device import shown
 
 _EVAL_BATCH = 16
+# What keeps routes.json small whatever the text: domains with a passage, and the tokens of each.
+_PASSAGES, _PASSAGE_TOKENS = 8, 512
 
 
 def measure_model(
@@ -88,17 +94,26 @@ def _rows(logits: int, device: torch.device) -> int:
     return _EVAL_BATCH if free is None else max(1, min(_EVAL_BATCH, free // (2 * 4 * logits)))
 
 
-def passage(model: LM, tokens: TokenSet, *, length: int) -> Passage:
-    """A held-out passage of up to ``length`` tokens with the experts of each: the start of a middle-sized document."""
+def passages(model: LM, tokens: TokenSet, *, length: int) -> list[Passage]:
+    """A held-out passage of each domain, of the largest ones where they are many, with the experts of each token.
+
+    Each is the start of the first document that fills ``length`` tokens, or of the longest where none does.
+    """
     split = tokens.held_out
-    sizes = torch.from_numpy(split.document_N[1:] - split.document_N[:-1])
-    wanted = int(sizes.clamp(max=length).argmax())
-    first = int(split.document_N[wanted])
-    ids = torch.from_numpy(split.token_T[first : first + min(length, int(sizes[wanted]))].astype("int64"))
-    with torch.no_grad():
-        output = model.eval()(ids[None].to(model.embedding.device))
-    texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
-    return Passage.from_routings(texts, output.routings, domain=tokens.domains[int(split.domain_N[wanted])])
+    size_N = torch.from_numpy(split.document_N[1:] - split.document_N[:-1])
+    domain_N = torch.from_numpy(split.domain_N.astype("int64"))
+    total_D = torch.zeros(len(tokens.domains), dtype=torch.long).index_add_(0, domain_N, size_N.long())
+    largest = [d for d in total_D.argsort(descending=True, stable=True).tolist() if total_D[d]][:_PASSAGES]
+    found = []
+    for domain in sorted(largest):
+        wanted = int((size_N.clamp(max=length) * (domain_N == domain)).argmax())
+        first = int(split.document_N[wanted])
+        ids = torch.from_numpy(split.token_T[first : first + min(length, int(size_N[wanted]))].astype("int64"))
+        with torch.no_grad():
+            output = model.eval()(ids[None].to(model.embedding.device))
+        texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
+        found.append(Passage.from_routings(texts, output.routings, domain=tokens.domains[domain]))
+    return found
 
 
 def load_run(folder: str | Path) -> tuple[Run, LM]:
@@ -129,6 +144,7 @@ def evaluate_run(
     limit: int | None = None,
     trace: str | Path | None = None,
     token_ids: bool = False,
+    like: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Report:
     """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
@@ -139,13 +155,20 @@ def evaluate_run(
         limit: about how many tokens to predict; None takes all.
         trace: a new folder to record every routing in.
         token_ids: put the token ids into the trace too, which gives the text away.
+        like: a run to be compared with: its held-out documents, in rows of its length, in fp32.
         device: where the model runs, in the precision of its weights.
 
     Source: none; ``measure_model``, with the file reading around it.
     """
-    folder = Path(folder)
-    if (folder / "config.json").is_file():  # a model by itself, no run
+    if like is not None:
+        if domains:
+            fix, allowed = "leave one of them out", "be by itself: it says which text"
+            raise UsageError(word("--like", got="--data beside it", allowed=allowed, where="turnout eval", fix=fix))
+        return _evaluate_like(folder, Path(like), limit=limit, trace=trace, token_ids=token_ids, device=device)
+    # A model by itself, no run; what is on the hub is one.
+    if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
         return evaluate_model(folder, domains=domains, limit=limit, trace=trace, device=device)
+    folder = Path(folder)
     run, model = load_run(folder)
     model = placed(model, device)
     if domains:
@@ -155,13 +178,36 @@ def evaluate_run(
     else:
         tokens = _own_tokens(folder)
         found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    return _evaluation(f"{run.recipe} in {folder}", folder, model, found)
+
+
+def _evaluate_like(
+    folder: str | Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool, device: str | torch.device
+) -> Report:
+    """A model measured as a run is, so that the numbers can be told apart by the models alone."""
+    run, tokens = Run.open(like), _own_tokens(like)
+    place = find_tokenizer(model_folder(folder, where="turnout eval"), where="turnout eval --like")
+    model, _ = open_model(folder)
+    fix = "measure both on a text with --data: bits per byte do not depend on the tokenizer"
+    allowed, where = f"be as those of {like}", "turnout eval --like"
+    if load_tokenizer(place).to_str() != tokens.tokenizer.to_str():
+        raise UsageError(word("the tokenizer", got=f"another, {place}", allowed=allowed, where=where, fix=fix))
+    if model.config.max_seq < run.train.seq:
+        got = f"rows of up to {model.config.max_seq} tokens, which is all that {folder} takes"
+        raise UsageError(word("the rows", got=got, allowed=f"{allowed}, of {run.train.seq}", where=where, fix=fix))
+    model = placed(model.float(), device)
+    found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    return _evaluation(f"the model in {folder}, as {like} is measured", folder, model, found)
+
+
+def _evaluation(title: str, folder: str | Path, model: LM, found: Evaluation) -> Report:
     values: dict = {"bits_per_byte": found.bits_per_byte}
     values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
     values |= {"tokens": found.tokens, "bytes": found.bytes}
     if found.load_LE:
         values |= {"max_vio": found.max_vio, "entropy": found.entropy, "dropped": found.dropped}
     context = {"run": str(folder), "device": shown(model.embedding.device), "hardware": hardware()}
-    return Report(f"{run.recipe} in {folder}", values, (), context)
+    return Report(title, values, (), context)
 
 
 def run_tokens(folder: Path, body: Mapping[str, Any]) -> TokenSet | None:
@@ -224,8 +270,23 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     return path
 
 
-def result_json(model: LM, tokens: TokenSet, found: Evaluation, *, seq: int) -> dict[str, object]:
-    """What result.json holds: the evaluation, the model's cost and a passage with its routes."""
+def write_result(out: Path, model: LM, tokens: TokenSet, found: Evaluation, trained: TrainResult, *, seq: int) -> None:
+    """Writes result.json, the numbers that people read, and beside it the arrays behind the drawings, routes.json.
+
+    Args:
+        out: the run's folder.
+        model: as it was trained.
+        tokens: the text.
+        found: the model on all held-out text.
+        trained: what training took.
+        seq: tokens of context.
+    """
+    numbers = found.to_json_dict(domains=True)
+    routes = {name: numbers.pop(name) for name in ("load", "load_by_domain")}
     cost = {key: value for key, value in dataclasses.asdict(model.cost(seq=seq)).items() if value is not None}
-    shown = passage(model, tokens, length=seq).to_json_dict() if model.routers else None
-    return found.to_json_dict(domains=True) | {"cost": cost, "passage": shown}
+    took = {"seconds": round(trained.seconds, 3), "peak_memory_bytes": trained.peak_memory_bytes}
+    if model.routers:
+        shown = [one.to_json_dict() for one in passages(model, tokens, length=min(seq, _PASSAGE_TOKENS))]
+        body = json.dumps(routes | {"passages": shown}, separators=(",", ":"))
+        write_whole(out / "routes.json", body + "\n")
+    write_whole(out / "result.json", json.dumps(numbers | {"cost": cost} | took, indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from turnout.errors import DataError, UsageError, word
+from turnout.hub import located
 from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
 from turnout.models.placed import placed
@@ -24,17 +25,19 @@ __all__ = ["evaluate_model", "sample_model"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Opened:
-    """A model, the folder it is in, and whether turnout trained it: then documents begin with the separator."""
+    """A model, its name and folder, and whether turnout trained it: then documents begin with the separator."""
 
     lm: LM
+    name: str
     folder: Path
     own: bool
 
 
 def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
-    folder = model_folder(path, where=where)
-    lm, _ = open_model(path)
-    return _Opened(placed(lm.eval(), device), folder, lm.origin is None)
+    found = located(path, where=where)
+    folder = model_folder(found.folder, where=where)
+    lm, _ = open_model(folder)
+    return _Opened(placed(lm.eval(), device), found.name, folder, lm.origin is None)
 
 
 def sample_model(
@@ -50,7 +53,8 @@ def sample_model(
     """The prompt and the model's continuation.
 
     Args:
-        path: a run folder, one of transformers, or one that a conversion wrote; its own tokenizer is used.
+        path: a run folder, one of transformers, or one that a conversion wrote, or a model of the hub; its own
+            tokenizer is used.
         prompt: the text to continue; empty starts a new document.
         tokens: how many tokens to add; None for 100, or as many as fit into the model's longest sequence.
         temperature: 0 takes the likeliest token.
@@ -107,7 +111,8 @@ def evaluate_model(
     are counted from where each token lies in the text, so any tokenizer that tells that will do.
 
     Args:
-        path: a folder of transformers, one that a conversion wrote, or one of turnout's own models.
+        path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on
+            the hub.
         domains: the text, by domain.
         limit: about how many tokens to read of each domain; None takes all.
         trace: must be None: routings are recorded of runs only.
@@ -149,8 +154,8 @@ def evaluate_model(
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
     notes = ("in rows of up to 1024 tokens, documents one after the other",)
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
-    context = {"run": str(path), "device": shown(opened.lm.embedding.device), "hardware": hardware()}
-    return Report(f"the model in {path}", values, notes, context)
+    context = {"run": opened.name, "device": shown(opened.lm.embedding.device), "hardware": hardware()}
+    return Report(f"the model in {opened.name}", values, notes, context)
 
 
 def _refusal(what: str, got: object, allowed: str, fix: str, where: str = "turnout sample") -> UsageError:

@@ -11,6 +11,7 @@ import torch
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.fields import plain
+from turnout.hub import Located, located
 from turnout.models import LMConfig, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, outline, read_json
 from turnout.models.families.express import architecture_of
@@ -58,21 +59,22 @@ class Plan:
     """A conversion, not done yet.
 
     Args:
-        path: as it was given.
+        found: what was given, and the folder that it is.
         folder: where the model itself is.
-        source: what kind of folder ``path`` is.
+        source: what kind of folder was given.
         target: what kind of folder will be written.
         architecture: the class in transformers of what will be written; "LM" in our own format.
         steps: what will be done.
         rows: the model before, and after each step.
         dtype: that the weights are read in; None for the one they are stored in.
         seq: tokens of context that ``flops`` is for.
+        wider_bytes: what tensors of wider dtypes than the model's take more, on the disk.
         notes: what else is to be known of the result.
 
     Source: none; plain bookkeeping.
     """
 
-    path: Path
+    found: Located
     folder: Path
     source: Literal["transformers", "model", "run"]
     target: Literal["transformers", "model", "run"]
@@ -81,7 +83,13 @@ class Plan:
     rows: tuple[Row, ...]
     dtype: torch.dtype | None
     seq: int
+    wider_bytes: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The folder that was given, or found in the cache of the hub."""
+        return self.found.folder
 
     @property
     def config(self) -> LMConfig:
@@ -104,7 +112,7 @@ class Plan:
             StorageError: the disk of ``out``.
             UsageError: the memory that is free now.
         """
-        check_room(out, disk_bytes=self.rows[-1].memory_bytes, memory_bytes=self.peak_bytes)
+        check_room(out, disk_bytes=self.rows[-1].memory_bytes + self.wider_bytes, memory_bytes=self.peak_bytes)
 
     def to_json_dict(self) -> list[dict[str, Any]]:
         """The rows as plain JSON values."""
@@ -142,8 +150,8 @@ def make_plan(
         TurnoutError: a folder that holds no model or a damaged one, steps that do not fit the model or each other, text
             that a step needs, or a result that the format cannot hold.
     """
-    path = Path(path)
-    source, folder = _find(path)
+    found = located(path, where=_WHERE)
+    source, folder = _find(found.folder)
     target = as_format or source
     if not steps and target == source:
         fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
@@ -162,11 +170,13 @@ def make_plan(
             got, fix = f"{text}, which does not exist", "check the spelling of the path"
             raise UsageError(word("--calibration", got=got, allowed="be a file or folder", where=_WHERE, fix=fix))
         find_tokenizer(folder)
-    architecture, notes = "LM", list[str]()
+    architecture, notes, wider = "LM", list(seen.notes), 0
     if target == "transformers":
         family, written = _family(rows[-1].config, folder)
-        architecture, notes = family.architecture, _notes(family, written, rows[-1].config, steps, seen.dtype)
-    return Plan(path, folder, source, target, architecture, tuple(steps), tuple(rows), dtype, seq, tuple(notes))
+        architecture, wider = family.architecture, seen.wider_bytes
+        notes += _notes(family, written, rows[-1].config, steps, seen.dtype)
+    about = (tuple(steps), tuple(rows), dtype, seq, wider, tuple(notes))
+    return Plan(found, folder, source, target, architecture, *about)
 
 
 def _nothing(step: Step, config: LMConfig) -> UsageError:

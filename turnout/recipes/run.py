@@ -19,7 +19,7 @@ _FORMAT = "turnout.run/1"
 _OTHERS = {
     "turnout.conversion": (
         ", a converted model, which this did not train",
-        "use it with turnout eval, sample, certify and convert; train it on from Python, or with transformers",
+        "train it on with turnout train --from FOLDER --data TEXT --out NEW, or use it with eval, sample and certify",
     ),
     "turnout.adaptation": (
         ", adapters and a router without their model",
@@ -68,14 +68,36 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """The model that a run goes on from; ``turnout.recipes.tune`` fills it in.
+
+    Args:
+        path: its folder, absolute: of transformers, or of turnout's own; or its name and commit on the hub.
+        weights: SHA-256 over its configuration and its weights.
+        tokenizer: SHA-256 of its tokenizer.json.
+
+    >>> Start("/models/base", "ab12", "cd34").path
+    '/models/base'
+
+    Source: none; plain configuration.
+    """
+
+    path: str
+    weights: str
+    tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One complete run: a recipe's result after the overrides, and what run.json holds.
 
     Args:
         recipe: the name of the recipe it came from.
         data: what it learns from.
-        model: the network.
+        model: the network; with ``start`` that of the model there, and no other.
         train: the optimisation.
+        start: the model whose weights and tokenizer it begins with; None begins with random weights and a tokenizer of
+            its own text.
 
     Source: none; plain configuration.
     """
@@ -84,18 +106,32 @@ class Run:
     data: DataConfig
     model: LMConfig
     train: TrainConfig
+    start: Start | None = None
 
     def __post_init__(self) -> None:
+        self._check_only()
         if self.train.seq > self.model.max_seq:
+            longer = "" if self.start else f", or max_seq={self.train.seq}"
             raise UsageError(
                 word(
                     "seq",
                     got=self.train.seq,
-                    allowed=f"be at most max_seq={self.model.max_seq}",
+                    allowed=f"be at most max_seq={self.model.max_seq}{', which the model has' if self.start else ''}",
                     where=f"recipe {self.recipe!r}",
-                    fix=f"pass seq={self.model.max_seq}, or max_seq={self.train.seq}",
+                    fix=f"pass seq={self.model.max_seq}{longer}",
                 )
             )
+
+    def _check_only(self) -> None:
+        only, got, fix = self.train.only, "", ""
+        if only == "router" and self.model.moe is None:
+            got, fix = "it of a dense model, which has no router", "make it sparse first: turnout convert --to moe"
+        elif only == "adapters" and self.start is None:
+            got, fix = "it of weights that begin at random", "start from a model: turnout train --from MODEL"
+        if got:
+            fix += ", or leave it out"
+            allowed = "be asked of a model that has what is to be trained, and is worth keeping"
+            raise UsageError(word(f"only={only}", got=got, allowed=allowed, where=f"recipe {self.recipe!r}", fix=fix))
 
     def override(self, assignments: Sequence[str]) -> Self:
         """This run with fields replaced by ``name=value`` texts.
@@ -121,7 +157,7 @@ class Run:
                         fix=f"write {name}=VALUE, or give a path with --data or --out",
                     )
                 )
-            changes[self._locate(name)] = text, assignment
+            changes[self._free(self._locate(name))] = text, assignment
         # All at once: width=96 heads=4 may fit together where neither fits alone.
         return _replace(self, changes)
 
@@ -154,6 +190,18 @@ class Run:
     def fields(self) -> dict[str, object]:
         """Every field by its dotted name, with its value."""
         return dict(_leaves(self, ""))
+
+    def _free(self, dotted: str) -> str:
+        """The field, if it may be another: what the model is that a run goes on from is not the run's to say."""
+        if self.start is None or not dotted.startswith(("model.", "start.")):
+            return dotted
+        allowed = (
+            f"stay {self.fields()[dotted]!r}, as in {self.start.path}: what can be set are fields of train and data"
+        )
+        fix = "leave it out; turnout convert makes another model of it first, such as one with experts"
+        if dotted.startswith("start."):
+            fix = "name the model with turnout train --from"
+        raise UsageError(word(dotted, got="another value", allowed=allowed, where="turnout train --from", fix=fix))
 
     def _locate(self, name: str) -> str:
         known = self.fields()

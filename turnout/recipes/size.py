@@ -8,8 +8,8 @@ from turnout.types.device import find_device, find_precision, shown
 
 __all__ = ["check_size", "least_bytes"]
 
-# A weight, its gradient and two moments of AdamW, in fp32.
-_PER_WEIGHT = 16
+# A weight in fp32; and where it is trained its gradient and two moments of AdamW.
+_PER_WEIGHT, _PER_TRAINED = 4, 12
 # What the objects of one block take whatever its sizes; measured at 0.1 MB and more.
 _PER_BLOCK = 100_000
 
@@ -30,7 +30,11 @@ def least_bytes(run: Run) -> int:
     dense = max(model.layers - routed, 0) * 3 * model.width * model.dense_hidden
     experts = 0 if moe is None else routed * moe.num_experts * 3 * model.width * moe.hidden
     weights = model.vocab_size * model.width + dense + experts + model.layers * model.width**2
-    return _PER_WEIGHT * weights + _PER_BLOCK * model.layers + run.train.batch * _row_bytes(run)
+    trained = weights
+    if run.train.only != "all":
+        trained = 0 if moe is None or run.train.only == "adapters" else routed * moe.num_experts * model.width
+    kept = run.train.batch * _row_bytes(run)
+    return _PER_WEIGHT * weights + _PER_TRAINED * trained + _PER_BLOCK * model.layers + kept
 
 
 def _row_bytes(run: Run) -> int:

@@ -13,7 +13,7 @@ _EXPERTS, _TOP_K, _EXPERT_HIDDEN = 8, 2, 128
 def _train() -> TrainConfig:
     return TrainConfig(
         steps=800,
-        batch=16,
+        batch=8,
         seq=_SEQ,
         lr=4e-3,
         min_lr=4e-4,

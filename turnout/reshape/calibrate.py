@@ -16,7 +16,7 @@ from turnout.models.lm import Block
 from turnout.reshape.resumable import by_batch
 from turnout.types import Routing
 
-__all__ = ["blocks", "checked", "difference", "evaluating", "probe", "refuse_no_text", "watch"]
+__all__ = ["blocks", "checked", "difference", "evaluating", "probe", "reach", "refuse_no_text", "watch"]
 
 Look = Callable[[int, Tensor, Routing | None], None]
 
@@ -24,6 +24,27 @@ Look = Callable[[int, Tensor, Routing | None], None]
 def blocks(lm: LM) -> list[Block]:
     """The layers of a model, as what they are."""
     return cast(list[Block], list(lm.blocks))
+
+
+def reach(lm: LM, layer: int) -> float:
+    """The most that the root mean square of what a layer's feed-forward takes can be.
+
+    It is what the norm before it lets through. Without one it is the stream of all that was added up: the longest
+    embedding, and what each norm before let through.
+    """
+    block = blocks(lm)[layer]
+    if block.ff_norm is not None:
+        return block.ff_norm.gain
+    longest = _longest(lm.embedding) * abs(lm.config.embedding_scale)
+    longest += 0 if lm.positions is None else _longest(lm.positions)
+    before = [norm for done in blocks(lm)[:layer] for norm in (done.attention_out_norm, done.ff_out_norm)]
+    added = sum(norm.gain for norm in (*before, block.attention_out_norm) if norm is not None)
+    return longest + abs(lm.config.residual_scale) * added
+
+
+def _longest(row_ND: Tensor) -> float:
+    """The largest root mean square of a row."""
+    return float(row_ND.detach().float().square().mean(1).max().sqrt())
 
 
 def checked(batches: Iterable[Tensor | Mapping[str, Tensor]] | None, lm: LM, where: str) -> tuple[Tensor, ...]:

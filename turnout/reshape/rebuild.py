@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from turnout.models import LM, LMConfig
-from turnout.models.checkpoint.own import empty, fill, stored
+from turnout.models.checkpoint.own import empty, fill, refuse_adapters, stored
 
 __all__ = ["bill", "rebuild"]
 
@@ -21,6 +21,7 @@ def rebuild(lm: LM, config: LMConfig, changed: dict[str, Tensor]) -> LM:
         config: of the new model.
         changed: name -> tensor, those of banks in the order of ExpertWeights: up (E, D, H), down (E, F, D).
     """
+    refuse_adapters(lm, "turnout.reshape")
     old = stored(lm)
     new = empty(config, lm.embedding.dtype)
     trained = {name: parameter.requires_grad for name, parameter in lm.named_parameters()}

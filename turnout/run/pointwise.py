@@ -19,6 +19,8 @@ def _apply(kind: str, x: Tensor, out: Tensor) -> None:
         _aten.silu.out(x, out=out)
     elif kind in ("geglu", "gelu"):
         _aten.gelu.out(x, out=out)
+    elif kind in ("geglu_tanh", "gelu_tanh"):
+        _aten.gelu.out(x, approximate="tanh", out=out)
     else:
         torch.clamp_min(x, 0, out=out)
 
@@ -28,6 +30,8 @@ def _gradient(kind: str, grad: Tensor, x: Tensor, out: Tensor) -> None:
         _aten.silu_backward.grad_input(grad, x, grad_input=out)
     elif kind in ("geglu", "gelu"):
         _aten.gelu_backward.grad_input(grad, x, grad_input=out)
+    elif kind in ("geglu_tanh", "gelu_tanh"):
+        _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
     else:
         _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
 

@@ -21,10 +21,12 @@ Executor = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 _PLAIN = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "reglu": F.relu,
     "swiglu_oai": lambda gate: gate * torch.sigmoid(OAI_SLOPE * gate),
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 
@@ -33,12 +35,13 @@ def activate(hidden: Tensor, activation: str, *, interleaved: bool = False) -> T
     """What lies between the two products of a feed-forward expert.
 
     A gated activation takes (..., 2F), gate first and value last, and gives g(gate) * value of (..., F); a plain one
-    keeps the shape. GELU is the exact one, with the error function. "swiglu_oai" clamps gate and value first,
-    g = min(gate, 7) and v = min(max(value, -7), 7), and gives g * sigmoid(1.702 g) * (v + 1).
+    keeps the shape. GELU is the exact one, with the error function; "geglu_tanh" and "gelu_tanh" have its approximation
+    x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). "swiglu_oai" clamps gate and value first, g = min(gate, 7) and
+    v = min(max(value, -7), 7), and gives g * sigmoid(1.702 g) * (v + 1).
 
     Args:
         hidden: (..., H), the up product.
-        activation: one of "swiglu", "geglu", "reglu", "swiglu_oai", "gelu", "relu", "silu".
+        activation: one of "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai", "gelu", "gelu_tanh", "relu", "silu".
         interleaved: whether gate and value alternate, rather than being halves.
 
     Raises:
@@ -48,8 +51,8 @@ def activate(hidden: Tensor, activation: str, *, interleaved: bool = False) -> T
     >>> activate(torch.tensor([[-1.0, 2.0, 3.0, 4.0]]), "reglu")
     tensor([[0., 8.]])
 
-    Source: Shazeer, 2020, "GLU Variants Improve Transformer"; "swiglu_oai" as OpenAI, 2025, "gpt-oss-120b & gpt-oss-20b
-    Model Card", with the constants of the released code.
+    Source: Shazeer, 2020, "GLU Variants Improve Transformer"; GELU and its approximation as Hendrycks & Gimpel, 2016;
+    "swiglu_oai" as OpenAI, 2025, "gpt-oss-120b & gpt-oss-20b Model Card", with the constants of the released code.
     """
     if activation not in _PLAIN:
         raise UsageError(

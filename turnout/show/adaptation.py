@@ -94,7 +94,7 @@ def adaptation_html(data: AdaptationData) -> str:
         f'<header>{tracks(len(adapters), [0, 1])}<div class="inner"><p class="eyebrow">{escape(title)}</p>'
         f'<h1>{escape(adaptation_headline(data))}.</h1><ul class="lead">{items}</ul></div></header>'
     )
-    payload = {"colors": max(1, min(len(adapters), 64)), "charts": [], "passage": None}
+    payload = {"colors": max(1, min(len(adapters), 64)), "charts": [], "passages": []}
     return frame(title, head, adaptation_sections(data), experts=len(adapters), payload=payload)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from turnout.measure.report import quantity
@@ -52,13 +52,14 @@ class _Frame:
         return dataclasses.asdict(self)
 
 
-def line_chart(name: str, series: Sequence[Series], *, digits: int = 3) -> Drawing:
-    """Lines over training tokens, each labelled at its end; the steep start is cut off.
+def line_chart(name: str, series: Sequence[Series], *, digits: int = 3, over: str = "tokens") -> Drawing:
+    """Lines over training tokens or time, each labelled at its end; the steep start is cut off.
 
     Args:
         name: what the height is, with its unit.
         series: the lines; those without points are left out.
         digits: decimals of a value under the pointer.
+        over: what is counted from left to right: "tokens", or a unit of time.
     """
     series = [one for one in series if one.points]
     low = min(y for one in series for _, y in one.points)
@@ -68,7 +69,8 @@ def line_chart(name: str, series: Sequence[Series], *, digits: int = 3) -> Drawi
     right = 12 + 7.4 * max(len(_short(one.name)) for one in series)
     last = max(x for one in series for x, _ in one.points)
     frame = _Frame(44, 12, 560 - 44 - right, 252, (0, last or 1), (low - margin, high + margin))
-    parts = [_axes(frame), '<g clip-path="url(#clip)">'.replace("#clip", f"#{_id(name)}")]
+    box = _id(f"{name} by {over}")
+    parts = [_axes(frame, _bare if over == "tokens" else "{:g}".format), f'<g clip-path="url(#{box})">']
     for one in series:
         color = run_color(one.color)
         if one.faint:
@@ -81,11 +83,11 @@ def line_chart(name: str, series: Sequence[Series], *, digits: int = 3) -> Drawi
     for (one, (x, _)), y in zip(ends, _apart([end[1] for _, end in ends], 15), strict=True):
         parts.append(_text(x + 8, y + 4, _short(one.name), f'class="end" style="fill:{run_color(one.color)}"'))
     summary = "; ".join(f"{one.name} ends at {one.points[-1][1]:.{digits}f}" for one in series)
-    clip = f'<clipPath id="{_id(name)}"><rect x="{frame.left}" y="{frame.top - 4}" width="{frame.width + 4:.0f}" '
+    clip = f'<clipPath id="{box}"><rect x="{frame.left}" y="{frame.top - 4}" width="{frame.width + 4:.0f}" '
     clip += f'height="{frame.height + 8}"/></clipPath>'
-    svg = _svg(560, 300, f"{name} by training tokens: {summary}", f"<defs>{clip}</defs>{''.join(parts)}")
+    svg = _svg(560, 300, f"{name} by {over}: {summary}", f"<defs>{clip}</defs>{''.join(parts)}")
     lines = [{"name": one.name, "color": run_color(one.color), "points": _round(one.points)} for one in series]
-    return Drawing(svg, {"kind": "lines", "frame": frame.json(), "digits": digits, "series": lines})
+    return Drawing(svg, {"kind": "lines", "frame": frame.json(), "digits": digits, "over": over, "series": lines})
 
 
 def load_chart(name: str, steps: Sequence[float], share_PE: Sequence[Sequence[float]]) -> Drawing:
@@ -193,7 +195,7 @@ def _ratio(share: float, whole: float) -> float:
     return math.log2(max(share / whole, 1 / 64))
 
 
-def _axes(frame: _Frame) -> str:
+def _axes(frame: _Frame, shown: Callable[[float], str]) -> str:
     parts = []
     for value in _nice(*frame.y, 5):
         y = frame.place((0, value))[1]
@@ -201,7 +203,7 @@ def _axes(frame: _Frame) -> str:
         parts.append(_text(frame.left - 8, y + 4, f"{value:g}", 'class="tick" text-anchor="end"'))
     for value in _nice(*frame.x, 5):
         x = frame.place((value, 0))[0]
-        text = _text(x, frame.top + frame.height + 20, _bare(value), 'class="tick" text-anchor="middle"')
+        text = _text(x, frame.top + frame.height + 20, shown(value), 'class="tick" text-anchor="middle"')
         parts.append(text)
     return "".join(parts)
 
@@ -256,4 +258,4 @@ def _id(name: str) -> str:
 
 
 def _round(points: Sequence[Point]) -> list[list[float]]:
-    return [[round(x, 2), round(y, 5)] for x, y in points]
+    return [[round(x, 3), round(y, 5)] for x, y in points]

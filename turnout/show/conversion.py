@@ -15,6 +15,7 @@ from turnout.show.bars import expert_cells, gap_bars, pair_bars, share_bars
 from turnout.show.charts import tracks
 from turnout.show.conversion_record import check_record
 from turnout.show.page import dot, flat, fold, frame, missing, table
+from turnout.show.stock import stock_loads, stock_section
 
 __all__ = ["ConversionData", "conversion_html"]
 
@@ -109,7 +110,7 @@ def conversion_html(data: ConversionData) -> str:
         f'<header>{tracks(experts, [0, 1])}<div class="inner"><p class="eyebrow">{escape(title)}</p>'
         f'<h1>{escape(conversion_headline(data))}.</h1><ul class="lead">{_facts(data)}</ul></div></header>'
     )
-    payload = {"colors": max(1, min(experts, 64)), "charts": [], "passage": None}
+    payload = {"colors": max(1, min(experts, 64)), "charts": [], "passages": []}
     return frame(title, head, conversion_sections(data), experts=experts, payload=payload)
 
 
@@ -120,14 +121,25 @@ def most_experts(data: ConversionData) -> int:
 
 def conversion_sections(data: ConversionData) -> list[str]:
     """What the page shows under its heading."""
-    return [_sizes(data), _certificate(data), _steps(data), _load(data), _setup(data)]
+    asked = stock_section(data.record.get("stock"))
+    return [_sizes(data), _certificate(data), asked, _steps(data), _load(data), _setup(data)]
 
 
 def conversion_headline(data: ConversionData) -> str:
-    """The key result in one sentence."""
+    """The key result in one sentence, and whether transformers loads it."""
+    return "; ".join(part for part in (_result(data), stock_loads(data.record.get("stock"))) if part)
+
+
+def conversion_size(data: ConversionData) -> str:
+    """How many parameters are left, or came about, against the input."""
     ratio = data.rows[-1]["params"] / max(1, data.rows[0]["params"])
-    size = f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"
-    size = f"{100 * (1 - ratio):.0f} % fewer parameters" if ratio < 0.995 else size
+    if ratio < 0.995:
+        return f"{100 * (1 - ratio):.0f} % fewer parameters"
+    return f"{ratio:.3g} times the parameters" if ratio > 1.005 else "as many parameters"
+
+
+def _result(data: ConversionData) -> str:
+    size = conversion_size(data)
     verdict = data.certificate.verdict if data.certificate else ""
     if verdict == "bit-equal":
         return f"{data.name} computes what {data.source} does, to the bit, with {size}"
@@ -139,6 +151,12 @@ def conversion_headline(data: ConversionData) -> str:
         before, after = (data.held_out[when]["bits_per_byte"] for when in ("before", "after"))
         return f"{data.name} has {size}, and needs {after:.3f} bits per byte where {data.source} needs {before:.3f}"
     return f"{data.name} has {size}, and computes something else than {data.source}"
+
+
+def flops_label(data: ConversionData) -> str:
+    """The name of that number; a record of before this does not say how much context it is for."""
+    seq = data.record.get("seq")
+    return f"FLOPs a token, {seq} of context" if seq else "FLOPs a token"
 
 
 def _facts(data: ConversionData) -> str:
@@ -155,7 +173,7 @@ def _sizes(data: ConversionData) -> str:
         ("parameters", "params", ""),
         ("active parameters", "params_active", ""),
         ("memory of weights", "memory_bytes", "B"),
-        ("FLOPs a token", "flops", ""),
+        (flops_label(data), "flops", ""),
     ]
     first, last = data.rows[0], data.rows[-1]
     bars = [

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turnout.reading import Refuse, check_fields
+from turnout.show.stock import check_stock
 
 __all__ = ["check_record"]
 
@@ -14,6 +15,8 @@ _RECORD: dict[str, Any] = {
     "held_out": dict | None,
     "hardware": dict | None,
     "command": str | None,
+    "stock": dict | None,
+    "seq": int | None,
 }
 _ROW: dict[str, Any] = {"name": str, "config": dict, "params": int, "params_active": int, "memory_bytes": int}
 _ROW["flops"] = float
@@ -53,6 +56,8 @@ def check_record(record: Mapping[str, Any], refuse: Refuse) -> None:
         check_fields(step, {"step": str, "report": dict}, refuse)
         check_fields(step["report"], _REPORT, refuse)
         _check_values(step["report"]["values"], refuse)
+    if record.get("stock"):
+        check_stock(record["stock"], refuse)
     if held := record.get("held_out"):
         check_fields(held, {"bytes": int, "before": dict, "after": dict}, refuse)
         for when in ("before", "after"):

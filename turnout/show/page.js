@@ -43,14 +43,17 @@
     lines(chart, x, y, marks) {
       const { frame } = chart;
       const wanted = frame.x[0] + ((x - frame.left) / frame.width) * (frame.x[1] - frame.x[0]);
-      const longest = chart.series.reduce((a, b) => (b.points.length > a.points.length ? b : a));
+      const end = ({ points }) => points[points.length - 1][0];
+      const longest = chart.series.reduce((a, b) => (end(b) > end(a) ? b : a));
       const at = nearest(longest.points, wanted)[0];
       const left = frame.left + ((at - frame.x[0]) / (frame.x[1] - frame.x[0])) * frame.width;
       const cross = document.createElementNS(SVG, "path");
       cross.setAttribute("class", "cross");
       cross.setAttribute("d", `M${left} ${frame.top}V${frame.top + frame.height}`);
       marks.append(cross);
-      const rows = chart.series.map((series) => {
+      // A run that had ended by then says nothing there.
+      const going = chart.series.filter((series) => at <= end(series) * 1.01);
+      const rows = going.map((series) => {
         const point = nearest(series.points, at);
         const up = (point[1] - frame.y[0]) / (frame.y[1] - frame.y[0]);
         if (up <= 1) {
@@ -65,7 +68,8 @@
         mark.style.setProperty("--c", series.color);
         return make("div", {}, mark, series.name + " ", make("b", {}, point[1].toFixed(chart.digits)));
       });
-      return [make("div", { class: "small" }, short(at) + " tokens"), ...rows];
+      const where = chart.over === "tokens" ? short(at) : at.toFixed(2);
+      return [make("div", { class: "small" }, `${where} ${chart.over}`), ...rows];
     },
     load(chart, x, y) {
       const { frame } = chart;
@@ -109,10 +113,10 @@
     svg.addEventListener("pointerleave", leave);
   });
 
-  const passage = data.passage;
   const holder = document.querySelector(".passage");
-  if (!passage || !holder) return;
-  const tokens = [...holder.querySelectorAll(".t")];
+  if (!data.passages.length || !holder) return;
+  let passage = data.passages[0];
+  let tokens = [...holder.querySelectorAll(".t")];
   let layer = 0, focus = null, current = -1;
 
   function paint() {
@@ -166,6 +170,22 @@
     const box = tokens[index].getBoundingClientRect();
     point(index, box.left, box.bottom);
   });
+  // The first passage is in the page; another one takes its place when it is chosen.
+  function turn(index) {
+    passage = data.passages[index];
+    current = -1;
+    tokens = passage.tokens.map((text) => make("span", { class: "t" }, text));
+    holder.replaceChildren(...tokens);
+    holder.scrollTop = 0;
+    document.getElementById("origin").textContent = passage.title;
+    document.getElementById("count").textContent = `${tokens.length} tokens`;
+    const seen = {};
+    for (const [expert] of passage.routes.flat(2)) seen[expert] = (seen[expert] || 0) + 1;
+    document.querySelectorAll("[data-expert]").forEach((chip) => {
+      const expert = Number(chip.dataset.expert);
+      chip.title = `expert ${expert}: ${seen[expert] || 0} entries in this passage`;
+    });
+  }
   function choose(name, pick) {
     const buttons = [...document.querySelectorAll(`[data-${name}]`)];
     buttons.forEach((button) => button.addEventListener("click", () => {
@@ -176,6 +196,7 @@
       paint();
     }));
   }
+  choose("passage", turn);
   choose("layer", (value) => { layer = value; });
   choose("expert", (value) => { focus = value; });
   const select = document.getElementById("layer");

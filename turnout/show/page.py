@@ -10,7 +10,7 @@ from importlib import resources
 from turnout import __version__
 from turnout.show import palette
 
-__all__ = ["dot", "flat", "fold", "frame", "missing", "table"]
+__all__ = ["card", "dot", "flat", "fold", "frame", "missing", "section", "table"]
 
 
 def frame(title: str, head: str, sections: Sequence[str], *, experts: int, payload: object) -> str:
@@ -54,6 +54,19 @@ def frame(title: str, head: str, sections: Sequence[str], *, experts: int, paylo
 def fold(title: str, inside: str, *, opened: bool = False) -> str:
     """A part that opens when its title is chosen."""
     return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inside}</details>"
+
+
+def section(title: str, about: str, groups: Sequence[str], nothing: str) -> str:
+    """A section of its groups, which are html; ``nothing`` says why where there are none."""
+    if not groups:
+        return f"<section><h2>{escape(title)}</h2>{missing(nothing)}</section>"
+    return f'<section><h2>{escape(title)}</h2><p class="about">{escape(about)}</p>{"".join(groups)}</section>'
+
+
+def card(title: str, note: str, inside: str) -> str:
+    """A box with a title and a word beside it; ``inside`` is html."""
+    caption = f'<div class="caption"><h3>{escape(title)}</h3><span>{escape(note)}</span></div>'
+    return f'<div class="card">{caption}{inside}</div>'
 
 
 def missing(text: str) -> str:

@@ -1,42 +1,52 @@
-"""The panels of the page that hold drawings: curves, expert load, domain maps, and the passage."""
+"""The panels of the page that hold drawings: curves, expert load and domain maps."""
 
-import collections
-import dataclasses
 from collections.abc import Sequence
 from html import escape
 
-from turnout.measure.runs import Passage, RunData, number
+from turnout.measure.ranking import one_machine
+from turnout.measure.runs import RunData, number
 from turnout.show.charts import Drawing, Series, domain_map, line_chart, load_chart
-from turnout.show.palette import expert_color
+from turnout.show.page import card, missing, section
 
-__all__ = ["curves", "domains", "excerpt", "loads", "passage"]
+__all__ = ["curves", "domains", "loads", "spread_evenly"]
 
-# What keeps the page small whatever the model: the layers drawn, the numbers in all bands, the cells of all maps, the
-# tokens of the passage, and the entries of its routes.
-_LAYERS, _BAND_POINTS, _CELLS, _TOKENS, _ROUTES = 24, 16_000, 4_000, 1_500, 24_000
+# What keeps the page small whatever the model: the layers drawn, the numbers in all bands, the cells of all maps.
+_LAYERS, _BAND_POINTS, _CELLS = 24, 16_000, 4_000
+_UNITS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 
 def curves(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
-    """Training loss and held-out bits per byte of all runs, by training tokens."""
-    loss = [_series(run, n, "train", "loss", smooth=True) for n, run in enumerate(runs)]
-    held = [_series(run, n, "eval", "bits_per_byte", smooth=False) for n, run in enumerate(runs)]
+    """Held-out bits per byte and training loss of all runs, by training tokens and by time."""
+    timed = [run for run in runs if run.seconds]
+    unit = _unit(max((run.seconds or 0.0 for run in runs), default=0.0))
     panels = []
-    for title, unit, series, digits in (
-        ("Held-out text", "bits per byte", held, 3),
-        ("Training loss", "nats a token, smoothed", loss, 3),
+    for title, kind, key, note in (
+        ("Held-out text", "eval", "bits_per_byte", "bits per byte"),
+        ("Training loss", "train", "loss", "nats a token, smoothed"),
     ):
-        known = [one for one in series if one.points]
-        if not known:
-            inside = _missing(f"No {title.lower()} was logged.")
-        else:
-            inside = _chart(line_chart(title, known, digits=digits), drawings)
-        absent = [one.name for one in series if not one.points] if known else []
-        note = f'<p class="small">Not logged by {escape(", ".join(absent))}.</p>' if absent else ""
-        panels.append(_card(title, unit, inside + note))
-    return (
-        '<section><h2>Learning</h2><p class="about">By training tokens seen. Point at a curve for its values.</p>'
-        f'<div class="two">{"".join(panels)}</div></section>'
-    )
+        for axis, over in (("tokens", "tokens"), ("seconds", unit))[: 2 if timed else 1]:
+            scale = 1.0 if axis == "tokens" else 1 / _UNITS[unit]
+            lines = [_series(run, n, kind, (axis, key), scale, smooth=kind == "train") for n, run in enumerate(runs)]
+            known = [one for one in lines if one.points]
+            if known:
+                inside = _chart(line_chart(f"{title}, {note}", known, over=over), drawings)
+            else:
+                inside = missing(f"No {title.lower()} was logged.")
+            absent = [one.name for one in lines if not one.points] if known else []
+            inside += f'<p class="small">Not logged by {escape(", ".join(absent))}.</p>' if absent else ""
+            panels.append(card(f"{title} by {over}", note, inside))
+    about = "By training tokens seen" + ("." if timed else "; no time was logged.")
+    if timed:
+        about = "By training tokens seen, and by the time taken: with evaluations and checkpoints, without pauses."
+    if len(timed) > 1 and not one_machine(timed):
+        about += " The runs are of different machines or numbers of threads: their times do not compare."
+    inside = f'<div class="two">{"".join(panels)}</div>'
+    return section("Learning", f"{about} Point at a curve for its values.", [inside], "")
+
+
+def _unit(longest: float) -> str:
+    """The unit in which a time of so many seconds is read."""
+    return "seconds" if longest < 120 else "minutes" if longest < 7200 else "hours"
 
 
 def loads(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
@@ -47,9 +57,9 @@ def loads(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
         if not history:
             continue
         layers = len(history[0][1])
-        shown = _spread(layers, max(2, min(_LAYERS, 1600 // several // run.num_experts)))
+        shown = spread_evenly(layers, max(2, min(_LAYERS, 1600 // several // run.num_experts)))
         bands = sum(len(history[0][1][layer]) for layer in shown)
-        points = _spread(len(history), max(4, _BAND_POINTS // several // bands))
+        points = spread_evenly(len(history), max(4, _BAND_POINTS // several // bands))
         steps = [history[p][0] for p in points]
         panels = []
         for layer in shown:
@@ -57,14 +67,14 @@ def loads(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
             even = 1 / len(share_PE[0])
             violation = max(share_PE[-1]) / even - 1
             drawing = load_chart(f"layer {layer}", steps, share_PE)
-            panels.append(_card(f"layer {layer}", f"MaxVio {violation:.2f}", _chart(drawing, drawings)))
+            panels.append(card(f"layer {layer}", f"MaxVio {violation:.2f}", _chart(drawing, drawings)))
         groups.append(_group(run, runs, f'<div class="many">{"".join(panels)}</div>', layers, shown))
     about = (
         "The share of held-out tokens that each expert of a layer receives, from the first evaluation to the last. "
         "The dotted lines are where the borders lie when all experts have the even share."
     )
     nothing = "No run logged the load of experts: they are dense, or have not been evaluated yet."
-    return _section("Expert load over time", about, groups, nothing)
+    return section("Expert load over time", about, groups, nothing)
 
 
 def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
@@ -76,12 +86,12 @@ def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
         if not run.load or len(by_domain) < 2:
             continue
         layers = len(run.load)
-        shown = _spread(layers, max(1, min(_LAYERS, _CELLS // several // (len(by_domain) * run.num_experts))))
+        shown = spread_evenly(layers, max(1, min(_LAYERS, _CELLS // several // (len(by_domain) * run.num_experts))))
         panels = []
         for layer in shown:
             rows = [(name, load[layer]) for name, load in by_domain.items()]
             drawing = domain_map(f"layer {layer}", run.load[layer], rows)
-            panels.append(_card(f"layer {layer}", "", _chart(drawing, drawings)))
+            panels.append(card(f"layer {layer}", "", _chart(drawing, drawings)))
         groups.append(_group(run, runs, f'<div class="two">{"".join(panels)}</div>', layers, shown))
     about = (
         "Which experts a domain uses more, or less, than text in general. Experts stand in the order of the domain "
@@ -92,88 +102,18 @@ def domains(runs: Sequence[RunData], drawings: list[Drawing]) -> str:
         "No load by domain to compare: the runs are dense, their text is of one domain, or no trace was recorded at "
         "their end."
     )
-    return _section("Who reads what", about, [legend, *groups] if groups else [], nothing)
+    return section("Who reads what", about, [legend, *groups] if groups else [], nothing)
 
 
-def excerpt(routed: Passage) -> Passage:
-    """The beginning of a passage, and an even choice of its layers, that a page has room for."""
-    entries = max(1, sum(len(token) for layer in routed.routes for token in layer))
-    each = max(1.0, entries / max(1, len(routed.routes) * len(routed.tokens)))
-    count = min(len(routed.tokens), _TOKENS, max(1, int(_ROUTES / each / min(len(routed.routes) or 1, 4))))
-    shown = _spread(len(routed.routes), max(1, int(_ROUTES / each / max(count, 1))))
-    return dataclasses.replace(
-        routed,
-        tokens=tuple(routed.tokens[:count]),
-        routes=tuple(tuple(routed.routes[layer][:count]) for layer in shown),
-        layers=tuple(routed.layers[layer] for layer in shown),
-    )
-
-
-def passage(routed: Passage | None, runs: Sequence[RunData]) -> str:
-    """A held-out passage, each token on the colour of its first expert and underlined with its second."""
-    title = "A passage, token by token"
-    if routed is None or not routed.tokens or not routed.routes:
-        dense = bool(runs) and not any(run.num_experts for run in runs)
-        reason = "a dense model sends every token the same way" if dense else "none was recorded with its routes"
-        return _section(title, "", [], f"No passage to show: {reason}.")
-    whole, routed = routed, excerpt(routed)
-    count = len(routed.tokens)
-    words = "".join(map(_token, routed.tokens, routed.routes[0]))
-    seen = collections.Counter(e for layer in routed.routes for token in layer for e, _, _ in token)
-    chips = "".join(
-        f'<button class="chip" data-expert="{e}" aria-pressed="false" style="--c:{expert_color(e)}" '
-        f'title="expert {e}: {seen[e]} entries in this passage"><i></i>{e}</button>'
-        for e in range(routed.num_experts)
-    )
-    origin = " · ".join(part for part in (routed.domain, routed.source) if part)
-    about = (
-        "Held-out text. The background is the expert with the largest weight, stronger the larger it is; the underline "
-        "is the second one. Point at a token (or use the arrow keys) for its whole path, choose an expert to see only "
-        "its tokens."
-    )
-    cuts = [f"the first {count} of {len(whole.tokens)} tokens"] if count < len(whole.tokens) else []
-    layers = len(routed.layers), len(whole.layers)
-    cuts += [f"{layers[0]} of {layers[1]} layers"] if layers[0] < layers[1] else []
-    cut = f'<p class="small">This is {" and ".join(cuts)}.</p>' if cuts else ""
-    inside = (
-        f'<div class="card"><div class="caption"><h3>{escape(origin) or "held-out passage"}</h3>'
-        f"<span>{count} tokens</span></div>"
-        f'<div class="controls">{_layer_choice(routed.layers)}'
-        f'<button id="numbers" aria-pressed="false">show numbers</button></div>'
-        f'<div class="controls"><div class="choice">{chips}</div></div>'
-        f'<div class="passage" tabindex="0" aria-label="passage">{words}</div>{cut}</div>'
-    )
-    return _section(title, about, [inside], "")
-
-
-def _layer_choice(layers: Sequence[str]) -> str:
-    if len(layers) > 12:
-        options = "".join(f'<option value="{n}">layer {escape(name)}</option>' for n, name in enumerate(layers))
-        return f'<select id="layer" aria-label="layer">{options}</select>'
-    buttons = "".join(
-        f'<button data-layer="{n}" aria-pressed="{"true" if n == 0 else "false"}">layer {escape(name)}</button>'
-        for n, name in enumerate(layers)
-    )
-    return f'<div class="choice">{buttons}</div>'
-
-
-def _token(text: str, route: Sequence[tuple[int, float, float | None]]) -> str:
-    style = []
-    if route:
-        weight = max(0.0, min(1.0, route[0][1]))
-        style = [f"--a:{expert_color(route[0][0])}", f"--w:{18 + 46 * weight:.0f}%"]
-    if len(route) > 1:
-        style.append(f"--b:{expert_color(route[1][0])}")
-    return f'<span class="t" style="{";".join(style)}">{escape(text)}</span>'
-
-
-def _series(run: RunData, color: int, kind: str, key: str, *, smooth: bool) -> Series:
+def _series(run: RunData, color: int, kind: str, keys: tuple[str, str], scale: float, *, smooth: bool) -> Series:
+    """The values of a run by tokens or by seconds, the latter times ``scale``."""
     points = []
     for line in run.lines(kind):
-        x, y = number(line.get("tokens", line.get("step"))), number(line.get(key))
+        x = number(line.get(keys[0], line.get("step") if keys[0] == "tokens" else None))
+        y = number(line.get(keys[1]))
         if x is not None and y is not None:
-            points.append((x, y))
-    points = [points[n] for n in _spread(len(points), 2000)]
+            points.append((scale * x, y))
+    points = [points[n] for n in spread_evenly(len(points), 2000)]
     if not smooth or len(points) < 8:
         return Series(run.name, color, points)
     # An exponential mean over a thirtieth of the run, and over less at its start, where the loss falls fast.
@@ -182,7 +122,7 @@ def _series(run: RunData, color: int, kind: str, key: str, *, smooth: bool) -> S
         keep = 1 - 1 / (1 + min(len(points) / 30, n / 8))
         total, weight = keep * total + y, keep * weight + 1
         smoothed.append((x, total / weight))
-    thin = _spread(len(points), 400)
+    thin = spread_evenly(len(points), 400)
     return Series(run.name, color, [smoothed[n] for n in thin], [points[n] for n in thin])
 
 
@@ -197,7 +137,7 @@ def _history(run: RunData) -> list[tuple[float, Sequence[Sequence[float]]]]:
     return [one for one, shape in zip(found, shapes, strict=True) if shape == shapes[-1] and all(shape)]
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread_evenly(count: int, most: int) -> list[int]:
     """At most ``most`` of ``range(count)``, evenly spread, with the first and the last."""
     if count <= most:
         return list(range(count))
@@ -213,21 +153,6 @@ def _group(run: RunData, runs: Sequence[RunData], inside: str, layers: int, show
     return name + inside + part
 
 
-def _section(title: str, about: str, groups: Sequence[str], nothing: str) -> str:
-    if not groups:
-        return f"<section><h2>{escape(title)}</h2>{_missing(nothing)}</section>"
-    return f'<section><h2>{escape(title)}</h2><p class="about">{escape(about)}</p>{"".join(groups)}</section>'
-
-
-def _card(title: str, note: str, inside: str) -> str:
-    caption = f'<div class="caption"><h3>{escape(title)}</h3><span>{escape(note)}</span></div>'
-    return f'<div class="card">{caption}{inside}</div>'
-
-
 def _chart(drawing: Drawing, drawings: list[Drawing]) -> str:
     drawings.append(drawing)
     return f'<div data-chart="{len(drawings) - 1}">{drawing.svg}</div>'
-
-
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from html import escape
 
 from turnout.expects import expects
-from turnout.measure.ranking import Standing, standings, unranked
-from turnout.measure.report import quantity, result_lines
-from turnout.measure.runs import Passage, ReportData, RunData, number
+from turnout.measure.passage import Passage
+from turnout.measure.ranking import unranked
+from turnout.measure.report import duration, quantity, result_lines
+from turnout.measure.runs import ReportData, RunData
 from turnout.show import palette
-from turnout.show.beside import Other, beside, colours, title_of
+from turnout.show.beside import Other, beside, beside_headline, colours, title_of
 from turnout.show.charts import Drawing, tracks
+from turnout.show.headline import at_equal_time, headline
 from turnout.show.page import dot, flat, fold, frame, missing, table
-from turnout.show.panels import curves, domains, excerpt, loads, passage
+from turnout.show.panels import curves, domains, loads
+from turnout.show.passages import excerpts, passages
+from turnout.show.passages import payload as routes
 
 __all__ = ["report_html"]
 
@@ -37,14 +41,14 @@ def report_html(data: ReportData, *, others: Sequence[Other] = ()) -> str:
     Source: none; the drawings are our own.
     """
     drawings: list[Drawing] = []
-    routed = data.passage or next((run.passage for run in data.runs if run.passage), None)
-    experts = max([run.num_experts for run in data.runs] + [routed.num_experts if routed else 0])
+    routed = data.passages or next((run.passages for run in data.runs if run.passages), ())
+    experts = max([run.num_experts for run in data.runs] + [one.num_experts for one in routed], default=0)
     own = [
         lambda: _results(data.runs),
         lambda: curves(data.runs, drawings),
         lambda: loads(data.runs, drawings),
         lambda: domains(data.runs, drawings),
-        lambda: passage(routed, data.runs),
+        lambda: passages(routed, data.runs),
         lambda: _setup(data),
     ]
     sections = [section() for section in own] if data.runs or not others else []
@@ -52,70 +56,36 @@ def report_html(data: ReportData, *, others: Sequence[Other] = ()) -> str:
         sections += beside(others)
         experts = max(experts, *(colours(one) for one in others))
     charts = [drawing.data for drawing in drawings]
-    payload = {"colors": min(max(experts, 1), palette.EXPERTS), "charts": charts, "passage": _routes(routed)}
+    payload = {"colors": min(max(experts, 1), palette.EXPERTS), "charts": charts, "passages": routes(excerpts(routed))}
     head = _head(data, tracks(experts, _taken(routed)), others)
     return frame(data.title, head, sections, experts=experts, payload=payload)
 
 
-def _routes(routed: Passage | None) -> dict[str, object] | None:
-    if routed is None:
-        return None
-    shown = excerpt(routed)
-    routes = [
-        [[(e, round(w, 3), None if s is None else round(s, 3)) for e, w, s in token] for token in layer]
-        for layer in shown.routes
-    ]
-    return {"tokens": shown.tokens, "routes": routes, "layers": shown.layers}
-
-
-def _taken(routed: Passage | None) -> list[int]:
-    """The experts of the passage's first token: the tracks that the heading shows as taken."""
-    if routed is None or not routed.routes or not routed.tokens:
+def _taken(routed: Sequence[Passage]) -> list[int]:
+    """The experts of the first passage's first token: the tracks that the heading shows as taken."""
+    if not routed or not routed[0].routes or not routed[0].tokens:
         return [1]
-    return [expert for expert, _, _ in routed.routes[0][0]]
-
-
-def headline(runs: Sequence[RunData]) -> str:
-    """The key result in one sentence: a winner only among runs measured on the same text, with what it stands on."""
-    known = standings(runs)
-    why = unranked(runs)
-    if why:
-        shown = ", ".join(f"{one.name} {one.mean:.3f}" for one in known[:4])
-        return f"Not ranked: {why}. Bits per byte, each on its own text: {shown}"
-    if len(known) > 1:
-        best, other = known[0], known[1]
-        if f"{best.mean:.3f}" == f"{other.mean:.3f}":
-            return f"{best.name} and {other.name} both need {best.mean:.3f} bits per byte on held-out text"
-        seeds = "one seed each" if len(best.bits) == len(other.bits) == 1 else f"{other.name}: {_seeds(other)}"
-        share = f"{100 * (1 - best.mean / other.mean):.1f} % less than {other.name}"
-        apart = "" if other.mean - best.mean > best.spread + other.spread else ", which is within the spread of seeds"
-        return f"{best.name} needs {best} on held-out text, {share} ({seeds}){apart}"
-    if known:
-        return f"{known[0].name} needs {known[0]} on held-out text"
-    for run in runs:
-        losses = [loss for line in run.lines("train") if (loss := number(line.get("loss"))) is not None]
-        if losses:
-            return f"{run.name} has come to step {run.step:,}, at a loss of {losses[-1]:.3f} nats a token"
-    return "Nothing has been measured yet"
-
-
-def _seeds(one: Standing) -> str:
-    return "one seed" if len(one.bits) == 1 else f"± {one.spread:.3f} over {len(one.bits)} seeds"
+    return [expert for expert, _, _ in routed[0].routes[0][0]]
 
 
 def _head(data: ReportData, ornament: str, others: Sequence[Other]) -> str:
     facts, said = [], [headline(data.runs)] if data.runs or not others else []
     if others:
         count = f"{len(others)} model{'s' if len(others) > 1 else ''} made of others"
-        said.append(count if not data.runs else f"beside {'it' if len(data.runs) == 1 else 'them'} {count}")
+        beside_runs = f"beside {'it' if len(data.runs) == 1 else 'them'} {count}"
+        said.append(beside_runs if data.runs else beside_headline(others))
     for n, run in enumerate(data.runs):
         parts = [f"{run.bits_per_byte:.3f} bits per byte"] if run.bits_per_byte is not None else []
         parts += [f"{quantity(run.cost.flops)} FLOPs a token"] if run.cost.flops else []
         parts += [f"{quantity(run.cost.params)} parameters"] if run.cost.params else []
         parts += [f"{quantity(run.tokens)} training tokens"] if run.tokens else []
+        parts += [f"trained in {duration(run.seconds)}"] if run.seconds else []
+        parts += [f"{quantity(run.peak_memory_bytes)}B at its peak"] if run.peak_memory_bytes else []
         facts += [f"<li>{dot(n)}<b>{escape(run.name)}</b> {escape(' · '.join(parts))}</li>"] if parts else []
     facts += [f"<li>{dot(n)}<b>{escape(title_of(one))}</b></li>" for n, one in enumerate(others, len(data.runs))]
     lead = f'<ul class="lead">{"".join(facts)}</ul>' if facts else ""
+    also = at_equal_time(data.runs)
+    lead = (f'<p class="also">{escape(also)}</p>' if also else "") + lead
     return (
         f'<header>{ornament}<div class="inner"><p class="eyebrow">{escape(data.title)}</p>'
         f"<h1>{escape('; '.join(said))}.</h1>{lead}</div></header>"
@@ -146,7 +116,8 @@ def _results(runs: Sequence[RunData]) -> str:
     return (
         f"<section><h2>Results</h2>"
         f'<p class="about">Lower bits per byte are better. {_dots(runs)} MaxVio is how far the '
-        f"busiest expert is above the even share (0 is even); entropy is 1 when the load is even.</p>{stopped}"
+        f"busiest expert is above the even share (0 is even); entropy is 1 when the load is even. Training time has "
+        f"evaluations and checkpoints in it; peak memory is the accelerator's, or the whole process's.</p>{stopped}"
         f'<div class="card scroll"><table><thead><tr><th></th>{names}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

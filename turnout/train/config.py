@@ -11,6 +11,8 @@ from turnout.types.device import check_name
 
 __all__ = ["TrainConfig", "TrainResult"]
 
+_ONLY = ("all", "router", "adapters")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -26,13 +28,18 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         schedule: "cosine", or "wsd" (warm-up, stable, decay).
         decay: with "wsd", the share of the steps that decays.
-        weight_decay: decoupled; for matrices only.
+        weight_decay: decoupled; for matrices only, never for norms and biases.
+        decay_embeddings: whether the table of embeddings decays too, as other matrices do.
         clip: the largest gradient norm; None leaves gradients alone.
         betas: of AdamW.
         dtype: "bf16" computes in bfloat16 under autocast; weights and optimizer stay in fp32. "auto" is bf16 on a CUDA
             device that computes in it, else fp32.
         aux_weight: weight of the load-balance loss, averaged over the routed layers; 0 only reports it.
         z_weight: weight of the router z-loss, averaged over the routed layers; 0 only reports it.
+        only: what is trained: "all", the "router" of each routed layer, or "adapters"; the rest is frozen.
+        rank: with only="adapters", that of each adapter; else None.
+        alpha: with only="adapters", what they add is scaled by alpha / rank; None for 2 · rank.
+        eval_first: also evaluate before the first step: what a model that exists already can do.
         eval_every: steps between evaluations; there is always one at the end.
         eval_tokens: about how many held-out tokens an evaluation predicts; None takes all.
         checkpoint_every: steps between checkpoints; there is always one at the end.
@@ -62,11 +69,16 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay: float = 0.2
     weight_decay: float = 0.1
+    decay_embeddings: bool = True
     clip: float | None = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     aux_weight: float = 0.01
     z_weight: float = 0.001
+    only: Literal["all", "router", "adapters"] = "all"
+    rank: int | None = None
+    alpha: float | None = None
+    eval_first: bool = False
     eval_every: int = 100
     eval_tokens: int | None = None
     checkpoint_every: int = 100
@@ -81,6 +93,8 @@ class TrainConfig:
         check_name(self.device, "TrainConfig")
         if self.dtype not in ("auto", "fp32", "bf16"):
             raise nearest(self.dtype, ("auto", "fp32", "bf16"), kind="dtype", where="TrainConfig")
+        if self.only not in _ONLY:
+            raise nearest(self.only, _ONLY, kind="value of only", where="TrainConfig")
         counts = (
             "steps",
             "batch",
@@ -106,6 +120,12 @@ class TrainConfig:
         self._check("betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)", (0.9, 0.95))
         self._check("eval_tokens", self.eval_tokens is None or self.eval_tokens >= 1, "be 1 or more, or None", None)
         self._check("seed", 0 <= self.seed < 2**63, "be in [0, 2^63)", 0)
+        adapted, rank = self.only == "adapters", self.rank
+        fits = (rank is not None and rank >= 1) if adapted else rank is None
+        allowed = "be 1 or more where only='adapters'" if adapted else "be None unless only='adapters'"
+        self._check("rank", fits, allowed, 8 if adapted else None)
+        fits = self.alpha is None or (adapted and 0 < self.alpha < math.inf)
+        self._check("alpha", fits, "be None, or with only='adapters' above 0 and finite", None)
         for name in ("weight_decay", "aux_weight", "z_weight"):
             self._check(name, getattr(self, name) >= 0, "be 0 or more", 0.0)
 
@@ -138,7 +158,8 @@ class TrainResult:
         evaluations: the eval lines of metrics.jsonl, earliest first, those before a resume included.
         tokens_per_s: of training alone, in this process; 0 when there was nothing left to do.
         seconds: training, evaluations and checkpoints, over all the processes that worked on the run.
-        peak_memory_bytes: of the accelerator where the model is on one, else of this process.
+        peak_memory_bytes: of the accelerator where the model is on one, else of the process; the most of all those that
+            worked on the run, 0 where the system does not say.
 
     >>> TrainResult(1, 7.0, ({"bits_per_byte": 3.5},), 1e3, 2.0, 1).evaluations[-1]["bits_per_byte"]
     3.5

@@ -23,7 +23,7 @@ __all__ = ["locked", "read_run_json", "refuse_foreign", "refuse_missing_run", "r
 
 _TRACES = ("run.json", "metrics.jsonl", "checkpoints")
 # What a finished run writes over, and what says that a folder is a model, adapters or a conversion of somebody's.
-_WRITTEN = ("model", "trace", "result.json", "report.html")
+_WRITTEN = ("model", "trace", "result.json", "routes.json", "report.html")
 _MARKS = ("config.json", "adapter_config.json", "adapters.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -68,11 +68,16 @@ def locked(out: Path, *, doing: str = "training", where: str = "turnout.train") 
 
 
 def refuse_missing_run(out: Path, wanted: str | None) -> None:
-    """Stops a resume in a folder that holds no run.
+    """Stops a resume in a folder that holds no run, or a model that was made of one: it would begin at random.
 
     Raises:
         UsageError: there is nothing to go on with.
     """
+    if wanted is not None and "conversion" in read_run_json(out) and not (out / "checkpoints").exists():
+        got, place = f"{out}, a converted model, which no run has trained", shlex.quote(str(out))
+        fix = f"train it on in a folder of its own: turnout train --from {place} --out NEW"
+        allowed = "name a folder that holds a run"
+        raise UsageError(word("resume", got=got, allowed=allowed, where="turnout.train", fix=fix))
     if wanted is not None and not any((out / name).exists() for name in _TRACES):
         raise UsageError(
             word(

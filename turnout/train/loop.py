@@ -23,13 +23,14 @@ from turnout.errors import Interrupted, StorageError, TrainingError, UsageError,
 from turnout.expects import PATH, expects
 from turnout.fields import plain
 from turnout.measure import bits_per_byte, max_vio
-from turnout.measure.memory import forget_peak, peak_bytes
+from turnout.measure.memory import peak_memory
 from turnout.storage import write_whole
 from turnout.train import state as checkpoints
 from turnout.train.allocator import keep_freed_memory
 from turnout.train.config import TrainConfig, TrainResult
 from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
+from turnout.train.frozen import training
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.place import crossing, settle
 from turnout.train.progress import Progress, progress_for
@@ -42,7 +43,7 @@ from turnout.wrappers import unwrapped
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
 # A resumed run may change everything but these: they decide which tokens a step sees and what it draws.
-_FIXED = ("batch", "seq", "accumulate", "seed")
+_FIXED = ("batch", "seq", "accumulate", "seed", "only", "rank", "alpha")
 # These do not touch the weights, so changing them is nobody's business.
 _FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
 # What becomes of these is told by itself.
@@ -121,6 +122,7 @@ class _Run:
         self.evaluations: list[Mapping[str, Any]] = []
         self.loss = float("nan")
         self.before_s = 0.0  # seconds that earlier processes worked on this run
+        self.before_bytes = 0  # the most memory that one of them took
         self.train_s, self.trained = 0.0, 0  # seconds and steps of training alone, in this process
 
     def whole(self, wanted: str | None, run_json: dict[str, Any], *, tensorboard: bool) -> TrainResult:
@@ -128,11 +130,10 @@ class _Run:
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         if not devices:
             keep_freed_memory()
-        forget_peak(self.place.device)
-        with locked(self.out), torch.random.fork_rng(devices=devices):
+        with locked(self.out), torch.random.fork_rng(devices=devices), training(self.model, self.config.only):
             if wanted is None:
                 refuse_other_run(self.out, run_json)
-            training = self.model.training
+            mode = self.model.training
             try:
                 self.open(wanted, run_json, tensorboard=tensorboard)
                 with listening(self.teller.say) as stop:
@@ -144,7 +145,7 @@ class _Run:
                 raise
             finally:
                 self.close()
-                self.model.train(training)
+                self.model.train(mode)
 
     # ---- beginning
 
@@ -172,6 +173,7 @@ class _Run:
         (self.out / "error.txt").unlink(missing_ok=True)
         kept = rewind(self.out / "metrics.jsonl", self.step)
         self.evaluations = [record for record in kept if record["kind"] == "eval"]
+        self.before_bytes = max((record.get("peak_memory_bytes") or 0 for record in kept), default=0)
         self.loss = next((r["loss"] for r in reversed(kept) if r["kind"] == "train"), self.loss)
         events = self.out / "tensorboard" if tensorboard else None
         self.metrics = Metrics(self.out / "metrics.jsonl", tensorboard=events, step=self.step)
@@ -201,7 +203,8 @@ class _Run:
 
     def _check_same(self, body: Mapping[str, Any]) -> None:
         now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
-        then = {**body["config"], "tokens_digest": body["tokens_digest"]}
+        # What a checkpoint of before says nothing of was as it is by default.
+        then = {"only": "all", "rank": None, "alpha": None, **body["config"], "tokens_digest": body["tokens_digest"]}
         for name in (*_FIXED, "tokens_digest"):
             if now[name] != then[name]:
                 raise UsageError(
@@ -244,6 +247,8 @@ class _Run:
         self.model.train()
         self.teller.say(f"training on {shown(self.place.device)}, in {self.place.dtype}.")
         self.teller.start(self.step, config.steps)
+        if config.eval_first and self.step == 0 and not self.evaluations:
+            self._guard(self._evaluate)
         while self.step < config.steps:
             started = time.monotonic()
             lr = config.lr_at(self.step)
@@ -293,17 +298,14 @@ class _Run:
         routed = bool(window.load_L)
         vio = [max_vio(load_E) for load_E in window.load_L]
         record = {
-            "kind": "train",
-            "step": self.step,
+            **self._line("train"),
             "loss": loss,
             "lr": lr,
             "grad_norm": float(self.work.grad_norm),
-            "tokens": self.step * config.tokens_per_step,
             "tokens_per_s": self.lap_steps * config.tokens_per_step / max(self.lap_s, 1e-9),
             "aux_loss": aux if routed else None,
             "z_loss": z if routed else None,
             "max_vio": sum(vio) / len(vio) if vio else None,
-            "peak_memory_bytes": peak_bytes(self.place.device),
         }
         self._lap()
         window.clear()
@@ -311,12 +313,23 @@ class _Run:
         self._metrics().write(record)
         self.teller.train(record)
 
+    def _line(self, kind: str) -> dict[str, Any]:
+        """How far the run is, what it took so far in time and in memory: what every line of metrics.jsonl says."""
+        return {
+            "kind": kind,
+            "step": self.step,
+            "tokens": self.step * self.config.tokens_per_step,
+            "seconds": round(self._seconds(), 3),
+            "peak_memory_bytes": self._peak_bytes(),
+        }
+
     def _lap(self) -> None:
         self.train_s, self.trained = self.train_s + self.lap_s, self.trained + self.lap_steps
         self.lap_s, self.lap_steps = 0.0, 0
 
     def _evaluate(self) -> None:
         config, device = self.config, self.work.device
+        line = self._line("eval")  # the model stands as it did before it was measured
         self.model.eval()
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
@@ -328,12 +341,7 @@ class _Run:
                 )
         finally:
             self.model.train()
-        record = {
-            "kind": "eval",
-            "step": self.step,
-            "tokens": self.step * config.tokens_per_step,
-            **found.to_json_dict(),
-        }
+        record = line | found.to_json_dict()
         self._metrics().write(record)
         self.evaluations.append(record)
         self.teller.evaluated(record)
@@ -365,6 +373,9 @@ class _Run:
     def _seconds(self) -> float:
         return self.before_s + time.monotonic() - self.began_s
 
+    def _peak_bytes(self) -> int:
+        return max(self.before_bytes, peak_memory(self.place.device) or 0)
+
     def _result(self) -> TrainResult:
         self._lap()
         return TrainResult(
@@ -373,7 +384,7 @@ class _Run:
             evaluations=tuple(self.evaluations),
             tokens_per_s=self.trained * self.config.tokens_per_step / self.train_s if self.trained else 0.0,
             seconds=self._seconds(),
-            peak_memory_bytes=peak_bytes(self.place.device),
+            peak_memory_bytes=self._peak_bytes(),
         )
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any, Protocol
 
+from turnout.measure.report import duration
+
 __all__ = ["Bar", "Lines", "Progress", "Silent", "progress_for"]
 
 
@@ -179,19 +181,6 @@ class Clock:
         if done == 0:
             return "?"
         return duration((time.monotonic() - self._began) / done * (self._steps - self._step))
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a clock shows them.
-
-    >>> duration(75), duration(3723)
-    ('1:15', '1:02:03')
-
-    Source: none; plain bookkeeping.
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from turnout.wrappers import routers_of, takes
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
 
 IGNORE = -100
+_TABLES = (LM, nn.Embedding)
 
 
 def derived_seed(*parts: int) -> int:
@@ -32,16 +33,27 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], embeddings: bool = True
+) -> torch.optim.AdamW:
     """AdamW over the trained parameters; matrices decay, vectors (norms, biases, also stacked ones) do not.
+
+    Args:
+        model: what of it asks for gradients is trained.
+        weight_decay: decoupled.
+        betas: of Adam.
+        embeddings: whether tables of embeddings decay as other matrices do, those that are the output layer too.
 
     Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization".
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    vectors = {name for name, p in trained.items() if p.ndim < 2 or name.endswith("bias")}
+    kept = {name for name, p in trained.items() if p.ndim < 2 or name.endswith("bias")}
+    if not embeddings:
+        tables = {id(m.embedding if isinstance(m, LM) else m.weight) for m in model.modules() if isinstance(m, _TABLES)}
+        kept |= {name for name, p in trained.items() if id(p) in tables}
     groups = [
-        {"params": [p for name, p in trained.items() if name not in vectors], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained.items() if name in vectors], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in kept], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name in kept], "weight_decay": 0.0},
     ]
     fused = {p.device.type for p in trained.values()} <= {"cpu", "cuda"}
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused, foreach=not fused)
@@ -113,11 +125,14 @@ class Step:
         self.model, self.config, self.stream = model, config, stream
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
+        decay = {"weight_decay": config.weight_decay, "embeddings": config.decay_embeddings}
+        self.optimizer = adamw(model, betas=config.betas, **decay)
         self.window = Window(self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self._draws, self._masks = takes(model, "generator"), takes(model, "attention_mask")
-        self._routers, self._ranks = _learning(model), _ranks(model)
+        # Adapters belong beside a model that is as it was, the biases of its routers too.
+        self._routers = [] if config.only == "adapters" else _learning(model)
+        self._ranks = _ranks(model)
         _warn_of_ones(self._routers)
         self._generator = torch.Generator(self.device) if self._draws else None
         self._lazy = self.device.type == "cuda"

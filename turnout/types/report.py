@@ -11,7 +11,7 @@ from turnout.reading import check_fields, parse_json
 from turnout.storage import write_whole
 
 _FORMAT = "turnout.report/1"
-Value = float | int | str | bool | None | list | dict
+Value = float | int | str | bool | None | list[Any] | dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Report:
     notes: tuple[str, ...] = ()
     context: Mapping[str, Value] = dataclasses.field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Value:
+    def __getitem__(self, name: str) -> Any:  # a Value; whoever asks for a name knows which
         return self.values[name]
 
     def __str__(self) -> str:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Activation = Literal["swiglu", "geglu", "reglu", "swiglu_oai", "gelu", "relu", "silu"]
-GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai", "gelu", "gelu_tanh", "relu", "silu"]
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 # Of "swiglu_oai": how steep its sigmoid is, and where gate (above) and value (on both sides) are clamped.
 OAI_SLOPE, OAI_LIMIT = 1.702, 7.0
 
@@ -25,7 +25,8 @@ class ExpertWeights:
         down_EFD: (E, F, D).
         up_bias_EH: (E, H) or None.
         down_bias_ED: (E, D) or None.
-        activation: what lies between the two products; "swiglu_oai" is the clamped one of gpt-oss.
+        activation: what lies between the two products; "swiglu_oai" is the clamped one of gpt-oss, "..._tanh" GELU by
+            its tanh approximation.
         interleaved: whether gate and value alternate; of no meaning without a gate.
 
     >>> import torch

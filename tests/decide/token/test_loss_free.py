@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turnout.decide.token import LossFree
-from turnout.decide.token.loss_free import nudge
+from turnout.decide.token.correction import nudge
 from turnout.errors import ShapeError, UsageError
 
 WIDTH = 16

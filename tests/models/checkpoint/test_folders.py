@@ -148,8 +148,8 @@ def test_another_name_for_the_same_architecture(tmp_path: Path) -> None:
     [
         ({"model_type": "kimi_k9"}, "set model_type to 'llama' in a copy"),
         ({"architectures": ["MistralForCausalLM"]}, "be LlamaForCausalLM, as which transformers reads"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"turnout\.reshape\.attach"),
-        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "one tensor for queries.*turnout.adopt"),
+        ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, r"turnout\.reshape\.attach"),
+        ({"model_type": "jamba", "architectures": ["JambaForCausalLM"]}, "state-space layers.*turnout.adopt"),
         ({"auto_map": {"AutoModelForCausalLM": "mine.MyForCausalLM"}}, "code of the folder's own"),
     ],
 )

@@ -49,6 +49,12 @@ GLM = {
     "routed_scaling_factor": 1.5,
     "first_k_dense_replace": 1,
 }
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
 GPT_OSS = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12, "head_dim": 10}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 LLAMA3 = {
@@ -58,6 +64,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
     "rope_theta": 5e3,
+}
+GEMMA = {"head_dim": 12, "rms_norm_eps": 0.03}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 3e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+GPT2 = {"layer_norm_epsilon": 0.03, "intermediate_size": ..., "num_key_value_heads": ..., "rms_norm_eps": ...}
+# Other factors for texts of more than 16 positions; the shorter ones of the 23 below have the first.
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.5],
+    "long_factor": [1.0, 2.5, 7.0],
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
 }
 # name -> model type in transformers, keys.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +92,66 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 12}),
     "qwen3 biased": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "gemma": ("gemma", GEMMA),
+    "gemma biased": (
+        "gemma",
+        GEMMA | {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    ),
+    "gemma2": (
+        "gemma2",
+        # Caps so low that they bite.
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 0.7,
+        },
+    ),
+    "gemma2 uncapped": (
+        "gemma2",
+        GEMMA
+        | {
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_activation": "relu",
+            "attention_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 9,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_parameters": GEMMA3_ROPE,
+            "final_logit_softcapping": 0.9,
+        },
+    ),
+    "gemma3 yarn": (
+        "gemma3_text",
+        GEMMA | {"sliding_window": 5, "sliding_window_pattern": 2, "rope_parameters": {"full_attention": YARN}},
+    ),
+    "gemma3 all local": (
+        "gemma3_text",
+        GEMMA | {"sliding_window": 5, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 other": (
+        "gpt2",
+        GPT2
+        | {
+            "n_inner": 20,
+            "activation_function": "relu",
+            "scale_attn_weights": False,
+            "tie_word_embeddings": False,
+            "num_attention_heads": 32,
+        },
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 5}),
     "mixtral windowed": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7}),
     "qwen2_moe": (
@@ -144,13 +224,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe whole": ("glm4_moe", GLM | {"partial_rotary_factor": 1.0, "n_shared_experts": 2}),
     "granitemoe": (
         "granitemoe",
+        GRANITE | {"num_local_experts": 4},
+    ),
+    "granite": ("granite", GRANITE),
+    "granite biased": (
+        "granite",
+        GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3 windowed": (
+        "smollm3",
         {
-            "num_local_experts": 4,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 2.0,
-            "residual_multiplier": 0.5,
-            "attention_multiplier": 0.2,
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
         },
+    ),
+    "smollm3 other windows": (
+        "smollm3",
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": YARN,
+        },
+    ),
+    "phi3": ("phi3", {"original_max_position_embeddings": 64}),
+    "phi3 windowed, partly turned": ("phi3", {"sliding_window": 6, "partial_rotary_factor": 0.75, "head_dim": 8}),
+    "phi3 long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "phi3 never long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 biased": (
+        "olmo2",
+        {"attention_bias": True, "head_dim": 10, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
     ),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -159,6 +269,13 @@ MLA = MLAConfig(kv_rank=14, rope_dim=6, nope_dim=8, v_dim=12, q_rank=10)
 OURS = LMConfig(
     vocab_size=67, width=32, layers=3, heads=4, kv_heads=2, hidden=40, max_seq=64, init_std=0.1, norm_eps=0.03
 )
+GEMMA_OURS = {
+    "norm": "rms_plus_one",
+    "activation": "geglu_tanh",
+    "embedding_scale": 32**0.5,
+    "embedding_rounded": True,
+    "tie_embeddings": True,
+}
 # What ours is, and the architecture that it must be given.
 EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("LlamaForCausalLM", {}),
@@ -169,6 +286,67 @@ EXPRESSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "window above": ("Qwen2ForCausalLM", {"window": 6, "window_layers": (2,), "qkv_bias": True}),
     "qkv bias": ("Qwen2ForCausalLM", {"qkv_bias": True, "head_dim": 12}),
     "head norm": ("Qwen3ForCausalLM", {"qk_norm": "head"}),
+    "gemma": ("GemmaForCausalLM", GEMMA_OURS),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        GEMMA_OURS
+        | {
+            "norm_place": "both",
+            "window": 6,
+            "window_layers": (1,),
+            "attention_scale": 50**-0.5,
+            "attention_softcap": 0.5,
+            "logit_softcap": 0.8,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        GEMMA_OURS
+        | {
+            "norm_place": "both",
+            "qk_norm": "head",
+            "window": 6,
+            "window_layers": (0, 2),
+            "rope_theta": 2e5,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "local_rope_theta": 300.0,
+        },
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {
+            "kv_heads": None,
+            "rope_layers": (),
+            "learned_positions": True,
+            "norm": "layer",
+            "qkv_bias": True,
+            "out_bias": True,
+            "ff_bias": True,
+            "activation": "gelu_tanh",
+            "tie_embeddings": True,
+        },
+    ),
+    "scaled, dense": (
+        "GraniteForCausalLM",
+        {"heads": 5, "kv_heads": 1, "head_dim": 6, "logit_divisor": 3.0, "ff_bias": True},
+    ),
+    "a layer without rope": ("SmolLM3ForCausalLM", {"rope_layers": (0, 2), "window": 6, "window_layers": (0, 1)}),
+    "no rope at all": ("SmolLM3ForCausalLM", {"rope_layers": (), "tie_embeddings": True, "ff_bias": True}),
+    "partly turned, dense": ("Phi3ForCausalLM", {"rope_share": 0.5, "window": 6, "head_dim": 12}),
+    "long rope": (
+        "Phi3ForCausalLM",
+        {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.5, 2.0],
+                "long_factor": [1.0, 2.5, 7.0, 8.0],
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.3,
+            }
+        },
+    ),
+    "norms after": ("Olmo2ForCausalLM", {"norm_place": "after", "qk_norm": "full", "head_dim": 12, "qkv_bias": True,
+                                         "out_bias": True}),
     "mixtral": ("MixtralForCausalLM", {"moe": MOE}),
     "gshard": ("MixtralForCausalLM", {"moe": dataclasses.replace(MOE, router="GShard")}),
     "one expert": ("MixtralForCausalLM", {"moe": MoEConfig(1, 1, 12)}),
@@ -269,7 +447,8 @@ def transformers() -> Any:
 def theirs(name: str) -> Any:
     """A random model of transformers, none of its parameters at a neutral value."""
     kind, keys = CASES[name]
-    config = transformers().AutoConfig.for_model(kind, **(SIZES | keys))
+    given = {key: value for key, value in (SIZES | keys).items() if value is not ...}
+    config = transformers().AutoConfig.for_model(kind, **given)
     torch.manual_seed(len(name))
     model = transformers().AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -297,8 +476,12 @@ def assert_same(hf: Any, lm: LM, atol: float = 1e-4) -> None:
     want = hf(id_BS).logits
     assert want.std() > 0.01
     torch.testing.assert_close(lm(id_BS).logits_BSV, want, rtol=0, atol=atol)
+    if lm.rope.long_P is not None:  # other frequencies beyond: what is cached no longer holds there
+        id_BS = id_BS[:, :16]
+        want = hf(id_BS).logits
+        torch.testing.assert_close(lm(id_BS).logits_BSV, want, rtol=0, atol=atol)
     cache, past = Cache(), None
-    for piece in id_BS.split((9, 1, 1, 4, 8), dim=1):
+    for piece in id_BS.split((9, 1, 1, 4, id_BS.shape[1] - 15), dim=1):
         out = hf(piece, past_key_values=past, use_cache=True)
         past = out.past_key_values
         got = lm(piece, cache=cache).logits_BSV
@@ -370,7 +553,10 @@ def test_experts_in_one_tensor(name: str, tmp_path: Path) -> None:
     assert held(tmp_path / "a") == files(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "deepseek_v3", "mixtral", "granite", "smollm3", "phi3", "olmo2", "gemma2", "gemma3", "gpt2"],
+)
 def test_bf16(name: str, tmp_path: Path) -> None:
     hf = theirs(name).to(torch.bfloat16)
     hf.save_pretrained(tmp_path / "a")
@@ -384,6 +570,18 @@ def test_bf16(name: str, tmp_path: Path) -> None:
         assert files(tmp_path / "a") == files(tmp_path / "b")
     checkpoint.to_hf(wide, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "config.json").read_text())["dtype"] == "float32"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_a_gemma_rounds_where_its_own_code_does(name: str, tmp_path: Path) -> None:
+    hf = theirs(name).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path)
+    lm, id_BS = checkpoint.from_hf(tmp_path), torch.arange(60).view(3, 20)
+    embedded = hf.model.embed_tokens(id_BS)
+    assert torch.equal(lm._embedded(id_BS, 0, None), embedded)
+    assert not torch.equal(lm.embedding[id_BS] * lm.config.embedding_scale, embedded)  # the unrounded root
+    assert torch.equal(lm.norm(embedded), hf.model.norm(embedded))
 
 
 def theirs_from(folder: Path) -> Any:
@@ -522,11 +720,11 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "soft-capping"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "a part that sees images"),
         ({"model_type": "mixtrl", "architectures": ["MixtrlForCausalLM"]}, "Did you mean 'MixtralForCausalLM'"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "unknown architecture"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
-        ({"hidden_act": "gelu_new"}, "hidden_act"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act"),
         ({"hidden_size": 48}, r"shape \(67, 32\)"),
         ({"num_hidden_layers": 2}, r"left over \(model\.layers\.2"),
         ({"num_hidden_layers": 4}, r"missing \(model\.layers\.3"),
@@ -569,7 +767,7 @@ def test_routers_of_deepseek_v2_that_do_not_fit_are_refused(keys: dict, match: s
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'sliding_attention'"),
         ({"sliding_window": None}, "sliding_window"),
         ({"num_experts_per_tok": 1}, "renormalised"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
     ],
 )
 def test_configurations_of_gpt_oss_that_do_not_fit_are_refused(keys: dict, match: str, tmp_path: Path) -> None:
@@ -579,11 +777,64 @@ def test_configurations_of_gpt_oss_that_do_not_fit_are_refused(keys: dict, match
         checkpoint.from_hf(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "match"),
+    [
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
+        ("phi3", {"rope_parameters": LLAMA3}, "transformers takes 'longrope' alone in a Phi-3"),
+        ("phi3", {"partial_rotary_factor": 0.4, "rope_parameters": ...}, "rope_share"),
+        (
+            "phi3",
+            {"rope_parameters": LONG | {"rope_type": "yarn"}, "original_max_position_embeddings": 1},
+            "at least 2",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 1]}, "each of the 5 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 1, 1]}, "RoPE"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 4}, "name 'full_attention' for each"),
+        ("smollm3", {"layer_types": ["full_attention"] * 4}, "each of the 5 layers"),
+        ("smollm3", {"partial_rotary_factor": 0.5}, "rope_share"),
+        ("olmo2", {"partial_rotary_factor": 0.5}, "rope_share"),
+        ("granite", {"residual_multiplier": None}, "residual_multiplier"),
+        ("granite", {"logits_scaling": 0.0}, "logit_divisor"),
+        ("granite", {"rope_parameters": LONG}, "'longrope'"),
+    ],
+)
+def test_configurations_of_dense_families_that_do_not_fit_are_refused(
+    name: str, keys: dict, match: str, tmp_path: Path
+) -> None:
+    theirs(name).save_pretrained(tmp_path)
+    change(tmp_path, **keys)
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo2"])
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(name: str, tmp_path: Path) -> None:
+    """All that need not be there is left out, and what is read is what transformers' own configuration says."""
+    theirs(name).save_pretrained(tmp_path / "a")
+    needed = {"model_type", "architectures", "dtype", "vocab_size", "hidden_size", "intermediate_size", "pad_token_id"}
+    needed |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    change(tmp_path / "a", **dict.fromkeys(keys.keys() - needed, ...))
+    lm = checkpoint.from_hf(tmp_path / "a")
+    assert_same(theirs_from(tmp_path / "a"), lm)
+    config = transformers().AutoConfig.from_pretrained(tmp_path / "a")
+    assert (lm.config.max_seq, lm.config.norm_eps) == (config.max_position_embeddings, config.rms_norm_eps)
+    assert (lm.config.tie_embeddings, lm.config.rope_theta) == (
+        config.tie_word_embeddings,
+        config.rope_parameters["rope_theta"],
+    )
+
+
 def test_mixed_dtypes_are_refused_or_converted(tmp_path: Path) -> None:
     lm = ours("default")
     lm.norm.to(torch.bfloat16)
     checkpoint.to_hf(lm, tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"BF16 \(model\.norm\.weight\)"):
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(keys | {"dtype": None, "torch_dtype": None}))
+    with pytest.raises(CheckpointError, match=r"bfloat16 \(model\.norm\.weight\)"):
         checkpoint.from_hf(tmp_path / "a")
     assert checkpoint.from_hf(tmp_path / "a", dtype=torch.float32).norm.weight.dtype == torch.float32
 

@@ -9,6 +9,8 @@ from test_huggingface import theirs
 from turnout.models import LM, Cache, checkpoint
 
 CASES = ["llama", "mistral windowed", "mixtral windowed", "qwen3_moe", "deepseek_v3 yarn", "gpt_oss"]
+CASES += ["gemma", "gemma2", "gemma3", "gpt2"]
+CASES += ["granite", "smollm3 windowed", "smollm3 other windows", "phi3 windowed, partly turned", "olmo2"]
 LENGTHS = (4, 17, 11)
 
 
@@ -34,7 +36,9 @@ def test_logits_of_padded_batches(name: str, tmp_path: Path) -> None:
         places_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)  # as generate passes them
         at = mask_BS.bool()
         got = lm(id_BS, attention_mask=mask_BS).logits_BSV
-        for told in ({}, {"position_ids": places_BS}):
+        # Untold, GPT-2's learned positions would begin at the padding.
+        untold = [] if lm.config.learned_positions and side == "left" else [{}]
+        for told in (*untold, {"position_ids": places_BS}):
             want = hf(id_BS, attention_mask=mask_BS, **told).logits
             torch.testing.assert_close(got[at], want[at], rtol=0, atol=1e-4)
         cache = Cache()

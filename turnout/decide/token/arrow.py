@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Arrow"]
 
 
-class Arrow(nn.Module):
+class Arrow(Called):
     """Each token takes the k adapters whose direction has the largest product with it, whatever the sign.
 
     v_e = the first right singular vector of B_e A_e; s_e = |v_e . x| / temperature; g = softmax of the k largest s.

@@ -1,20 +1,19 @@
 """Group-limited top-k: the routers of DeepSeek-V2 and V3."""
 
-from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token.correction import Corrected
 from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
-from turnout.decide.token.loss_free import in_fp32, nudge, refuse_evaluation
 from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.types import Routing
 
 __all__ = ["GroupLimited"]
 
 
-class GroupLimited(nn.Module):
+class GroupLimited(Corrected):
     """Each token takes the k experts with the highest biased score, from a few groups of experts only.
 
     s = sigmoid(W x) or softmax(W x); c = s + b; the ``top_groups`` groups with the highest group score stay, all others
@@ -53,8 +52,6 @@ class GroupLimited(nn.Module):
     code; DeepSeek-AI, 2024, "DeepSeek-V2", section 2.1.3, device-limited routing. Groups of one expert score with that
     one. ``bias_E`` stays in fp32 when the module is cast down.
     """
-
-    bias_E: Tensor | None
 
     def __init__(
         self,
@@ -119,28 +116,6 @@ class GroupLimited(nn.Module):
         closed_TG = torch.ones_like(group_TG, dtype=torch.bool)
         closed_TG.scatter_(1, largest(group_TG, self.top_groups), False)
         return grouped_TGM.masked_fill(closed_TG.unsqueeze(2), float("-inf")).flatten(1)
-
-    def after_step(self, load_E: Tensor) -> None:
-        """Moves the bias, if there is one, by one step; the training loop calls it once per optimizer step.
-
-        Args:
-            load_E: (E,) the tokens that chose each expert (before capacity), summed over the step's batches and ranks.
-
-        Raises:
-            ShapeError: load_E is not (E,).
-            UsageError: the router is in evaluation mode.
-        """
-        refuse_evaluation(self.training)
-        if self.bias_E is None:
-            return
-        self.bias_E.copy_(nudge(self.bias_E, load_E, self.rate))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before_E = self.bias_E
-        super()._apply(fn, recurse)
-        if before_E is not None and self.bias_E is not None:
-            self.bias_E = in_fp32(before_E, self.bias_E)
-        return self
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

@@ -6,15 +6,16 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token.correction import in_fp32, refuse_evaluation
 from turnout.decide.token.gate import check, draw, largest, linear, softmax
-from turnout.decide.token.loss_free import in_fp32, refuse_evaluation
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["DenseToSparse"]
 
 
-class DenseToSparse(nn.Module):
+class DenseToSparse(Called):
     """Each token takes every expert whose gate is above a threshold; a falling temperature makes them fewer.
 
     g = softmax((W x + c n) / tau), n ~ Gumbel(0, 1) elementwise in training and 0 otherwise; a token takes the experts

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["ExpertChoice"]
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoice(Called):
     """Each expert takes the C tokens that score it highest; a token may get many experts, or none.
 
     S = softmax(W x) over the experts; expert e takes the C largest of column e, each with weight S[t, e];

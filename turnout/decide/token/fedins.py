@@ -6,13 +6,14 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, check_tokens, largest, linear
 from turnout.errors import ShapeError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["FedIns"]
 
 _WHERE = "turnout.decide.token.FedIns"
 
 
-class FedIns(nn.Module):
+class FedIns(Called):
     """Each sequence, or instance, takes the k members of a pool with the most similar keys, with equal weights.
 
     s_e = cos(q, key_e); the k largest get 1 / k each. The weights have no gradient, the keys learn by ``match``. It is

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.errors import ShapeError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["FedJETs"]
 
 
-class FedJETs(nn.Module):
+class FedJETs(Called):
     """Each example takes the experts that fit the features best that a frozen, common network sees in it.
 
     g = softmax(W h + b); an example takes the k largest, weighted by g over these k. A whole client is sent the experts
@@ -94,8 +95,9 @@ class FedJETs(nn.Module):
             ShapeError: keep is not between 1 and the number of experts.
         """
         check("FedJETs.assign", self.width, self.num_experts, keep, None)
-        mean_E = self(x_TD).score_TE.mean(0)
-        return largest(mean_E.unsqueeze(0), keep)[0].sort()[0]
+        score_TE = self(x_TD).score_TE
+        assert score_TE is not None, "forward gives scores"
+        return largest(score_TE.mean(0).unsqueeze(0), keep)[0].sort()[0]
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

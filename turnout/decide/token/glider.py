@@ -9,13 +9,14 @@ from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.decide.token.phatgoose import likeness
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["Glider"]
 
 _WHERE = "turnout.decide.token.Glider"
 
 
-class Glider(nn.Module):
+class Glider(Called):
     """Each token takes the k adapters that its own direction and the sequence's request point to.
 
     l_e = <LN(v_e), LN(u)> / sqrt(D), as PHATGOOSE; c_e = cos(d_e, q), with d_e an embedding of what adapter e was made

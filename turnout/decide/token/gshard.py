@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import capacity, check, draw, largest, linear, softmax
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["GShard"]
 
 
-class GShard(nn.Module):
+class GShard(Called):
     """Each token takes its two most probable experts; in training the second is skipped when it hardly counts.
 
     p = softmax(W x); g1, g2 = the two largest, divided by their sum; the second is kept when 2 g2 > u, u ~ U(0, 1),

@@ -3,18 +3,19 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.decide.token.gate import check, check_tokens, limit
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Hash"]
 
 _LOW = 0xFFFFFFFF
 
 
-class Hash(nn.Module):
+class Hash(Called):
     """Each token id has its k experts once and for all, picked by a seeded hash, each with weight 1 / k.
 
     e_j = (h(id) + j s(id)) mod E for j < k; h is the 32-bit finaliser of MurmurHash3 over id and seed, and s, taken

@@ -1,70 +1,19 @@
 """Loss-free balancing: a bias on the scores, moved by the observed load, decides who is chosen but not by how much."""
 
-from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from turnout.decide.token.correction import Corrected
 from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
-from turnout.errors import ShapeError, UsageError, word
+from turnout.errors import UsageError, word
 from turnout.types import Routing
 
-__all__ = ["LossFree", "nudge"]
+__all__ = ["LossFree"]
 
 
-def nudge(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
-    """The bias after one step of balancing: b + rate * sign(mean load - load), exact for whole-number loads.
-
-    Args:
-        bias_E: (E,) the bias that the step was routed with.
-        load_E: (E,) the tokens that each expert was chosen by in the whole step, before capacity.
-        rate: how far each bias moves.
-
-    Raises:
-        ShapeError: load_E is not (E,).
-
-    >>> nudge(torch.zeros(3), torch.tensor([5, 0, 1]), 0.5)
-    tensor([-0.5000,  0.5000,  0.5000])
-
-    Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
-    """
-    if load_E.shape != bias_E.shape:
-        raise ShapeError(
-            word(
-                "load_E",
-                got=f"shape {tuple(load_E.shape)}",
-                allowed=f"have one load for each of the {bias_E.numel()} experts",
-                where="after_step",
-                fix="pass the sum of routing.load_E over the step's batches",
-            )
-        )
-    load_E = load_E.detach().to(bias_E.device)
-    return bias_E + rate * torch.sign(load_E.sum() - load_E.numel() * load_E).to(bias_E.dtype)
-
-
-def refuse_evaluation(training: bool) -> None:
-    """Refuses to balance a router in evaluation mode, where the load of held-out text must not leak in."""
-    if not training:
-        raise UsageError(
-            word(
-                "the router",
-                got="one in evaluation mode",
-                allowed="be in training mode",
-                where="after_step",
-                fix="call after_step from the training loop only, once per optimizer step",
-            )
-        )
-
-
-def in_fp32(before_E: Tensor, after_E: Tensor) -> Tensor:
-    """The bias after its module moved between devices and dtypes: on the new device, with all its digits."""
-    if after_E.dtype == torch.float32:
-        return after_E
-    return after_E.float() if before_E.is_meta else before_E.to(after_E.device)
-
-
-class LossFree(nn.Module):
+class LossFree(Corrected):
     """Each token takes the k experts with the highest biased score; the weights are the scores without the bias.
 
     s = sigmoid(W x) or softmax(W x); chosen = the k largest of s_e + b_e; g_e = s_e for those. After every optimizer
@@ -95,8 +44,6 @@ class LossFree(nn.Module):
     Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts". ``bias_E`` stays
     in fp32 when the module is cast down, or steps of 0.001 would vanish.
     """
-
-    bias_E: Tensor
 
     def __init__(
         self,
@@ -148,25 +95,6 @@ class LossFree(nn.Module):
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
-
-    def after_step(self, load_E: Tensor) -> None:
-        """Moves the bias by one step; the training loop calls it once per optimizer step.
-
-        Args:
-            load_E: (E,) the tokens that chose each expert (before capacity), summed over the step's batches and ranks.
-
-        Raises:
-            ShapeError: load_E is not (E,).
-            UsageError: the router is in evaluation mode.
-        """
-        refuse_evaluation(self.training)
-        self.bias_E.copy_(nudge(self.bias_E, load_E, self.rate))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before_E = self.bias_E
-        super()._apply(fn, recurse)
-        self.bias_E = in_fp32(before_E, self.bias_E)
-        return self
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

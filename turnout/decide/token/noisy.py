@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 from turnout.decide.token.gate import Priority, check, draw, largest, limit, linear, softmax
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["NoisyTopK"]
 
 
-class NoisyTopK(nn.Module):
+class NoisyTopK(Called):
     """Each token takes the k experts with the highest noisy logit, weighted by a softmax over just those.
 
     H = W x + n * softplus(W_noise x), n ~ N(0, 1) elementwise in training and 0 otherwise; g = softmax of the k

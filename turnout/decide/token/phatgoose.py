@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from turnout.decide.token.gate import check, check_tokens, largest, linear, softmax, standard
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["PHATGOOSE"]
 
 
-class PHATGOOSE(nn.Module):
+class PHATGOOSE(Called):
     """Each token takes the k adapters whose normalised gate is most like it, at every linear map anew.
 
     a_e = <LN(v_e), LN(u)> / sqrt(D), LN without gain and shift; p = softmax(a) over all adapters; g_e = p_e for the k

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, draw
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["Poly"]
 
@@ -16,7 +17,7 @@ _WHERE = "turnout.decide.token.Poly"
 _TINY = 1e-12
 
 
-class Poly(nn.Module):
+class Poly(Called):
     """Each sequence takes all adapters, their *parameters* averaged with the weights of its task; tokens do not matter.
 
     Task t has a row Z_ts (E,) of logits for each of ``parts`` equal parts of the adapters: w_ts = s / (sum s + 1e-12),

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, check_tokens, draw, linear, softmax, standard
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Given, Routing
+from turnout.types.called import Called
 
 __all__ = ["SMEAR"]
 
 _WHERE = "turnout.decide.token.SMEAR"
 
 
-class SMEAR(nn.Module):
+class SMEAR(Called):
     """Each sequence takes all experts, with weights that whoever runs it averages their *parameters* with.
 
     h = the mean of the sequence's tokens, padding left out; p = softmax((LN(h) * g) . LN(w_e) + b_e). In training each

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, draw, largest, limit, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["Switch"]
 
 
-class Switch(nn.Module):
+class Switch(Called):
     """Each token takes the one expert with the highest softmax probability, with that probability as its weight.
 
     p = softmax(W (x * u)), u ~ U(1 - jitter, 1 + jitter) elementwise in training and 1 otherwise; e = argmax p;

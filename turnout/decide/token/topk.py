@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
+from turnout.types.called import Called
 
 __all__ = ["TopK"]
 
 
-class TopK(nn.Module):
+class TopK(Called):
     """Each token takes the k experts with the highest softmax probability.
 
     p = softmax(W x + b); g_e = p_e for the k largest, or p_e / (their sum) when renormalised.

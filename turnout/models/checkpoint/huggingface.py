@@ -1,6 +1,7 @@
 """Folders of transformers, in and out: config.json, sharded safetensors, and the small files beside them."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,20 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
-from turnout.models.checkpoint import mxfp4
+from turnout.hub import located
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
-from turnout.models.checkpoint.survey import AHEAD, CORRECTION, INDEX, SINGLE, headers, layer_of, layout, survey
+from turnout.models.checkpoint.survey import (
+    AHEAD,
+    CORRECTION,
+    INDEX,
+    SINGLE,
+    common_dtype,
+    headers,
+    layer_of,
+    layout,
+    plain_kinds,
+    survey,
+)
 from turnout.models.checkpoint.ties import refuse_ties
 from turnout.models.families.express import architecture_of, family_of
 from turnout.models.families.family import Family
@@ -41,12 +53,15 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
 
     Shards are read one after the other, each tensor straight into its place: memory peaks at the model and one shard.
 
-    Of quantised weights only those of gpt-oss (MXFP4) are read, as the bfloat16 numbers that they stand for.
+    Quantised weights are read as the numbers that they stand for, rounded once to the dtype of the others: FP8 with
+    scales of blocks or tensors (DeepSeek-V3), and gpt-oss's MXFP4. Others are refused by name.
 
     Args:
         path: a folder with config.json and weights, found in transformers' order: the file that config.json names
-            (``transformers_weights``), else model.safetensors, else the shards of its index.
-        dtype: of the weights; None for the one they are stored in, which must then be one for all.
+            (``transformers_weights``), else model.safetensors, else the shards of its index. Or a model of the hub,
+            ``org/name`` or ``org/name@revision``: see ``turnout.hub.located``.
+        dtype: of the weights; None for the one they are stored in: of several, as in transformers, the one that
+            config.json names. A correction bias of a router stays in fp32.
 
     Raises:
         CheckpointError: an architecture that is not supported, or a file that is missing, damaged, pickled, quantised
@@ -63,7 +78,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
 
     Source: none; the file formats of transformers 4 and 5.
     """
-    path = Path(path)
+    path = located(path, where="turnout.models.checkpoint.from_hf").folder
     found = survey(path, dtype)
     where, lm = found.where, empty(found.config, found.dtype)
     target = slots(lm, found.names)
@@ -71,8 +86,8 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
         for shard in sorted(set(where.values())):
             with opened(path / shard) as file:
                 for name in sorted(name for name, its in where.items() if its == shard):
-                    if name in found.scales:
-                        _unpack(file, path / found.scales[name], name, target[name])
+                    if name in found.packed.scales:
+                        found.packed.read(file, path, name, target[name])
                     elif name in target:
                         check_shape(file.get_slice(name).get_shape(), target[name].shape, f"{name} in {path / shard}")
                         target[name].view.copy_(target[name].cut(file.get_tensor(name)))
@@ -96,6 +111,8 @@ def to_hf(
     The folder appears whole or not at all. A model that was read from such a folder and still has its configuration
     is written back bit for bit, with its tokenizer and generation configuration; but config.json says nothing of what
     is not written: layers that predict further tokens, code of the folder's own, the way weights were packed.
+    A tensor that the old folder has in another dtype than most, a router's in fp32 beside bfloat16, keeps that dtype,
+    and where nothing changed it, all its bits; unless the model is in another dtype than ``from_hf`` alone gave it.
 
     What an architecture cannot be without, and the model has not, is written as zeros that add nothing: the shared
     expert of Qwen2-MoE, for one.
@@ -129,8 +146,9 @@ def to_hf(
     family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     refuse_ties(lm, family)
     with _whole_folder(path) as aside:
-        plan = _old_plan(like, old) if like and family_of(old) is family else {}
-        _write_weights(lm, family, config, aside, like, plan, shard_bytes)
+        kept = _Kept.of(like, old)
+        plan = kept.files if family_of(old) is family else {}
+        _write_weights(lm, family, config, aside, kept, plan, shard_bytes)
         if like is not None:
             carry(like, aside)
         old = old or _describe_tokenizer(aside, lm.config.max_seq)
@@ -160,15 +178,6 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _unpack(file: Any, beside: Path, name: str, slot: Slot) -> None:
-    """Reads a tensor that is packed in four bits, expert by expert."""
-    blocks = file.get_tensor(name + mxfp4.BLOCKS)
-    with opened(beside) as other:
-        scales = other.get_tensor(name + mxfp4.SCALES)
-    for expert, view in enumerate(slot.view):
-        view.copy_(slot.cut(mxfp4.unpack(blocks[expert], scales[expert])))
-
-
 def _check_tied(path: Path, where: Mapping[str, str], lm: LM) -> None:
     with opened(path / where["lm_head.weight"]) as file:
         if not torch.equal(file.get_tensor("lm_head.weight").to(lm.embedding.dtype), lm.embedding):
@@ -192,15 +201,48 @@ def _old_keys(like: Path | None) -> dict[str, Any]:
     return keys
 
 
-def _old_plan(like: Path, old: Mapping[str, Any]) -> dict[str, str]:
-    """Which file of the old folder each tensor is in; empty for a folder with the small files only."""
-    with contextlib.suppress(CheckpointError):
-        return headers(like, old)[0]
-    return {}
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """The tensors of the old folder: which file each is in, the dtypes of plain ones, and that of the model in it."""
+
+    folder: Path | None = None
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    kinds: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, like: Path | None, old: Mapping[str, Any]) -> "_Kept":
+        """Empty for a folder with the small files only."""
+        if like is not None:
+            with contextlib.suppress(CheckpointError):
+                files, dtypes, _ = headers(like, old)
+                kinds = plain_kinds(dtypes)
+                with contextlib.suppress(CheckpointError):
+                    return cls(like, files, kinds, common_dtype(like, old, kinds))
+                return cls(like, files)
+        return cls(like)
+
+    def as_stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in the dtype that the old folder has it in: its very own bits there where these are their numbers.
+
+        Args:
+            name: of the tensor.
+            tensor: as the model has it.
+            dtype: of the model.
+        """
+        kind = self.kinds.get(name, tensor.dtype)
+        if kind == tensor.dtype or dtype != self.dtype or self.folder is None:
+            return tensor
+        with opened(self.folder / self.files[name]) as file:
+            before = file.get_tensor(name)
+        for found in (before, tensor.to(kind)):
+            if torch.equal(found.to(tensor.dtype), tensor):
+                return found
+        return tensor
 
 
 def _write_weights(
-    lm: LM, family: Family, config: LMConfig, path: Path, like: Path | None, plan: dict[str, str], shard_bytes: int
+    lm: LM, family: Family, config: LMConfig, path: Path, kept: _Kept, plan: dict[str, str], shard_bytes: int
 ) -> None:
     tensors = slots(lm, layout(family, plan))
     if config != lm.config:
@@ -211,18 +253,24 @@ def _write_weights(
         tensors["lm_head.weight"] = Slot(lm.embedding.detach().clone())  # safetensors refuses to store one twice
     if set(plan) != set(tensors):
         plan = _plan(tensors, shard_bytes)
+    size = 0
     for shard in sorted(set(plan.values())):
-        pieces = {name: _alone(tensors[name].stored()) for name in plan if plan[name] == shard}
+        pieces = {
+            name: _alone(kept.as_stored(name, tensors[name].stored(), lm.embedding.dtype))
+            for name in plan
+            if plan[name] == shard
+        }
+        size += sum(piece.nbytes for piece in pieces.values())
         write_whole(path / shard, lambda aside, pieces=pieces: save_file(pieces, aside, metadata={"format": "pt"}))
         del pieces
     if set(plan.values()) != {SINGLE}:
         total = {
             "total_parameters": sum(s.view.numel() for name, s in tensors.items() if not name.endswith(CORRECTION)),
-            "total_size": sum(slot.view.nbytes for slot in tensors.values()),
+            "total_size": size,
         }
         index = {"metadata": total, "weight_map": plan}
-        if like is not None and (like / INDEX).is_file():
-            old = read_json(like / INDEX, "to_hf")
+        if kept.folder is not None and (kept.folder / INDEX).is_file():
+            old = read_json(kept.folder / INDEX, "to_hf")
             sized = (old.get("metadata") or total).get("total_size") == total["total_size"]
             same = old.get("weight_map") == plan and sized
             index = old if same else index

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from turnout import reading
 from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.measure.memory import free_memory
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.lm import LM, LMConfig
-from turnout.paths import Bank
+from turnout.paths import Bank, LowRank
 from turnout.reading import check_fields
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
 from turnout.wrappers import plain_names, stripped, unwrapped
@@ -80,6 +81,9 @@ def save(path: str | Path, lm: nn.Module) -> None:
 def load(path: str | Path) -> LM:
     """The model that ``save`` wrote, on the CPU, in evaluation mode.
 
+    Args:
+        path: the folder, or its name on the hub: see ``turnout.hub.located``.
+
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not of this model; the message names it.
         UsageError: there is no memory for it.
@@ -90,7 +94,7 @@ def load(path: str | Path) -> LM:
 
     Source: none; safetensors and json.
     """
-    path = Path(path)
+    path = located(path, where=_LOAD).folder
     config, dtype, sha256 = _described(path)
     size, free = (path / _WEIGHTS).stat().st_size, free_memory()
     if free is not None and size > free:
@@ -182,7 +186,19 @@ def bare(lm: nn.Module) -> LM:
     if not isinstance(inside, LM):
         got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
         raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
+    refuse_adapters(inside, _WHERE)
     return inside
+
+
+def refuse_adapters(lm: LM, where: str) -> None:
+    """Refuses a model with adapters beside its weights, where they would be lost.
+
+    Raises:
+        UsageError: it has some.
+    """
+    if any(isinstance(module, LowRank) for module in lm.modules()):
+        got, fix = "one with adapters beside its weights", "call turnout.reshape.fold_low_rank(lm) first"
+        raise UsageError(word("the model", got=got, allowed="be by itself", where=where, fix=fix))
 
 
 def stored(lm: LM) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.models.checkpoint.own import describe, read_json
 from turnout.models.checkpoint.survey import survey
 from turnout.models.config import LMConfig
@@ -23,6 +24,8 @@ class Peek:
         architecture: the class in transformers, else "LM".
         config: of the model.
         dtype: of its weights.
+        notes: what else is to be known of them: that they are packed, or of several dtypes.
+        wider_bytes: how much more those of wider dtypes take on the disk.
 
     >>> config = LMConfig(vocab_size=8, width=8, layers=1, heads=2)
     >>> Peek("turnout", "LM", config, torch.float32).kind
@@ -35,6 +38,8 @@ class Peek:
     architecture: str
     config: LMConfig
     dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+    wider_bytes: int = 0
 
 
 @expects(path=PATH)
@@ -42,7 +47,7 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
     """The configuration of the model in a folder, with the headers of all weights checked against it.
 
     Args:
-        path: a folder of transformers, or one that ``save`` wrote.
+        path: a folder of transformers, or one that ``save`` wrote; or its name on the hub.
         dtype: that the weights will be read in, where they are stored in several; None for the one they are stored in.
 
     Raises:
@@ -57,10 +62,11 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
 
     Source: none; the headers of safetensors.
     """
-    path = Path(path)
+    path = located(path, where="turnout.models.checkpoint.peek").folder
     keys = read_json(path / "config.json", "turnout.models.checkpoint.peek")
     if "model_type" in keys or "architectures" in keys:
         found = survey(path, dtype)
-        return Peek("transformers", found.family.architecture, found.config, found.dtype)
+        name = found.family.architecture
+        return Peek("transformers", name, found.config, found.dtype, found.notes(), found.wider_bytes)
     config, stored = describe(path)
     return Peek("turnout", "LM", config, dtype or stored)

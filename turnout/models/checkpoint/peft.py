@@ -12,6 +12,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, ShapeError, word
 from turnout.expects import PATH, expects
+from turnout.hub import located
 from turnout.models.checkpoint.lora_config import LoraSettings
 from turnout.models.checkpoint.own import read_json
 from turnout.reading import check_safetensors, open_regular
@@ -88,7 +89,7 @@ def read_adapter(path: str | Path) -> PeftAdapter:
     """The LoRA adapter in a folder of PEFT. Ranks and scales may differ between modules (patterns, rsLoRA).
 
     Args:
-        path: the folder.
+        path: the folder, or the adapter's name on the hub: see ``turnout.hub.located``.
 
     Raises:
         CheckpointError: the folder is not whole, or the adapter is more than B A x (DoRA, trained biases, whole
@@ -103,7 +104,8 @@ def read_adapter(path: str | Path) -> PeftAdapter:
 
     Source: Hu et al., 2021, "LoRA"; the folder format of PEFT.
     """
-    path = Path(path)
+    found = located(path, where=_WHERE)
+    path, name = found.folder, (found.repo or found.folder.resolve().name).rpartition("/")[2]
     if not (path / "adapter_config.json").is_file():
         raise _no_config(path)
 
@@ -140,7 +142,7 @@ def read_adapter(path: str | Path) -> PeftAdapter:
         allowed = "hold pairs of lora_A and lora_B, and nothing else"
         raise _bad(path, _WEIGHTS, "no factor", allowed, "save the adapter again")
     gate = _gates(path, {name: a.shape[1] for name, (a, _, _) in factor.items()})
-    return PeftAdapter(path.resolve().name, settings.base, factor, gate, copies, settings)
+    return PeftAdapter(name, settings.base, factor, gate, copies, settings)
 
 
 def _no_config(path: Path) -> CheckpointError:

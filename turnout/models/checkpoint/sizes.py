@@ -40,6 +40,8 @@ def check_sizes(path: Path, config: LMConfig, shapes: Mapping[str, Sequence[int]
         f"{config.layers:,} layers": config.layers * 2 * width,
         f"{config.heads:,} heads": config.heads * head * width,
     }
+    if config.learned_positions:
+        needs |= {f"{config.max_seq:,} positions": config.max_seq * width}
     if config.mla is not None:
         latents = config.mla.kv_rank + (config.mla.q_rank or 0) + config.mla.rope_dim
         needs |= {f"latents of width {latents:,}": latents * width}

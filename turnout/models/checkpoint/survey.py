@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from turnout.errors import CheckpointError, TurnoutError, word
-from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.own import check_names, check_shape, opened, outline, read_json
+from turnout.models.checkpoint.packed import Packed, find_packed
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
@@ -22,22 +23,35 @@ from turnout.models.families.tensors import slots
 from turnout.models.families.typed import check_types
 from turnout.reading import check_fields, plain_name
 
-__all__ = ["CORRECTION", "INDEX", "SINGLE", "Survey", "headers", "layer_of", "layout", "survey"]
+__all__ = [
+    "AHEAD",
+    "CORRECTION",
+    "INDEX",
+    "SINGLE",
+    "Survey",
+    "common_dtype",
+    "headers",
+    "layer_of",
+    "layout",
+    "plain_kinds",
+    "survey",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CORRECTION = ".e_score_correction_bias"
 _SUFFIX = "ForCausalLM"
 # What old checkpoints hold beside their weights, worked out again whenever a model is built: everyone passes it over.
-_WORKED_OUT = re.compile(r"(^|\.)(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$")
+_WORKED_OUT = re.compile(
+    r"(^|\.)(rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)|masked_bias|position_ids|h\.\d+\.attn\.bias)$"
+)
+_LAYER = re.compile(r"(?:model\.layers|(?:transformer\.)?h)\.(\d{1,9})\.", re.ASCII)
 # How often transformers predicts further than the next token, by its several names.
 AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Why well-known architectures are not among ours.
 _NEEDS = {
-    "gemma2": "logit soft-capping and norms after attention and feed-forward",
-    "gemma3_text": "norms after attention and feed-forward, and two rotary bases",
-    "phi3": "one tensor for queries, keys and values, and long RoPE",
+    "gemma3": "a part that sees images (docs/guides/convert.md says how to save its text part alone)",
     "jamba": "state-space layers",
     "llama4_text": "experts in one transposed tensor, scaled inputs and chunked attention",
 }
@@ -52,8 +66,10 @@ class Survey:
         config: ours.
         dtype: of the weights.
         names: how its tensors are named.
-        where: tensor name -> file; of one that is packed in four bits, the file of its blocks.
-        scales: name of a packed tensor -> the file of its scales.
+        where: tensor name -> file; of one that is packed, the file of its bits.
+        packed: those that are.
+        others: name -> dtype, of tensors that are stored in another than ``dtype`` though none was asked for.
+        wider_bytes: how much more those take on the disk.
     """
 
     family: Family
@@ -61,7 +77,20 @@ class Survey:
     dtype: torch.dtype
     names: Names
     where: Mapping[str, str]
-    scales: Mapping[str, str]
+    packed: Packed
+    others: Mapping[str, torch.dtype]
+    wider_bytes: int
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of a model that is read from it and written again."""
+        said = str(self.dtype).removeprefix("torch.")
+        kinds = ", ".join(sorted({str(kind).removeprefix("torch.") for kind in self.others.values()}))
+        some = ", ".join(sorted(self.others)[:2]) + (", ..." if len(self.others) > 2 else "")
+        mixed = (
+            f"stored in {kinds}, which a folder of transformers keeps: {some}; the model computes in {said}, as there"
+        )
+        plain = all(name.endswith(CORRECTION) for name in self.others)
+        return (*self.packed.notes(self.dtype), *([] if plain else [mixed]))
 
 
 def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
@@ -74,7 +103,8 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     check_types(keys, str(path / "config.json"))
     family = _family(path, keys)
     where, dtypes, shapes = headers(path, keys)
-    _check_layers(path, keys, len(where))
+    packed = find_packed(path, family, keys.get("quantization_config"), where, dtypes, shapes)
+    _check_layers(path, family.keys(keys).get("num_hidden_layers"), len(where))
     try:
         config = family.read(family.keys(keys))
     except TurnoutError as error:
@@ -82,7 +112,6 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.
     if doubts := obstacles(config, family):
         raise CheckpointError(f"{path / 'config.json'} asks for what {family.architecture} is not: {'; '.join(doubts)}")
-    scales = _unpacked(where, dtypes, shapes) if keys.get("quantization_config") else {}
     if any(map(family.keys(keys).get, AHEAD)) and any(layer_of(name) >= config.layers for name in where):
         warnings.warn(f"{path}: the layers for multi-token prediction, after the last, are left out", stacklevel=3)
         where = {name: file for name, file in where.items() if layer_of(name) < config.layers}
@@ -96,14 +125,18 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     check_names(path / (INDEX if len(set(where.values())) > 1 else SINGLE), set(target), set(where) - _also(tied))
     for name, tensor in target.items():
         check_shape(shapes[name], tensor.shape, f"{name} in {path / where[name]}")
-    dtype = _common_dtype(path, {name: dtypes[name] for name in where}, dtype)
-    return Survey(family, config, dtype, names, where, scales)
+    kinds = {name: dtypes[name] for name in where if name in dtypes}
+    _check_kinds(path, kinds)
+    common = dtype or common_dtype(path, keys, plain_kinds(kinds))
+    others = {name: kind for name, kind in plain_kinds(kinds).items() if dtype is None and kind != common}
+    wider = sum(math.prod(shapes[name]) * max(0, kind.itemsize - common.itemsize) for name, kind in others.items())
+    return Survey(family, config, common, names, where, packed, others, wider)
 
 
-def _check_layers(path: Path, keys: Mapping[str, Any], tensors: int) -> None:
+def _check_layers(path: Path, layers: int | None, tensors: int) -> None:
     """Refuses more layers than tensors, before a list of them is made."""
-    if (keys.get("num_hidden_layers") or 0) > tensors:
-        got, fix = f"{keys['num_hidden_layers']} layers", "use the config.json that belongs to these weights"
+    if (layers or 0) > tensors:
+        got, fix = f"{layers} layers", "use the config.json that belongs to these weights"
         allowed = f"have no more layers than the {tensors} tensors there"
         raise CheckpointError(word("config.json", got=got, allowed=allowed, where=str(path), fix=fix))
 
@@ -117,12 +150,6 @@ def _family(path: Path, keys: Mapping[str, Any]) -> Family:
         got, fix = f"{code}, code of the folder's own", f"remove auto_map if {family.architecture} computes the same"
         allowed = f"name {family.architecture}, which is all that is known of here"
         raise CheckpointError(word("auto_map", got=got, allowed=allowed, where=str(path / "config.json"), fix=fix))
-    method = (keys.get("quantization_config") or {}).get("quant_method", "unknown")
-    if keys.get("quantization_config") and method not in family.unpacks:
-        fix = "load it with transformers, dequantise it, and save it in bfloat16"
-        raise CheckpointError(
-            word("the weights", got=f"{method!r}", allowed="not be quantised", where=f"{path / 'config.json'}", fix=fix)
-        )
     return family
 
 
@@ -157,16 +184,6 @@ def _unknown(path: Path, keys: Mapping[str, Any]) -> CheckpointError:
         + "Nearest fix: load it with transformers; turnout.reshape.attach gives a model of any class adapters, and "
         "turnout.adopt runs the experts of one that has some."
     )
-
-
-def _unpacked(where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, list[int]]) -> dict[str, str]:
-    """Puts each packed tensor in place of its blocks and scales, as it will be; gives the file of its scales."""
-    scales = {}
-    for name in mxfp4.unpacked(dtypes):
-        blocks, beside = name + mxfp4.BLOCKS, name + mxfp4.SCALES
-        where[name], scales[name] = where.pop(blocks), where.pop(beside)
-        shapes[name], dtypes[name] = mxfp4.shape_of(shapes.pop(blocks), shapes.pop(beside)), "BF16"
-    return scales
 
 
 def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]]:
@@ -252,28 +269,50 @@ def _first(path: Path, keys: Mapping[str, Any]) -> str:
 def layout(family: Family, names: Iterable[str]) -> Names:
     """How a folder with these tensors names those of its experts."""
     on_disk, in_memory = family.layouts
+    names = tuple(names)
+    if in_memory.root != on_disk.root:
+        return on_disk if not names or any(name.startswith(on_disk.root) for name in names) else in_memory
     fused = in_memory.fused is not None and any(name.endswith(in_memory.fused[0]) for name in names)
     return in_memory if fused else on_disk
 
 
-def _common_dtype(path: Path, dtypes: Mapping[str, str], asked: torch.dtype | None) -> torch.dtype:
-    """The dtype to read them all in: the one asked for, or the one that they have."""
-    kinds = {kind for name, kind in dtypes.items() if not name.endswith(CORRECTION)}
-    if kinds <= set(_DTYPES) and (asked is not None or len(kinds) == 1):
-        return asked or _DTYPES[kinds.pop()]
-    example = {kind: next(name for name in dtypes if dtypes[name] == kind) for kind in sorted(kinds)}
-    got = ", ".join(f"{kind} ({name})" for kind, name in example.items())
-    allowed = f"all be the same of {', '.join(_DTYPES)}"
+def common_dtype(path: Path, keys: Mapping[str, Any], kinds: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype to read all tensors in: the one that they have, or of several the one that config.json names.
+
+    So does transformers. Which biases correct a router's choice is seen in no dtype but fp32, so they do not count.
+    """
+    found = {kind: name for name, kind in sorted(kinds.items(), reverse=True) if not name.endswith(CORRECTION)}
+    if len(found) == 1:
+        return next(iter(found))
+    named = keys.get("dtype") or keys.get("torch_dtype")
+    for kind in found:
+        if str(kind) == f"torch.{named}":
+            return kind
+    got = ", ".join(sorted(f"{str(kind).removeprefix('torch.')} ({name})" for kind, name in found.items()))
+    got, allowed = f"{got}, and {named!r} in config.json", "all be the same, or config.json name one of theirs"
     fix = "pass dtype=torch.float32 (turnout convert --dtype float32) to read them all as one"
-    if not kinds <= set(_DTYPES):
-        fix = "they are packed or quantised: load them with transformers, dequantise, and save in bfloat16"
     raise CheckpointError(word("the dtypes", got=got, allowed=allowed, where=str(path), fix=fix))
+
+
+def _check_kinds(path: Path, kinds: Mapping[str, str]) -> None:
+    """Refuses tensors that are no floating-point numbers as we know them."""
+    strange = {kind: name for name, kind in sorted(kinds.items(), reverse=True) if kind not in _DTYPES}
+    if strange:
+        got = ", ".join(f"{kind} ({name})" for kind, name in sorted(strange.items()))
+        fix = "they are packed or quantised: load them with transformers, dequantise, and save in bfloat16"
+        allowed = f"be of {', '.join(_DTYPES)}"
+        raise CheckpointError(word("the dtypes", got=got, allowed=allowed, where=str(path), fix=fix))
+
+
+def plain_kinds(dtypes: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """The dtypes of those tensors that are plain floating-point numbers."""
+    return {name: _DTYPES[kind] for name, kind in dtypes.items() if kind in _DTYPES}
 
 
 def layer_of(name: str) -> int:
     """The layer that a tensor belongs to, by its name; -1 for none."""
-    number = name.removeprefix("model.layers.").partition(".")[0]
-    return int(number) if name.startswith("model.layers.") and number.isdecimal() and len(number) < 10 else -1
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1
 
 
 def _also(tied: bool) -> set[str]:

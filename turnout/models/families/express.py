@@ -73,7 +73,7 @@ def obstacles(config: LMConfig, family: Family) -> list[str]:
         fix = "make it a mixture of experts (--to moe)" if family.routed else "start from its dense model"
         return [f"{family.architecture} has {has}, the model has {'none' if family.routed else 'some'}: {fix}"]
     try:
-        theirs = meaning(family.read(Keys(family.write(config), {})))
+        theirs = meaning(family.read(Keys(family.write(config), {}, family.aliases)))
     except TurnoutError as error:
         if config.moe is not None and config.moe.top_k == 1:
             two = dataclasses.replace(config.moe, top_k=2, router="TopK", router_options={"renormalize": True})

@@ -2,20 +2,33 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from turnout.errors import CheckpointError, word
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.families.meaning import router_meaning
 from turnout.types.weights import Activation
 
-_ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
-_WINDOWED = "sliding_attention"
+if TYPE_CHECKING:
+    from turnout.models.lm import LM
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+    "relu": "reglu",
+}
+# The two kinds of layers, in layer_types.
+WINDOWED, WHOLE = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How an architecture names the tensors of its experts, below ``model.layers.N.``."""
+    """How an architecture names the tensors of its layers, below ``model.layers.N.``: those that differ."""
 
     routed: str = "mlp"
     router: str = "gate.weight"
@@ -27,6 +40,13 @@ class Names:
     fused: tuple[str, str] | None = None
     # Whether those are (E, in, out), with gates and values that alternate.
     alternating: bool = False
+    # What names begin with, but for the output layer's.
+    root: str = "model."
+    # All tensors by name, of a model and the root, where they are not named as Llama's are.
+    views: "Callable[[LM, str], dict[str, Tensor]] | None" = None
+    # One tensor for queries, keys and values, one for gates and values of a dense layer; None where each has its own.
+    qkv: str | None = None
+    gate_up: str | None = None
 
     @property
     def in_memory(self) -> "Names":
@@ -47,7 +67,7 @@ class Family:
         write: the keys for a configuration; what the architecture has no key for is lost, and ``express`` notices.
         layouts: the names of its tensors: as folders have them, and as transformers 5 has them in memory.
         limits: further reasons why a configuration cannot be of this architecture.
-        unpacks: the quantisations that are read, and never written.
+        unpacks: the quantisations that are read beside fp8, and never written.
         aliases: second name of a key -> the key. Where config.json holds both, transformers takes the second name's.
         also_called: other model types whose code is this architecture's, line by line.
         silent: the configuration with parts that add nothing, which the architecture cannot be without; None where
@@ -72,17 +92,20 @@ class Family:
     def keys(self, given: Mapping[str, Any]) -> "Keys":
         """The keys of a config.json as transformers reads them in this architecture."""
         second = {key: given[alias] for alias, key in self.aliases.items() if alias in given}
-        return Keys({**given, **second}, self.defaults)
+        return Keys({**given, **second}, self.defaults, self.aliases)
 
 
 class Keys:
-    """The keys of a config.json, with the architecture's defaults behind them."""
+    """The keys of a config.json, with the architecture's defaults behind them; a second name is that of its key."""
 
-    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
-        self._given, self._defaults = given, defaults
+    def __init__(
+        self, given: Mapping[str, Any], defaults: Mapping[str, object], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self._given, self._defaults, self._aliases = given, defaults, aliases or {}
 
     def get(self, name: str, default: object = None) -> Any:
         """The value of a key; where it is missing the architecture's default, else ``default``."""
+        name = self._aliases.get(name, name)
         return self._given.get(name, self._defaults.get(name, default))
 
     def __getitem__(self, name: str) -> Any:
@@ -93,7 +116,12 @@ class Keys:
 
     def filled(self, name: str) -> Any:
         """The value of a key; null is as if it were missing."""
+        name = self._aliases.get(name, name)
         return self._defaults.get(name) if self._given.get(name) is None else self._given[name]
+
+    def but(self, **changed: object) -> "Keys":
+        """The same with other values for these keys."""
+        return Keys({**self._given, **changed}, self._defaults)
 
     def number(self, name: str, default: float) -> float:
         """A number; where the key is missing the architecture's default, else ``default``. Null is none."""
@@ -117,8 +145,8 @@ def refusal(what: str, got: str, allowed: str, fix: str) -> CheckpointError:
     return CheckpointError(word(what, got=got, allowed=allowed, where="config.json", fix=fix))
 
 
-def read_backbone(keys: Keys) -> dict[str, Any]:
-    """The fields of LMConfig that nearly all architectures have."""
+def read_backbone(keys: Keys, *, activation: str = "hidden_act") -> dict[str, Any]:
+    """The fields of LMConfig that nearly all architectures have; ``activation`` is the key that names theirs."""
     keys.fixed(is_causal=True)  # transformers lets every token see all others where it is false
     theta, scaling, share = read_rope(keys)
     heads = keys["num_attention_heads"]
@@ -136,7 +164,7 @@ def read_backbone(keys: Keys) -> dict[str, Any]:
         "rope_share": share,
         "norm_eps": keys["rms_norm_eps"],
         "tie_embeddings": bool(keys.get("tie_word_embeddings", False)),
-        "activation": read_activation(keys),
+        "activation": read_activation(keys, activation),
         "init_std": float(keys.get("initializer_range") or 0.02),
     }
 
@@ -169,8 +197,14 @@ def write_backbone(config: LMConfig) -> dict[str, object]:
 
 def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None, float]:
     """Theta, how the frequencies are stretched, and how much of a head turns."""
-    given = dict(keys.get("rope_scaling") or keys.filled("rope_parameters") or {})
-    theta = given.pop("rope_theta", None) or keys.get("rope_theta") or 1e4
+    given = keys.get("rope_scaling") or keys.filled("rope_parameters") or {}
+    return read_scaling(keys, given, keys.get("rope_theta") or 1e4)
+
+
+def read_scaling(keys: Keys, given: Mapping[str, Any], theta: float) -> tuple[float, dict[str, object] | None, float]:
+    """What ``read_rope`` gives, of one dictionary of rotary parameters; ``theta`` is the base if it has none."""
+    given = dict(given)
+    theta = given.pop("rope_theta", None) or theta
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     share = float(given.pop("partial_rotary_factor", None) or keys.get("partial_rotary_factor") or 1.0)
@@ -186,14 +220,12 @@ def read_rope(keys: Keys) -> tuple[float, dict[str, object] | None, float]:
     return float(theta), stretched, share
 
 
-def read_activation(keys: Keys) -> Activation:
-    """The gated activation."""
-    name = keys.get("hidden_act", "silu")
-    if name not in _ACTIVATIONS:
-        raise refusal(
-            "hidden_act", repr(name), f"be one of {', '.join(_ACTIVATIONS)}", "nothing: it is the model's own"
-        )
-    return _ACTIVATIONS[name]
+def read_activation(keys: Keys, key: str = "hidden_act", known: Mapping[str, Activation] = _ACTIVATIONS) -> Activation:
+    """The activation that a key names; gated, unless others are ``known``."""
+    name = keys.get(key, "silu")
+    if name not in known:
+        raise refusal(key, repr(name), f"be one of {', '.join(known)}", "nothing: it is the model's own")
+    return known[name]
 
 
 def write_activation(activation: Activation) -> str:
@@ -225,20 +257,36 @@ def read_window(keys: Keys, is_windowed: Callable[[int], bool]) -> dict[str, Any
     if not window:
         return {}
     count = keys["num_hidden_layers"]
-    kinds = keys.get("layer_types") or [_WINDOWED if is_windowed(layer) else "" for layer in range(count)]
-    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == _WINDOWED)
+    kinds = keys.get("layer_types") or [WINDOWED if is_windowed(layer) else "" for layer in range(count)]
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == WINDOWED)
     return {"window": window, "window_layers": layers} if layers else {}
 
 
 def write_window(config: LMConfig) -> dict[str, object]:
     """The keys of ``read_window``."""
-    kinds = ["full_attention" if config.window_of(n) is None else _WINDOWED for n in range(config.layers)]
+    kinds = [WHOLE if config.window_of(n) is None else WINDOWED for n in range(config.layers)]
     return {
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
         "max_window_layers": config.layers,
         "layer_types": kinds,
     }
+
+
+def read_kinds(keys: Keys, is_windowed: Callable[[int], bool]) -> dict[str, Any]:
+    """The window of the layers that ``layer_types`` says, else ``is_windowed``."""
+    count = keys["num_hidden_layers"]
+    kinds = keys.get("layer_types") or [WINDOWED if is_windowed(layer) else WHOLE for layer in range(count)]
+    if len(kinds) != count or not set(kinds) <= {WINDOWED, WHOLE}:
+        allowed = f"name {WINDOWED!r} or {WHOLE!r} for each of the {count} layers"
+        raise refusal("the key 'layer_types'", repr(kinds), allowed, "restore config.json from a copy")
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == WINDOWED)
+    return {"window": keys["sliding_window"], "window_layers": layers} if layers else {}
+
+
+def write_kinds(config: LMConfig, window: int) -> dict[str, object]:
+    """The keys of ``read_kinds``: transformers wants a window even where no layer has it."""
+    return {"sliding_window": config.window or window, "layer_types": write_window(config)["layer_types"]}
 
 
 def read_routed_layers(keys: Keys) -> tuple[int, ...]:

@@ -1,7 +1,5 @@
 """GptOssForCausalLM: sinks, every other layer windowed, biases everywhere, clamped experts in every layer."""
 
-from typing import Any
-
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.families.family import (
     Family,
@@ -9,15 +7,14 @@ from turnout.models.families.family import (
     Names,
     moe_of,
     read_backbone,
-    refusal,
+    read_kinds,
     softmax_router,
     write_backbone,
-    write_window,
+    write_kinds,
 )
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
 _WINDOW = 128
-_KINDS = ("sliding_attention", "full_attention")
 
 
 def _read(keys: Keys) -> LMConfig:
@@ -27,18 +24,9 @@ def _read(keys: Keys) -> LMConfig:
     router = softmax_router(keys, renormalize=True, top_k=top_k, num_experts=num_experts)
     router["router_options"] |= {"bias": True}
     moe = MoEConfig(num_experts, top_k, fields["hidden"], **router, activation="swiglu_oai", bias=True)
-    return LMConfig(**fields, **_read_window(keys), qkv_bias=bias, out_bias=bias, sinks=True, moe=moe)
-
-
-def _read_window(keys: Keys) -> dict[str, Any]:
-    """Every other layer has the window, the first included, unless ``layer_types`` says which."""
-    count = keys["num_hidden_layers"]
-    kinds = keys.get("layer_types") or [_KINDS[n % 2] for n in range(count)]
-    if len(kinds) != count or not set(kinds) <= set(_KINDS):
-        allowed = f"name {' or '.join(repr(kind) for kind in _KINDS)} for each of the {count} layers"
-        raise refusal("the key 'layer_types'", repr(kinds), allowed, "restore config.json from a copy")
-    layers = tuple(n for n in range(count) if kinds[n] == _KINDS[0])
-    return {"window": keys["sliding_window"], "window_layers": layers} if layers else {}
+    return LMConfig(
+        **fields, **read_kinds(keys, lambda layer: layer % 2 == 0), qkv_bias=bias, out_bias=bias, sinks=True, moe=moe
+    )
 
 
 def _write(config: LMConfig) -> dict[str, object]:
@@ -52,9 +40,7 @@ def _write(config: LMConfig) -> dict[str, object]:
         "num_experts_per_tok": moe.top_k,
         "head_dim": config.head_width,
         "attention_bias": config.qkv_bias,
-        # transformers wants a window even where no layer has it.
-        "sliding_window": config.window or _WINDOW,
-        "layer_types": write_window(config)["layer_types"],
+        **write_kinds(config, _WINDOW),
     }
 
 

@@ -11,7 +11,7 @@ from turnout.models.families.family import (
     write_activation,
     write_backbone,
 )
-from turnout.models.rope import attention_scale
+from turnout.models.families.granite import read_scales, write_scales
 
 
 def _read(keys: Keys) -> LMConfig:
@@ -24,31 +24,19 @@ def _read(keys: Keys) -> LMConfig:
         **softmax_router(keys, renormalize=True, top_k=top_k, num_experts=num_experts),
         activation=fields["activation"],
     )
-    return LMConfig(
-        **fields,
-        qkv_bias=bias,
-        out_bias=bias,
-        embedding_scale=keys.number("embedding_multiplier", 1.0),
-        attention_scale=keys.number("attention_multiplier", 1.0),
-        residual_scale=keys.number("residual_multiplier", 1.0),
-        logit_divisor=keys.number("logits_scaling", 1.0),
-        moe=moe,
-    )
+    return LMConfig(**fields, **read_scales(keys), qkv_bias=bias, out_bias=bias, moe=moe)
 
 
 def _write(config: LMConfig) -> dict[str, object]:
     moe = moe_of(config)
-    return write_backbone(config) | {
+    own: dict[str, object] = {
         "intermediate_size": moe.hidden,
         "hidden_act": write_activation(moe.activation),
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "attention_bias": config.qkv_bias,
-        "embedding_multiplier": config.embedding_scale,
-        "attention_multiplier": attention_scale(config),
-        "residual_multiplier": config.residual_scale,
-        "logits_scaling": config.logit_divisor,
     }
+    return write_backbone(config) | write_scales(config) | own
 
 
 _ROUTED = "block_sparse_moe"

@@ -34,9 +34,17 @@ def meaning(config: LMConfig) -> dict[str, Any]:
     fields |= {
         "window": [config.window_of(n) for n in range(config.layers)],
         "attention_scale": attention_scale(config),
+        "rope_layers": "all" if all(map(config.is_turned, range(config.layers))) else config.rope_layers,
+        "rope_share": config.rotated_width,
+        "embedding_rounded": config.embedding_rounded and config.embedding_scale != 1,
     }
-    del fields["window_layers"]
-    fields["rope_share"] = config.rotated_width
+    turned_layers = [n for n in range(config.layers) if config.is_turned(n)]
+    turned = [config.rope_of(n) for n in turned_layers] or [(1e4, None)]  # of no meaning where nothing turns
+    for name, values in (("rope_theta", [r[0] for r in turned]), ("rope_scaling", [plain(r[1]) for r in turned])):
+        fields[name] = values if any(value != values[0] for value in values) else values[0]
+    if not turned_layers:
+        fields["rope_share"] = config.head_width
+    del fields["window_layers"], fields["local_rope_theta"]
     if len(routed) == config.layers:
         for name in ("hidden", "activation", "ff_bias"):
             del fields[name]

@@ -48,26 +48,39 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
 
     Args:
         lm: the model.
-        names: how the architecture names its experts.
+        names: how the architecture names its tensors.
     """
+    if names.views is not None:
+        return {name: Slot(tensor.detach()) for name, tensor in names.views(lm, names.root).items()}
     found: Views = {"model.embed_tokens.weight": lm.embedding, "model.norm.weight": lm.norm.weight}
     if lm.head is not None:
         found["lm_head.weight"] = lm.head.weight
     for layer, block in enumerate(lm.blocks):
         assert isinstance(block, Block)
         prefix = f"model.layers.{layer}."
-        found[f"{prefix}input_layernorm.weight"] = block.attention_norm.weight
-        found[f"{prefix}post_attention_layernorm.weight"] = block.ff_norm.weight
+        found |= _norms(prefix, block)
         if isinstance(block.attention, Attention):
-            found |= _grouped(f"{prefix}self_attn.", block.attention)
+            found |= _grouped(f"{prefix}self_attn.", block.attention, names)
         else:
             found |= _latent(f"{prefix}self_attn.", block.attention)
         if isinstance(block.ff, MoE):
             found |= _routed(f"{prefix}{names.routed}.", block.ff, names)
         else:
-            found |= _dense(f"{prefix}mlp.", block.ff)
+            found |= _dense(f"{prefix}mlp.", block.ff, names)
     joined = _alternating(names) if lm.config.moe is not None else ()
     return {name: Slot(tensor.detach(), name.endswith(joined)) for name, tensor in found.items()}
+
+
+def _norms(prefix: str, block: Block) -> Views:
+    # The same name stands for the norm before the feed-forward layer where there is none after attention.
+    ff = "post_attention_layernorm" if block.attention_out_norm is None else "pre_feedforward_layernorm"
+    norms = {
+        "input_layernorm": block.attention_norm,
+        "post_attention_layernorm": block.attention_out_norm,
+        ff: block.ff_norm,
+        "post_feedforward_layernorm": block.ff_out_norm,
+    }
+    return {f"{prefix}{name}.weight": norm.weight for name, norm in norms.items() if norm is not None}
 
 
 def _alternating(names: Names) -> tuple[str, ...]:
@@ -79,10 +92,12 @@ def _projection(name: str, projection: Projection) -> Views:
     return {f"{name}.weight": projection.weight, **bias}
 
 
-def _grouped(prefix: str, attention: Attention) -> Views:
+def _grouped(prefix: str, attention: Attention, names: Names) -> Views:
     found = _projection(f"{prefix}o_proj", attention.out)
     for kind, tensor in (("weight", attention.qkv.weight), ("bias", attention.qkv.bias)):
-        if tensor is not None:
+        if tensor is not None and names.qkv is not None:
+            found[f"{prefix}{names.qkv}.{kind}"] = tensor
+        elif tensor is not None:
             parts = zip("qkv", tensor.split(attention.sizes), strict=True)
             found |= {f"{prefix}{letter}_proj.{kind}": part for letter, part in parts}
     if attention.q_norm is not None and attention.k_norm is not None:
@@ -102,7 +117,7 @@ def _latent(prefix: str, attention: LatentAttention) -> Views:
     return found | _projection(f"{prefix}q_a_proj", attention.q_down) | _projection(f"{prefix}q_b_proj", attention.q_up)
 
 
-def _dense(prefix: str, ff: FeedForward) -> Views:
+def _dense(prefix: str, ff: FeedForward, names: Names) -> Views:
     found: Views = {f"{prefix}down_proj.weight": ff.down}
     if ff.down_bias is not None:
         found[f"{prefix}down_proj.bias"] = ff.down_bias
@@ -111,6 +126,9 @@ def _dense(prefix: str, ff: FeedForward) -> Views:
             continue
         if ff.activation not in GATED:
             found[f"{prefix}up_proj.{kind}"] = tensor
+            continue
+        if names.gate_up is not None:
+            found[f"{prefix}{names.gate_up}.{kind}"] = tensor
             continue
         gate, up = tensor.chunk(2)
         found |= {f"{prefix}gate_proj.{kind}": gate, f"{prefix}up_proj.{kind}": up}
@@ -129,7 +147,7 @@ def _routed(prefix: str, moe: MoE, names: Names) -> Views:
     assert isinstance(moe.bank, Bank)  # factored experts were refused: no architecture has them
     found |= _experts(prefix, moe.bank, names)
     if moe.shared is not None:
-        found |= _dense(f"{prefix}{names.shared}.", moe.shared)
+        found |= _dense(f"{prefix}{names.shared}.", moe.shared, names)
     if moe.shared_gate is not None:
         found[f"{prefix}{names.shared}_gate.weight"] = moe.shared_gate
     return found

@@ -5,7 +5,7 @@ import glob
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from turnout.reshape.adapters.routers import ROUTERS, Site, check_options
 from turnout.reshape.adapters.save import writer
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["attach", "detach"]
 
 _WHERE = "turnout.reshape.attach"
@@ -28,14 +30,14 @@ _WHERE = "turnout.reshape.attach"
 
 @expects(model=nn.Module)
 def attach(
-    model: nn.Module,
+    model: Model,
     adapters: Sequence[str | Path | PeftAdapter],
     *,
     router: str | Callable[[Site], nn.Module] = "arrow",
     router_options: Mapping[str, Any] | None = None,
     any_base: bool = False,
     freeze: bool = True,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The same model, each adapted linear map an ``Adapter`` of all adapters that change it; changed in place.
 
     A map that only some adapters change chooses among those. Padding is read from ``attention_mask``, however it is
@@ -87,6 +89,10 @@ def attach(
     return model, report
 
 
+@overload
+def detach(model: Asking) -> tuple[nn.Module, Report]: ...
+@overload
+def detach(model: Model) -> tuple[Model, Report]: ...
 @expects(model=nn.Module)
 def detach(model: nn.Module) -> tuple[nn.Module, Report]:
     """The same model without its adapters: every layer is the very module it was; changed in place.

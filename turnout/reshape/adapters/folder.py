@@ -3,12 +3,13 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.expects import PATH, Kind, expects
+from turnout.hub import located
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
 from turnout.reading import check_fields, check_link, plain_name
@@ -19,6 +20,8 @@ from turnout.reshape.adapters.shards import SHARDS_FILE, load_shards
 from turnout.reshape.adapters.trained import ROUTERS_FILE, load_routers
 from turnout.storage import read_error
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["adapters_of", "attach_folder", "save_adapters", "save_attached"]
 
@@ -72,13 +75,14 @@ def save_adapters(
     """
     path, where = Path(path), "turnout.reshape.save_adapters"
     _refuse_existing(path, where)
-    found = [(folder, read_adapter(folder)) for folder in adapters]
+    places = [located(one, where=where).folder for one in adapters]
+    found = [(folder, read_adapter(folder)) for folder in places]
     names = [one.name for _, one in found]
     refuse_names(names, where)
     if router not in ROUTERS:
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
-    every = {name: _files(Path(folder)) for (folder, _), name in zip(found, names, strict=True)}
+    every = {name: _files(folder) for (folder, _), name in zip(found, names, strict=True)}
     for name, files in every.items():
         place = path / "adapters" / name
         place.mkdir(parents=True)
@@ -154,13 +158,13 @@ def _refuse_existing(path: Path, where: str) -> None:
 
 @expects(model=nn.Module, path=PATH)
 def attach_folder(
-    model: nn.Module,
+    model: Model,
     path: str | Path,
     *,
     any_base: bool = False,
     freeze: bool = True,
     router: Callable[[Site], nn.Module] | None = None,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The same model with what a folder has for it: adapters and their router, or shards; changed in place.
 
     Args:
@@ -188,7 +192,7 @@ def attach_folder(
 
     Source: none; ``attach``.
     """
-    path = Path(path)
+    path = located(path, where=_WHERE).folder
     any_base = any_base or _is_from(model, path)
     if (path / SHARDS_FILE).exists() and not (path / FILE).exists():
         return load_shards(model, path, any_base=any_base)

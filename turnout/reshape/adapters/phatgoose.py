@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from turnout.reshape.adapters.attach import attach, detach
 from turnout.reshape.adapters.routers import Site
 from turnout.train.adapters.router import train_routers
 from turnout.types import Report, Routing
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["train_gates"]
 
@@ -42,7 +44,7 @@ class SigmoidGate(nn.Module):
 
 @expects(model=nn.Module, adapter=PATH)
 def train_gates(
-    model: nn.Module,
+    model: Model,
     adapter: str | Path,
     batches: Iterable[Any],
     *,
@@ -50,7 +52,7 @@ def train_gates(
     rate: float = 5e-3,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     any_base: bool = False,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The same model; the gates of one adapter are trained on its own data and written into its folder.
 
     At every linear map y = W u + sigmoid(<v, u>) * scale * B A u, with v from 0; only the v are trained. Each adapter

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from turnout.layers import Adapter
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.reshape.adapters.host import CHOICE
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["add_tasks", "fresh_adapters"]
 
@@ -73,9 +76,7 @@ def fresh_adapters(
 
 
 @expects(model=nn.Module)
-def add_tasks(
-    model: nn.Module, count: int = 1, *, generator: torch.Generator | None = None
-) -> tuple[nn.Module, Report]:
+def add_tasks(model: Model, count: int = 1, *, generator: torch.Generator | None = None) -> tuple[Model, Report]:
     """The same model with ``count`` more tasks in its tables, each with logits near 0; changed in place.
 
     After this ``turnout.train.train_routers(model, batches)`` learns the new task by the table alone (MHR-z), and with

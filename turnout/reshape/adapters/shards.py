@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from turnout.reshape.adapters.poly import named_linears
 from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["SHARDS_FILE", "attach_shards", "load_shards", "save_shards"]
 
 SHARDS_FILE = "shards.safetensors"
@@ -30,7 +32,7 @@ _TENSORS = ("down", "up", "index_down", "index_up")
 
 @expects(model=nn.Module)
 def attach_shards(
-    model: nn.Module,
+    model: Model,
     modules: Sequence[str],
     *,
     budget: int = 2,
@@ -42,7 +44,7 @@ def attach_shards(
     together: Literal["name", "shape"] = "name",
     generator: torch.Generator | None = None,
     freeze: bool = True,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The same model, each named linear map with an adapter of ``rank`` from pools that they share; changed in place.
 
     Everything else is frozen, so that any loop trains the pools alone: ``model.turnout_shards``. At the start the model
@@ -150,7 +152,7 @@ def _writer(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Path], R
 
 
 @expects(model=nn.Module, path=PATH)
-def load_shards(model: nn.Module, path: str | Path, *, any_base: bool = False) -> tuple[nn.Module, Report]:
+def load_shards(model: Model, path: str | Path, *, any_base: bool = False) -> tuple[Model, Report]:
     """The same model with the shards that ``save_shards`` wrote; changed in place, whole or not at all.
 
     Args:

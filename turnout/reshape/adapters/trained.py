@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from turnout.reading import parse_json
 from turnout.run.low_rank import merge
 from turnout.storage import load_tensors, save_tensors
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["ROUTERS_FILE", "fold_adapters", "load_routers", "save_routers"]
 
@@ -77,7 +79,7 @@ def write_routers(path: str | Path, model: nn.Module, tensors: Mapping[str, Tens
 
 
 @expects(model=nn.Module, path=PATH)
-def load_routers(model: nn.Module, path: str | Path) -> tuple[nn.Module, Report]:
+def load_routers(model: Model, path: str | Path) -> tuple[Model, Report]:
     """The same model with the routers that ``save_routers`` wrote; changed in place, all of them or none.
 
     Args:

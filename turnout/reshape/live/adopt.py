@@ -9,7 +9,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from turnout.run import EXECUTORS, execute
 from turnout.types import ExpertWeights, Report, Routing
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["adopt", "register_backend", "release"]
 
 # What transformers' decorator for experts leaves on every module of such a class.
@@ -28,7 +30,7 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where the one gate of its own is defined that turnout computes.
 _CLAMPED = "transformers.models.gpt_oss.modeling_gpt_oss"
-_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 _BACKENDS = (*EXECUTORS, "kernels")  # the last by name alone, on CUDA
 # What adopted modules remember for ``release``: the implementation, or the configuration, that they had before.
 _BEFORE, _CONFIG_BEFORE = "_implementation_before_turnout", "_config_before_turnout"
@@ -67,7 +69,7 @@ def register_backend() -> tuple[str, ...]:
 
 
 @expects(hf_model=nn.Module)
-def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Report]:
+def adopt(hf_model: Model, *, backend: str = "auto") -> tuple[Model, Report]:
     """The same model, with the experts of every mixture-of-experts block run by turnout; changed in place.
 
     Outputs and gradients stay what they were, up to the order of sums; parameters and the names in the state dict stay
@@ -129,7 +131,7 @@ def adopt(hf_model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, Rep
 
 
 @expects(hf_model=nn.Module)
-def release(hf_model: nn.Module) -> tuple[nn.Module, Report]:
+def release(hf_model: Model) -> tuple[Model, Report]:
     """The same model as before ``adopt``: every block has the implementation back that it had; changed in place.
 
     Args:
@@ -265,19 +267,19 @@ def _weights(experts: Any) -> ExpertWeights:
 
 @functools.cache
 def _activations() -> dict[type, str]:
-    """Our name for what the classes of activation compute; the tanh approximations of GELU are other functions."""
+    """Our name for what the classes of activation compute."""
     from transformers import activations
 
     kinds: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.GELU: "gelu", activations.GELUActivation: "gelu"}
-    if silu := getattr(activations, "SiLUActivation", None):
-        kinds[silu] = "silu"
-    return kinds
+    named = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+    named |= {"NewGELUActivation": "gelu_tanh"}
+    return kinds | {kind: ours for name, ours in named.items() if (kind := getattr(activations, name, None))}
 
 
 def _activation(experts: Any) -> str | None:
     function = getattr(experts, "act_fn", None)
     if isinstance(function, nn.GELU) and function.approximate != "none":
-        return None
+        return "gelu_tanh"
     return _activations().get(type(function))
 
 

@@ -1,6 +1,7 @@
 """Many models as one: the average of their weights."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -8,13 +9,15 @@ from turnout.expects import MODELS, expects
 from turnout.reshape.many_to_one.match import blend, combine, matched, shares
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["average"]
 
 _WHERE = "turnout.reshape.average"
 
 
 @expects(models=MODELS)
-def average(models: Sequence[nn.Module], *, weights: Sequence[float] | None = None) -> tuple[nn.Module, Report]:
+def average(models: Sequence[Model], *, weights: Sequence[float] | None = None) -> tuple[Model, Report]:
     """The weighted mean of models of one architecture, parameter by parameter.
 
     theta* = sum_i w_i theta_i / sum_i w_i, worked out in float64 and rounded once. Equal models give that model to

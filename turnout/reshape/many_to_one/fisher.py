@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from turnout.reshape.calibrate import evaluating
 from turnout.reshape.many_to_one.match import Mix, blend, combine, matched, refuse_infinite, shares
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["fisher", "fisher_information"]
 
 _WHERE = "turnout.reshape.fisher"
@@ -22,13 +24,13 @@ Information = Mapping[str, Tensor]
 
 @expects(models=MODELS)
 def fisher(
-    models: Sequence[nn.Module],
+    models: Sequence[Model],
     information: Sequence[Information],
     *,
     weights: Sequence[float] | None = None,
     floor: float = 1e-6,
     normalize: bool = False,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The models as one, each weight averaged in proportion to its Fisher information in each model.
 
     theta* = sum_i lambda_i F_i theta_i / sum_i lambda_i F_i, elementwise: the most likely weights when each

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,13 +13,15 @@ from turnout.reshape.calibrate import evaluating
 from turnout.reshape.many_to_one.match import blend, combine, matched
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["interpolate", "interpolation_path"]
 
 _WHERE = "turnout.reshape.interpolate"
 
 
 @expects(first=nn.Module, second=nn.Module)
-def interpolate(first: nn.Module, second: nn.Module, *, position: float = 0.5) -> tuple[nn.Module, Report]:
+def interpolate(first: Model, second: Model, *, position: float = 0.5) -> tuple[Model, Report]:
     """The model at ``position`` on the straight line from the first model to the second.
 
     theta(alpha) = (1 - alpha) theta_0 + alpha theta_1, worked out in float64 and rounded once; 0 and 1 give the models
@@ -52,12 +55,12 @@ def interpolate(first: nn.Module, second: nn.Module, *, position: float = 0.5) -
 
 @expects(first=nn.Module, second=nn.Module, loss=CALLED)
 def interpolation_path(
-    first: nn.Module,
-    second: nn.Module,
-    loss: Callable[[nn.Module], float],
+    first: Model,
+    second: Model,
+    loss: Callable[[Model], float],
     *,
     positions: int | Sequence[float] = 11,
-) -> tuple[nn.Module, Report]:
+) -> tuple[Model, Report]:
     """The model with the lowest loss on the straight line between two, and the losses all along it.
 
     The barrier is max over alpha of L(theta(alpha)) - ((1 - alpha) L(theta_0) + alpha L(theta_1)): what the line loses
@@ -112,7 +115,7 @@ def interpolation_path(
     return new, Report("interpolation_path", values | dict(report.values), report.notes)
 
 
-def _loss(first: nn.Module, second: nn.Module, alpha: float, loss: Callable[[nn.Module], float]) -> float:
+def _loss(first: Model, second: Model, alpha: float, loss: Callable[[Model], float]) -> float:
     model = interpolate(first, second, position=alpha)[0]
     with evaluating(model), torch.no_grad():
         value = float(loss(model))

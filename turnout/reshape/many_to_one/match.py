@@ -4,13 +4,15 @@ import copy
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.reshape.many_to_one.same_architecture import differences, refuse_unlike
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = [
     "Mix",
@@ -121,7 +123,7 @@ def combine(values: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
 
 
 @torch.no_grad()
-def blend(models: Sequence[nn.Module], mix: Mix, where: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+def blend(models: Sequence[Model], mix: Mix, where: str) -> tuple[Model, dict[str, Any], tuple[str, ...]]:
     """A copy of the first model whose tensors are ``mix(name, [x_0, x_1, ...])``, worked out in float64.
 
     Tensors that are equal to the bit in all models stay as they are. Buffers of whole numbers are the first model's.
@@ -189,7 +191,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 @torch.no_grad()
-def filled(model: nn.Module, mixed: Mapping[str, Tensor]) -> nn.Module:
+def filled(model: Model, mixed: Mapping[str, Tensor]) -> Model:
     """A copy of the model with these tensors, without gradients."""
     new = copy.deepcopy(model)
     for name, tensor in tensors(new).items():

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from turnout.expects import MODELS, expects
 from turnout.reshape.many_to_one.match import distance, filled, matched, refuse_infinite, rounded, tensors
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["Soup", "soup"]
 
 _WHERE = "turnout.reshape.soup"
 
 
 @expects(shards=MODELS)
-def soup(shards: Mapping[str, nn.Module], *, counts: Mapping[str, int] | None = None) -> tuple[nn.Module, Report]:
+def soup(shards: Mapping[str, Model], *, counts: Mapping[str, int] | None = None) -> tuple[Model, Report]:
     """The mean of the models that were trained on shards of the data.
 
     theta* = sum_i n_i theta_i / sum_i n_i. A soup that changes later is a ``Soup``, which this is in one step.
@@ -58,7 +60,7 @@ def soup(shards: Mapping[str, nn.Module], *, counts: Mapping[str, int] | None = 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Soup:
+class Soup(Generic[Model]):
     """A running sum of models with counts, to which a shard is added and from which it is removed.
 
     It holds sum_i n_i theta_i in float64, however many shards there are, and a digest of each shard. Weights of 32 and
@@ -83,13 +85,13 @@ class Soup:
     and unlearning by averaging again. That removal needs the shard's model, and checks that it is the same, is ours.
     """
 
-    template: nn.Module
+    template: Model
     totals: Mapping[str, Tensor]
     counts: Mapping[str, int]
     digests: Mapping[str, str]
 
     @classmethod
-    def start(cls, template: nn.Module) -> Self:
+    def start(cls, template: Model) -> Self:
         """A soup of nothing, for models like this one."""
         found = tensors(template)
         zeros = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in found.items() if t.is_floating_point()}
@@ -132,7 +134,7 @@ class Soup:
         digests = {name: known for name, known in self.digests.items() if name != shard}
         return self._changed(model, -self.counts[shard], counts, digests)
 
-    def model(self) -> tuple[nn.Module, Report]:
+    def model(self) -> tuple[Model, Report]:
         """A copy of the template with the mean; and the counts and parameters.
 
         Raises:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from turnout.measure import layers_of, sharpness
 from turnout.reshape.many_to_one.interpolate import interpolate
 from turnout.reshape.many_to_one.match import blend, combine, matched, tensors
 from turnout.types import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["interpolate_sparse", "stragglers"]
 
@@ -41,7 +43,8 @@ def stragglers(
         loss: takes a model, gives a scalar with gradients, on data of the fine-tuning; the same every time.
         positions: where on the line, 0 for the first and 1 for the second.
         factor: how much sharper, at least 1.
-        radius, steps: of ``sharpness``.
+        radius: of ``sharpness``, as ``steps``.
+        steps: of ``sharpness``.
 
     Returns:
         ``stragglers``, sharpest first; ``by_layer``, the means; and of each position the loss, and sharpness.
@@ -59,8 +62,7 @@ def stragglers(
     ['2']
 
     Source: Abdollahpoorrostam, 2024, "In Search of the Successful Interpolation: On the Role of Sharpness in CLIP
-    Generalization", the idea. Its code is not published: sharpness as in ``turnout.measure.sharpness``, one layer at a
-    time, and the rule that makes a straggler, are ours.
+    Generalization", the idea. No code is published: sharpness by layer, and what makes a straggler, are ours.
     """
     matched([first, second], _WHERE)
     if not factor >= 1 or not positions:
@@ -86,8 +88,8 @@ def stragglers(
 
 @expects(first=nn.Module, second=nn.Module)
 def interpolate_sparse(
-    first: nn.Module, second: nn.Module, layers: Sequence[str], *, position: float = 0.5, keep: float = 0.2
-) -> tuple[nn.Module, Report]:
+    first: Model, second: Model, layers: Sequence[str], *, position: float = 0.5, keep: float = 0.2
+) -> tuple[Model, Report]:
     """The model at ``position`` on the line between two, the update of some layers thinned first.
 
     theta(alpha) = theta_0 + alpha (theta_1 - theta_0); of the layers named, only the ``keep`` share of the entries of

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ from turnout.expects import MODELS, expects
 from turnout.reshape.many_to_one.match import blend, matched
 from turnout.types import Report
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["task_vectors"]
 
 _WHERE = "turnout.reshape.task_vectors"
@@ -17,8 +20,8 @@ _WHERE = "turnout.reshape.task_vectors"
 
 @expects(model=nn.Module, tuned=MODELS)
 def task_vectors(
-    model: nn.Module, tuned: Sequence[nn.Module], *, scales: float | Sequence[float] = 1.0
-) -> tuple[nn.Module, Report]:
+    model: Model, tuned: Sequence[Model], *, scales: float | Sequence[float] = 1.0
+) -> tuple[Model, Report]:
     """The start, moved along what each fine-tuning changed.
 
     theta* = theta_0 + sum_i lambda_i (theta_i - theta_0), worked out in float64 and rounded once. A scale of 0 leaves

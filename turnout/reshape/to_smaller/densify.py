@@ -47,7 +47,7 @@ def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -
     >>> again.config == lm.config, report["relative_difference"] < 1e-5
     (True, True)
 
-    Source: none; products written out.
+    Source: none; our own: products written out.
     """
     text, config = checked(batches, lm, _WHERE), planned(lm.config)
     changed = dict[str, Tensor]()

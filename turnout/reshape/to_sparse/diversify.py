@@ -43,7 +43,7 @@ def diversify(
     model; the paper does with a gate that begins with all experts, ``router="DenseToSparse"``.
 
     Args:
-        lm: a dense model without feed-forward biases, or one with experts; it is left as it is.
+        lm: a dense model, or one with experts; it is left as it is.
         num_experts: E, for a dense model; None for one with experts.
         top_k: K, for a dense model; None for one with experts.
         masked: p, the share of an expert's weights that is left out, in [0, 1).

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +12,7 @@ from turnout.errors import UsageError, nearest, word
 from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
-from turnout.reshape.calibrate import blocks, checked, difference, probe, refuse_no_text
+from turnout.reshape.calibrate import blocks, checked, difference, probe, reach, refuse_no_text
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.reshape.to_sparse.neuron_groups import Deal, cluster, coactivation, gradient
 from turnout.types import Report
@@ -45,7 +46,7 @@ def split(
     start at 1e-3, so the chosen experts weigh 1 +- 0.001 each: K = E computes what the dense layer does.
 
     Args:
-        lm: a dense model without feed-forward biases; it is left as it is.
+        lm: a dense model; it is left as it is.
         num_experts: E, a divisor of the hidden width.
         top_k: K, experts per token, 2 to E; 1 with E = 1, which leaves the model dense.
         by: how neurons are dealt out.
@@ -95,8 +96,10 @@ def _sparse(lm: LM, config: LMConfig, dealt: list[Deal]) -> LM:
         assert isinstance(block.ff, FeedForward)
         up_EDH, down_EFD = _experts(block.ff, deal.expert_F, num_experts)
         changed |= {f"{name}.bank.up": up_EDH, f"{name}.bank.down": down_EFD * top_k}
-        gain = float(block.ff_norm.weight.detach().abs().max())
-        size = (_ALL if top_k == num_experts else _SPREAD) / max(gain, 1e-12)
+        if block.ff.up_bias is not None and block.ff.down_bias is not None:
+            up_EH, down_D = _dealt(block.ff.up_bias, block.ff, deal.expert_F, num_experts), block.ff.down_bias.detach()
+            changed |= {f"{name}.bank.up_bias": up_EH, f"{name}.bank.down_bias": down_D.repeat(num_experts, 1)}
+        size = (_ALL if top_k == num_experts else _SPREAD) / max(reach(lm, layer), 1e-12)
         changed[f"{name}.router.weight"] = (F.normalize(deal.centre_ED, dim=1) * size).to(lm.embedding.dtype)
     return rebuild(lm, config, changed)
 
@@ -116,16 +119,27 @@ def planned(config: LMConfig, *, num_experts: int, top_k: int) -> LMConfig:
         hidden=config.dense_hidden // num_experts,
         router_options={"renormalize": True},
         activation=config.activation,
+        bias=config.ff_bias,
     )
     return dataclasses.replace(config, moe=moe)
 
 
 def _experts(ff: FeedForward, expert_F: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Up (E, D, H) and down (E, F/E, D), the neurons of each expert in their old order."""
+    up_EHD, order_Ef = _dealt(ff.up, ff, expert_F, num_experts), _order(expert_F, num_experts, ff.up.device)
+    return up_EHD.transpose(1, 2), ff.down.detach().t()[order_Ef]
+
+
+def _order(expert_F: Tensor, num_experts: int, device: torch.device) -> Tensor:
+    """(E, F/E) the neurons of each expert in their old order."""
+    return expert_F.sort(stable=True)[1].view(num_experts, -1).to(device)
+
+
+def _dealt(up: Tensor, ff: FeedForward, expert_F: Tensor, num_experts: int) -> Tensor:
+    """(E, H, ...) the rows of the up product, or of its bias (H,), that belong to each expert."""
     parts = 2 if ff.activation in GATED else 1
-    order_Ef = expert_F.sort(stable=True)[1].view(num_experts, -1).to(ff.up.device)
-    up_PEfD = ff.up.detach().unflatten(0, (parts, -1))[:, order_Ef]
-    return up_PEfD.transpose(0, 1).flatten(1, 2).transpose(1, 2), ff.down.detach().t()[order_Ef]
+    of_PEf = up.detach().unflatten(0, (parts, -1))[:, _order(expert_F, num_experts, up.device)]
+    return of_PEf.transpose(0, 1).flatten(1, 2)
 
 
 def _report(before: LM, after: LM, by: str, dealt: list[Deal], text: tuple[Tensor, ...]) -> Report:
@@ -145,10 +159,9 @@ def _report(before: LM, after: LM, by: str, dealt: list[Deal], text: tuple[Tenso
 
 
 def _check(config: LMConfig, num_experts: int, top_k: int) -> None:
-    if config.moe is not None or config.ff_bias:
-        got = "one with experts" if config.moe is not None else "one with ff_bias=True"
-        allowed, fix = "be dense, without feed-forward biases", "split the dense model that it came from"
-        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if config.moe is not None:
+        fix = "split the dense model that it came from"
+        raise UsageError(word("the model", got="one with experts", allowed="be dense", where=_WHERE, fix=fix))
     hidden = config.dense_hidden
     if num_experts < 1 or hidden % num_experts:
         near = min((e for e in range(1, hidden + 1) if hidden % e == 0), key=lambda e: abs(e - num_experts))

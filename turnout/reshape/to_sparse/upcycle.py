@@ -12,7 +12,7 @@ from turnout.errors import UsageError, word
 from turnout.expects import expects
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import FeedForward
-from turnout.reshape.calibrate import blocks, checked, difference, probe
+from turnout.reshape.calibrate import blocks, checked, difference, probe, reach
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.types import Report
 from turnout.types.weights import GATED
@@ -44,7 +44,7 @@ def upcycle(
     would always be 1, and the router never learn): the router starts so small that it is 1/E, and E scales instead.
 
     Args:
-        lm: a dense model without feed-forward biases; it is left as it is.
+        lm: a dense model; it is left as it is.
         num_experts: E, a multiple of G.
         top_k: K, experts per token, a multiple of G, at most E.
         granularity: G, shards per layer, a divisor of the hidden width; 1 copies whole layers.
@@ -57,7 +57,7 @@ def upcycle(
         The sparse model, and the report: parameters before and after, and the difference measured.
 
     Raises:
-        UsageError: the model has experts or feed-forward biases, or (E, K, G) do not fit; names the nearest that do.
+        UsageError: the model has experts, or (E, K, G) do not fit; names the nearest that do.
 
     >>> from turnout.models import LMConfig
     >>> dense = LM(LMConfig(vocab_size=16, width=8, layers=2, heads=2, hidden=12))
@@ -106,6 +106,7 @@ def planned(
         router_options={"renormalize": top_k > 1},
         layers="all" if len(chosen) == config.layers else chosen,
         activation=config.activation,
+        bias=config.ff_bias,
     )
     return dataclasses.replace(config, moe=moe) if chosen else config  # refuses layers that do not exist
 
@@ -122,6 +123,7 @@ def _sparse(lm: LM, config: LMConfig, shards: int, std: float, seed: int) -> LM:
         spread = _even_std(lm, layer) if top_k == 1 else std
         rows_CD = torch.empty(num_experts // shards, lm.config.width).normal_(0, spread, generator=generator)
         changed |= {f"{name}.bank.up": up_EDH, f"{name}.bank.down": down_EFD}
+        changed |= {f"{name}.bank.{part}": bias for part, bias in _biases(ff, moe, shards).items()}
         changed[f"{name}.router.weight"] = rows_CD.repeat_interleave(shards, 0).to(lm.embedding.dtype)
     return rebuild(lm, config, changed)
 
@@ -140,10 +142,19 @@ def _experts(ff: FeedForward, num_experts: int, shards: int, scale: int) -> tupl
     return up_GHD.transpose(1, 2).repeat(copies, 1, 1), down_GfD.repeat(copies, 1, 1)
 
 
+def _biases(ff: FeedForward, moe: MoEConfig, shards: int) -> dict[str, Tensor]:
+    """Those of the dense layer for each of its shards: the chosen weigh 1 together, and one alone 1/E."""
+    if ff.up_bias is None or ff.down_bias is None:
+        return {}
+    up_PGf = ff.up_bias.detach().unflatten(0, (2 if ff.activation in GATED else 1, shards, -1))
+    up_GH, down_D = up_PGf.transpose(0, 1).flatten(1), ff.down_bias.detach()
+    down_D = down_D if moe.top_k > 1 else down_D * moe.num_experts
+    return {"up_bias": up_GH.repeat(moe.num_experts // shards, 1), "down_bias": down_D.repeat(moe.num_experts, 1)}
+
+
 def _even_std(lm: LM, layer: int) -> float:
-    """Router rows whose logits stay near 1e-6 on what the layer's norm lets through."""
-    gain = float(blocks(lm)[layer].ff_norm.weight.detach().abs().max())
-    return _EVEN / (math.sqrt(lm.config.width) * max(gain, 1e-12))
+    """Router rows whose logits stay near 1e-6 on what the layer's feed-forward takes."""
+    return _EVEN / (math.sqrt(lm.config.width) * max(reach(lm, layer), 1e-12))
 
 
 def _report(before: LM, after: LM, chosen: tuple[int, ...], shards: int, text: tuple[Tensor, ...]) -> Report:
@@ -178,9 +189,6 @@ def _check_model(config: LMConfig) -> None:
     if config.moe is not None:
         fix = "upcycle the dense model that it came from"
         raise UsageError(word("the model", got="one with experts", allowed="be dense", where=_WHERE, fix=fix))
-    if config.ff_bias:
-        allowed, fix = "have no feed-forward biases, since experts have none", "train or load one with ff_bias=False"
-        raise UsageError(word("the model", got="one with ff_bias=True", allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _fits(num_experts: int, top_k: int, shards: int, hidden: int) -> bool:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turnout.run.kernels.dispatch import Tiles, place
+from turnout.run.kernels.dispatch import Tiles, multiplied, place
 from turnout.run.kernels.forward import activated, layout, raised
 from turnout.run.kernels.tune import INTERPRETED, configs, precision, pruned
 from turnout.types import ExpertWeights
@@ -24,6 +24,9 @@ def _slope(h, KIND: tl.constexpr):
         out = s * (1.0 + h * (1.0 - s))
     elif KIND == "gelu":
         out = 0.5 * (1.0 + tl.math.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif KIND == "gelu_tanh":
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * h * (1.0 + 0.044715 * h * h)))
+        out = s * (1.0 + h * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h))
     elif KIND == "oai":
         s = 1.0 / (1.0 + tl.exp(-1.702 * h))
         out = tl.where(h > 7.0, 0.0, s * (1.0 + 1.702 * h * (1.0 - s)))
@@ -75,19 +78,7 @@ def _hidden_kernel(
     token = tl.load(token_ptr + row + i, mask=inside, other=0)
     left_ptrs = left_ptr + token[:, None] * stride_yt + k[None, :]
     right_ptrs = down_ptr + e * stride_de + k[:, None] * stride_di + n[None, :] * stride_do
-    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
-    for k0 in range(0, IN, BLOCK_K):
-        if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
-            a = tl.load(left_ptrs)
-            b = tl.load(right_ptrs)
-        else:
-            a = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
-            b = tl.load(right_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        left_ptrs += BLOCK_K
-        right_ptrs += BLOCK_K * stride_di
+    total = multiplied(left_ptrs, right_ptrs, k, n, stride_di, IN, OUT, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
     weight = tl.load(weight_ptr + row + i, mask=inside, other=0.0).to(tl.float32)
     wide = 2 * OUT if GATED else OUT
     # The row's place is a scalar of 64 bits; what is relative to it fits 32, of which registers hold twice as many.

@@ -1,11 +1,11 @@
-"""What lies around the products: the table of row tiles, the sum over each token's rows, sums over rows."""
+"""What every product stands on: the table of row tiles, one tile's product, the sum over each token's rows."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tiles", "column_sums", "combine", "place", "row_dots", "tiles"]
+__all__ = ["Tiles", "column_sums", "combine", "fetched", "multiplied", "place", "row_dots", "tiles"]
 
 Tiles = tuple[Tensor, int]
 """The table (2, N) int32 of experts (-1: nothing to do) and first rows, and the rows of a tile."""
@@ -57,6 +57,35 @@ def place(tile_ptr, row_ptr, offset_ptr, count, columns, BLOCK_M: tl.constexpr, 
     row = tl.load(row_ptr + tile).to(tl.int64)
     end = tl.load(offset_ptr + tl.maximum(e, 0) + 1)
     return e.to(tl.int64), row, tl.arange(0, BLOCK_M) < end - row, column
+
+
+@triton.jit
+def fetched(left_ptrs, right_ptrs, k, n, left, OUT: tl.constexpr, WHOLE: tl.constexpr, WIDEN: tl.constexpr):
+    """A piece of each operand; where tiles do not divide the sizes (not WHOLE), zeros past the ``left`` that remain."""
+    if WHOLE:
+        a = tl.load(left_ptrs)
+        b = tl.load(right_ptrs)
+    else:
+        a = tl.load(left_ptrs, mask=(k < left)[None, :], other=0.0)
+        b = tl.load(right_ptrs, mask=(k < left)[:, None] & (n < OUT)[None, :], other=0.0)
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def multiplied(
+    left_ptrs, right_ptrs, k, n, stride_i, IN: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile's rows times its columns of one matrix, in fp32."""
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
+    for k0 in range(0, IN, BLOCK_K):
+        a, b = fetched(left_ptrs, right_ptrs, k, n, IN - k0, OUT, IN % BLOCK_K == 0 and OUT % BLOCK_N == 0, WIDEN)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        left_ptrs += BLOCK_K
+        right_ptrs += BLOCK_K * stride_i
+    return total
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from turnout.types import ExpertWeights, Routing
 __all__ = ["kernels"]
 
 _KIND = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "silu": "silu", "gelu": "gelu", "relu": "relu"}
-_KIND["swiglu_oai"] = "oai"
+_KIND |= {"swiglu_oai": "oai", "geglu_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
 
 def _check(x_TD: Tensor) -> None:
@@ -48,7 +48,7 @@ def _check(x_TD: Tensor) -> None:
                 got="no such package",
                 allowed="be installed",
                 where=where,
-                fix="pip install triton, which torch for CUDA on Linux brings, or pass backend='sort'",
+                fix="pip install 'turnout[triton]' (torch for CUDA on Linux brings it), or pass backend='sort'",
             )
         )
 

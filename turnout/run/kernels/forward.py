@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turnout.run.kernels.dispatch import Tiles, place
+from turnout.run.kernels.dispatch import Tiles, fetched, multiplied, place
 from turnout.run.kernels.tune import INTERPRETED, configs, precision, pruned
 from turnout.types import ExpertWeights
 
@@ -28,6 +28,8 @@ def activated(h, KIND: tl.constexpr):
         out = h / (1.0 + tl.exp(-h))
     elif KIND == "gelu":
         out = 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        out = h / (1.0 + tl.exp(-1.5957691216057308 * h * (1.0 + 0.044715 * h * h)))
     elif KIND == "oai":
         h = tl.where(h > 7.0, 7.0, h)
         out = h / (1.0 + tl.exp(-1.702 * h))
@@ -67,14 +69,7 @@ def _up_kernel(
     gate = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     value = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
     for k0 in range(0, IN, BLOCK_K):
-        if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
-            x = tl.load(left_ptrs)
-            w = tl.load(gate_ptrs)
-        else:
-            x = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
-            w = tl.load(gate_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        if WIDEN:
-            x, w = x.to(tl.float32), w.to(tl.float32)
+        x, w = fetched(left_ptrs, gate_ptrs, k, n, IN - k0, OUT, IN % BLOCK_K == 0 and OUT % BLOCK_N == 0, WIDEN)
         gate = tl.dot(x, w, gate, input_precision=PRECISION)
         if GATED:
             if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
@@ -159,19 +154,7 @@ def _rows_kernel(
     # Rows past the expert's end read its first one, which is valid memory, and are not written.
     left_ptrs = left_ptr + row * IN + tl.where(inside, i, 0)[:, None] * IN + k[None, :]
     right_ptrs = stack_ptr + e * stride_se + k[:, None] * stride_si + n[None, :] * stride_so
-    total = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype=tl.float32)
-    for k0 in range(0, IN, BLOCK_K):
-        if IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
-            a = tl.load(left_ptrs)
-            b = tl.load(right_ptrs)
-        else:
-            a = tl.load(left_ptrs, mask=(k < IN - k0)[None, :], other=0.0)
-            b = tl.load(right_ptrs, mask=(k < IN - k0)[:, None] & (n < OUT)[None, :], other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        left_ptrs += BLOCK_K
-        right_ptrs += BLOCK_K * stride_si
+    total = multiplied(left_ptrs, right_ptrs, k, n, stride_si, IN, OUT, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + e * stride_be + n * stride_bo, mask=n < OUT, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + row + i, mask=inside, other=0.0).to(tl.float32)

@@ -137,6 +137,7 @@ class _Local:
             value = self.loss(jets(x[pick], among=experts), label[pick])
             if own is not None:
                 logit_BE = jets.gate(jets.features(x[pick])).logit_TE
+                assert logit_BE is not None, "a FedJETs gate has logits"
                 aim_B = torch.full((len(pick),), own, device=x.device)
                 value = value + self.anchor_weight * nn.functional.cross_entropy(logit_BE, aim_B)
             optimizer.zero_grad()

@@ -1,0 +1,143 @@
+"""Weights that are stored in fewer bits, with scales beside them: which they are, and each as the numbers it means."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from turnout.errors import CheckpointError, word
+from turnout.models.checkpoint import fp8, mxfp4
+from turnout.models.checkpoint.own import opened
+from turnout.models.families.family import Family
+from turnout.models.families.tensors import Slot
+
+__all__ = ["Packed", "find_packed"]
+
+_SOURCE = "name the model that it was made from, in bfloat16; or "
+# Where a quantisation that is not read can be undone, and how.
+_FIXES = {
+    "bitsandbytes": "load it with transformers, call model.dequantize(), and save that in bfloat16",
+    "compressed-tensors": "load it with transformers and quantization_config=CompressedTensorsConfig("
+    "run_compressed=False), and save that in bfloat16",
+    "gptq": _SOURCE + "dequantise it with GPTQModel, and save that in bfloat16",
+    "awq": _SOURCE + "dequantise it with AutoAWQ, and save that in bfloat16",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The weights of a folder that are stored in fewer bits.
+
+    Args:
+        method: how; None where all are plain.
+        scales: name -> the file of its scales.
+        block: of fp8: the rows and columns that share a scale; None for one scale a tensor.
+        left_out: scales of inputs, which the folder holds and nothing here uses.
+    """
+
+    method: Literal["mxfp4", "fp8"] | None = None
+    scales: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    block: tuple[int, int] | None = None
+    left_out: int = 0
+
+    def read(self, file: Any, path: Path, name: str, slot: Slot) -> None:
+        """Reads one of them into its place, expert by expert where it holds several.
+
+        Args:
+            file: that its bits are in, opened.
+            path: the folder.
+            name: of the weight.
+            slot: its place.
+        """
+        end = (mxfp4.BLOCKS, mxfp4.SCALES) if self.method == "mxfp4" else ("", fp8.SCALES)
+        bits = file.get_tensor(name + end[0])
+        with opened(path / self.scales[name]) as beside:
+            scales = beside.get_tensor(name + end[1])
+        if self.method == "mxfp4":
+            for expert, view in enumerate(slot.view):
+                view.copy_(slot.cut(mxfp4.unpack(bits[expert], scales[expert])))
+            return
+        block = fp8.blocks(bits.shape, scales.shape, self.block)
+        assert block is not None  # seen in the headers
+        if bits.ndim < 3:
+            matrix = bits if bits.ndim == 2 else bits[None]
+            slot.view.copy_(slot.cut(fp8.unpack(matrix, scales, block).view(bits.shape)))
+            return
+        for expert, view in enumerate(slot.view):
+            one = scales[expert] if scales.ndim == bits.ndim else scales
+            view.copy_(slot.cut(fp8.unpack(bits[expert], one, block)))
+
+    def notes(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """What is to be known of a model that is read from them."""
+        if not self.scales:
+            return ()
+        stored = f"{len(self.scales)} weights are stored as {self.method}"
+        stored += f" in blocks of {self.block[0]} x {self.block[1]}" if self.block else ""
+        said = f"{stored}; read as {str(dtype).removeprefix('torch.')}, and written so"
+        out = f"{self.left_out} scales of inputs are left out: inputs are not rounded to eight bits here"
+        return (said, *([out] if self.left_out else []))
+
+
+def find_packed(
+    path: Path,
+    family: Family,
+    settings: Any,
+    where: dict[str, str],
+    dtypes: dict[str, str],
+    shapes: dict[str, list[int]],
+) -> Packed:
+    """Puts each packed weight in place of its bits and scales: its shape as it will be, and no dtype of its own.
+
+    Args:
+        path: the folder.
+        family: the architecture.
+        settings: ``quantization_config`` of config.json.
+        where, dtypes, shapes: of every tensor that is stored, by name; changed.
+
+    Raises:
+        CheckpointError: a quantisation that is not read, or scales that do not fit.
+    """
+    if not settings:
+        return Packed()
+    method = settings.get("quant_method", "unknown")
+    if method == "mxfp4" and method in family.unpacks:
+        scales = {}
+        for name in mxfp4.unpacked(dtypes):
+            bits, beside = name + mxfp4.BLOCKS, name + mxfp4.SCALES
+            where[name], scales[name] = where.pop(bits), where.pop(beside)
+            shapes[name], dtypes[name] = mxfp4.shape_of(shapes.pop(bits), shapes.pop(beside)), "BF16"
+        return Packed("mxfp4", scales)
+    if method != "fp8":
+        fix = _FIXES.get(str(method), _SOURCE + "load it with transformers, dequantise it, and save it in bfloat16")
+        allowed = f"not be quantised, or as {' or '.join(('fp8', *family.unpacks))}"
+        got, place = f"{method!r}", str(path / "config.json")
+        raise CheckpointError(word("the weights", got=got, allowed=allowed, where=place, fix=fix))
+    return _find_fp8(path, settings, where, dtypes, shapes)
+
+
+def _find_fp8(
+    path: Path, settings: dict[str, Any], where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, list[int]]
+) -> Packed:
+    def refuse(problem: str) -> CheckpointError:
+        fix = _SOURCE + "load it with transformers, which dequantises it, and save it in bfloat16"
+        allowed = "be e4m3 with scales of blocks or tensors"
+        return CheckpointError(word("fp8 weights", got=problem, allowed=allowed, where=str(path), fix=fix))
+
+    block, scales = fp8.block_of(settings, refuse), dict[str, str]()
+    for name in fp8.unpacked(dtypes):
+        beside = name + fp8.SCALES
+        if fp8.blocks(shapes[name], shapes[beside], block) is None:
+            size = "one scale" if block is None else f"blocks of {block[0]} x {block[1]}"
+            raise refuse(f"{name} of shape {tuple(shapes[name])} with scales {tuple(shapes[beside])} for {size}")
+        scales[name] = where.pop(beside)
+        del shapes[beside], dtypes[beside], dtypes[name]
+    bare = sorted(name for name, kind in dtypes.items() if kind.startswith("F8_") and name in where)
+    if bare:
+        near = sorted(name for name in where if name.startswith(bare[0].removesuffix("weight")) and "scale" in name)
+        raise refuse(f"{bare[0]} without {bare[0]}{fp8.SCALES}" + (f", but with {', '.join(near[:3])}" if near else ""))
+    inputs = [name for name in where if name.rpartition(".")[2].endswith(fp8.ACTIVATION)]
+    for name in inputs:
+        del where[name], shapes[name], dtypes[name]
+    return Packed("fp8", scales, block, len(inputs))

@@ -1,0 +1,149 @@
+"""The configurations of the parts of a language model: its experts and its latent attention."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from turnout.decide import token
+from turnout.errors import UsageError, nearest, word
+from turnout.types.weights import Activation
+
+__all__ = ["FactoredConfig", "MLAConfig", "MoEConfig", "positive", "refuse"]
+
+# Routers: those of single layers, and the one that routes all layers at once.
+_ROUTERS = (*token.__all__, "PreGate")
+
+# No tensor of a model has a side of 2^31; what is worked out from sizes below it ends.
+_SIZES = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredConfig:
+    """The sizes of experts whose matrices are W = L R + S: a product of two thin ones, and a few rows.
+
+    Args:
+        up_rank: of every gate and value matrix, 0 for S alone.
+        down_rank: of every down matrix, 0 for S alone.
+        share: how many neighbouring experts share the factor beside the width.
+        rows: for each routed layer, in layer order, how many rows of S its up and its down matrices have in all; None
+            for none.
+
+    >>> FactoredConfig(up_rank=4, down_rank=4, share=8).rows is None
+    True
+
+    Source: none; plain configuration of ``turnout.paths.FactoredBank``.
+    """
+
+    up_rank: int
+    down_rank: int
+    share: int = 1
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("up_rank", "down_rank"):
+            if getattr(self, name) != 0:
+                positive(name, getattr(self, name), "FactoredConfig")
+        positive("share", self.share, "FactoredConfig")
+        wrong = [pair for pair in self.rows or () if len(pair) != 2 or min(pair) < 0]
+        if wrong:
+            refuse("rows", wrong[0], "be two whole numbers of at least 0 a layer", "FactoredConfig", "rows=None")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The routed feed-forward layers of a language model.
+
+    Args:
+        num_experts: E, of each routed layer.
+        top_k: K, experts per token, 1 to E.
+        hidden: F, of each routed expert.
+        router: the name of a class in ``turnout.decide.token``; or "PreGate", which routes all layers at once from the
+            token ids (``turnout.models.PreGate``).
+        router_options: further keywords of that class (``{"renormalize": True}``).
+        shared_hidden: F of the expert that is always on; None for none.
+        shared_gate: whether the shared expert is scaled by a learned sigmoid.
+        layers: which layers are routed, counted from 0; all the others are dense.
+        activation: of routed and shared experts.
+        bias: whether both products of routed and shared experts add a bias.
+        distinct: how many different experts each routed layer holds, in layer order, where several of the router's E
+            share their weights (merged experts); None for E.
+        factored: the sizes of experts whose matrices are factored; None for whole ones.
+
+    >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
+    'TopK'
+
+    Source: none; plain configuration.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    router: str = "TopK"
+    router_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    shared_hidden: int | None = None
+    shared_gate: bool = False
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    activation: Activation = "swiglu"
+    bias: bool = False
+    distinct: tuple[int, ...] | None = None
+    factored: FactoredConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden"):
+            positive(name, getattr(self, name), "MoEConfig")
+        if self.shared_hidden is not None:
+            positive("shared_hidden", self.shared_hidden, "MoEConfig")
+        if self.top_k > self.num_experts:
+            refuse("top_k", self.top_k, f"be between 1 and num_experts={self.num_experts}", "MoEConfig",
+                    f"top_k={self.num_experts}")  # fmt: skip
+        if self.router not in _ROUTERS:
+            raise nearest(self.router, _ROUTERS, kind="router", where="MoEConfig")
+        if self.shared_gate and self.shared_hidden is None:
+            refuse("shared_gate", True, "go with a shared expert", "MoEConfig", "shared_hidden too")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """The sizes of multi-head latent attention.
+
+    Args:
+        kv_rank: width of the latent that keys and values are made from, and that the cache holds.
+        rope_dim: rotated part of each head, even; shared by all heads in the keys.
+        nope_dim: part of each head that is not rotated.
+        v_dim: width of each head's value.
+        q_rank: width of the latent that queries are made from; None makes them straight from the input.
+        interleaved: whether the rotated pairs are neighbours (2i, 2i + 1) or halves apart (i, i + rope_dim / 2).
+
+    >>> MLAConfig(kv_rank=16, rope_dim=8, nope_dim=16, v_dim=16).q_rank is None
+    True
+
+    Source: DeepSeek-AI, 2024, "DeepSeek-V2".
+    """
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    q_rank: int | None = None
+    interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "rope_dim", "nope_dim", "v_dim"):
+            positive(name, getattr(self, name), "MLAConfig")
+        if self.q_rank is not None:
+            positive("q_rank", self.q_rank, "MLAConfig")
+        if self.rope_dim % 2:
+            refuse("rope_dim", self.rope_dim, "be even", "MLAConfig", f"rope_dim={self.rope_dim + 1}")
+
+
+def refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:
+    """Raises the UsageError that every field of a configuration is refused with."""
+    raise UsageError(word(name, got=got, allowed=allowed, where=where, fix=f"pass {fix}"))
+
+
+def positive(name: str, got: object, where: str) -> None:
+    """Refuses a size that is no whole number from 1 to below 2^31."""
+    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
+        refuse(name, got, "be a whole number of at least 1", where, f"{name}=1 or more")
+    if isinstance(got, int) and got >= _SIZES:
+        refuse(name, got, f"be below {_SIZES:,}", where, f"a smaller {name}")
