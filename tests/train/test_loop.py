@@ -161,7 +161,7 @@ def test_resuming_keeps_run_json_and_says_how_it_was_resumed(tmp_path):
     train(model, tokens, longer, out, resume=True, run_json={"recipe": "tiny", "command": "b"}, quiet=True)
     body = json.loads((out / "run.json").read_text())
     assert body["train"]["steps"] == 14
-    assert body["resumed"] == [{"step": 12, "command": "b", "changed": {"steps": [12, 14]}}]
+    assert body["resumed"] == [{"step": 12, "command": "b", "changed": {"steps": [12, 14]}, "place": body["place"]}]
     assert lines(out)[-1]["step"] == 14
 
 

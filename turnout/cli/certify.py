@@ -13,6 +13,7 @@ examples:
 
 import argparse
 
+from turnout.cli.device import add_device
 from turnout.cli.early import check_there
 
 HELP = "whether one model computes what another does, and where they part"
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the certificate here, as JSON")
     parser.add_argument("--check", metavar="FILE", help="check that this certificate of A and B still holds")
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _check(arguments)
     names = read_map(arguments.map) if arguments.map else None
     found, worst = certify_folders(
-        arguments.a, arguments.b, prompts=arguments.prompts, names=names, bound=arguments.bound
+        arguments.a,
+        arguments.b,
+        prompts=arguments.prompts,
+        names=names,
+        bound=arguments.bound,
+        device=arguments.device,
     )
     if arguments.out:
         found.save(arguments.out)
@@ -83,7 +90,8 @@ def _check(arguments: argparse.Namespace) -> int:
                 fix=f"leave --{given[0]} out",
             )
         )
-    broken, found = check_certificate(arguments.check, arguments.a, arguments.b, prompts=arguments.prompts)
+    given = {"prompts": arguments.prompts, "device": arguments.device}
+    broken, found = check_certificate(arguments.check, arguments.a, arguments.b, **given)
     if found is not None:
         print(found.to_json() if arguments.json else found)
     if broken:

@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from turnout.cli.device import add_device
 from turnout.cli.early import check_there
 from turnout.errors import UsageError, word
 
@@ -105,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="as_format", choices=["transformers", "model"], help="write another format")
     parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever a step draws (default 0)")
+    add_device(parser)
     parser.add_argument("--out", metavar="DIR", help="the new folder")
     parser.add_argument("--dry-run", action="store_true", help="show the plan; load no weights, write nothing")
     parser.add_argument("--force", action="store_true", help="go on where the disk or the memory looks too small")
@@ -149,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=dtype,
             seed=arguments.seed,
             force=arguments.force,
+            device=arguments.device,
             say=progress.say,
             part=progress.part,
         )
@@ -187,6 +190,7 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
             arguments.adapters,
             arguments.out,
             text_tokens=arguments.calibration_tokens,
+            device=arguments.device,
             say=progress.say,
             part=progress.part,
             **options,

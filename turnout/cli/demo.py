@@ -11,6 +11,8 @@ examples:
 
 import argparse
 
+from turnout.cli.device import add_device
+
 HELP = "dense against sparse on this machine's own text, with a report"
 
 
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="train for N steps instead of the recipe's")
     length.add_argument("--quick", action="store_true", help="train for a minute: everything works, little is learnt")
+    add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -27,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains both, prints the table, what it means and the report's path."""
     from turnout.recipes.compare import QUICK_STEPS, demo
 
-    done = demo(arguments.out, steps=QUICK_STEPS if arguments.quick else arguments.steps, quiet=arguments.quiet)
+    steps = QUICK_STEPS if arguments.quick else arguments.steps
+    done = demo(arguments.out, steps=steps, quiet=arguments.quiet, device=arguments.device)
     print(done.table())
     print(done.said())
     print(f"report: {done.report}")

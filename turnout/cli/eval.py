@@ -12,6 +12,7 @@ examples:
 
 import argparse
 
+from turnout.cli.device import add_device
 from turnout.cli.early import check_data, check_there
 
 HELP = "bits per byte and load balance of a model"
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--token-ids", action="store_true", help="put token ids into the trace: they give the text away"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         token_ids=arguments.token_ids,
         like=arguments.like,
+        device=arguments.device,
     )
     print(report.to_json() if arguments.json else report)
     return 0

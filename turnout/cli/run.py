@@ -7,7 +7,9 @@ examples:
 """
 
 import argparse
+import sys
 
+from turnout.cli.device import add_device, device_field
 from turnout.cli.early import check_there
 from turnout.errors import UsageError, word
 
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="fields to change")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new output folder")
     parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
+    add_device(parser, default=None, note="the one it ran on, where that is here (default); or auto")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -27,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs it again in a new folder."""
     check_there("RUN.JSON", [arguments.run_json], "turnout run")
     from turnout.recipes.adapters import Adapted, adapt_again, is_adaptation
+    from turnout.recipes.again import as_it_ran
     from turnout.recipes.convert import is_conversion, repeat
     from turnout.recipes.execute import execute
     from turnout.recipes.progress import progress_for
-    from turnout.recipes.run import Run
 
     adapts = is_adaptation(arguments.run_json)
     if adapts or is_conversion(arguments.run_json):
@@ -47,13 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
         progress = progress_for(quiet=arguments.quiet)
         try:
             again = adapt_again if adapts else repeat
-            done = again(arguments.run_json, arguments.out, say=progress.say, part=progress.part)
+            done = again(
+                arguments.run_json, arguments.out, device=arguments.device, say=progress.say, part=progress.part
+            )
         finally:
             progress.stop()
         print(done if isinstance(done, Adapted) else done.summary())
         return 0
 
-    plan = Run.open(arguments.run_json).override(arguments.overrides)
+    fields = [*arguments.overrides, *device_field(arguments)]
+    plan = as_it_ran(arguments.run_json, fields, lambda text: print(f"note: {text}", file=sys.stderr))
     done = execute(plan, arguments.out, tokens_folder=arguments.tokens, quiet=arguments.quiet)
     print(done.table())
     print(f"report: {done.report}")

@@ -8,6 +8,7 @@ examples:
 
 import argparse
 
+from turnout.cli.device import add_device
 from turnout.cli.early import check_there
 
 HELP = "let a model continue a prompt"
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
+        device=arguments.device,
     )
     print(text)
     return 0

@@ -17,6 +17,7 @@ import argparse
 import sys
 import typing
 
+from turnout.cli.device import add_device, device_field
 from turnout.cli.early import check_data, check_there
 from turnout.errors import UsageError, word
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on in --out from its last checkpoint, or from the one named (step-00000100)",
     )
     parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
+    add_device(parser, default=None)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
     parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -80,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {name:<12} {(getattr(recipes, name).__doc__ or '').splitlines()[0]}")
         print("or train a model on (turnout train --from MODEL)")
         return 0
+    arguments.overrides += device_field(arguments)
     if arguments.show and begins:
         from turnout.recipes.explain import explain
 

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, one thread each (1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results here, after each claim")
     parser.add_argument("--resume", action="store_true", help="keep the results in --json FILE and run the others")
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto or cpu: claims are measured on the CPU alone"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -72,6 +75,10 @@ def _seeds(given: str | None) -> tuple[int, ...]:
 def _check(arguments: argparse.Namespace) -> None:
     from turnout.errors import UsageError, word
 
+    if arguments.device not in ("auto", "cpu"):
+        allowed = "be auto or cpu: a claim's numbers are published for the CPU, and its seconds are so few"
+        got, fix = arguments.device, "leave --device out, and pass --jobs N"
+        raise UsageError(word("--device", got=got, allowed=allowed, where="turnout verify", fix=fix))
     if arguments.jobs < 1:
         fix = "pass --jobs 2"
         raise UsageError(word("--jobs", got=arguments.jobs, allowed="be at least 1", where="turnout verify", fix=fix))

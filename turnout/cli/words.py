@@ -24,6 +24,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "turnout.train": {"resume": "--resume", "resume from": "--resume"},
     "LM.generate": {"tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k"},
     "TrainConfig": {"steps": "--steps"},
+    "turnout.device": {"device": "--device"},
 }
 # Commands whose own words are ``field=value``; of what they raise only flags are put in words.
 _FIELDS = {"train", "run"}

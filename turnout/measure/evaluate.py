@@ -126,7 +126,7 @@ def bits_per_byte(
 
     Args:
         forward: (B, S) token ids -> logits (B, S, V) and one Routing per routed layer over the B·S tokens: a model,
-            or a function. Put the model into ``eval()`` before.
+            which gets the ids on its device, or a function. Put the model into ``eval()`` before.
         batches: each with ``id_BS``, ``target_BS`` (-100 where there is nothing to predict) and ``domain_B`` (indices
             into ``domains``; may be None or missing when there is at most one domain). Padding is where its ``real_BS``
             is false; where it has none, what stands after the last target of a row.
@@ -169,13 +169,18 @@ def _calls(
 ) -> Iterator[tuple[Output, Tensor, Tensor, Tensor]]:
     """What the model makes of the rows of the batches, in order, with their ids, targets and domains."""
     masks, alone = takes(forward, "attention_mask"), rows_mix(forward)
+    home = next((p.device for p in forward.parameters()), None) if isinstance(forward, nn.Module) else None
+
+    def called(id_BS: Tensor, **keywords: Tensor) -> Output:
+        return forward(id_BS if home is None else id_BS.to(home), **keywords)
+
     for batch in batches:
         id_BS, target_BS, domain_B = batch.id_BS, batch.target_BS, _domains(batch, names)
         real_BS, said = _real(batch)
         target_BS = target_BS.masked_fill(~real_BS.to(target_BS.device), IGNORE)
         if not alone and (masks or not said or bool(real_BS.all())):
             padded = not bool(real_BS.all())
-            output = forward(id_BS, attention_mask=real_BS) if masks and padded else forward(id_BS)
+            output = called(id_BS, attention_mask=real_BS) if masks and padded else called(id_BS)
             alone = any(routing.wanted_E is not None for routing in output.routings)
             # Padding at the end, of which the model knows nothing, matters to routers alone.
             if not alone and (masks or not padded or not len(output.routings)):
@@ -188,7 +193,7 @@ def _calls(
             for some in [[row] for row in rows] if alone else [rows]:
                 if length:
                     id_NS, target_NS = (each[some][real_BS[some]].view(-1, length) for each in (id_BS, target_BS))
-                    yield forward(id_NS), id_NS, target_NS, domain_B[some]
+                    yield called(id_NS), id_NS, target_NS, domain_B[some]
 
 
 def _real(batch: Batch) -> tuple[Tensor, bool]:

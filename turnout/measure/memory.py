@@ -1,4 +1,4 @@
-"""How much memory is free, as Linux, a container and the process's own limit say it, and the most that was taken."""
+"""How much memory is free, and the most that was taken: as Linux says it of the machine, torch of a device."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ try:
 except ImportError:  # not there on Windows
     resource = None
 
-__all__ = ["forget_peak", "free_memory", "peak_memory"]
+__all__ = ["forget_peak", "free_memory", "free_on", "peak_memory"]
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -66,6 +66,24 @@ def free_memory(system: Path = Path("/")) -> int | None:
     if limit != resource.RLIM_INFINITY and used.is_file():
         free = min(free, limit - int(used.read_text(encoding="ascii").split()[0]) * resource.getpagesize())
     return max(0, free)
+
+
+def free_on(device: torch.device) -> int | None:
+    """The bytes that a model on this device can still take; None where nothing says so.
+
+    On CUDA that is what the driver calls free, and what torch holds there without using it.
+
+    Args:
+        device: that is there.
+    """
+    if device.type == "cpu":
+        return free_memory()
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return None
 
 
 def _meminfo(path: Path) -> int | None:

@@ -258,6 +258,9 @@ class LM(Called):
             raise ShapeError(
                 word("id_BS", got=f"{start + id_BS.shape[1]} tokens", allowed=allowed, where="LM", fix=fix)
             )
+        if id_BS.device != self.embedding.device:
+            allowed, fix = f"be on the model's {self.embedding.device}", f"pass id_BS.to('{self.embedding.device}')"
+            raise UsageError(word("id_BS", got=f"them on {id_BS.device}", allowed=allowed, where="LM", fix=fix))
         if id_BS.device.type == "cpu" and id_BS.numel():  # on an accelerator the look would wait for it
             least, most = (int(bound) for bound in id_BS.aminmax())
             if least < 0 or most >= self.config.vocab_size:
@@ -286,7 +289,7 @@ class LM(Called):
             attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
                 with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
                 None for no padding.
-            generator: where the chance comes from; torch's default when None.
+            generator: where the chance comes from, on any device; torch's default when None.
 
         Returns:
             (B, S + tokens).
@@ -388,5 +391,9 @@ def _draw(logits_BV: Tensor, temperature: float, top_k: int | None, generator: t
     if temperature == 0:
         return logits_BV.argmax(1, keepdim=True)
     logits_BK, index_BK = logits_BV.topk(min(top_k or logits_BV.shape[1], logits_BV.shape[1]), dim=1)
-    place_B1 = torch.multinomial((logits_BK / temperature).softmax(1), 1, generator=generator)
-    return index_BK.gather(1, place_B1)
+    share_BK = (logits_BK / temperature).softmax(1)
+    # Drawn where the generator is: so a seed draws the same on every device, up to the rounding of the shares.
+    place_B1 = torch.multinomial(
+        share_BK if generator is None else share_BK.to(generator.device), 1, generator=generator
+    )
+    return index_BK.gather(1, place_B1.to(index_BK.device))

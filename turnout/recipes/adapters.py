@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import json
-import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +15,20 @@ from torch import nn
 from turnout import __version__
 from turnout.errors import CheckpointError, MissingExtraError, UsageError, nearest, word
 from turnout.hub import located
-from turnout.layers import Adapter
 from turnout.measure import hardware
 from turnout.models.checkpoint import PeftAdapter, read_adapter
 from turnout.models.checkpoint.own import read_json
+from turnout.models.placed import roomy
 from turnout.reading import check_fields
+from turnout.recipes.again import as_before
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.partial import Part, Say, unfinished
-from turnout.reshape import attach, detach, save_adapters, train_gates
+from turnout.recipes.worth import alone, nats, weights
+from turnout.reshape import attach, save_adapters, train_gates
 from turnout.reshape.adapters.routers import ROUTERS, check_options, even
 from turnout.show import AdaptationData, adaptation_html
 from turnout.storage import write_whole
-from turnout.types import Report, Routing
+from turnout.types import Report
 
 __all__ = ["Adapted", "adapt", "adapt_again", "is_adaptation", "load_base", "outline_adapters"]
 
@@ -37,7 +38,7 @@ _FORMAT = "turnout.adaptation/1"
 _SETTINGS = {
     "source": str, "adapters": list[str], "router": str, "router_options": dict[str, Any] | None,
     "gate_text": dict[str, str] | None, "text": str | None, "text_tokens": int, "any_base": bool,
-    "dtype": Literal["float16", "bfloat16", "float32", "float64"] | None,
+    "dtype": Literal["float16", "bfloat16", "float32", "float64"] | None, "device": str | None,
 }  # fmt: skip
 # The routers that need nothing but the adapters' own folders.
 _READY = ("arrow", "even", "phatgoose")
@@ -102,24 +103,23 @@ def adapt(
     text_tokens: int = 65_536,
     any_base: bool = False,
     dtype: torch.dtype | None = None,
+    device: str | torch.device = "auto",
     say: Say = lambda text: None,
     part: Part = lambda what, done, of: None,
 ) -> Adapted:
-    """Puts the adapters and a router on the model, measures them on the text, and writes them to one folder.
-
-    The adapters are copied; nothing is changed in their own folders.
+    """Puts the adapters and a router on the model, measures them on the text, and writes copies of them to one folder.
 
     Args:
         path: a folder of transformers or a model of the hub, which the adapters were trained on; any architecture.
         adapters: folders of PEFT, or adapters of the hub.
         out: the new folder, which ``turnout.reshape.attach_folder`` reads; whole or not at all.
-        router: by name.
-        router_options: its keywords.
+        router, router_options: by name, and its keywords.
         gate_text: adapter's name -> text to train its gates on, for the router "phatgoose".
         text: a file or folder to measure on.
         text_tokens: how much of it, and of each gate's text.
         any_base: take adapters that say they were trained on a model of another name.
         dtype: to read the weights in; None for the one they are stored in.
+        device: where the model runs.
         say, part: are told what happens, and how far it is.
 
     Raises:
@@ -129,16 +129,16 @@ def adapt(
     path, adapters = base.folder, [one.folder for one in found]
     asked: dict[str, Any] = {"router": router, "router_options": router_options, "gate_text": gate_text, "text": text}
     outlined = outline_adapters(path, adapters, **asked, any_base=any_base, dtype=dtype)
-    texts = {name: str(Path(place).resolve()) for name, place in (gate_text or {}).items()}
-    options, about = dict(router_options or {}), None if text is None else str(Path(text).resolve())
-    settings: dict[str, Any] = {"source": base.source, "adapters": [one.source for one in found], "router": router}
-    settings |= {"router_options": options, "gate_text": texts, "text": about}
-    settings |= {"text_tokens": text_tokens, "any_base": any_base, "dtype": dtype and str(dtype).split(".")[1]}
+    device = roomy(device, sum(file.stat().st_size for file in path.glob("*.safetensors")))
+    asked |= {"text_tokens": text_tokens, "any_base": any_base, "device": device.type}
+    asked["dtype"] = dtype and str(dtype).split(".")[1]
+    settings: dict[str, Any] = {"source": base.source, "adapters": [one.source for one in found], **_settings(asked)}
+    texts, options = settings["gate_text"], settings["router_options"]
     with unfinished(out, settings, part) as place:
         place.clear()
         save_adapters(place.result, adapters, router=router, router_options=options, base=base.source)
         say(f"reading {base.name}")
-        model = load_base(path, dtype)
+        model = load_base(path, dtype).to(device)
         folders = {one.name: place.result / "adapters" / one.name for one in outlined.adapters}
         for number, (name, gate) in enumerate(texts.items(), 1):
             say(f"training the gates of {name} on {gate}")
@@ -149,6 +149,20 @@ def adapt(
         done = _measure(model, [read_adapter(one) for one in folders.values()], router, options, rows, any_base)
         _write(place.result, out.name, _record(done, settings, rows))
     return dataclasses.replace(done, out=out)
+
+
+def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, with the places of things from the root on."""
+
+    def whole(place: str | Path) -> str:
+        return str(Path(place).resolve())
+
+    return {
+        **asked,
+        "router_options": dict(asked["router_options"] or {}),
+        "gate_text": {name: whole(place) for name, place in (asked["gate_text"] or {}).items()},
+        "text": None if asked["text"] is None else whole(asked["text"]),
+    }
 
 
 def _write(folder: Path, name: str, body: Mapping[str, Any]) -> None:
@@ -190,14 +204,14 @@ def _measure(
     any_base: bool,
 ) -> Adapted:
     """The model with the adapters and the router, and what all that loses on the text."""
-    loss = {} if rows is None else _alone(model, found, rows, any_base)
+    loss = {} if rows is None else alone(model, found, rows, any_base)
     _, report = attach(model, found, router=router, router_options=options, any_base=any_base)
-    weights: dict[str, dict[str, float]] = {}
+    given: dict[str, dict[str, float]] = {}
     if rows is not None:
-        with _weights(model, found) as weights:
+        with weights(model, found) as given:
             loss["routed"] = nats(model, rows)
-    total = {one.name: sum(at.get(one.name, 0.0) for at in weights.values()) for one in found} if weights else {}
-    by_map = {module: _normed(at) for module, at in weights.items()}
+    total = {one.name: sum(at.get(one.name, 0.0) for at in given.values()) for one in found} if given else {}
+    by_map = {module: _normed(at) for module, at in given.items()}
     return Adapted(None, tuple(found), report, loss, _normed(total), by_map)
 
 
@@ -212,8 +226,10 @@ def is_adaptation(run_json: str | Path) -> bool:
     return path.is_file() and read_json(path, _WHERE).get("format") == _FORMAT
 
 
-def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) -> Adapted:
-    """Does what a run.json says was done, again, in a new folder.
+def adapt_again(
+    run_json: str | Path, out: str | Path, *, device: str | torch.device | None = None, say: Say, part: Part
+) -> Adapted:
+    """Does what a run.json says was done, again, in a new folder; on its device, where none is given and it is here.
 
     Raises:
         TurnoutError: the model, an adapter or a text that it names has gone.
@@ -232,6 +248,8 @@ def adapt_again(run_json: str | Path, out: str | Path, *, say: Say, part: Part) 
         raise refuse(f"settings of other names: {', '.join(strange)[:80]}")
     check_fields(asked, _SETTINGS, refuse)
     dtype = getattr(torch, asked.pop("dtype")) if asked.get("dtype") else asked.pop("dtype", None)
+    was = asked.pop("device", None) or "cpu"
+    asked["device"] = as_before(was, say) if device is None else device
     return adapt(asked.pop("source"), asked.pop("adapters"), out, dtype=dtype, say=say, part=part, **asked)
 
 
@@ -295,24 +313,16 @@ def _check_gates(found: Sequence[PeftAdapter], router: str, texts: Mapping[str, 
 
 
 def _train(model: nn.Module, folder: Path, rows: Calibration, any_base: bool) -> None:
+    device = next(model.parameters()).device
     with torch.enable_grad():
-        batches = [{"input_ids": id_BS, "labels": id_BS} for id_BS in rows.batches]
+        moved = [id_BS.to(device) for id_BS in rows.batches]
+        batches = [{"input_ids": id_BS, "labels": id_BS} for id_BS in moved]
         train_gates(model, folder, batches, any_base=any_base)
 
 
 def _rows(model: Any, path: Path, text: str | Path, tokens: int) -> Calibration:
     longest = int(getattr(model.config, "max_position_embeddings", None) or 512)
     return calibration(text, path, vocab_size=model.config.vocab_size, max_seq=longest, tokens=tokens, own=False)
-
-
-def _alone(model: nn.Module, found: list[PeftAdapter], rows: Calibration, any_base: bool) -> dict[str, float]:
-    """Nats a token of the model without adapters, with each of them alone, and with the mean of all."""
-    loss = {"base": nats(model, rows)}
-    for name, some in [*((one.name, [one]) for one in found), ("all, evenly", found)]:
-        attach(model, some, router=even, any_base=any_base)
-        loss[name] = nats(model, rows)
-        detach(model)
-    return loss
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:
@@ -358,41 +368,6 @@ def _explained(path: str | Path) -> Iterator[None]:
         first, fix = str(error).strip().split("\n")[0], "name a folder with config.json and safetensors"
         allowed = "be a causal language model in a folder of transformers"
         raise UsageError(word("the model", got=f"{path} ({first})", allowed=allowed, where=_WHERE, fix=fix)) from error
-
-
-@torch.no_grad()
-def nats(model: nn.Module, rows: Calibration) -> float:
-    """The mean loss of predicting the next token of each row."""
-    total, count = 0.0, 0
-    for id_BS in rows.batches:
-        logits_BSV = model(input_ids=id_BS).logits[:, :-1].float()
-        target_T = id_BS[:, 1:].reshape(-1)
-        total += float(nn.functional.cross_entropy(logits_BSV.flatten(0, 1), target_T, reduction="sum"))
-        count += target_T.numel()
-    return total / count if count else math.nan
-
-
-@contextlib.contextmanager
-def _weights(model: nn.Module, found: list[PeftAdapter]) -> Iterator[dict[str, dict[str, float]]]:
-    """Linear map -> adapter -> the weight that its router gives it, added up while this is open."""
-    total: dict[str, dict[str, float]] = {}
-
-    def counter(module: str) -> Callable[[nn.Module, object, Routing], None]:
-        total[module] = {one.name: 0.0 for one in found if module in one.factor}
-
-        def hook(router: nn.Module, arguments: object, routing: Routing) -> None:
-            for name, weight in zip(total[module], routing.detach().dense().sum(0).tolist(), strict=True):
-                total[module][name] += weight
-
-        return hook
-
-    layers = {module: layer for module, layer in model.named_modules() if isinstance(layer, Adapter)}
-    hooks = [layer.router.register_forward_hook(counter(module)) for module, layer in layers.items()]
-    try:
-        yield total
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _loss(loss: Mapping[str, float], name: str) -> str:

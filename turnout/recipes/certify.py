@@ -18,10 +18,12 @@ from turnout.measure.certify import describe, measured
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint import own
 from turnout.models.families.meaning import meaning
+from turnout.models.placed import roomy, weight_bytes
 from turnout.reading import check_fields, parse_json, read_json, read_text
 from turnout.recipes.run import Run
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import open_tokenizer
+from turnout.types.device import shown
 
 __all__ = ["certify_folders", "check_certificate", "model_folder", "open_model", "read_map"]
 
@@ -64,6 +66,7 @@ def certify_folders(
     prompts: str | Path | None = None,
     names: Mapping[str, str | None] | None = None,
     bound: float | None = None,
+    device: str | torch.device = "auto",
 ) -> tuple[Certificate, str | None]:
     """Whether the model in one folder computes what that in another does, and the worst prompt as text.
 
@@ -74,18 +77,23 @@ def certify_folders(
             ``text`` or ``ids``); None for random tokens, always the same for a vocabulary.
         names: modules of A and their counterparts in B, see ``certify``.
         bound: what counts as equal; None for one that fits the dtypes.
+        device: where both run, in the precision of their weights.
 
     Raises:
         TurnoutError: a folder, file or vocabulary that does not fit; nothing is written.
 
     Source: none; ``measure.certify``, with the file reading around it.
     """
-    pair = _open(a, b, prompts)
-    return _certify(pair, names, bound)
+    return _certify(_open(a, b, prompts, device), names, bound)
 
 
 def check_certificate(
-    path: str | Path, a: str | Path, b: str | Path, *, prompts: str | Path | None = None
+    path: str | Path,
+    a: str | Path,
+    b: str | Path,
+    *,
+    prompts: str | Path | None = None,
+    device: str | torch.device = "auto",
 ) -> tuple[tuple[str, ...], Certificate | None]:
     """What a certificate says that is no longer so; empty when it holds. The models run only when nothing changed.
 
@@ -94,6 +102,7 @@ def check_certificate(
         a: the first model's folder.
         b: the second's.
         prompts: the prompts it was made with; needed unless they were random.
+        device: where both run.
 
     Returns:
         Sentences, and the comparison made now; None when weights, configurations or inputs are others.
@@ -108,7 +117,7 @@ def check_certificate(
         fix = "add --prompts FILE, the file it was made with"
         got = f"a certificate over {old.inputs.source}, and no --prompts"
         raise UsageError(word("--check", got=got, allowed="be given the same prompts", where=_WHERE, fix=fix))
-    pair = _open(a, b, prompts)
+    pair = _open(a, b, prompts, device)
     broken = old.broken(*pair.sides, measured(pair.items, pair.source))
     if broken:
         return broken, None
@@ -116,7 +125,10 @@ def check_certificate(
     order = ("bit-equal", "within bound", "different")
     if order.index(new.verdict) <= order.index(old.verdict):
         return (), new
-    changed = [name for name in ("cpu", "torch", "turnout", "threads") if old.context.get(name) != new.context[name]]
+    before = {"device": "cpu", **old.context}
+    changed = [
+        name for name in ("device", "cpu", "torch", "turnout", "threads") if before.get(name) != new.context[name]
+    ]
     why = f"; here {', '.join(changed)} differ" if changed else ""
     return (f"it says {old.verdict!r}, and now they are {new.verdict!r}{why}",), new
 
@@ -182,7 +194,7 @@ def open_model(path: str | Path) -> tuple[LM, str]:
     return lm, hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
+def _open(a: str | Path, b: str | Path, prompts: str | Path | None, device: str | torch.device) -> Pair:
     found = [located(one, where=_WHERE) for one in (a, b)]
     folders = [model_folder(one.folder) for one in found]
     models = [open_model(folder) for folder in folders]
@@ -191,7 +203,11 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
         got = f"{one.config.vocab_size} and {other.config.vocab_size} tokens"
         fix = "certify models of one vocabulary"
         raise UsageError(word("the models", got=got, allowed="have one vocabulary", where=_WHERE, fix=fix))
-    sides = tuple(describe(lm, one.name, config_sha256=config) for (lm, config), one in zip(models, found, strict=True))
+    sides = tuple(
+        describe(lm, place.name, config_sha256=config) for (lm, config), place in zip(models, found, strict=True)
+    )
+    on = roomy(device, weight_bytes(one) + weight_bytes(other))
+    one, other = one.to(on), other.to(on)
     files = [found for folder in folders if (found := _tokenizer(folder)) is not None]
     notes = []
     if prompts is not None and len(files) == 2 and digest(files[0]) != digest(files[1]):
@@ -209,7 +225,8 @@ def _open(a: str | Path, b: str | Path, prompts: str | Path | None) -> Pair:
 def _certify(pair: Pair, names: Mapping[str, str | None] | None, bound: float | None) -> tuple[Certificate, str | None]:
     found = certify(pair.a, pair.b, pair.items, bound=bound, names=names, source=pair.source)
     notes = (*pair.notes, *found.notes, *(_distant(pair) if found.equal else ()))
-    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=notes)
+    context = {**found.context, "device": shown(pair.a.embedding.device)}
+    found = dataclasses.replace(found, a=pair.sides[0], b=pair.sides[1], notes=notes, context=context)
     return found, pair.worst(found)
 
 

@@ -15,7 +15,7 @@ from turnout.storage import write_whole
 QUICK_STEPS = 60
 
 
-def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> Done:
+def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False, device: str | None = None) -> Done:
     """Trains ``tiny_dense`` and ``tiny`` on the text that this Python carries and compares them.
 
     Args:
@@ -23,6 +23,7 @@ def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> D
             A demo that was interrupted there goes on where it stopped.
         steps: optimiser steps of each model; default the recipes' own, a few minutes on two cores.
         quiet: no progress on stderr, and no word about how long it will take.
+        device: where to train; None as the recipes say, on CUDA where it is there, else on the CPU.
 
     Returns:
         Both folders, their numbers and the page.
@@ -30,7 +31,7 @@ def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> D
     Source: Fedus et al., 2021, "Switch Transformers", for the comparison at equal active FLOPs.
     """
     out = Path(out)
-    runs = {"dense": _of(tiny_dense(), steps), "moe": _of(tiny(), steps)}
+    runs = {"dense": _of(tiny_dense(), steps, device), "moe": _of(tiny(), steps, device)}
     begun = [name for name in runs if (out / name / "run.json").exists()]
     if not quiet and not begun:
         seconds = {name: estimate_s(run) for name, run in runs.items()}
@@ -50,8 +51,9 @@ def demo(out: str | Path, *, steps: int | None = None, quiet: bool = False) -> D
     return done
 
 
-def _of(run: Run, steps: int | None) -> Run:
-    """The run over so many steps, a tenth of them to warm up."""
+def _of(run: Run, steps: int | None, device: str | None) -> Run:
+    """The run over so many steps, a tenth of them to warm up, on this device."""
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device or run.train.device))
     if steps is None:
         return run
     train = dataclasses.replace(run.train, steps=steps, warmup=min(run.train.warmup, max(1, steps // 10)))

@@ -18,7 +18,9 @@ from turnout.measure import Certificate, certify, hardware
 from turnout.measure.certificate import inputs_digest
 from turnout.models import LM, checkpoint
 from turnout.models.checkpoint.own import ORIGIN, carry, read_json
+from turnout.models.placed import roomy
 from turnout.reading import check_fields
+from turnout.recipes.again import as_before
 from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.held_out import measured
@@ -92,6 +94,7 @@ def convert(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     force: bool = False,
+    device: str | torch.device = "auto",
     say: Say = lambda text: None,
     part: Part = lambda what, done, of: None,
 ) -> Conversion:
@@ -109,10 +112,9 @@ def convert(
         text: a file or folder, for steps that look at text; some of it is held out, and both models measured on it.
         text_tokens: how much of it steps look at.
         dtype: to read the weights in; None for the one they are stored in.
-        seed: of whatever a step draws.
-        force: go on where the disk or the memory looks too small.
-        say: is told what happens.
-        part: is told how far it is: of a stretch of work, how many pieces of how many.
+        seed, force: of whatever a step draws; go on where the disk or the memory looks too small.
+        device: where steps work and text is measured. What was written is compared with what was read on the CPU.
+        say, part: are told what happens, and how far it is: of a stretch of work, how many pieces of how many.
 
     Raises:
         TurnoutError: anything the user can mend; ``out`` does not exist then.
@@ -122,9 +124,10 @@ def convert(
     plan = make_plan(path, steps, as_format=as_format, text=text, dtype=dtype)
     if not force:
         plan.check_room(out)
+    device = roomy(device, plan.peak_bytes)
     say(str(plan))
     found = None if text is None else _read_text(plan, text, text_tokens, say)
-    with unfinished(out, _settings(plan, found, seed), part) as place, _enough_memory(plan):
+    with unfinished(out, _settings(plan, found, seed, device), part) as place, _enough_memory(plan):
 
         def tell(what: str) -> None:
             place.doing = what
@@ -132,12 +135,11 @@ def convert(
 
         if place.holds_work:
             tell(f"going on with what {place.folder} holds")
-        done = place.written() or _fill(plan, found, seed, place, tell)
+        done = place.written() or _fill(plan, found, seed, device, place, tell)
         tell("comparing what was written with what was read")
         certificate = _compare(plan, place.result, out)
-        body = _record(
-            plan, done | _judged(plan, place.result, certificate, tell), found, certificate, seed, text_tokens
-        )
+        done |= _judged(plan, place.result, certificate, tell) | {"device": str(device)}
+        body = _record(plan, done, found, certificate, seed, text_tokens)
         _describe(place.result, out.name, body, certificate)
     return Conversion(out, plan, body["conversion"], certificate)
 
@@ -151,7 +153,7 @@ def _read_text(plan: Plan, text: str | Path, tokens: int, say: Say) -> Calibrati
     return found
 
 
-def _settings(plan: Plan, text: Calibration | None, seed: int) -> dict[str, Any]:
+def _settings(plan: Plan, text: Calibration | None, seed: int, device: torch.device) -> dict[str, Any]:
     """Whatever decides about the bits of the result, by the name that a user has for it."""
     files = sorted(file for file in plan.folder.iterdir() if file.suffix in (".safetensors", ".json"))
     weights = [
@@ -164,6 +166,7 @@ def _settings(plan: Plan, text: Calibration | None, seed: int) -> dict[str, Any]
         "--as": plan.target,
         "--dtype": None if plan.dtype is None else str(plan.dtype),
         "--seed": seed,
+        "--device": device.type,
         "text of digest": None if text is None else inputs_digest([*text.batches, *text.held_out]),
         "the model's files": weights,
         "turnout": __version__,
@@ -182,10 +185,17 @@ def repeat(
     run_json: str | Path,
     out: str | Path,
     *,
+    device: str | torch.device | None = None,
     say: Say = lambda text: None,
     part: Part = lambda what, done, of: None,
 ) -> Conversion:
     """Does what a run.json says was done, again, in a new folder.
+
+    Args:
+        run_json: the file, or the folder that holds it.
+        out: the new folder.
+        device: where; None for where it was done, if that is here too.
+        say, part: as in ``convert``.
 
     Raises:
         TurnoutError: it is no conversion's, or the model or text it names has gone.
@@ -203,6 +213,7 @@ def repeat(
         text_tokens=body.get("text_tokens", _TOKENS),
         dtype=getattr(torch, body["dtype"]) if body.get("dtype") else None,
         seed=body.get("seed", 0),
+        device=as_before(body.get("device") or "cpu", say) if device is None else device,
         say=say,
         part=part,
     )
@@ -228,7 +239,8 @@ def _asked(path: Path) -> dict[str, Any]:
     check_fields(
         body,
         {"source": str, "steps": list[dict[str, Any]], "as_format": Literal["transformers", "model"] | None}
-        | {"calibration": dict[str, Any] | None, "text_tokens": int | None, "dtype": dtypes, "seed": int | None},
+        | {"calibration": dict[str, Any] | None, "text_tokens": int | None, "dtype": dtypes, "seed": int | None}
+        | {"device": str | None},
         refuse,
     )
     check_fields(body.get("calibration") or {"source": ""}, {"source": str}, refuse)
@@ -237,9 +249,12 @@ def _asked(path: Path) -> dict[str, Any]:
     return body
 
 
-def _fill(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: Say) -> dict[str, Any]:
+def _fill(
+    plan: Plan, text: Calibration | None, seed: int, device: torch.device, place: Partial, say: Say
+) -> dict[str, Any]:
     """Takes the steps and writes the weights; what each step reported, and both models measured."""
-    lm, done = _take(plan, text, seed, place, say)
+    lm, done = _take(plan, text, seed, device, place, say)
+    lm.to("cpu")
     say(f"writing {plan.architecture}")
     place.clear()
     _write(lm, plan, place.result)
@@ -247,10 +262,12 @@ def _fill(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: 
     return done
 
 
-def _take(plan: Plan, text: Calibration | None, seed: int, place: Partial, say: Say) -> tuple[LM, dict[str, Any]]:
+def _take(
+    plan: Plan, text: Calibration | None, seed: int, device: torch.device, place: Partial, say: Say
+) -> tuple[LM, dict[str, Any]]:
     """The model after all steps; what each reported, and both models measured on held-out text."""
     say(f"reading {plan.found.name}")
-    lm = _load(plan.folder, plan.dtype)
+    lm = _load(plan.folder, plan.dtype).to(device)
     with keeping(place.pieces("before")):
         before = None if text is None else measured(lm, text)
     reports = []
@@ -290,7 +307,7 @@ def _write(lm: LM, plan: Plan, result: Path) -> None:
 def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
     """What was read against what was written, both from the disk."""
     if plan.dtype is None:
-        found, _ = certify_folders(plan.path, result)
+        found, _ = certify_folders(plan.path, result, device="cpu")
     else:
         place = result / "model" if plan.target == "run" else result
         a, b = _load(plan.folder, plan.dtype), _load(place, plan.dtype)
@@ -335,6 +352,7 @@ def _record(
         "as_format": None if plan.target == plan.source else plan.target,
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
         "seed": seed,
+        "device": done["device"],
         "steps": steps,
         "calibration": None if text is None else text.to_json_dict() | {"source": str(Path(text.source).resolve())},
         "text_tokens": text_tokens,

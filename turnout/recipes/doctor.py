@@ -9,6 +9,7 @@ from turnout.measure import hardware
 from turnout.run import calibrate as measure_backends
 from turnout.run import choose
 from turnout.types import ExpertWeights, Routing
+from turnout.types.device import find_device, find_precision, shown, there
 
 # Distribution -> the extra that installs it (None: always needed), and its purpose.
 _PARTS = {
@@ -53,6 +54,10 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
         yield f"  {name:<15} {found:<40} {purpose}"
     if calibrate:
         yield f"calibrated    the constants are in {measure_backends()}"
+    yield "devices (--device, or device= in a run)"
+    found = find_device()
+    yield f"  {'auto':<12} {shown(found)}, training in {find_precision('auto', found)}"
+    yield f"  {'there':<12} {', '.join(there())}"
     yield "backends"
     devices = ["cpu"] + [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     for device in devices:

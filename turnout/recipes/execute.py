@@ -13,6 +13,7 @@ from turnout.measure import RunData, hardware, read_run, results_rows, results_t
 from turnout.measure.memory import forget_peak
 from turnout.models import LM, checkpoint
 from turnout.models.families.express import architecture_of
+from turnout.models.placed import placed
 from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
@@ -98,6 +99,7 @@ def execute(
     tokens_folder: str | Path | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
+    device: str | None = None,
 ) -> Done:
     """Trains what ``run`` describes in the folder ``out``, measures it on all held-out text and writes report.html.
 
@@ -111,6 +113,7 @@ def execute(
         tokens_folder: where the prepared tokens are kept, to share them between runs; default ``out/tokens``.
         tensorboard: also write TensorBoard events (an extra).
         quiet: no progress on stderr.
+        device: where to train, in the place of the run's own ``train.device``.
 
     Returns:
         Where everything is, with the numbers.
@@ -119,11 +122,13 @@ def execute(
         TurnoutError: the input, the folder or the training is at fault; the message says what to do.
     """
     out = Path(out)
+    if device is not None:
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device))
     check_size(run)
     found = _claim(run, out, resume)
     with _resumable(out):
         with _begun(run, out):
-            model = begin(run, out, resume=resume)
+            model = placed(begin(run, out, resume=resume), run.train.device)
             tokenizer = None if run.start is None else kept_tokenizer(out)
             _tell(run, model, out, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")

@@ -36,12 +36,13 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
     load_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
 
     def add(id_BS: Tensor) -> None:
+        id_BS = id_BS.to(lm.embedding.device)
         for some_BS in id_BS.split(1) if rows_mix(lm) else (id_BS,):
             output = lm(some_BS)
             for logits_SV, id_S in zip(output.logits_BSV, some_BS, strict=True):
-                nats.add_(F.cross_entropy(logits_SV[:-1].float(), id_S[1:], reduction="sum").double())
+                nats.add_(F.cross_entropy(logits_SV[:-1].float(), id_S[1:], reduction="sum").cpu().double())
             for row, routing in enumerate(output.routings):
-                load_LE[row] += routing.load_E
+                load_LE[row] += routing.load_E.cpu()
 
     with evaluating(lm):
         by_batch("held-out text", text.held_out, {"nats": nats, "load": load_LE}, add)

@@ -13,8 +13,9 @@ import torch
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.measure import Evaluation, Passage, ReportData, RunData, bits_per_byte, hardware, read_run
-from turnout.measure.memory import free_memory
+from turnout.measure.memory import free_on
 from turnout.models import LM, checkpoint
+from turnout.models.placed import placed
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.models import evaluate_model
@@ -25,6 +26,7 @@ from turnout.train.config import TrainResult
 from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
+from turnout.types.device import shown
 
 _EVAL_BATCH = 16
 # What keeps routes.json small whatever the text: domains with a passage, and the tokens of each.
@@ -66,7 +68,8 @@ def measure_model(
                 fix="leave it out: a dense model decides nothing",
             )
         )
-    batches = windows(tokens.held_out, batch=_rows(seq * tokens.vocab_size), seq=seq, limit=limit)
+    rows = _rows(seq * tokens.vocab_size, model.embedding.device)
+    batches = windows(tokens.held_out, batch=rows, seq=seq, limit=limit)
     if trace is None:
         return bits_per_byte(model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains)
     config = model.config.moe
@@ -85,9 +88,9 @@ def measure_model(
         )
 
 
-def _rows(logits: int) -> int:
+def _rows(logits: int, device: torch.device) -> int:
     """How many rows to measure at once: as many as there is memory for; the numbers do not depend on it."""
-    free = free_memory()
+    free = free_on(device)
     return _EVAL_BATCH if free is None else max(1, min(_EVAL_BATCH, free // (2 * 4 * logits)))
 
 
@@ -107,7 +110,7 @@ def passages(model: LM, tokens: TokenSet, *, length: int) -> list[Passage]:
         first = int(split.document_N[wanted])
         ids = torch.from_numpy(split.token_T[first : first + min(length, int(size_N[wanted]))].astype("int64"))
         with torch.no_grad():
-            output = model.eval()(ids[None])
+            output = model.eval()(ids[None].to(model.embedding.device))
         texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
         found.append(Passage.from_routings(texts, output.routings, domain=tokens.domains[domain]))
     return found
@@ -142,6 +145,7 @@ def evaluate_run(
     trace: str | Path | None = None,
     token_ids: bool = False,
     like: str | Path | None = None,
+    device: str | torch.device = "auto",
 ) -> Report:
     """Bits per byte and load balance of a finished run, on its own held-out text or on all of another text.
 
@@ -152,6 +156,7 @@ def evaluate_run(
         trace: a new folder to record every routing in.
         token_ids: put the token ids into the trace too, which gives the text away.
         like: a run to be compared with: its held-out documents, in rows of its length, in fp32.
+        device: where the model runs, in the precision of its weights.
 
     Source: none; ``measure_model``, with the file reading around it.
     """
@@ -159,12 +164,13 @@ def evaluate_run(
         if domains:
             fix, allowed = "leave one of them out", "be by itself: it says which text"
             raise UsageError(word("--like", got="--data beside it", allowed=allowed, where="turnout eval", fix=fix))
-        return _evaluate_like(folder, Path(like), limit=limit, trace=trace, token_ids=token_ids)
+        return _evaluate_like(folder, Path(like), limit=limit, trace=trace, token_ids=token_ids, device=device)
     # A model by itself, no run; what is on the hub is one.
     if not Path(folder).exists() or (Path(folder) / "config.json").is_file():
-        return evaluate_model(folder, domains=domains, limit=limit, trace=trace)
+        return evaluate_model(folder, domains=domains, limit=limit, trace=trace, device=device)
     folder = Path(folder)
     run, model = load_run(folder)
+    model = placed(model, device)
     if domains:
         with tempfile.TemporaryDirectory(prefix="turnout-eval-") as place:
             tokens = prepare(domains, place, tokenizer=folder / "model" / "tokenizer.json", held_out=1.0, quiet=True)
@@ -172,10 +178,12 @@ def evaluate_run(
     else:
         tokens = _own_tokens(folder)
         found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
-    return _evaluation(f"{run.recipe} in {folder}", folder, found)
+    return _evaluation(f"{run.recipe} in {folder}", folder, model, found)
 
 
-def _evaluate_like(folder: str | Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool) -> Report:
+def _evaluate_like(
+    folder: str | Path, like: Path, *, limit: int | None, trace: Any, token_ids: bool, device: str | torch.device
+) -> Report:
     """A model measured as a run is, so that the numbers can be told apart by the models alone."""
     run, tokens = Run.open(like), _own_tokens(like)
     place = find_tokenizer(model_folder(folder, where="turnout eval"), where="turnout eval --like")
@@ -187,17 +195,18 @@ def _evaluate_like(folder: str | Path, like: Path, *, limit: int | None, trace: 
     if model.config.max_seq < run.train.seq:
         got = f"rows of up to {model.config.max_seq} tokens, which is all that {folder} takes"
         raise UsageError(word("the rows", got=got, allowed=f"{allowed}, of {run.train.seq}", where=where, fix=fix))
-    found = measure_model(model.float(), tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
-    return _evaluation(f"the model in {folder}, as {like} is measured", folder, found)
+    model = placed(model.float(), device)
+    found = measure_model(model, tokens, seq=run.train.seq, limit=limit, trace=trace, token_ids=token_ids)
+    return _evaluation(f"the model in {folder}, as {like} is measured", folder, model, found)
 
 
-def _evaluation(title: str, folder: str | Path, found: Evaluation) -> Report:
+def _evaluation(title: str, folder: str | Path, model: LM, found: Evaluation) -> Report:
     values: dict = {"bits_per_byte": found.bits_per_byte}
     values |= {f"bits_per_byte/{name}": value for name, value in found.by_domain.items()}
     values |= {"tokens": found.tokens, "bytes": found.bytes}
     if found.load_LE:
         values |= {"max_vio": found.max_vio, "entropy": found.entropy, "dropped": found.dropped}
-    context = {"run": str(folder), "hardware": hardware()}
+    context = {"run": str(folder), "device": shown(model.embedding.device), "hardware": hardware()}
     return Report(title, values, (), context)
 
 

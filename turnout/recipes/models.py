@@ -11,12 +11,14 @@ from turnout.errors import DataError, UsageError, word
 from turnout.hub import located
 from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
+from turnout.models.placed import placed
 from turnout.recipes.calibration import find_tokenizer, whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
 from turnout.train.data import load_tokenizer
 from turnout.train.data.tokenizer import separator_id
 from turnout.types import Report
+from turnout.types.device import shown
 
 __all__ = ["evaluate_model", "sample_model"]
 
@@ -31,15 +33,22 @@ class _Opened:
     own: bool
 
 
-def _open(path: str | Path, where: str) -> _Opened:
+def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
     lm, _ = open_model(folder)
-    return _Opened(lm.eval(), found.name, folder, lm.origin is None)
+    return _Opened(placed(lm.eval(), device), found.name, folder, lm.origin is None)
 
 
 def sample_model(
-    path: str | Path, *, prompt: str, tokens: int | None, temperature: float, top_k: int | None, seed: int
+    path: str | Path,
+    *,
+    prompt: str,
+    tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    device: str | torch.device = "auto",
 ) -> str:
     """The prompt and the model's continuation.
 
@@ -51,6 +60,7 @@ def sample_model(
         temperature: 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; None among all.
         seed: of the draw.
+        device: where the model runs, in the precision of its weights; the draw is the same everywhere.
 
     Raises:
         TurnoutError: no model or tokenizer there, a setting out of range, or a prompt that is too long.
@@ -60,7 +70,7 @@ def sample_model(
     for name, value, least in (("--tokens", tokens, 1), ("--temperature", temperature, 0), ("--top-k", top_k, 1)):
         if value is not None and not least <= value < math.inf:
             raise _refusal(name, value, f"be a number of at least {least}", f"pass {name} {max(least, 1)}")
-    opened = _open(path, "turnout sample")
+    opened = _open(path, "turnout sample", device)
     tokenizer = load_tokenizer(find_tokenizer(opened.folder))
     # Every document that a model of turnout has seen begins with the separator; others say themselves how one begins.
     ids = tokenizer.encode(prompt, add_special_tokens=not opened.own).ids
@@ -78,13 +88,22 @@ def sample_model(
         raise _refusal("--tokens", tokens, allowed, f"pass --tokens {room}")
     generator = torch.Generator().manual_seed(seed)
     made = opened.lm.generate(
-        torch.tensor([ids]), tokens=tokens or min(100, room), temperature=temperature, top_k=top_k, generator=generator
+        torch.tensor([ids]).to(opened.lm.embedding.device),
+        tokens=tokens or min(100, room),
+        temperature=temperature,
+        top_k=top_k,
+        generator=generator,
     )
     return tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
 
 
 def evaluate_model(
-    path: str | Path, *, domains: Mapping[str, Sequence[str]], limit: int | None = None, trace: str | Path | None = None
+    path: str | Path,
+    *,
+    domains: Mapping[str, Sequence[str]],
+    limit: int | None = None,
+    trace: str | Path | None = None,
+    device: str | torch.device = "auto",
 ) -> Report:
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
@@ -97,6 +116,7 @@ def evaluate_model(
         domains: the text, by domain.
         limit: about how many tokens to read of each domain; None takes all.
         trace: must be None: routings are recorded of runs only.
+        device: where the model runs, in the precision of its weights.
 
     Raises:
         TurnoutError: no model or tokenizer there, or no text.
@@ -111,7 +131,7 @@ def evaluate_model(
         raise _refusal("--trace", trace, "be asked of a run of turnout train", "leave it out", where)
     if limit is not None and limit < 2:
         raise _refusal("--limit", limit, "be at least 2 tokens", "pass --limit 10000, or leave it out", where)
-    opened = _open(path, where)
+    opened = _open(path, where, device)
     config, values, tokens, size, nats = opened.lm.config, {}, 0, 0, 0.0
     loads: list[tuple[int, list[list[float]]]] = []
     skipped = 0
@@ -134,7 +154,8 @@ def evaluate_model(
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
     notes = ("in rows of up to 1024 tokens, documents one after the other",)
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
-    return Report(f"the model in {opened.name}", values, notes, {"run": opened.name, "hardware": hardware()})
+    context = {"run": opened.name, "device": shown(opened.lm.embedding.device), "hardware": hardware()}
+    return Report(f"the model in {opened.name}", values, notes, context)
 
 
 def _refusal(what: str, got: object, allowed: str, fix: str, where: str = "turnout sample") -> UsageError:

@@ -5,7 +5,9 @@ import time
 import torch
 
 from turnout.models.lm import LM
+from turnout.models.placed import placed
 from turnout.recipes.run import Run
+from turnout.types.device import find_precision
 
 __all__ = ["estimate_s"]
 
@@ -24,13 +26,19 @@ def estimate_s(run: Run) -> float:
     Source: none; a stopwatch.
     """
     train = run.train
-    model = LM(run.model, seed=0)
+    model = placed(LM(run.model, seed=0), train.device)
+    device = model.embedding.device
+    half = find_precision(train.dtype, device) == "bf16"
     generator = torch.Generator().manual_seed(0)
-    id_BS = torch.randint(run.model.vocab_size, (train.batch, train.seq), generator=generator)
+    id_BS = torch.randint(run.model.vocab_size, (train.batch, train.seq), generator=generator).to(device)
     steps = []
     for _ in range(3):
         began = time.monotonic()
-        model.loss(id_BS, id_BS, generator=torch.Generator().manual_seed(0)).nats.backward()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            nats = model.loss(id_BS, id_BS, generator=torch.Generator().manual_seed(0)).nats
+        nats.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        float(torch.nn.utils.get_total_norm(grads))  # waits for an accelerator
         steps.append(time.monotonic() - began)
         model.zero_grad()
     evaluated = -(-train.steps // train.eval_every) * (train.eval_tokens or _HELD_OUT_TOKENS) + _HELD_OUT_TOKENS

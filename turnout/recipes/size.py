@@ -2,8 +2,9 @@
 
 from turnout.errors import UsageError, word
 from turnout.measure import quantity
-from turnout.recipes.room import free_memory
+from turnout.measure.memory import free_on
 from turnout.recipes.run import Run
+from turnout.types.device import find_device, find_precision, shown
 
 __all__ = ["check_size", "least_bytes"]
 
@@ -29,11 +30,16 @@ def least_bytes(run: Run) -> int:
     dense = max(model.layers - routed, 0) * 3 * model.width * model.dense_hidden
     experts = 0 if moe is None else routed * moe.num_experts * 3 * model.width * moe.hidden
     weights = model.vocab_size * model.width + dense + experts + model.layers * model.width**2
-    kept = run.train.batch * run.train.seq * model.width * 4 * model.layers * (2 if run.train.dtype == "bf16" else 4)
     trained = weights
     if run.train.only != "all":
         trained = 0 if moe is None or run.train.only == "adapters" else routed * moe.num_experts * model.width
+    kept = run.train.batch * _row_bytes(run)
     return _PER_WEIGHT * weights + _PER_TRAINED * trained + _PER_BLOCK * model.layers + kept
+
+
+def _row_bytes(run: Run) -> int:
+    half = find_precision(run.train.dtype, find_device(run.train.device)) == "bf16"
+    return 4 * run.train.seq * run.model.width * run.model.layers * (2 if half else 4)
 
 
 def check_size(run: Run, *, free: int | None = None) -> None:
@@ -41,17 +47,19 @@ def check_size(run: Run, *, free: int | None = None) -> None:
 
     Args:
         run: what is to be trained.
-        free: bytes; None for what the machine says is free, where it says so.
+        free: bytes; None for what is said to be free where it is trained, if anything says so.
 
     Raises:
-        UsageError: too large; says what would fit.
+        UsageError: too large; says what would fit. Or its device is not there.
     """
-    free, need = free_memory() if free is None else free, least_bytes(run)
+    device = find_device(run.train.device)
+    free, need = free_on(device) if free is None else free, least_bytes(run)
     if free is None or need <= free:
         return
-    model, train = run.model, run.train
-    each = 4 * train.seq * model.width * model.layers * (2 if train.dtype == "bf16" else 4)
-    fits = (free - (need - train.batch * each)) // max(each, 1)
+    each = _row_bytes(run)
+    fits = (free - (need - run.train.batch * each)) // max(each, 1)
     fix = f"pass batch={fits}, with accumulate= for the rest" if fits >= 1 else "make it smaller"
-    got, allowed = f"{quantity(free)}B free", f"hold the {quantity(need)}B that this run takes at the very least"
+    fix += "" if device.type == "cpu" else ", or device=cpu"
+    on = "" if device.type == "cpu" else f" on {shown(device)}"
+    got, allowed = f"{quantity(free)}B free{on}", f"hold the {quantity(need)}B that this run takes at the very least"
     raise UsageError(word("the memory", got=got, allowed=allowed, where=f"recipe {run.recipe!r}", fix=fix))

@@ -62,7 +62,8 @@ def calibrate(
     seconds: dict[str, dict[str, list[float]]] = {}
     for dtype in dtypes:
         for train in (False, True):
-            situation = f"{device} {str(dtype).removeprefix('torch.')} {'training' if train else 'forward'}"
+            named = f"{torch.device(device).type} {str(dtype).removeprefix('torch.')}"
+            situation = f"{named} {'training' if train else 'forward'}"
             rows, times = [], {name: [] for name in EXECUTORS if name != "reference"}
             for T, D, E, K, F in shapes or _SHAPES:
                 rows.append(features(T * K, E, D, F, gated=True))
@@ -98,8 +99,8 @@ def _measure(
                 y_TD = EXECUTORS[name](x_TD, routing, weights)
             if train:
                 y_TD.backward(grad_TD)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            if y_TD.is_cuda:
+                torch.cuda.synchronize(y_TD.device)
             taken[name].append(time.perf_counter() - start)
     # The least is the time without what else the machine was doing.
     return {name: min(values[1:]) for name, values in taken.items()}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from turnout.errors import UsageError, nearest, word
 from turnout.train.schedule import cosine, wsd
+from turnout.types.device import check_name
 
 __all__ = ["TrainConfig", "TrainResult"]
 
@@ -31,7 +32,8 @@ class TrainConfig:
         decay_embeddings: whether the table of embeddings decays too, as other matrices do.
         clip: the largest gradient norm; None leaves gradients alone.
         betas: of AdamW.
-        dtype: "bf16" computes in bfloat16 under autocast; weights and optimizer stay in fp32.
+        dtype: "bf16" computes in bfloat16 under autocast; weights and optimizer stay in fp32. "auto" is bf16 on a CUDA
+            device that computes in it, else fp32.
         aux_weight: weight of the load-balance loss, averaged over the routed layers; 0 only reports it.
         z_weight: weight of the router z-loss, averaged over the routed layers; 0 only reports it.
         only: what is trained: "all", the "router" of each routed layer, or "adapters"; the rest is frozen.
@@ -44,6 +46,8 @@ class TrainConfig:
         keep_checkpoints: how many of them stay.
         log_every: steps between lines of metrics.jsonl, whose losses are means over those steps.
         seed: of the order of the data and of everything drawn in training.
+        device: where the model is put: "cpu", "cuda", "cuda:1" or "mps". "auto": a recipe and the command line take
+            CUDA where it is there, else the CPU; ``train`` itself leaves the model where it is.
 
     Raises:
         UsageError: a value out of range.
@@ -68,7 +72,7 @@ class TrainConfig:
     decay_embeddings: bool = True
     clip: float | None = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     aux_weight: float = 0.01
     z_weight: float = 0.001
     only: Literal["all", "router", "adapters"] = "all"
@@ -81,12 +85,14 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd"):
             raise nearest(self.schedule, ("cosine", "wsd"), kind="schedule", where="TrainConfig")
-        if self.dtype not in ("fp32", "bf16"):
-            raise nearest(self.dtype, ("fp32", "bf16"), kind="dtype", where="TrainConfig")
+        check_name(self.device, "TrainConfig")
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            raise nearest(self.dtype, ("auto", "fp32", "bf16"), kind="dtype", where="TrainConfig")
         if self.only not in _ONLY:
             raise nearest(self.only, _ONLY, kind="value of only", where="TrainConfig")
         counts = (

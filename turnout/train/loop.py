@@ -2,12 +2,13 @@
 
 What a resumed run needs is small on purpose. The learning rate and the batches are functions of the step, and every
 random number of a step is drawn from generators seeded with (seed, step, micro-batch); what is left is the model
-(router biases are its buffers), the optimizer's state and the sums of the unfinished log window. On the same device
-with the same number of threads, a resumed run writes the losses that the uninterrupted one would have written, bit
-for bit.
+(router biases are its buffers), the optimizer's state and the sums of the unfinished log window. On a CPU with the same
+number of threads, a resumed run writes the losses that the uninterrupted one would have written, bit for bit. On CUDA,
+where sums have no fixed order, and from one device to another they agree to rounding; a run that goes on says so.
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -31,10 +32,12 @@ from turnout.train.data import Batch, Stream, TokenSet, windows
 from turnout.train.folder import locked, read_run_json, refuse_missing_run, refuse_other_run, write_failure
 from turnout.train.frozen import training
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
+from turnout.train.place import crossing, settle
 from turnout.train.progress import Progress, progress_for
-from turnout.train.room import check_room
+from turnout.train.room import check_room, out_of_memory
 from turnout.train.signals import Stop, listening
 from turnout.train.step import Step
+from turnout.types.device import shown
 from turnout.wrappers import unwrapped
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -43,6 +46,8 @@ __all__ = ["TrainConfig", "TrainResult", "train"]
 _FIXED = ("batch", "seq", "accumulate", "seed", "only", "rank", "alpha")
 # These do not touch the weights, so changing them is nobody's business.
 _FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
+# What becomes of these is told by itself.
+_PLACE = ("device", "dtype")
 
 
 @expects(model=nn.Module, config=TrainConfig, out=PATH)
@@ -66,9 +71,10 @@ def train(
 
     Args:
         model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
-            device. If it takes a ``generator``, it is given one seeded from (seed, step, micro-batch); if it takes an
-            ``attention_mask``, one for batches with padding. All this is found in what is wrapped too: compiled,
-            DistributedDataParallel, a module around it. Checkpoints are written in the names of the model inside.
+            device, unless ``config.device`` names another. If it takes a ``generator``, it is given one seeded from
+            (seed, step, micro-batch); if it takes an ``attention_mask``, one for batches with padding. All this is
+            found in what is wrapped too: compiled, DistributedDataParallel, a module around it. Checkpoints are
+            written in the names of the model inside.
         tokens: a TokenSet.
         config: the optimisation.
         out: a folder that holds no run; or, with ``resume``, the one that holds this run.
@@ -106,7 +112,10 @@ class _Run:
     """One run while it is going."""
 
     def __init__(self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress) -> None:
-        self.model, self.tokens, self.config, self.out, self.teller = model, tokens, config, out, teller
+        self.place = settle(model, config)
+        # As it was asked for, which run.json holds, and with what "auto" became.
+        self.asked, self.config = config, dataclasses.replace(config, dtype=self.place.dtype)
+        self.model, self.tokens, self.out, self.teller = model, tokens, out, teller
         self.step = 0  # optimizer steps done
         self.folder = out / "checkpoints"
         self.metrics: Metrics | None = None
@@ -176,20 +185,21 @@ class _Run:
         for name in checkpoints.set_aside_after(self.folder, self.step):
             self.teller.say(f"a later checkpoint is kept as {name}; delete it when it is of no use.")
         self.teller.say(f"resuming {self.out} from {path.name}.")
-        then, here = body["arithmetic"], self._arithmetic()
-        if then != here:
-            self.teller.say(f"saved with {then}, going on with {here}: losses may differ in the last bits.")
-        now = plain(self.config)
+        for line in crossing(body, self.place, self._arithmetic()):
+            self.teller.say(line)
+        now = plain(self.asked)
         changed = {k: [v, now.get(k)] for k, v in body["config"].items() if k not in _FREE and v != now.get(k)}
         for name, (old, new) in changed.items():
-            self.teller.say(f"{name} changes from {old!r} to {new!r}: from here on this is not the run that began.")
+            if name not in _PLACE:
+                self.teller.say(f"{name} changes from {old!r} to {new!r}: from here on this is not the run that began.")
         return changed
 
     def _arithmetic(self) -> str:
         """What the last bits of a sum depend on."""
         inside = unwrapped(self.model)
         around = "" if inside is self.model else f", in {type(self.model).__name__}"
-        return f"{self.work.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}{around}"
+        on = shown(self.work.device).replace(str(self.work.device), self.work.device.type)
+        return f"{on}, {torch.get_num_threads()} threads, torch {torch.__version__}{around}"
 
     def _check_same(self, body: Mapping[str, Any]) -> None:
         now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
@@ -221,9 +231,9 @@ class _Run:
 
     def _write_run_json(self, body: dict[str, Any], given: dict[str, Any], changed: dict[str, Any]) -> None:
         """The run as it began; a resumed one adds how it was resumed, and takes over what was changed."""
-        fresh = {"train": plain(self.config), **given}
+        fresh = {"train": plain(self.asked), **given, "place": self.place.to_json_dict()}
         if body:
-            entry = {"step": self.step, "command": given.get("command"), "changed": changed}
+            entry = {"step": self.step, "command": given.get("command"), "changed": changed, "place": fresh["place"]}
             fresh = {**body, **(fresh if changed else {}), "resumed": [*body.get("resumed", []), entry]}
         write_whole(self.out / "run.json", json.dumps(fresh, indent=2) + "\n")
 
@@ -235,6 +245,7 @@ class _Run:
         self.began_s = time.monotonic()
         self.lap_s, self.lap_steps = 0.0, 0
         self.model.train()
+        self.teller.say(f"training on {shown(self.place.device)}, in {self.place.dtype}.")
         self.teller.start(self.step, config.steps)
         if config.eval_first and self.step == 0 and not self.evaluations:
             self._guard(self._evaluate)
@@ -268,7 +279,10 @@ class _Run:
         """Does it, and adds to an expected error what is saved and how to go on."""
         try:
             action()
-        except (StorageError, TrainingError) as error:
+        except (StorageError, TrainingError, torch.OutOfMemoryError) as raised:
+            error = raised
+            if isinstance(raised, torch.OutOfMemoryError):
+                error = out_of_memory(raised, self.config, self.place.device)
             known = checkpoints.find(self.folder)
             saved = f"{known[-1].name} is saved" if known else "no checkpoint was saved yet"
             how = (
@@ -320,7 +334,7 @@ class _Run:
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
                 found = bits_per_byte(
-                    _Placed(self.model, device),
+                    self.model,
                     self._held_out(),
                     torch.as_tensor(self.tokens.byte_length_V),
                     domains=self.tokens.domains,
@@ -342,7 +356,8 @@ class _Run:
             "tokens": self.step * self.config.tokens_per_step,
             "seconds": self._seconds(),
             "window": self.work.window.to_json_dict(),
-            "config": plain(self.config),
+            "config": plain(self.asked),
+            "place": self.place.to_json_dict(),
             "tokens_digest": getattr(self.tokens, "digest", None),
             "arithmetic": self._arithmetic(),
         }
@@ -359,7 +374,7 @@ class _Run:
         return self.before_s + time.monotonic() - self.began_s
 
     def _peak_bytes(self) -> int:
-        return max(self.before_bytes, peak_memory(self.work.device) or 0)
+        return max(self.before_bytes, peak_memory(self.place.device) or 0)
 
     def _result(self) -> TrainResult:
         self._lap()
@@ -378,15 +393,3 @@ class _Run:
             self.teller.stop()
         if self.metrics is not None:
             self.metrics.close()
-
-
-class _Placed(nn.Module):
-    """The model, for batches that are elsewhere."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.device = model, device
-
-    def forward(self, id_BS: torch.Tensor, **keywords: torch.Tensor) -> Any:
-        there = {name: value.to(self.device) for name, value in keywords.items()}
-        return self.model(id_BS.to(self.device), **there)

@@ -6,15 +6,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import UsageError, word
+from turnout.errors import TrainingError, UsageError, word
 from turnout.measure import quantity
-from turnout.measure.memory import free_memory
+from turnout.measure.memory import free_on
 from turnout.models import LM
 from turnout.train.config import TrainConfig
 from turnout.train.data import Batch
+from turnout.types.device import shown
 from turnout.wrappers import unwrapped
 
-__all__ = ["Need", "check_room", "step_need"]
+__all__ = ["Need", "check_room", "out_of_memory", "step_need"]
 
 # Beside what is kept for the backward pass: what the layer at work takes, in layers' worth of it (in bf16, casts of it
 # too), and what allocators and threads keep of what was let go. Measured: docs/log.md.
@@ -62,8 +63,27 @@ def step_need(lm: LM, row: Batch, *, dtype: str = "fp32") -> Need:
     Source: none; counted and measured.
     """
     trained = sum(p.numel() * p.element_size() for p in lm.parameters() if p.requires_grad)
+    logits = row.id_BS.numel() * lm.config.vocab_size * 4
+    layers = (_LAYERS_BF16 if dtype == "bf16" else _LAYERS) / lm.config.layers
+    one = _kept(lm, row, 1, dtype)
+    if lm.embedding.device.type != "cpu":
+        # There the logits are held whole, in fp32, with their gradient in two dtypes; and what does not grow with the
+        # rows, weights cast to bf16, is told apart by a second row.
+        more = _kept(lm, row, 2, dtype) - one
+        row_bytes = max(0, more - logits) * (1 + layers) + 3 * logits + 16 * row.id_BS.numel()
+        return Need(3 * trained + max(0, one - more) + _BESIDE, math.ceil(row_bytes))
+    # The output layer keeps its gradient, whatever the rows.
+    of_head = lm.config.vocab_size * lm.config.width * 4
+    share = max(0, one - of_head)
+    row_bytes = max(share * (1 + layers), share * layers + logits) + 16 * row.id_BS.numel()
+    return Need(3 * trained + of_head + _BESIDE, math.ceil(row_bytes))
+
+
+def _kept(lm: LM, row: Batch, rows: int, dtype: str) -> int:
+    """The bytes that a forward pass of so many rows keeps for the backward pass."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*lm.parameters(), *lm.buffers())}
     kept: dict[int, int] = {}
+    device = lm.embedding.device
 
     def look(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -71,27 +91,23 @@ def step_need(lm: LM, row: Batch, *, dtype: str = "fp32") -> Need:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     with (
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"),
     ):
-        done = lm.loss(row.id_BS, row.target_BS, generator=generator)  # what it keeps is alive until here
-    # The output layer keeps its gradient, whatever the rows.
-    of_head = lm.config.vocab_size * lm.config.width * 4
-    share = max(0, sum(kept.values()) - of_head)
+        id_BS, target_BS = (each.expand(rows, -1).to(device) for each in (row.id_BS, row.target_BS))
+        done = lm.loss(id_BS, target_BS, generator=generator)  # what it keeps is alive until here
     del done
-    layers = (_LAYERS_BF16 if dtype == "bf16" else _LAYERS) / lm.config.layers
-    logits = row.id_BS.numel() * lm.config.vocab_size * 4
-    row_bytes = max(share * (1 + layers), share * layers + logits) + 16 * row.id_BS.numel()
-    return Need(3 * trained + of_head + _BESIDE, math.ceil(row_bytes))
+    return sum(kept.values())
 
 
 def check_room(model: nn.Module, row: Batch, config: TrainConfig, *, free_bytes: int | None = None) -> None:
-    """Refuses a batch that does not fit into the memory that is free; only on a CPU, and of an LM, wrapped or not.
+    """Refuses a batch that does not fit into the memory that is free where the model is; of an LM, wrapped or not.
 
-    Accelerators say so themselves, and other models have no configuration to count by.
+    Other models have no configuration to count by. Here on an accelerator it is an estimate that nothing has measured
+    yet; what it lets through and does not fit ends as ``out_of_memory`` words it.
 
     Args:
         model: that is going to be trained.
@@ -102,8 +118,12 @@ def check_room(model: nn.Module, row: Batch, config: TrainConfig, *, free_bytes:
     Raises:
         UsageError: it does not fit; says which batch would.
     """
-    lm, free = unwrapped(model), free_memory() if free_bytes is None else free_bytes
-    if free is None or not isinstance(lm, LM) or lm.embedding.device.type != "cpu":
+    lm = unwrapped(model)
+    if not isinstance(lm, LM):
+        return
+    device = lm.embedding.device
+    free = free_on(device) if free_bytes is None else free_bytes
+    if free is None:
         return
     need = step_need(lm, row, dtype=config.dtype)
     if need.bytes(config.batch) <= free:
@@ -114,5 +134,18 @@ def check_room(model: nn.Module, row: Batch, config: TrainConfig, *, free_bytes:
     if most:
         more = -(-config.batch * config.accumulate // most)
         fix = f"pass batch={most}; with accumulate={more} as well a step has as many tokens as before"
-    allowed = f"fit into the {quantity(free)}B of memory that are free"
+    on = "" if device.type == "cpu" else f" on {shown(device)}"
+    allowed = f"fit into the {quantity(free)}B of memory that are free{on}"
     raise UsageError(word("batch", got=got, allowed=allowed, where="turnout.train", fix=fix))
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: TrainConfig, device: torch.device) -> TrainingError:
+    """The error for a step that an accelerator had no room for."""
+    got = f"batch={config.batch}, seq={config.seq} ({str(error).strip().splitlines()[0]})"
+    fix = "train a smaller model or a shorter seq, or on another device"
+    if config.batch > 1:
+        half = config.batch // 2
+        fix = f"pass batch={half}, with accumulate={-(-config.batch * config.accumulate // half)} for as many tokens"
+        fix += " a step: that is another run, in another --out"
+    allowed = f"fit into the memory of {shown(device)}"
+    return TrainingError(word("a step", got=got, allowed=allowed, where="turnout.train", fix=fix))

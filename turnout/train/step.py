@@ -13,6 +13,7 @@ from turnout.decide.token import NoisyTopK
 from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
 from turnout.train.balance import load_balance_loss, router_z_loss
+from turnout.train.place import sent
 from turnout.wrappers import routers_of, takes
 
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
@@ -194,11 +195,10 @@ class Step:
             torch.manual_seed(seed)
             if self._generator is not None:
                 self._generator.manual_seed(seed)
-            id_BS = batch.id_BS.to(self.device, non_blocking=True)
-            target_BS = batch.target_BS.to(self.device, non_blocking=True)
+            id_BS, target_BS = (sent(each, self.device) for each in (batch.id_BS, batch.target_BS))
             real_BS = _real(batch)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else real_BS.to(self.device))
+                nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else sent(real_BS, self.device))
             loss, aux, z = self._objective(nats / predicted, routings)
             loss.backward()
             with torch.no_grad():

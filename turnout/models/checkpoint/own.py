@@ -64,7 +64,7 @@ def save(path: str | Path, lm: nn.Module) -> None:
     Source: none; safetensors and json.
     """
     path, lm = Path(path), bare(lm)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in stored(lm).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored(lm).items()}
     write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
     if lm.origin is not None and lm.origin != path and lm.origin != path / ORIGIN:
         carry(lm.origin, path / ORIGIN, with_config=True)
