@@ -131,6 +131,8 @@ OURS |= {
     "n_head": "heads",
     "num_hidden_layers": "layers",
     "n_group": "num_groups",
+    "n_routed_experts": "num_groups",
+    "topk_group": "num_groups",
     "head_dim": "rotated",
 }
 
@@ -145,10 +147,18 @@ def changes(kind: str) -> Iterator[tuple[str, Any]]:
         yield from ((key, value) for value in OTHERS.get(key, []))
 
 
+@torch.no_grad()
+def run(hf: Any) -> None:
+    past = None
+    for piece in torch.arange(23)[None].split((9, 1, 13), 1):
+        past = hf(piece, past_key_values=past, use_cache=True).past_key_values
+
+
 def stock(folder: Path) -> Any:
-    """As transformers reads it; None where it does not, or not whole."""
+    """As transformers reads it; None where it does not, or not whole, or cannot run it."""
     try:
         hf, notes = transformers().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        run(hf)
     except Exception:
         return None
     return None if any(notes.values()) else hf.eval()
@@ -160,6 +170,7 @@ def built(kind: str, keys: dict[str, Any], folder: Path) -> Any:
     try:
         torch.manual_seed(1)
         hf = transformers().AutoModelForCausalLM.from_config(transformers().AutoConfig.for_model(kind, **given)).eval()
+        run(hf)
     except Exception:
         return None
     with torch.no_grad():
