@@ -295,7 +295,12 @@ def test_what_is_not_there_cannot_be_trained(kind, only, words, llama):
 
 
 @pytest.mark.parametrize(
-    ("field", "words"), [("only=adapters", "pass rank=8"), ("rank=4", "rank=None"), ("alpha=2", "alpha=None")]
+    ("field", "words"),
+    [
+        ("only=adapters", "pass rank=8"),
+        ("rank=4", "add only=adapters, or leave rank out"),
+        ("alpha=2", "add only=adapters, or leave alpha out"),
+    ],
 )
 def test_rank_and_adapters_go_together(field, words, llama):
     with pytest.raises(UsageError, match=words):
