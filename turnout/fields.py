@@ -1,6 +1,7 @@
 """Frozen dataclasses as plain JSON values and back, with every type checked: what configurations go to disk as."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -8,6 +9,9 @@ from collections.abc import Mapping
 from turnout.errors import CheckpointError, UsageError, nearest, word
 
 __all__ = ["build", "fit", "plain"]
+
+# Types, for people.
+_WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def plain(value: object) -> typing.Any:
@@ -105,7 +109,7 @@ def fit(value: object, kind: typing.Any, where: str) -> typing.Any:
         return float(value)
     if kind in (object, typing.Any) or (isinstance(kind, type) and type(value) is kind):
         return value
-    wanted = " or ".join(map(repr, parts)) if origin is typing.Literal else getattr(kind, "__name__", str(kind))
-    raise UsageError(
-        word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=f"write a value that is {wanted}")
-    )
+    wanted = _WORDS.get(kind, str(kind)) if origin is not typing.Literal else " or ".join(map(str, parts))
+    close = difflib.get_close_matches(str(value), map(str, parts), n=1, cutoff=0.5) if origin is typing.Literal else ()
+    fix = f"write {close[0]}" if close else f"write {wanted}"
+    raise UsageError(word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=fix))
