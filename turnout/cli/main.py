@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from turnout import __version__
+from turnout.cli.device import check_device
 from turnout.cli.words import in_flags
 from turnout.errors import Interrupted, TurnoutError
 
@@ -107,6 +108,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if late:
         arguments.overrides += late
     try:
+        check_device(arguments)
         code = arguments.run(arguments)
         _flush(argv)
         return code
