@@ -230,3 +230,14 @@ def test_a_misspelt_device_is_refused_before_torch_loads(command: str, tmp_path:
     assert done.stdout == "2 False\n" and not list(tmp_path.iterdir())
     said = f"error: --device must be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps in turnout {words[0]}; got 'gpu'"
     assert said in done.stderr and done.stderr.endswith("Nearest fix: pass --device auto.\n")
+
+
+@pytest.mark.parametrize(("source", "library"), [("texts", "pyarrow"), ("hf:some_set", "datasets")])
+def test_a_missing_extra_is_named_and_leaves_no_folder(source, library, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(["train", "tiny", "--data", source, "--out", "run", "--quiet"]) == 2
+    assert f"{library} must be installed to read" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
