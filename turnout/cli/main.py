@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -96,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe on Windows, LC_ALL=C: what the encoding lacks is a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # Before torch loads: threads that wait for each other sleep instead of spinning, which on a machine that does
