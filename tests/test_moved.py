@@ -1,6 +1,7 @@
 """What moved is found by its old name, with a warning; what stands in a room under that name stays."""
 
 import importlib
+import pickle
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ import types
 import pytest
 
 import turnout
+from house import ROOT, read
 from turnout import moved
 
 OLD = """
@@ -43,6 +45,39 @@ def test_an_old_name_is_the_new_one_and_says_so(room: str, name: str) -> None:
     with pytest.warns(FutureWarning, match=f"{moved.NAMES[room][name]}.{name}"):
         found = getattr(importlib.import_module(room), name)
     assert found is getattr(importlib.import_module(moved.NAMES[room][name]), name)
+
+
+def test_every_module_of_the_release_before_is_there_or_moved() -> None:
+    """The list is of 0.1 as it last was, before anything moved; a file that moves next is in it too."""
+    before = (ROOT / "tests" / "modules_of_0.1.txt").read_text(encoding="utf-8").split()
+    now = {module.name for module in read()}
+    assert len(before) > 200 and moved.MODULES.keys() <= {*before}
+    assert not [name for name in before if name not in now and name not in moved.MODULES]
+
+
+@pytest.mark.parametrize("old", moved.MODULES)
+def test_an_old_module_is_an_attribute_of_its_room(old: str) -> None:
+    """As it was where the room alone was imported; a function of that name goes before it."""
+    room, _, name = old.rpartition(".")
+    module = importlib.import_module(room)
+    if name in module.__all__:
+        return
+    vars(module).pop(name, None)  # which an import of it before has left there
+    with pytest.warns(FutureWarning, match=moved.MODULES[old]):
+        assert getattr(module, name) is importlib.import_module(moved.MODULES[old])
+
+
+def test_a_class_is_found_by_what_a_saved_object_calls_it() -> None:
+    """A model with adapters, saved whole by 0.1, names ``turnout.reshape.live.Living``, where a floor is now."""
+    held = turnout.reshape.adapters.host.Living
+    saved = b"cturnout.reshape.live\nLiving\n."
+    with pytest.warns(FutureWarning, match="host.Living"):
+        assert pickle.loads(saved) is held
+
+
+def test_loading_the_package_again_adds_no_second_finder() -> None:
+    importlib.reload(turnout)
+    assert sys.meta_path.count(moved.Finder) == 1
 
 
 def test_what_never_was_is_not_found() -> None:

@@ -43,7 +43,8 @@ __all__ = [
     "release",
 ]
 
-sys.meta_path.append(Finder)  # what moved is found by its old name for one release
+if Finder not in sys.meta_path:  # as it is when this is loaded again
+    sys.meta_path.append(Finder)  # what moved is found by its old name for one release
 
 
 if TYPE_CHECKING:  # the same, for editors and type checkers; tests/test_exports.py compares them

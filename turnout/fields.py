@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ __all__ = ["build", "fit", "plain"]
 
 # Types, for people.
 _WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+_DEVICES = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
+# What people write for "whatever accelerator this machine has".
+_ACCELERATOR = ("gpu", "nvidia", "amd", "rocm", "hip", "accelerator", "metal", "apple")
 
 
 def plain(value: object) -> typing.Any:
@@ -113,3 +118,21 @@ def fit(value: object, kind: typing.Any, where: str) -> typing.Any:
     close = difflib.get_close_matches(str(value), map(str, parts), n=1, cutoff=0.5) if origin is typing.Literal else ()
     fix = f"write {close[0]}" if close else f"write {wanted}"
     raise UsageError(word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=fix))
+
+
+def device_name(name: object, where: str) -> str:
+    """The name of a device, as ``turnout.types.device.check_name`` knows them, which says this without torch.
+
+    Raises:
+        UsageError: no such name.
+
+    >>> device_name("cuda:1", "turnout train")
+    'cuda:1'
+
+    Source: none; torch's own names.
+    """
+    if isinstance(name, str) and _DEVICE.fullmatch(name):
+        return name
+    near = difflib.get_close_matches(str(name).lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
+    near = ["auto"] if not near or any(text in str(name).lower() for text in _ACCELERATOR) else near
+    raise UsageError(word("device", got=repr(name), allowed=_DEVICES, where=where, fix=f"pass device={near[0]}"))

@@ -38,18 +38,25 @@ def _floors() -> Iterator[tuple[str, str]]:
 # Old module -> new module. ``turnout.reshape.live`` is a floor now, so what it was is not found by its old name.
 MODULES: Mapping[str, str] = MappingProxyType({old: new for old, new in _floors() if old != "turnout.reshape.live"})
 
-# Room -> the names that left it, and the room each is in now.
+# Module -> the names that left it, and the module each is in now. Saved objects name their classes by these too.
 NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "turnout.measure": dict.fromkeys(
             ("AdaptationData", "ConversionData", "adaptation_html", "conversion_html", "report_html"), "turnout.show"
-        )
+        ),
+        "turnout.reshape": {},
+        "turnout.reshape.live": dict.fromkeys(
+            ("CHOICE", "SHARDS", "Living", "Saver", "alive", "changed", "freeze", "leave_alone", "put", "saved_by"),
+            "turnout.reshape.adapters.host",
+        ),
+        "turnout.train": {},
+        "turnout.train.federated": {"Local": "turnout.train.federated.rounds"},
     }
 )
 
 
 def name(room: str, wanted: str) -> object:
-    """What ``room.wanted`` was before it moved; for a room's ``__getattr__``.
+    """What ``room.wanted`` was before it moved, a name or a module of the room; for its ``__getattr__``.
 
     Raises:
         AttributeError: it never was there.
@@ -62,6 +69,10 @@ def name(room: str, wanted: str) -> object:
 
     Source: none; plain bookkeeping.
     """
+    if f"{room}.{wanted}" in MODULES:
+        now = MODULES[f"{room}.{wanted}"]
+        _warn(f"{room}.{wanted}", now, stacklevel=4)
+        return importlib.import_module(now)
     if wanted not in NAMES[room]:
         raise AttributeError(f"module {room!r} has no attribute {wanted!r}")
     now = NAMES[room][wanted]

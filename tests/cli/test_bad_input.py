@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,3 +218,26 @@ def test_another_conversion_in_the_same_place_is_refused(theirs, tmp_path, capsy
     assert not (tmp_path / "out").exists() and (tmp_path / "out.part" / "result" / "config.json").exists()
     assert main(["convert", str(theirs), *(word for pair in options.items() for word in pair), "--quiet"]) == 0
     assert (tmp_path / "out" / "run.json").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("command", ["train tiny", "train --from {x}", "eval {x}", "sample {x}", "convert {x}", "demo"])
+def test_a_misspelt_device_is_refused_before_torch_loads(command: str, tmp_path: Path) -> None:
+    """In the words of the command line, and with nothing written."""
+    words = [*command.format(x=tmp_path).split(), "--device", "gpu"]
+    words += ["--out", "out"] * (words[0] in ("train", "convert", "demo"))
+    code = f"import sys; from turnout.cli import main; print(main({words!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n" and not list(tmp_path.iterdir())
+    said = f"error: --device must be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps in turnout {words[0]}; got 'gpu'"
+    assert said in done.stderr and done.stderr.endswith("Nearest fix: pass --device auto.\n")
+
+
+@pytest.mark.parametrize(("source", "library"), [("texts", "pyarrow"), ("hf:some_set", "datasets")])
+def test_a_missing_extra_is_named_and_leaves_no_folder(source, library, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(["train", "tiny", "--data", source, "--out", "run", "--quiet"]) == 2
+    assert f"{library} must be installed to read" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -137,3 +138,11 @@ def test_the_same_paper(one, two, same):
 
 def test_all_source_of_the_house_is_read():
     assert len(catalogue.methods({module.name: module for module in read()})) == len(FOUND["methods"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_encoding_without_our_signs_is_no_traceback(encoding: str) -> None:
+    command = [sys.executable, "-m", "turnout", "methods"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, check=False, capture_output=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"") and b"LossFree" in done.stdout

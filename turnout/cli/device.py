@@ -3,8 +3,9 @@
 import argparse
 
 from turnout.errors import UsageError, word
+from turnout.fields import device_name
 
-__all__ = ["add_device", "device_field"]
+__all__ = ["add_device", "check_device", "device_field"]
 
 
 def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto", note: str = "") -> None:
@@ -17,6 +18,26 @@ def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto",
     """
     text = note or "auto (default: CUDA where it is there, else the CPU)"
     parser.add_argument("--device", default=default, metavar="DEVICE", help=f"{text}, cpu, cuda, cuda:1 or mps")
+
+
+def check_device(arguments: argparse.Namespace) -> None:
+    """Refuses what is a device nowhere, while torch is not loaded yet; ``turnout verify`` takes fewer, and says so.
+
+    Raises:
+        UsageError: ``--device`` is misspelt.
+
+    >>> check_device(argparse.Namespace(command="train", device="cuda:1"))
+
+    Source: none; plain bookkeeping.
+    """
+    given = getattr(arguments, "device", None)
+    if given is None or arguments.command == "verify":
+        return
+    try:
+        device_name(given, f"turnout {arguments.command}")
+    except UsageError as error:
+        text = str(error).replace("device must", "--device must", 1).replace("pass device=", "pass --device ", 1)
+        raise UsageError(text) from None
 
 
 def device_field(arguments: argparse.Namespace) -> list[str]:

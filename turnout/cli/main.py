@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import typing
 from collections.abc import Sequence
 
 from turnout import __version__
+from turnout.cli.device import check_device
 from turnout.cli.words import in_flags
 from turnout.errors import Interrupted, TurnoutError
 
@@ -105,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe on Windows, LC_ALL=C: what the encoding lacks is a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # Before torch loads: threads that wait for each other sleep instead of spinning, which on a machine that does
@@ -117,6 +123,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if late:
         arguments.overrides += late
     try:
+        check_device(arguments)
         code = arguments.run(arguments)
         _flush(argv)
         return code

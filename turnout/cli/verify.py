@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the claims; the exit code is 1 when one does not hold."""
+    if arguments.names or arguments.all:
+        _check(arguments)  # before torch loads
     from turnout import claims
     from turnout.claims.table import Table, measured
 
@@ -43,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {name:<18} {(getattr(claims, name).__doc__ or '').splitlines()[0]}")
         return 0
     seeds = _seeds(arguments.seeds)
-    _check(arguments)
     table = Table(arguments.json, seeds=seeds, resume=arguments.resume) if arguments.json else None
     kept = table.claims if table else {}
     holding = sum(bool(kept[claim.name]["holds"]) for claim in chosen if claim.name in kept)

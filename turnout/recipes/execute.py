@@ -227,7 +227,7 @@ def _resumable(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _begun(run: Run, out: Path) -> Iterator[None]:
     """The run.json is there first, so that a run can be resumed whatever stops it; a refusal takes it back."""
-    begun = not (out / "run.json").exists()
+    new, begun = not out.exists(), not (out / "run.json").exists()
     if begun:
         run.save(out / "run.json")
     try:
@@ -238,6 +238,9 @@ def _begun(run: Run, out: Path) -> Iterator[None]:
         if begun:
             (out / "run.json").unlink(missing_ok=True)
             shutil.rmtree(out / KEPT, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # tokens are there, which the next try finds
+                out.rmdir()
         raise
 
 

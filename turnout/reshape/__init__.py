@@ -4,6 +4,9 @@ The floors say what is changed: ``live`` models in place, dense ``to_sparse``, s
 and ``adapters``. Every name is here too.
 """
 
+from typing import TYPE_CHECKING
+
+from turnout import moved
 from turnout.reshape.adapters import (
     adapters_of,
     add_low_rank,
@@ -84,3 +87,8 @@ __all__ = [
     "train_gates",
     "upcycle",
 ]
+
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.reshape", name)

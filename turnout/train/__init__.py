@@ -1,5 +1,8 @@
 """Training: losses on routings, streams of tokens, and the loop that turns them into a trained model."""
 
+from typing import TYPE_CHECKING
+
+from turnout import moved
 from turnout.train.adapters import train_routers, train_shards
 from turnout.train.balance import load_balance_loss, router_z_loss
 from turnout.train.config import TrainConfig, TrainResult
@@ -23,3 +26,8 @@ __all__ = [
     "train_shards",
     "wsd",
 ]
+
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.train", name)

@@ -1,20 +1,15 @@
 """Which device runs a model, and in what precision it trains there: what was asked for, held against what is there."""
 
-import difflib
-import re
 from typing import Literal
 
 import torch
 
 from turnout.errors import UsageError, word
+from turnout.fields import device_name
 
 __all__ = ["check_name", "find_device", "find_precision", "shown", "there"]
 
 _WHERE = "turnout.device"
-_NAME = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
-_ALLOWED = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
-# What people write for "whatever accelerator this machine has".
-_ACCELERATOR = ("gpu", "nvidia", "amd", "rocm", "hip", "accelerator", "metal", "apple")
 
 
 def check_name(asked: object, where: str = _WHERE) -> str:
@@ -32,12 +27,7 @@ def check_name(asked: object, where: str = _WHERE) -> str:
 
     Source: none; torch's own names.
     """
-    name = str(asked) if isinstance(asked, torch.device) else asked
-    if isinstance(name, str) and _NAME.fullmatch(name):
-        return name
-    near = difflib.get_close_matches(str(name).lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
-    near = ["auto"] if not near or any(text in str(name).lower() for text in _ACCELERATOR) else near
-    raise UsageError(word("device", got=repr(asked), allowed=_ALLOWED, where=where, fix=f"pass device={near[0]}"))
+    return device_name(str(asked) if isinstance(asked, torch.device) else asked, where)
 
 
 def find_device(asked: object = "auto") -> torch.device:

@@ -168,13 +168,21 @@ def _strange(out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _locked(out: Path, tell: Display) -> Iterator[None]:
-    """Holds the folder; a second process waits, then finds what the first one made."""
+    """Holds the folder; a second process waits, then finds what the first one made. A refusal leaves no new folder."""
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with open_own(out / ".lock") as file:
         if not hold(file):
             tell.say(f"waiting for another process that prepares {out}")
             hold(file, wait=True)
-        yield
+        try:
+            yield
+        except TurnoutError:
+            if new and [path.name for path in out.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):  # some systems keep what is open
+                    (out / ".lock").unlink()
+                    out.rmdir()
+            raise
 
 
 def _found(out: Path, fingerprint: str, tell: Display | None = None) -> TokenSet | None:

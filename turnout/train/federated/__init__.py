@@ -1,5 +1,8 @@
 """Federated training, simulated in one process: what no server holds, clients train."""
 
+from typing import TYPE_CHECKING
+
+from turnout import moved
 from turnout.train.federated.fedjets import fedjets
 from turnout.train.federated.rounds import Client, Round, aggregate, federate
 
@@ -10,3 +13,8 @@ __all__ = [
     "federate",
     "fedjets",
 ]
+
+if not TYPE_CHECKING:  # a checker would take every name for there
+
+    def __getattr__(name: str) -> object:
+        return moved.name("turnout.train.federated", name)
