@@ -11,6 +11,8 @@ from turnout.errors import CheckpointError, UsageError, nearest, word
 
 __all__ = ["build", "fit", "plain"]
 
+# Types, for people.
+_WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _DEVICES = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
 # What people write for "whatever accelerator this machine has".
@@ -112,10 +114,10 @@ def fit(value: object, kind: typing.Any, where: str) -> typing.Any:
         return float(value)
     if kind in (object, typing.Any) or (isinstance(kind, type) and type(value) is kind):
         return value
-    wanted = " or ".join(map(repr, parts)) if origin is typing.Literal else getattr(kind, "__name__", str(kind))
-    raise UsageError(
-        word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=f"write a value that is {wanted}")
-    )
+    wanted = _WORDS.get(kind, str(kind)) if origin is not typing.Literal else " or ".join(map(str, parts))
+    close = difflib.get_close_matches(str(value), map(str, parts), n=1, cutoff=0.5) if origin is typing.Literal else ()
+    fix = f"write {close[0]}" if close else f"write {wanted}"
+    raise UsageError(word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=fix))
 
 
 def device_name(name: object, where: str) -> str:

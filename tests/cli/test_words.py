@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -64,11 +65,48 @@ CASES = {
     "eval moe --data text.txt --limit 0": "--limit must be at least 2 tokens",
     "eval moe --data text.txt --trace t": "--trace must be asked of a run",
     "eval moe --data nowhere": "--data must exist",
+    "eval moe --data text.txt --token-ids": "add --trace DIR, or leave it out",
     "report moee": "did you mean moe",
     "demo --steps 0": "pass --steps 1",
 }
 # What only Python has words for: a parameter with its value, or a function by its full name.
 PYTHON = re.compile(r"\b(?!max_seq|hidden|num_experts|vocab_size)[a-z_]+=\S|turnout\.[a-z_]+\.|None|True")
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer"),
+    {
+        "steps=abc": "must be a whole number in 'steps=abc'; got abc",
+        "lr=fast": "must be a number in",
+        "only=routers": "must be all or router or adapters .*Nearest fix: write router",
+        "dtype=bfloat16": "Nearest fix: write bf16",
+        "rank=4": "rank must go with only=adapters .*add only=adapters, or leave rank out",
+        "only=router alpha=4": "alpha must go with only=adapters.*add only=adapters, or leave alpha out",
+    }.items(),
+)
+def test_fields_are_answered_in_words(fields, answer, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    assert main(["train", "--from", "moe", *fields.split(), "--data", "text.txt", "--out", "never"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(answer, said), said
+    assert not (place / "never").exists()
+
+
+def test_a_flag_says_which_type_it_expects(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "x", "--tokens", "many"])
+    assert "argument --tokens: must be a whole number; got 'many'" in capsys.readouterr().err
+
+
+def test_the_fix_for_a_missing_tokenizer_is_one_that_helps(place, tmp_path, capsys) -> None:
+    shutil.copytree(place / "dense", tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer*"))
+    for command in (["sample"], ["eval", "--data", str(place / "text.txt")]):
+        assert main([command[0], str(tmp_path / "x"), *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert f"in turnout {command[0]};" in said and "copy the tokenizer.json that it was trained with" in said
+    (tmp_path / "x" / "tokenizer.model").write_text("")
+    assert main(["sample", str(tmp_path / "x")]) == 2
+    assert "run AutoTokenizer.from_pretrained(" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", CASES)

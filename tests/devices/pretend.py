@@ -122,6 +122,8 @@ class _Names(TorchFunctionMode):
         args, kwargs = tree_map(_renamed, (args, kwargs or {}))
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # so would there be none in a list of indices
             args = (args[0], _indices(args[1]), *args[2:])
+        if func is torch.Tensor.new_tensor and isinstance(args[0], Pretend):  # nor would there in this
+            return func(args[0].held, *args[1:], **kwargs).to(META)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:
             # On "meta" there would be no numbers in it.
             return func(*args, **{**kwargs, "device": "cpu"}).to(META)

@@ -68,19 +68,19 @@ class StopError(Exception):
 
 def stop_at(monkeypatch, number: int, error: BaseException) -> None:
     """The ``number``-th flush to the disk, counted from 0, fails."""
-    flush, calls = storage._flush, iter(range(10**6))
+    flush, calls = storage.flush, iter(range(10**6))
 
     def fail(path: Path) -> None:
         if next(calls) == number:
             raise error
         flush(path)
 
-    monkeypatch.setattr(storage, "_flush", fail)
+    monkeypatch.setattr(storage, "flush", fail)
 
 
 def count_flushes(monkeypatch, source: Path, text: Path, out: Path) -> int:
-    flush, calls = storage._flush, []
-    monkeypatch.setattr(storage, "_flush", lambda path: (calls.append(path), flush(path)))
+    flush, calls = storage.flush, []
+    monkeypatch.setattr(storage, "flush", lambda path: (calls.append(path), flush(path)))
     chain(source, text, out)
     monkeypatch.undo()
     return len(calls)

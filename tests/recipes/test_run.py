@@ -61,8 +61,8 @@ def test_run_json_there_and_back(name, tmp_path):
     [
         ("widht=96", UnknownNameError, "Did you mean 'width'?"),
         ("width", UsageError, "read field=value"),
-        ("width=wide", UsageError, "be int"),
-        ("steps=1.5", UsageError, "be int"),
+        ("width=wide", UsageError, "be a whole number"),
+        ("steps=1.5", UsageError, "be a whole number"),
         ("top_k=9", UsageError, "num_experts=8"),
         ("heads=5", UsageError, "heads"),
         ("schedule=cosinus", UsageError, "cosine"),

@@ -23,15 +23,18 @@ from turnout.models import LM, LMConfig, checkpoint
 from turnout.models.config import MoEConfig
 from turnout.recipes import execute as executing
 from turnout.recipes import tiny_dense
+from turnout.recipes.calibration import trained_here
 from turnout.recipes.convert import convert
 from turnout.recipes.execute import execute
 from turnout.recipes.inspect import evaluate_run
+from turnout.recipes.models import evaluate_model, sample_model
 from turnout.recipes.run import Run
 from turnout.recipes.size import least_bytes
 from turnout.recipes.start import opening
 from turnout.recipes.steps import Drop, Upcycle
 from turnout.recipes.tune import tune
 from turnout.train.data import TokenSet, load_tokenizer, train_tokenizer, windows
+from turnout.train.data.tokenizer import separator_id
 from turnout.train.state import find
 from turnout.train.step import adamw
 
@@ -205,6 +208,30 @@ def test_what_was_tuned_is_converted_and_tuned_again(mixtral, text, tmp_path, qu
     )["base_model_name_or_path"] == str(tmp_path / "fewer")
 
 
+# ---- what is made of a model in any folder
+
+
+def test_documents_begin_as_they_did_in_training(own, llama, text, tmp_path):
+    moved = Path(shutil.copytree(own / "model", tmp_path / "moved"))
+    convert(llama, [Upcycle(num_experts=2, top_k=1)], tmp_path / "theirs", as_format="model")
+    began = planned(llama, text)
+    execute(began, tmp_path / "on", quiet=True)
+    assert trained_here(moved) and trained_here(own / "model") and trained_here(tmp_path / "on" / "model")
+    assert not trained_here(llama) and not trained_here(tmp_path / "theirs")
+
+    lm, tokenizer = checkpoint.load(moved), load_tokenizer(moved / "tokenizer.json")
+    ids = torch.tensor([[separator_id(tokenizer), *tokenizer.encode("document 7: ").ids]])
+    expected = tokenizer.decode(lm.generate(ids, tokens=12, temperature=0.0)[0].tolist(), skip_special_tokens=True)
+    settings = {"prompt": "document 7: ", "tokens": 12, "temperature": 0.0, "top_k": None, "seed": 0}
+    assert sample_model(moved, **settings) == sample_model(own, **settings) == expected
+
+    (tmp_path / "one.txt").write_text("document 7: 0 7 14 21")
+    found = evaluate_model(moved, domains={"text": (str(tmp_path / "one.txt"),)})
+    with_run = evaluate_run(own, domains={"text": (str(tmp_path / "one.txt"),)})
+    assert (found["tokens"], found["bytes"]) == (with_run["tokens"], with_run["bytes"])
+    assert found["bits_per_byte"] == pytest.approx(with_run["bits_per_byte"], rel=1e-6)
+
+
 # ---- the command line
 
 
@@ -268,7 +295,12 @@ def test_what_is_not_there_cannot_be_trained(kind, only, words, llama):
 
 
 @pytest.mark.parametrize(
-    ("field", "words"), [("only=adapters", "pass rank=8"), ("rank=4", "rank=None"), ("alpha=2", "alpha=None")]
+    ("field", "words"),
+    [
+        ("only=adapters", "pass rank=8"),
+        ("rank=4", "add only=adapters, or leave rank out"),
+        ("alpha=2", "add only=adapters, or leave alpha out"),
+    ],
 )
 def test_rank_and_adapters_go_together(field, words, llama):
     with pytest.raises(UsageError, match=words):

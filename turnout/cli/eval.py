@@ -14,6 +14,7 @@ import argparse
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_data, check_there
+from turnout.errors import UsageError, word
 
 HELP = "bits per byte and load balance of a model"
 
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", metavar="RUN", help="measure on the held-out documents of this run, as it is measured"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N tokens")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="about N tokens; of a folder that is no run, N of each domain"
+    )
     parser.add_argument("--trace", metavar="DIR", help="also record a Trace of all routings here")
     parser.add_argument(
         "--token-ids", action="store_true", help="put token ids into the trace: they give the text away"
@@ -38,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
+    if arguments.token_ids and arguments.trace is None:
+        allowed, fix = "stand beside --trace DIR, whose file they go into,", "add --trace DIR, or leave it out"
+        raise UsageError(word("--token-ids", got="no --trace", allowed=allowed, where="turnout eval", fix=fix))
     check_there("RUN", [arguments.run_folder], "turnout eval", hub=True)
     check_there("--like", [arguments.like], "turnout eval")
     check_data(arguments.data, "turnout eval")

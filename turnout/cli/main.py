@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Sequence
 
 from turnout import __version__
@@ -42,6 +43,15 @@ exit codes: 0 done, 1 a claim or check failed, 2 a mistake in the input, 130 int
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says in words which type it expects."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        for kind, words in (("int", "a whole number"), ("float", "a number")):
+            message = message.replace(f"invalid {kind} value: ", f"must be {words}; got ")
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
@@ -50,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     Source: none; argparse.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="turnout",
         description="Networks that run only part of themselves: train, reshape, measure, verify and ship them.",
         epilog=_EXAMPLES,

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from turnout.errors import DataError, word
 from turnout.models import LMConfig
+from turnout.models.checkpoint.own import ORIGIN, is_carried, read_json
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
 from turnout.train.data.tokenizer import refuse_chance, separator_id
 
-__all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
+__all__ = ["Calibration", "calibration", "find_tokenizer", "trained_here", "whole_text"]
 
 _WHERE = "turnout convert --calibration"
 _SEQ, _ROWS = 512, 8
+# What transformers makes a tokenizer.json of.
+_OTHERS = ("tokenizer", "vocab", "merges", "tekken", "sentencepiece", "spiece", "bpe")
 _ROW = 1024
 # The most logits of one batch: 256 MB in fp32.
 _LOGITS = 2**26
@@ -71,10 +74,27 @@ def find_tokenizer(folder: Path, *, where: str = _WHERE) -> Path:
     for place in (folder, folder / "origin", folder.parent):
         if (place / "tokenizer.json").is_file():
             return place / "tokenizer.json"
-    fix = f'run AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}"), which writes one'
+    fix = f"copy the tokenizer.json that it was trained with into {folder}"
+    if any(file.is_file() and is_carried(file) and file.name.startswith(_OTHERS) for file in folder.iterdir()):
+        fix = f'run AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}"), which writes one'
     raise DataError(
         word("the model", got=str(folder), allowed="have its tokenizer.json beside it", where=where, fix=fix)
     )
+
+
+def trained_here(folder: Path) -> bool:
+    """Whether turnout trained the model in this folder: then every document that it saw began with the separator.
+
+    It did not where the folder is of transformers, or a conversion wrote it from one. A run that began with such a
+    model keeps that model's files too, but in a run folder the model is what was trained.
+    """
+    body = read_json(folder / "config.json", _WHERE)
+    if "model_type" in body or "architectures" in body:
+        return False
+    if folder.name == "model" and (folder.parent / "run.json").is_file():
+        return True
+    before = folder / ORIGIN / "config.json"
+    return not before.is_file() or "model_type" not in read_json(before, _WHERE)
 
 
 def calibration(
@@ -130,7 +150,7 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
     Raises:
         DataError: no tokenizer, no text, or tokens that the model does not have.
     """
-    place = find_tokenizer(folder)
+    place = find_tokenizer(folder, where="turnout eval")
     ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize, own=own)
     if max(ids, default=-1) >= config.vocab_size or not ids:
         got = f"the token {max(ids)} of {place}" if ids else f"{', '.join(sources)}: no text{_why(left_out)}"
@@ -182,7 +202,7 @@ def _ids(pieces: Iterator[bytes], tokenizer: Tokenizer, *, own: bool) -> Iterato
     for number, piece in enumerate(pieces):
         start = [separator_id(tokenizer)] if own and number == 0 else []
         text = piece.decode()
-        found = tokenizer.encode(text, add_special_tokens=number == 0)
+        found = tokenizer.encode(text, add_special_tokens=number == 0 and not own)
         yield start + found.ids, [0] * len(start) + _sizes(text, [end for _, end in found.offsets])
 
 

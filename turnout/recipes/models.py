@@ -12,7 +12,7 @@ from turnout.hub import located
 from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
 from turnout.models.placed import placed
-from turnout.recipes.calibration import find_tokenizer, whole_text
+from turnout.recipes.calibration import find_tokenizer, trained_here, whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
 from turnout.train.data import load_tokenizer
@@ -37,7 +37,7 @@ def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
     lm, _ = open_model(folder)
-    return _Opened(placed(lm.eval(), device), found.name, folder, lm.origin is None)
+    return _Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
 
 
 def sample_model(
@@ -71,7 +71,7 @@ def sample_model(
         if value is not None and not least <= value < math.inf:
             raise _refusal(name, value, f"be a number of at least {least}", f"pass {name} {max(least, 1)}")
     opened = _open(path, "turnout sample", device)
-    tokenizer = load_tokenizer(find_tokenizer(opened.folder))
+    tokenizer = load_tokenizer(find_tokenizer(opened.folder, where="turnout sample"))
     # Every document that a model of turnout has seen begins with the separator; others say themselves how one begins.
     ids = tokenizer.encode(prompt, add_special_tokens=not opened.own).ids
     ids = [separator_id(tokenizer), *ids] if opened.own or not ids else ids

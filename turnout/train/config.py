@@ -122,20 +122,18 @@ class TrainConfig:
         self._check("seed", 0 <= self.seed < 2**63, "be in [0, 2^63)", 0)
         adapted, rank = self.only == "adapters", self.rank
         fits = (rank is not None and rank >= 1) if adapted else rank is None
-        allowed = "be 1 or more where only='adapters'" if adapted else "be None unless only='adapters'"
-        self._check("rank", fits, allowed, 8 if adapted else None)
+        allowed = "be 1 or more where adapters are trained" if adapted else "go with only=adapters"
+        self._check("rank", fits, allowed, 8, fix="" if adapted else "add only=adapters, or leave rank out")
         fits = self.alpha is None or (adapted and 0 < self.alpha < math.inf)
-        self._check("alpha", fits, "be None, or with only='adapters' above 0 and finite", None)
+        fix = "leave alpha out, for 2 · rank" if adapted else "add only=adapters, or leave alpha out"
+        self._check("alpha", fits, "go with only=adapters, above 0 and finite", None, fix=fix)
         for name in ("weight_decay", "aux_weight", "z_weight"):
             self._check(name, getattr(self, name) >= 0, "be 0 or more", 0.0)
 
-    def _check(self, name: str, fits: bool, allowed: str, instead: object) -> None:
+    def _check(self, name: str, fits: bool, allowed: str, instead: object, *, fix: str = "") -> None:
         if not fits:
-            raise UsageError(
-                word(
-                    name, got=getattr(self, name), allowed=allowed, where="TrainConfig", fix=f"pass {name}={instead!r}"
-                )
-            )
+            fix = fix or f"pass {name}={instead!r}"
+            raise UsageError(word(name, got=getattr(self, name), allowed=allowed, where="TrainConfig", fix=fix))
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -19,6 +19,7 @@ from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
 from turnout.models.families.family import Family, Names
+from turnout.models.families.foreign import refuse_foreign_windows
 from turnout.models.families.tensors import slots
 from turnout.models.families.typed import check_types
 from turnout.reading import check_fields, plain_name
@@ -107,6 +108,7 @@ def survey(path: Path, dtype: torch.dtype | None = None) -> Survey:
     _check_layers(path, family.keys(keys).get("num_hidden_layers"), len(where))
     try:
         config = family.read(family.keys(keys))
+        refuse_foreign_windows(family, family.keys(keys), config)
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     # Keys that transformers would not read in this architecture, but we did: nobody knows which was meant.

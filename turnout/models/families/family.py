@@ -135,7 +135,7 @@ class Keys:
         """Refuses keys that ask for what our model does not do."""
         for name, value in wanted.items():
             got = self.get(name, value)
-            if got not in (value, None):
+            if got not in (value, None) or (got is None and value is True):  # null is no more than false
                 fix = "convert the model with transformers first, or leave this part out of it"
                 raise refusal(f"the key {name!r}", repr(got), f"be {value!r}", fix)
 
@@ -214,10 +214,20 @@ def read_scaling(keys: Keys, given: Mapping[str, Any], theta: float) -> tuple[fl
         allowed = "be 'default', 'linear', 'llama3' or 'yarn'"
         raise refusal("rope_type", repr(kind), allowed, "use a model whose frequencies do not change with the length")
     if kind != "linear":
-        before = keys.get("original_max_position_embeddings") or keys["max_position_embeddings"]
-        given.setdefault("original_max_position_embeddings", before)
+        _read_before(keys, given)
     stretched = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
     return float(theta), stretched, share
+
+
+def _read_before(keys: Keys, given: dict[str, Any]) -> None:
+    """Adds the length before the stretching, where the scaling does not say it itself."""
+    name = "original_max_position_embeddings"
+    said, inside = keys.get(name), given.get(name)
+    if said is not None and inside not in (None, said):
+        allowed = f"be what the scaling says, {inside!r}: transformers 5 takes the first, transformers 4 the second"
+        fix = "keep the one of the two that the model was trained with"
+        raise refusal(f"the key {name!r}", repr(said), allowed, fix)
+    given[name] = inside or said or keys["max_position_embeddings"]
 
 
 def read_activation(keys: Keys, key: str = "hidden_act", known: Mapping[str, Activation] = _ACTIVATIONS) -> Activation:

@@ -10,9 +10,9 @@ from turnout.reading import check_fields
 __all__ = ["check_types"]
 
 _WHOLE = (
-    "decoder_sparse_step first_k_dense_replace head_dim hidden_size intermediate_size kv_lora_rank "
-    "max_position_embeddings max_window_layers moe_intermediate_size n_embd n_group n_head n_inner n_layer n_positions "
-    "n_routed_experts n_shared_experts no_rope_layer_interval "
+    "attention_chunk_size decoder_sparse_step first_k_dense_replace head_dim hidden_size intermediate_size "
+    "kv_lora_rank max_position_embeddings max_window_layers moe_intermediate_size n_embd n_group n_head n_inner "
+    "n_layer n_positions n_routed_experts n_shared_experts no_rope_layer_interval "
     "num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
     "num_mtp_layers num_nextn_predict_layers "
     "original_max_position_embeddings q_lora_rank query_pre_attn_scalar qk_nope_head_dim qk_rope_head_dim "
@@ -25,7 +25,7 @@ _NUMBERS = (
     "residual_multiplier rms_norm_eps rope_theta routed_scaling_factor swiglu_alpha swiglu_limit"
 ).split()
 _FLAGS = (
-    "add_cross_attention attention_bias lm_head_bias mlp_bias norm_topk_prob qkv_bias rope_interleave "
+    "add_cross_attention attention_bias is_causal lm_head_bias mlp_bias norm_topk_prob qkv_bias rope_interleave "
     "scale_attn_by_inverse_layer_idx scale_attn_weights tie_word_embeddings "
     "use_bidirectional_attention use_qk_norm use_sliding_window"
 ).split()
