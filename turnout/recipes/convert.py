@@ -147,7 +147,7 @@ def convert(
 def _read_text(plan: Plan, text: str | Path, tokens: int, say: Say) -> Calibration:
     say(f"reading {text}")
     sizes = {"vocab_size": plan.config.vocab_size, "max_seq": plan.config.max_seq, "tokens": tokens}
-    found = calibration(text, plan.folder, own=plan.source != "transformers", **sizes)
+    found = calibration(text, plan.folder, **sizes)
     if found.skipped:
         say(f"left out {found.skipped} files or rows of {text} that cannot be read as text")
     return found
