@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 420
-TEXTS = [f"line {n}: the cat, it's {n * 7} déjà vu  and\n\tmore of the same\n" for n in range(40)]
+TEXTS = [f"line {n}: the cat, it's {n * 7} déjà vu  and\n\tmore of the same: Hello\n" for n in range(40)]
 _MARK = "▁"
 _TO_SPACE = {"type": "Replace", "pattern": {"String": _MARK}, "content": " "}
 _TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}

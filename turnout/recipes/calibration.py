@@ -78,9 +78,7 @@ def find_tokenizer(folder: Path, *, where: str = _WHERE) -> Path:
     )
 
 
-def calibration(
-    source: str | Path, folder: Path, *, vocab_size: int, max_seq: int, tokens: int
-) -> Calibration:
+def calibration(source: str | Path, folder: Path, *, vocab_size: int, max_seq: int, tokens: int) -> Calibration:
     """The first ``tokens`` tokens of the text, in rows of at most 512, and rows behind them that are held out.
 
     Held out is an eighth as much again; where the text is shorter, its last ninth, at least a row if there are two.

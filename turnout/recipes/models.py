@@ -108,8 +108,9 @@ def evaluate_model(
 ) -> Report:
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
-    Documents follow each other in rows of up to 1024 tokens, and all tokens but the first of a row are predicted. Bytes
-    are counted from where each token lies in the text, so any tokenizer that tells that will do.
+    Documents, each opened by the tokenizer's own BOS or else its separator, follow each other in rows of up to 1024
+    tokens, and all tokens but the first of a row are predicted. Bytes are counted from where each token lies in the
+    text, so any tokenizer that tells that will do.
 
     Args:
         path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on
@@ -161,7 +162,9 @@ def evaluate_model(
 
 def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:
     table = spaced(tokenizer)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
+    ids = (
+        tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
+    )
     return [*(opening_ids(tokenizer) if own or not ids else own_opening(tokenizer)), *ids]
 
 

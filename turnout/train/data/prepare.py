@@ -55,8 +55,8 @@ def prepare(
     """Text into tokens on disk, trained and held-out documents apart; what is already there is used again.
 
     A document with SHA-256 h is held out when h[0:8] / 2^64 < held_out, so copies of a text never lie on both sides.
-    Its tokens follow the tokenizer's own BOS, or else a separator. The tokenizer learns from trained documents only. Nothing is read again when
-    ``out`` was prepared from the same files (paths, sizes, times) with the same settings.
+    Its tokens follow the tokenizer's own BOS, or else a separator. The tokenizer learns from trained documents only.
+    Nothing is read again when ``out`` was prepared from the same files (paths, sizes, times) with the same settings.
 
     Args:
         domains: name -> source; see ``read_documents`` for what a source may be.
@@ -291,7 +291,8 @@ def _tokenise(
             else:
                 table.check(text, ids, name, within=domain is None)
             if domain is not None:
-                writer.begin(domain, opening)
+                writer.begin(domain, opening[0])
+                writer.add(opening[1:])
             writer.add(ids)
         texts.clear()
         marks.clear()

@@ -50,8 +50,8 @@ def token_dtype(vocab_size: int) -> str:
 class Split:
     """One side of the text: all its tokens in one row, and where each document begins.
 
-    Every document begins with the token that opens it, the separator or the tokenizer's own BOS, so each of its own tokens has something to be predicted from.
-
+    Every document begins with the token that opens it, the separator or the tokenizer's own BOS, so each of its own
+    tokens has something to be predicted from.
     Args:
         name: "train" or "held_out".
         token_T: (T,) uint16 or uint32, memory-mapped and read-only.
@@ -287,13 +287,13 @@ class SideWriter:
         except OSError as error:
             raise read_error(error, folder, "turnout.train.data.prepare") from error
 
-    def begin(self, domain: int, opening: Sequence[int]) -> None:
-        """The next tokens are a new document's; its first are those that open it."""
+    def begin(self, domain: int, separator: int) -> None:
+        """The next tokens are a new document's; its first is the one that opens it."""
         self._columns["document"].append([self.num_tokens])
         self._columns["domain"].append([domain])
         self.num_documents += 1
         self._domain = domain
-        self.add(opening)
+        self.add([separator])
 
     def add(self, ids: Sequence[int]) -> None:
         """Tokens of the document that was begun."""

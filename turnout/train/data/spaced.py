@@ -56,7 +56,9 @@ class Spaced:
         if not self.prefix:
             return self.tokenizer
         body = json.loads(self.tokenizer.to_str())
-        body["normalizer"], body["pre_tokenizer"] = (_unprefixed(body[name]) for name in ("normalizer", "pre_tokenizer"))
+        body["normalizer"], body["pre_tokenizer"] = (
+            _unprefixed(body[name]) for name in ("normalizer", "pre_tokenizer")
+        )
         found = Tokenizer.from_str(json.dumps(body))
         found.encode_special_tokens = self.tokenizer.encode_special_tokens
         return found
