@@ -30,7 +30,7 @@ from turnout.recipes.run import Run
 from turnout.recipes.size import least_bytes
 from turnout.recipes.steps import Drop, Upcycle
 from turnout.recipes.tune import tune
-from turnout.train.data import TokenSet, load_tokenizer, train_tokenizer, windows
+from turnout.train.data import TokenSet, train_tokenizer, windows
 from turnout.train.state import find
 from turnout.train.step import adamw
 

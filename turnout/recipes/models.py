@@ -109,8 +109,7 @@ def evaluate_model(
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
     Documents, each opened by the tokenizer's own BOS or else its separator, follow each other in rows of up to 1024
-    tokens, and all tokens but the first of a row are predicted. Bytes are counted from where each token lies in the
-    text, so any tokenizer that tells that will do.
+    tokens; all tokens but the first of a row are predicted. Any tokenizer that tells where each token lies will do.
 
     Args:
         path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on

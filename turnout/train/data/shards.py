@@ -52,6 +52,7 @@ class Split:
 
     Every document begins with the token that opens it, the separator or the tokenizer's own BOS, so each of its own
     tokens has something to be predicted from.
+
     Args:
         name: "train" or "held_out".
         token_T: (T,) uint16 or uint32, memory-mapped and read-only.
