@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from turnout.errors import DataError
 from turnout.measure import bits_per_byte
@@ -80,6 +81,42 @@ def test_the_ids_are_those_of_transformers(style, tmp_path):
     start = 0 if published.STYLES[style][2] else 1
     for text in texts:
         assert stock(text)["input_ids"] in [ids[start:] for ids in found]
+
+
+@pytest.mark.parametrize(
+    ("style", "kind"), [("llama2", "LlamaTokenizer"), ("mistral", "LlamaTokenizer"), ("gemma", "GemmaTokenizer")]
+)
+def test_the_classes_of_transformers_read_the_same(style, kind, tmp_path):
+    """They put their own parts in the place of the file's; what they save is read as well."""
+    transformers = pytest.importorskip("transformers")
+    published.write(tmp_path, style)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(stock).__name__ == kind
+    stock.save_pretrained(tmp_path / "saved")
+    for place in (tmp_path, tmp_path / "saved"):
+        tokenizer = load_tokenizer(place)
+        table = spaced(tokenizer)
+        assert table is not None
+        for text in ("the cat\n\n x", "déjà 🙂", "\tx"):
+            assert stock(text)["input_ids"] == [*opening_ids(tokenizer), *table.encode([text], [False])[0]]
+
+
+def test_a_unigram_whose_words_each_get_a_mark():
+    """T5's and XLM-R's kind: fine where words are one space apart; what is squeezed is told."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "▁Helothr,i's42ca"), ("▁cat", -1.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    check_tokenizer(tokenizer)
+    table = spaced(tokenizer)
+    assert table is not None
+    table.check("the cat", table.encode(["the cat"], [False])[0], "a")
+    for text in ("the  cat", "the cat ", " the cat", "the zoo"):
+        with pytest.raises(DataError, match="a, which it changes"):
+            table.check(text, table.encode([text], [False])[0], "a")
 
 
 @pytest.mark.parametrize("style", STYLES)
