@@ -98,6 +98,29 @@ def test_transformers_finds_the_same_commit(cache: Path) -> None:
         assert Path(theirs).parent == located(f"org/name@{revision}").folder
 
 
+def test_a_branch_whose_file_ends_in_a_newline_is_found_as_transformers_finds_it(cache: Path) -> None:
+    folder = snapshot(cache, "org/name", HASH, WHOLE)
+    (cache / "models--org--name" / "refs" / "main").write_text(f"{HASH}\n")  # as echo writes it, not huggingface_hub
+    assert located("org/name").folder == located("org/name@main").folder == folder
+    assert located("org/name").source == f"org/name@{HASH}"
+    (cache / "models--org--name" / "refs" / "main").write_text("../../elsewhere\n")
+    with pytest.raises(UsageError, match="not in the cache"):
+        located("org/name")
+
+
+def test_a_name_without_an_owner_is_found_in_the_cache(cache: Path) -> None:
+    folder = snapshot(cache, "gpt2", HASH, WHOLE)
+    found = located("gpt2")
+    assert found.folder == folder and found.repo == "gpt2" and found.revision == HASH
+    assert found.source == str(folder), "which names the same commit from any working folder"
+    check_there("PATH", ["gpt2"], "turnout convert", hub=True)
+    assert located("gpt3").repo is None
+    with pytest.raises(UsageError, match=r"gpt3, which does not exist.*ORG/gpt3"):
+        check_there("PATH", ["gpt3"], "turnout convert", hub=True)
+    Path("gpt2").mkdir()
+    assert located("gpt2").repo is None, "a folder comes first"
+
+
 def test_a_folder_of_that_name_wins(cache: Path) -> None:
     snapshot(cache, "org/name", HASH, WHOLE)
     Path("org/name").mkdir(parents=True)

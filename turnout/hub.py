@@ -83,7 +83,8 @@ def located(path: str | Path, *, where: str = "turnout") -> Located:
     """The folder of a model: the path itself where there is one, else a snapshot in the cache of the hub.
 
     ``org/name`` is the commit that the branch main is at, ``org/name@revision`` that of another branch, a tag or a
-    commit. Unless HF_HUB_OFFLINE is set the hub is asked, and what the cache lacks is downloaded: configurations, the
+    commit. A name without an owner, ``gpt2`` as it was once called, is looked for in the cache alone. Unless
+    HF_HUB_OFFLINE is set the hub is asked, and what the cache lacks is downloaded: configurations, the
     tokenizer's files and safetensors, never pickles. A folder ``models--org--name`` of a cache is its snapshot.
 
     Args:
@@ -109,7 +110,8 @@ def located(path: str | Path, *, where: str = "turnout") -> Located:
             return Located(folder, given, home.name.removeprefix(_CACHED).replace("--", "/"), cached.name)
         return Located(folder, given)
     if not is_hub_id(path):
-        return Located(folder, given)
+        old = _of_nobody(given)
+        return Located(folder, given) if old is None else located(_snapshot(old, where), where=where)
     found = _ID.fullmatch(Path(path).as_posix())
     assert found is not None
     repo, revision = found["repo"], found["revision"]
@@ -132,6 +134,16 @@ def _snapshot(folder: Path, where: str) -> Path:
     raise UsageError(word("the folder of the cache", got=got, allowed="have one snapshot", where=where, fix=fix))
 
 
+def _of_nobody(name: str) -> Path | None:
+    """The folder of the cache for a name without an owner, as the first models of the hub had; None where none is."""
+    if re.fullmatch(r"\w[\w.-]{0,95}", name, re.ASCII) is None or "--" in name:
+        return None
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"{_CACHED}{name}"
+    return home if (home / "snapshots").is_dir() else None
+
+
 def _repo_of(home: Path) -> str:
     return home.resolve().name.removeprefix(_CACHED).replace("--", "/")
 
@@ -145,6 +157,8 @@ def _cached(repo: str, revision: str | None, where: str) -> Path:
         small = ["config.json", "adapter_config.json"]
         found = snapshot_download(repo, revision=revision, allow_patterns=small, local_files_only=True)
     except errors.LocalEntryNotFoundError as error:
+        if (folder := _of_ref(repo, revision)) is not None:
+            return folder
         wanted = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
         got = f"{_shown(repo, revision)}, which is not in the cache at {constants.HF_HUB_CACHE}, and no folder"
         allowed, fix = "be a folder, or in the cache while HF_HUB_OFFLINE is set", f"unset it and run: {wanted}"
@@ -152,6 +166,17 @@ def _cached(repo: str, revision: str | None, where: str) -> Path:
             allowed, fix = "be a folder, in the cache, or on a hub that can be reached", f"online, run: {wanted}"
         raise UsageError(word("the model", got=got, allowed=allowed, where=where, fix=fix)) from error
     return Path(found)
+
+
+def _of_ref(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a branch whose file was written by hand, and so ends in a newline: transformers finds it too."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"{_CACHED}{repo.replace('/', '--')}"
+    ref = home / "refs" / (revision or "main")
+    commit = reading.read_text(ref, limit=200).strip() if ref.is_file() else ""
+    folder = home / "snapshots" / commit
+    return folder if re.fullmatch(r"[0-9a-f]{40}", commit) and folder.is_dir() else None
 
 
 def _fetched(repo: str, revision: str | None, where: str) -> Path:

@@ -42,6 +42,10 @@ def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool
             except UsageError:
                 if not close:
                     raise
+        if hub and len(path.parts) == 1:
+            if located(given, where=where).repo is not None:
+                continue
+            fix += "" if close else f"; a model of the hub has an owner before its name: ORG/{given}"
         got = f"{path}, which does not exist"
         raise UsageError(word(what, got=got, allowed="exist", where=where, fix=fix.rstrip("?") if close else fix))
 

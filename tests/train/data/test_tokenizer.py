@@ -201,3 +201,22 @@ def test_a_fork_after_tokenising_works_and_is_quiet() -> None:
     command = [sys.executable, "-c", FORK]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("child 5000\n", "")
+
+
+def test_a_separator_that_is_not_special_is_none(tmp_path) -> None:
+    """It would be read in a text, end a document there, and its bytes be counted with nothing predicted for them."""
+    body = json.loads(train_tokenizer(TEXTS, vocab_size=290).to_str())
+    body["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    plain = load_tokenizer(tmp_path)
+    assert 0 in encode(plain, [f"a{SEPARATOR}b"])[0], "as the library does"
+    with pytest.raises(DataError, match=r"special tokens .* to separate documents"):
+        check_tokenizer(plain)
+    plain.add_special_tokens(["</s>"])
+    assert separator_id(plain) == plain.token_to_id("</s>")
+
+
+def test_the_separator_of_deepseek() -> None:
+    body = train_tokenizer(TEXTS, vocab_size=290).to_str()
+    named = Tokenizer.from_str(body.replace(SEPARATOR, "<\uff5cend\u2581of\u2581sentence\uff5c>"))
+    assert separator_id(named) == 0

@@ -23,6 +23,7 @@ __all__ = [
 
 SEPARATOR = "<|endoftext|>"
 _SEPARATORS = (SEPARATOR, "<|end_of_text|>", "<|begin_of_text|>", "<|im_end|>", "</s>", "<eos>", "<s>", "[SEP]")
+_SEPARATORS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)  # of DeepSeek, with bars and blanks of their own
 # Sixteen times the largest vocabulary in use: a table of eight bytes a token stays at 32 MiB.
 _IDS = 1 << 22
 _SMALLEST = 257  # every byte, and the separator
@@ -225,6 +226,8 @@ def opening_ids(tokenizer: Tokenizer, *, needed: bool = True) -> tuple[int, ...]
 def separator_id(tokenizer: Tokenizer) -> int:
     """The special token between documents: ``<|endoftext|>``, or what else there is.
 
+    A token of that name that is not special is none: it would be read in a text too, and end a document there.
+
     Raises:
         DataError: it has none of the known ones.
 
@@ -233,14 +236,16 @@ def separator_id(tokenizer: Tokenizer) -> int:
 
     Source: none; the names that published tokenizers use.
     """
+    added = tokenizer.get_added_tokens_decoder()
     for name in _SEPARATORS:
-        if (number := tokenizer.token_to_id(name)) is not None:
+        number = tokenizer.token_to_id(name)
+        if number is not None and number in added and added[number].special:
             return number
     raise DataError(
         word(
             "the tokenizer",
             got="one with none of them",
-            allowed=f"have one of the tokens {', '.join(_SEPARATORS)} to separate documents",
+            allowed=f"have one of the special tokens {', '.join(_SEPARATORS)} to separate documents",
             where=_WHERE,
             fix=f"add {SEPARATOR} to it with add_special_tokens, and save it",
         )
