@@ -30,7 +30,6 @@ from turnout.recipes.inspect import evaluate_run
 from turnout.recipes.models import evaluate_model, sample_model
 from turnout.recipes.run import Run
 from turnout.recipes.size import least_bytes
-from turnout.recipes.start import opening
 from turnout.recipes.steps import Drop, Upcycle
 from turnout.recipes.tune import tune
 from turnout.train.data import TokenSet, load_tokenizer, train_tokenizer, windows
@@ -332,7 +331,7 @@ def test_tokenizers_that_do_not_fit_are_refused(llama, tmp_path):
     tokenizer = train_tokenizer([folders.TEXT], vocab_size=300)
     body = json.loads(tokenizer.to_str()) | {"normalizer": {"type": "Lowercase"}}
     (base / "tokenizer.json").write_text(json.dumps(body))
-    with pytest.raises(DataError, match="byte-level and lossless"):
+    with pytest.raises(DataError, match="be lossless, byte-level or of SentencePiece's kind"):
         tune(base)
 
 
@@ -348,16 +347,18 @@ def test_tokens_of_another_tokenizer_are_refused(llama, own, text, tmp_path):
     assert len(digests) == 1
 
 
-def test_a_tokenizer_that_begins_a_text_otherwise_is_told(llama, tmp_path):
-    place = tmp_path / "tokenizer.json"
-    shutil.copyfile(llama / "tokenizer.json", place)
-    assert opening(place) == ""
-    tokenizer = load_tokenizer(place)
-    tokenizer.add_special_tokens(["<s>"])
-    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
-    tokenizer.post_processor = begins
-    tokenizer.save(str(place))
-    assert "behind <|endoftext|>; the tokenizer by itself begins a text with <s>" in opening(place)
+def test_a_tokenizer_that_begins_a_text_itself_opens_documents(llama, text, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    body = train_tokenizer([folders.TEXT], vocab_size=299)
+    body.add_special_tokens(["<s>"])
+    body.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", body.token_to_id("<s>"))])
+    body.save(str(base / "tokenizer.json"))
+    execute(planned(base, text, "steps=1", "warmup=0"), tmp_path / "x", quiet=True)
+    tokens = TokenSet.open(tmp_path / "x" / "tokens")
+    starts = tokens.held_out.document_N[:-1]
+    assert set(tokens.held_out.token_T[starts].tolist()) == {299} == {tokens.separator_id}
+    assert 0 not in tokens.held_out.token_T, "no separator beside it"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -130,7 +130,8 @@ def bits_per_byte(
         batches: each with ``id_BS``, ``target_BS`` (-100 where there is nothing to predict) and ``domain_B`` (indices
             into ``domains``; may be None or missing when there is at most one domain). Padding is where its ``real_BS``
             is false; where it has none, what stands after the last target of a row.
-        byte_length_V: (V,) UTF-8 bytes that each token stands for; a numpy array is fine.
+        byte_length_V: (V,) UTF-8 bytes that each token stands for; a numpy array is fine. One below 0 is of a token
+            that opens a document, and is added to those of the token after it: a space that is no part of the text.
         domains: their names; default one, ``"all"``.
         trace: a TraceWriter, entered, which gets every row as a document with its routings.
 
@@ -154,7 +155,7 @@ def bits_per_byte(
     sums = _Sums(len(names))
     for output, id_BS, target_BS, domain_B in _calls(forward, batches, names):
         keep_BS = target_BS != IGNORE
-        sums.add_likelihood(_nats(output.logits_BSV, target_BS), target_BS, length_V, domain_B)
+        sums.add_likelihood(_nats(output.logits_BSV, target_BS), id_BS, target_BS, length_V, domain_B)
         if len(output.routings):
             kept = [_kept(routing, keep_BS) for routing in output.routings]
             sums.add_routings(output.routings, kept, domain_B.repeat_interleave(keep_BS.sum(1).cpu()))
@@ -221,9 +222,13 @@ class _Sums:
         self.load_L: list[Tensor] = []
         self.dropped = self.wanted = 0
 
-    def add_likelihood(self, nats_BS: Tensor, target_BS: Tensor, length_V: Tensor, domain_B: Tensor) -> None:
+    def add_likelihood(
+        self, nats_BS: Tensor, id_BS: Tensor, target_BS: Tensor, length_V: Tensor, domain_B: Tensor
+    ) -> None:
         target_BS = target_BS.cpu()
-        bytes_BS = length_V[target_BS.clamp(min=0)] * (target_BS != IGNORE)
+        bytes_BS = length_V.clamp(min=0)[target_BS.clamp(min=0)] * (target_BS != IGNORE)
+        if bool((length_V < 0).any()):  # what opens a document takes off what is put before its text
+            bytes_BS += length_V.clamp(max=0)[id_BS.cpu()] * (target_BS != IGNORE)
         self.nats_N.index_add_(0, domain_B, nats_BS.cpu().double().sum(1))
         self.bytes_N.index_add_(0, domain_B, bytes_BS.sum(1))
         self.tokens += int((target_BS != IGNORE).sum())

@@ -322,7 +322,7 @@ def _train(model: nn.Module, folder: Path, rows: Calibration, any_base: bool) ->
 
 def _rows(model: Any, path: Path, text: str | Path, tokens: int) -> Calibration:
     longest = int(getattr(model.config, "max_position_embeddings", None) or 512)
-    return calibration(text, path, vocab_size=model.config.vocab_size, max_seq=longest, tokens=tokens, own=False)
+    return calibration(text, path, vocab_size=model.config.vocab_size, max_seq=longest, tokens=tokens)
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None) -> Any:

@@ -14,7 +14,8 @@ from turnout.models import LMConfig
 from turnout.models.checkpoint.own import ORIGIN, is_carried, read_json
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
-from turnout.train.data.tokenizer import refuse_chance, separator_id
+from turnout.train.data.spaced import Spaced, spaced
+from turnout.train.data.tokenizer import opening_ids, refuse_chance
 
 __all__ = ["Calibration", "calibration", "find_tokenizer", "trained_here", "whole_text"]
 
@@ -97,9 +98,7 @@ def trained_here(folder: Path) -> bool:
     return not before.is_file() or "model_type" not in read_json(before, _WHERE)
 
 
-def calibration(
-    source: str | Path, folder: Path, *, vocab_size: int, max_seq: int, tokens: int, own: bool
-) -> Calibration:
+def calibration(source: str | Path, folder: Path, *, vocab_size: int, max_seq: int, tokens: int) -> Calibration:
     """The first ``tokens`` tokens of the text, in rows of at most 512, and rows behind them that are held out.
 
     Held out is an eighth as much again; where the text is shorter, its last ninth, at least a row if there are two.
@@ -110,7 +109,6 @@ def calibration(
         vocab_size: of the model.
         max_seq: the most tokens that it takes at once.
         tokens: how many to take, about.
-        own: whether turnout trained the model: then every document begins with the separator.
 
     Raises:
         DataError: no tokenizer, no text, or tokens that the model does not have.
@@ -119,7 +117,7 @@ def calibration(
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
     tokenizer = load_tokenizer(place)
     refuse_chance(tokenizer)
-    ids, sizes, seen, left_out = _read(source, tokenizer, wanted, own=own)
+    ids, sizes, seen, left_out = _read(source, tokenizer, wanted)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
         got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"
@@ -137,7 +135,7 @@ def calibration(
     )
 
 
-def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int | None, own: bool) -> Calibration:
+def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int | None) -> Calibration:
     """All of a text, or its first ``limit`` tokens, as what is held out: rows of up to 1024, the last one shorter.
 
     Args:
@@ -145,13 +143,12 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
         folder: of the model, which holds its tokenizer.
         config: of the model.
         limit: about how many tokens to take; None for all.
-        own: whether turnout trained the model: then every document begins with the separator.
 
     Raises:
         DataError: no tokenizer, no text, or tokens that the model does not have.
     """
     place = find_tokenizer(folder, where="turnout eval")
-    ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize, own=own)
+    ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize)
     if max(ids, default=-1) >= config.vocab_size or not ids:
         got = f"the token {max(ids)} of {place}" if ids else f"{', '.join(sources)}: no text{_why(left_out)}"
         fix = "use the tokenizer that the model was trained with" if ids else "name a file or folder with text in it"
@@ -169,14 +166,15 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
 
 
 def _read(
-    source: str | Path | list[str], tokenizer: Tokenizer, wanted: int, *, own: bool
+    source: str | Path | list[str], tokenizer: Tokenizer, wanted: int
 ) -> tuple[list[int], list[int], int, list[str]]:
     """Token ids, the bytes that each stands for, how many documents were read, and what was left out."""
     ids, sizes = list[int](), list[int]()
     seen, left_out = 0, list[str]()
+    opening, table = opening_ids(tokenizer, needed=False), spaced(tokenizer)
     for document in read_documents(source, left_out=lambda _, name: left_out.append(name)):
         try:
-            for piece in _ids(document.pieces(), tokenizer, own=own):
+            for piece in _ids(document.pieces(), tokenizer, opening, table):
                 ids += piece[0]
                 sizes += piece[1]
                 if len(ids) >= wanted:
@@ -198,12 +196,18 @@ def _why(left_out: list[str]) -> str:
     return f" (left out: {', '.join(left_out[:3])}{more})" if left_out else ""
 
 
-def _ids(pieces: Iterator[bytes], tokenizer: Tokenizer, *, own: bool) -> Iterator[tuple[list[int], list[int]]]:
+def _ids(
+    pieces: Iterator[bytes], tokenizer: Tokenizer, opening: tuple[int, ...], table: Spaced | None
+) -> Iterator[tuple[list[int], list[int]]]:
     for number, piece in enumerate(pieces):
-        start = [separator_id(tokenizer)] if own and number == 0 else []
-        text = piece.decode()
-        found = tokenizer.encode(text, add_special_tokens=number == 0 and not own)
-        yield start + found.ids, [0] * len(start) + _sizes(text, [end for _, end in found.offsets])
+        start, text = opening if number == 0 else (), piece.decode()
+        if table is None:
+            found, fed, sizes = tokenizer.encode(text, add_special_tokens=False), text, None
+        else:
+            found, fed, sizes = table.read(text, within=number > 0)
+        if sizes is None:
+            sizes = _sizes(fed, [end for _, end in found.offsets])
+        yield [*start, *found.ids], [0] * len(start) + sizes
 
 
 def _sizes(text: str, ends: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from turnout.models.checkpoint.own import ORIGIN, carry, read_json
 from turnout.models.placed import roomy
 from turnout.reading import check_fields
 from turnout.recipes.again import as_before
-from turnout.recipes.calibration import Calibration, calibration, trained_here
+from turnout.recipes.calibration import Calibration, calibration
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.held_out import measured
 from turnout.recipes.partial import MemoryShortError, Part, Partial, Say, refuse_existing, unfinished
@@ -147,7 +147,7 @@ def convert(
 def _read_text(plan: Plan, text: str | Path, tokens: int, say: Say) -> Calibration:
     say(f"reading {text}")
     sizes = {"vocab_size": plan.config.vocab_size, "max_seq": plan.config.max_seq, "tokens": tokens}
-    found = calibration(text, plan.folder, own=trained_here(plan.folder), **sizes)
+    found = calibration(text, plan.folder, **sizes)
     if found.skipped:
         say(f"left out {found.skipped} files or rows of {text} that cannot be read as text")
     return found

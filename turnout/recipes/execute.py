@@ -17,7 +17,7 @@ from turnout.models.placed import placed
 from turnout.recipes.inspect import measure_model, run_tokens, write_report, write_result
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
-from turnout.recipes.start import KEPT, begin, folded_only, kept_tokenizer, opening, write_adapters
+from turnout.recipes.start import KEPT, begin, folded_only, kept_tokenizer, write_adapters
 from turnout.reshape import fold_low_rank
 from turnout.show.headline import at_equal_time, headline
 from turnout.train.allocator import return_freed_memory
@@ -163,8 +163,6 @@ def _train(
 
 def _tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
     """Says what should be known of this model before it is trained."""
-    if not quiet and run.start is not None and (why := opening(kept_tokenizer(out))):
-        print(f"note: {why}", file=sys.stderr)
     if not quiet and (why := folded_only(run, model, out)):
         print(f"note: {why}", file=sys.stderr)
     if not quiet and (why := unexportable(run)):

@@ -24,6 +24,7 @@ from turnout.show import AdaptationData, ConversionData, adaptation_html, conver
 from turnout.storage import write_whole
 from turnout.train.config import TrainResult
 from turnout.train.data import TokenSet, load_tokenizer, prepare, windows
+from turnout.train.data.spaced import token_texts
 from turnout.train.folder import read_run_json
 from turnout.types import Report, TraceWriter
 from turnout.types.device import shown
@@ -111,7 +112,7 @@ def passages(model: LM, tokens: TokenSet, *, length: int) -> list[Passage]:
         ids = torch.from_numpy(split.token_T[first : first + min(length, int(size_N[wanted]))].astype("int64"))
         with torch.no_grad():
             output = model.eval()(ids[None].to(model.embedding.device))
-        texts = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids.tolist()]
+        texts = token_texts(tokens.tokenizer, ids.tolist())
         found.append(Passage.from_routings(texts, output.routings, domain=tokens.domains[domain]))
     return found
 

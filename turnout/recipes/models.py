@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from turnout.errors import DataError, UsageError, word
 from turnout.hub import located
@@ -16,7 +17,8 @@ from turnout.recipes.calibration import find_tokenizer, trained_here, whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
 from turnout.train.data import load_tokenizer
-from turnout.train.data.tokenizer import separator_id
+from turnout.train.data.spaced import spaced
+from turnout.train.data.tokenizer import opening_ids, own_opening
 from turnout.types import Report
 from turnout.types.device import shown
 
@@ -25,7 +27,7 @@ __all__ = ["evaluate_model", "sample_model"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Opened:
-    """A model, its name and folder, and whether turnout trained it: then documents begin with the separator."""
+    """A model, its name and folder, and whether turnout made it up: then a prompt begins as its documents did."""
 
     lm: LM
     name: str
@@ -72,9 +74,8 @@ def sample_model(
             raise _refusal(name, value, f"be a number of at least {least}", f"pass {name} {max(least, 1)}")
     opened = _open(path, "turnout sample", device)
     tokenizer = load_tokenizer(find_tokenizer(opened.folder, where="turnout sample"))
-    # Every document that a model of turnout has seen begins with the separator; others say themselves how one begins.
-    ids = tokenizer.encode(prompt, add_special_tokens=not opened.own).ids
-    ids = [separator_id(tokenizer), *ids] if opened.own or not ids else ids
+    # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
+    ids = _prompt(prompt, tokenizer, own=opened.own)
     config = opened.lm.config
     if max(ids) >= config.vocab_size:
         got = f"the token {max(ids)} of a vocabulary of {config.vocab_size}"
@@ -107,8 +108,8 @@ def evaluate_model(
 ) -> Report:
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
-    Documents follow each other in rows of up to 1024 tokens, and all tokens but the first of a row are predicted. Bytes
-    are counted from where each token lies in the text, so any tokenizer that tells that will do.
+    Documents, each opened by the tokenizer's own BOS or else its separator, follow each other in rows of up to 1024
+    tokens; all tokens but the first of a row are predicted. Any tokenizer that tells where each token lies will do.
 
     Args:
         path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on
@@ -136,7 +137,7 @@ def evaluate_model(
     loads: list[tuple[int, list[list[float]]]] = []
     skipped = 0
     for name, sources in domains.items():
-        text = whole_text(list(sources), opened.folder, config=config, limit=limit, own=opened.own)
+        text = whole_text(list(sources), opened.folder, config=config, limit=limit)
         found = measured(opened.lm, text)
         if found is None:
             got = f"{name}, of which no token can be predicted"
@@ -156,6 +157,14 @@ def evaluate_model(
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
     context = {"run": opened.name, "device": shown(opened.lm.embedding.device), "hardware": hardware()}
     return Report(f"the model in {opened.name}", values, notes, context)
+
+
+def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:
+    table = spaced(tokenizer)
+    ids = (
+        tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
+    )
+    return [*(opening_ids(tokenizer) if own or not ids else own_opening(tokenizer)), *ids]
 
 
 def _refusal(what: str, got: object, allowed: str, fix: str, where: str = "turnout sample") -> UsageError:

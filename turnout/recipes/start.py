@@ -18,11 +18,11 @@ from turnout.recipes.run import Run, Start
 from turnout.reshape import add_low_rank, low_rank_adapter
 from turnout.storage import digest, write_whole
 from turnout.train.data import load_tokenizer
-from turnout.train.data.tokenizer import check_tokenizer, separator_id
+from turnout.train.data.tokenizer import check_tokenizer
 from turnout.train.state import find
 from turnout.train.step import derived_seed
 
-__all__ = ["KEPT", "begin", "folded_only", "kept_tokenizer", "look", "opening", "write_adapters"]
+__all__ = ["KEPT", "begin", "folded_only", "kept_tokenizer", "look", "write_adapters"]
 
 # Where a run keeps the small files of the model that it began with: they outlive that model's folder.
 KEPT = "start"
@@ -53,9 +53,9 @@ def look(path: str | Path) -> Start:
         allowed = f"have no more tokens than the {seen.config.vocab_size} of the model"
         raise UsageError(word("its tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
     except DataError as error:
-        fix = "train a model with a byte-level tokenizer here; with this one, transformers' Trainer will do"
+        fix = "with this one, transformers' Trainer will do; byte-level and SentencePiece's kinds are trained on here"
         got = f"{place}, one that adds, drops or changes bytes of a test sentence, or cuts it by chance"
-        allowed = "be byte-level and lossless, or bits per byte would be wrong,"
+        allowed = "be lossless, byte-level or of SentencePiece's kind, or bits per byte would be wrong,"
         raise DataError(word("its tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
     return Start(located(path, where=_WHERE).source, _weights(folder), digest(place))
 
@@ -156,16 +156,6 @@ def folded_only(run: Run, lm: LM, out: Path) -> str:
     except UsageError as error:
         return f"the adapters will be in model/, folded in, and not by themselves: {error}"
     return ""
-
-
-def opening(tokenizer: Path) -> str:
-    """What is to be known where the tokenizer begins a text otherwise than documents begin here; else empty."""
-    made = load_tokenizer(tokenizer)
-    first, separator = made.encode("a").ids[0], separator_id(made)
-    if first in (separator, made.encode("a", add_special_tokens=False).ids[0]):
-        return ""
-    ours, theirs = made.id_to_token(separator), made.id_to_token(first)
-    return f"documents are trained and measured on behind {ours}; the tokenizer by itself begins a text with {theirs}"
 
 
 def kept_tokenizer(out: Path) -> Path:

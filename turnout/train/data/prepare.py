@@ -17,13 +17,15 @@ from turnout.train.data.display import Display, display
 from turnout.train.data.documents import Source
 from turnout.train.data.reader import Reader, Settings, Survey
 from turnout.train.data.shards import COLUMNS, FORMAT, SIDES, SideWriter, TokenSet
+from turnout.train.data.spaced import spaced
 from turnout.train.data.tokenizer import (
     byte_lengths,
     check_text,
     check_tokenizer,
     encode,
     load_tokenizer,
-    separator_id,
+    opening_ids,
+    own_opening,
     train_tokenizer,
 )
 
@@ -53,8 +55,8 @@ def prepare(
     """Text into tokens on disk, trained and held-out documents apart; what is already there is used again.
 
     A document with SHA-256 h is held out when h[0:8] / 2^64 < held_out, so copies of a text never lie on both sides.
-    Its tokens follow a separator. The tokenizer learns from trained documents only. Nothing is read again when
-    ``out`` was prepared from the same files (paths, sizes, times) with the same settings.
+    Its tokens follow the tokenizer's own BOS, or else a separator. The tokenizer learns from trained documents only.
+    Nothing is read again when ``out`` was prepared from the same files (paths, sizes, times) with the same settings.
 
     Args:
         domains: name -> source; see ``read_documents`` for what a source may be.
@@ -107,7 +109,7 @@ def _prepare(
         _check_folder(out, reader)
         fingerprint = reader.fingerprint(loaded)
         if loaded is not None:
-            fingerprint = _checked(fingerprint)
+            fingerprint = _opened(_checked(fingerprint), loaded)
         if found := _found(out, fingerprint):
             return found
         with _locked(out, tell):
@@ -122,6 +124,12 @@ def _prepare(
 def _checked(fingerprint: str) -> str:
     """Another fingerprint than before every text was checked: what was prepared then is prepared again."""
     return hashlib.sha256(f"{fingerprint}, each text checked".encode()).hexdigest()
+
+
+def _opened(fingerprint: str, tokenizer: tokenizers.Tokenizer) -> str:
+    """Another one where documents are opened by the tokenizer's own token: the separator always did before."""
+    own = own_opening(tokenizer)
+    return hashlib.sha256(f"{fingerprint}, opened by {own}".encode()).hexdigest() if own else fingerprint
 
 
 def _check_folder(out: Path, reader: Reader) -> None:
@@ -227,7 +235,7 @@ def _build(
         "format": FORMAT,
         "domains": reader.names,
         "vocab_size": vocab_size,
-        "separator_id": separator_id(tokenizer),
+        "separator_id": opening_ids(tokenizer)[0],
         "settings": reader.settings.to_json_dict(),
         "splits": {
             side: {
@@ -275,18 +283,24 @@ def _tokenise(
 
     That is the sum of a hash for each held-out document: the same whatever the tokenizer and the order of files.
     """
-    separator, held_out = separator_id(tokenizer), reader.settings.held_out
-    length_V = byte_lengths(tokenizer)
+    opening, held_out = opening_ids(tokenizer), reader.settings.held_out
+    length_V, table = byte_lengths(tokenizer), spaced(tokenizer)
     texts: list[str] = []
     # Where each text goes, the domain when it begins a document, and the document's name.
     marks: list[tuple[SideWriter, int | None, str]] = []
     size = 0
 
     def flush() -> None:
-        for text, ids, (writer, domain, name) in zip(texts, encode(tokenizer, texts), marks, strict=True):
-            check_text(tokenizer, length_V, text, ids, name)
+        within = [domain is None for _, domain, _ in marks]
+        found = encode(tokenizer, texts) if table is None else table.encode(texts, within)
+        for text, ids, (writer, domain, name) in zip(texts, found, marks, strict=True):
+            if table is None:
+                check_text(tokenizer, length_V, text, ids, name)
+            else:
+                table.check(text, ids, name, within=domain is None)
             if domain is not None:
-                writer.begin(domain, separator)
+                writer.begin(domain, opening[0])
+                writer.add(opening[1:])
             writer.add(ids)
         texts.clear()
         marks.clear()

@@ -50,7 +50,8 @@ def token_dtype(vocab_size: int) -> str:
 class Split:
     """One side of the text: all its tokens in one row, and where each document begins.
 
-    Every document begins with the separator token, so each of its own tokens has something to be predicted from.
+    Every document begins with the token that opens it, the separator or the tokenizer's own BOS, so each of its own
+    tokens has something to be predicted from.
 
     Args:
         name: "train" or "held_out".
@@ -94,7 +95,7 @@ class TokenSet:
         held_out: what is only measured on.
         domains: the names that ``domain_N`` points to.
         vocab_size: V.
-        separator_id: the token at the start of every document.
+        separator_id: the token at the start of every document: the separator, or the tokenizer's own BOS.
         digest: a SHA-256 over the contents of all files and the domains; the same text and settings give the same.
         notes: what was left out of the sources, and why.
         head: all of tokens.json.
@@ -170,7 +171,7 @@ class TokenSet:
 
     @functools.cached_property
     def byte_length_V(self) -> np.ndarray:
-        """(V,) int64, the UTF-8 bytes that each token stands for; special tokens 0."""
+        """(V,) int64, the UTF-8 bytes that each token stands for; special tokens 0, or -1: see ``byte_lengths``."""
         return byte_lengths(self.tokenizer)
 
     def __str__(self) -> str:
@@ -288,7 +289,7 @@ class SideWriter:
             raise read_error(error, folder, "turnout.train.data.prepare") from error
 
     def begin(self, domain: int, separator: int) -> None:
-        """The next tokens are a new document's; its first is the separator."""
+        """The next tokens are a new document's; its first is the one that opens it."""
         self._columns["document"].append([self.num_tokens])
         self._columns["domain"].append([domain])
         self.num_documents += 1

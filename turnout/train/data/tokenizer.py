@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on the spot, or loaded; every token stands for a known number of bytes."""
+"""Byte-level BPE trained on the spot, or a tokenizer loaded; every token stands for a known number of bytes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +9,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from turnout.errors import CheckpointError, DataError, TurnoutError, UsageError, word
 from turnout.reading import TOKENIZER_BYTES, Refuse, parse_json, read_text
+from turnout.train.data.spaced import apart, spaced
 
-__all__ = ["SEPARATOR", "byte_lengths", "check_tokenizer", "load_tokenizer", "separator_id", "train_tokenizer"]
+__all__ = [
+    "SEPARATOR",
+    "byte_lengths",
+    "check_tokenizer",
+    "load_tokenizer",
+    "opening_ids",
+    "separator_id",
+    "train_tokenizer",
+]
 
 SEPARATOR = "<|endoftext|>"
 _SEPARATORS = (SEPARATOR, "<|end_of_text|>", "<|begin_of_text|>", "<|im_end|>", "</s>", "<eos>", "<s>", "[SEP]")
@@ -19,6 +28,8 @@ _SEPARATORS += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)  # of DeepSeek, with
 _IDS = 1 << 22
 _SMALLEST = 257  # every byte, and the separator
 _PROBE = "Hello  there,\n\tit's 42 <s> – déjà vu 例え 🙂 \r\n  <|endoftext|> x\u00a0y "
+# Of SentencePiece's kind: what its vocabulary lacks is told by the text that holds it.
+_PLAIN = "Hello there, it's 42"
 _WHERE = "turnout.train.data"
 
 
@@ -150,15 +161,23 @@ def _check_ids(body: Mapping[str, Any], refuse: Refuse) -> None:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """(V,) int64, the UTF-8 bytes that each token of a byte-level tokenizer stands for; special tokens 0.
+    """(V,) int64, the UTF-8 bytes that each token stands for; special tokens 0.
 
-    A byte-level token is written with one character of GPT-2's alphabet for each byte, so its length says it.
+    A byte-level token is written with one character of GPT-2's alphabet for each byte, so its length says it. In one of
+    SentencePiece's kind ▁ is a space and ``<0xE2>`` one byte. Where that kind puts a ▁ before a text, which stands for
+    nothing, the token that opens a document takes it off again: it stands for -1. So the tokens of a document, with
+    that one, add up to its bytes.
 
     >>> byte_lengths(train_tokenizer(["a cat, a cat"], vocab_size=258)).tolist()[:3]
     [0, 1, 1]
 
     Source: the alphabet of Radford et al., 2019, "Language Models are Unsupervised Multitask Learners".
     """
+    if (table := spaced(tokenizer)) is not None:
+        length_V = table.length_V
+        if table.prefix:
+            length_V[opening_ids(tokenizer)[-1]] = -1
+        return length_V
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     length_V = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
     added = tokenizer.get_added_tokens_decoder()
@@ -170,8 +189,42 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return length_V
 
 
+def own_opening(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer by itself puts before a text (its BOS); empty where it puts none.
+
+    >>> own_opening(train_tokenizer(["a cat, a cat"], vocab_size=258))
+    ()
+
+    Source: none; the post-processor of the ``tokenizers`` library.
+    """
+    whole, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)]) if plain else ()
+
+
+def opening_ids(tokenizer: Tokenizer, *, needed: bool = True) -> tuple[int, ...]:
+    """The tokens that open a document, in training and in measuring: the tokenizer's own BOS, or the separator.
+
+    Args:
+        tokenizer: a loaded one.
+        needed: False for none where there is neither.
+
+    Raises:
+        DataError: it puts nothing before a text, and has none of the known separators.
+
+    >>> opening_ids(train_tokenizer(["a cat, a cat"], vocab_size=258))
+    (0,)
+
+    Source: none; what each model's tokenizer says.
+    """
+    if own := own_opening(tokenizer):
+        return own
+    known = any(tokenizer.token_to_id(name) is not None for name in _SEPARATORS)
+    return (separator_id(tokenizer),) if needed or known else ()
+
+
 def separator_id(tokenizer: Tokenizer) -> int:
-    """The special token that stands at the start of every document: ``<|endoftext|>``, or what else there is.
+    """The special token between documents: ``<|endoftext|>``, or what else there is.
 
     A token of that name that is not special is none: it would be read in a text too, and end a document there.
 
@@ -200,7 +253,9 @@ def separator_id(tokenizer: Tokenizer) -> int:
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> None:
-    """Sees that the tokenizer is byte-level and keeps every byte, so that bits per byte can be counted, and fits.
+    """Sees that the tokenizer keeps every byte, so that bits per byte can be counted, and fits.
+
+    It is byte-level, or of SentencePiece's kind.
 
     That is seen on one sentence; ``check_text`` sees it on every text.
 
@@ -217,18 +272,17 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> N
 
     Source: none; plain bookkeeping.
     """
-    separator_id(tokenizer)
+    opening_ids(tokenizer)
     refuse_chance(tokenizer)
     length_V = byte_lengths(tokenizer)
-    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    if tokenizer.decode(ids, skip_special_tokens=False) != _PROBE or length_V[ids].sum() != len(_PROBE.encode()):
+    if not _keeps_probe(tokenizer, length_V):
         raise DataError(
             word(
                 "the tokenizer",
                 got="one that adds, drops or changes bytes of a test sentence",
-                allowed="be byte-level and lossless, or bits per byte would be wrong,",
+                allowed="be lossless, byte-level or of SentencePiece's kind, or bits per byte would be wrong,",
                 where=_WHERE,
-                fix="choose a byte-level BPE without normalizer and prefix space, or leave tokenizer out to train one",
+                fix="choose one that keeps case, accents and spaces, or leave tokenizer out to train one",
             )
         )
     if vocab_size is not None and len(length_V) > vocab_size:
@@ -241,6 +295,16 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> N
                 fix=f"pass vocab_size={len(length_V)}",
             )
         )
+
+
+def _keeps_probe(tokenizer: Tokenizer, length_V: np.ndarray) -> bool:
+    """Whether a sentence comes back as it was."""
+    if (table := spaced(tokenizer)) is not None:
+        (ids,) = table.encode([_PLAIN], [False])
+        back = tokenizer.decode(ids, skip_special_tokens=False).removeprefix(" ")
+        return back == _PLAIN and table.spells(_PLAIN, ids)
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    return tokenizer.decode(ids, skip_special_tokens=False) == _PROBE and length_V[ids].sum() == len(_PROBE.encode())
 
 
 def refuse_chance(tokenizer: Tokenizer) -> None:
@@ -281,7 +345,7 @@ def check_text(tokenizer: Tokenizer, length_V: np.ndarray, text: str, ids: Seque
     normalizer = tokenizer.normalizer
     if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
         kind = type(normalizer).__name__
-        got = f"{name}, which its normalizer ({kind}) changes: {_apart(text, changed)}"
+        got = f"{name}, which its normalizer ({kind}) changes: {apart(text, changed)}"
         fix = f"write the text as {kind} does before" if kind in ("NFC", "NFD", "NFKC", "NFKD") else "choose another"
     elif counted != size:
         got = f"{name}, of whose {size} bytes it " + (f"loses {size - counted}" if counted < size else "makes more")
@@ -291,12 +355,6 @@ def check_text(tokenizer: Tokenizer, length_V: np.ndarray, text: str, ids: Seque
     allowed = "keep every byte of every text, or bits per byte would be wrong,"
     fix += ", or leave tokenizer out to train one"
     raise DataError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix))
-
-
-def _apart(one: str, other: str) -> str:
-    """Where two texts differ first."""
-    at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return f"{one[at : at + 8]!r} to {other[at : at + 8]!r}"
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
