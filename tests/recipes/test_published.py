@@ -20,7 +20,8 @@ from turnout.recipes.inspect import evaluate_run
 from turnout.recipes.models import sample_model
 from turnout.recipes.run import Run
 from turnout.recipes.tune import tune
-from turnout.train.data import TokenSet, byte_lengths, load_tokenizer
+from turnout.train.data import TokenSet
+from turnout.train.data.tokenizer import byte_lengths, load_tokenizer, opening_ids
 
 KINDS = {"llama2": "llama", "mistral": "mistral", "phi3": "phi3", "gemma": "gemma", "llama3": "llama"}
 EVEN = "the cat, it's 7 déjà vu  and\n\tmore: 例え 🙂 "
@@ -96,11 +97,14 @@ def test_trained_on_measured_and_given_back(base, text, tmp_path):
     prompt = torch.tensor([said("7: the cat")["input_ids"]])
     mask = torch.ones_like(prompt)
     made = given.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    ours = checkpoint.load(tmp_path / "x" / "model").generate(prompt, tokens=5, temperature=0)
-    assert torch.equal(made, ours)
-    for place in (tmp_path / "x", tmp_path / "out"):
+    trained = checkpoint.load(tmp_path / "x" / "model")
+    assert torch.equal(made, trained.generate(prompt, tokens=5, temperature=0))
+    # What a run has trained is opened as its documents were; where a tokenizer has no BOS, transformers opens nothing.
+    plain = tokens.tokenizer.encode("7: the cat", add_special_tokens=False).ids
+    as_trained = trained.generate(torch.tensor([[*opening_ids(tokens.tokenizer), *plain]]), tokens=5, temperature=0)
+    for place, ids in ((tmp_path / "x", as_trained), (tmp_path / "out", made)):
         sampled = sample_model(place, prompt="7: the cat", tokens=5, temperature=0.0, top_k=None, seed=0)
-        assert sampled == said.decode(made[0], skip_special_tokens=True)
+        assert sampled == said.decode(ids[0], skip_special_tokens=True)
     assert main(["eval", str(tmp_path / "x"), "--data", str(text)]) == 0
     assert Run.open(tmp_path / "x").start is not None
 
