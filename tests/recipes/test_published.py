@@ -71,6 +71,24 @@ def test_eval_is_what_transformers_computes_of_a_whole_document(base, tmp_path):
     assert found["bits_per_byte"] == pytest.approx(bits(model, id_BS) / len((EVEN * 3).encode()), rel=1e-6)
 
 
+def test_what_opens_a_document_is_seen_and_not_predicted(base, tmp_path):
+    style, folder = base
+    texts = ["the cat ", "a dog: 7 ", "例え"]
+    for number, one in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(one)
+    model = folders.transformers().AutoModelForCausalLM.from_pretrained(folder).eval()
+    documents = [opened(folder, style, one) for one in texts]
+    id_BS = torch.cat(documents, 1)
+    starts = [0, *itertools.accumulate(ids.shape[1] for ids in documents[:-1])]
+    with torch.no_grad():
+        nats_S = -model(id_BS).logits[0].double().log_softmax(-1)[:-1].gather(1, id_BS[0, 1:, None])[:, 0]
+    counted_S = torch.tensor([place not in starts for place in range(1, id_BS.shape[1])])
+    found = evaluate_run(folder, domains={"all": (str(tmp_path),)})
+    size = sum(len(one.encode()) for one in texts)
+    assert (found["tokens"], found["bytes"]) == (int(counted_S.sum()), size)
+    assert found["bits_per_byte"] == pytest.approx(float(nats_S[counted_S].sum()) / math.log(2) / size, rel=1e-6)
+
+
 def test_trained_on_measured_and_given_back(base, text, tmp_path):
     style, folder = base
     run = tune(folder).with_domains({"text": (str(text),)}).override([*FEW, "seq=256"])

@@ -38,7 +38,8 @@ class Calibration:
         documents: how many were read.
         skipped: how many files held no text, and how many rows could not be read as text.
         held_out: the text behind it, which no step looks at.
-        held_out_bytes: that the predicted tokens of ``held_out``, all but the first of each row, stand for.
+        held_out_bytes: that the predicted tokens of ``held_out`` stand for.
+        predicted: (B, S) bool for each of ``held_out``: all tokens but the first of each row and what opens a document.
 
     Source: none; plain bookkeeping.
     """
@@ -49,6 +50,7 @@ class Calibration:
     skipped: int
     held_out: tuple[Tensor, ...] = ()
     held_out_bytes: int = 0
+    predicted: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -117,7 +119,7 @@ def calibration(source: str | Path, folder: Path, *, vocab_size: int, max_seq: i
     wanted = tokens + max(tokens // 8, min(_SEQ, max_seq, tokens))
     tokenizer = load_tokenizer(place)
     refuse_chance(tokenizer)
-    ids, sizes, seen, left_out = _read(source, tokenizer, wanted)
+    ids, sizes, opens, seen, left_out = _read(source, tokenizer, wanted)
     wrong = [token for token in ids if token >= vocab_size]
     if wrong or not ids:
         got = f"the token {wrong[0]} of {place}" if wrong else f"{source}, which holds no text{_why(left_out)}"
@@ -129,9 +131,16 @@ def calibration(source: str | Path, folder: Path, *, vocab_size: int, max_seq: i
     size_RS = torch.tensor(sizes[: id_RS.numel()]).view(-1, seq)
     taken = max(1, min(tokens // seq, len(id_RS) - max(1, len(id_RS) // 9)))
     rows = max(1, min(_ROWS, _LOGITS // (seq * vocab_size)))
-    held_out = id_RS[taken:].split(rows) if len(id_RS) > taken else ()
+    text_RS = _text(opens[: id_RS.numel()], seq)
+    behind = len(id_RS) > taken
     return Calibration(
-        id_RS[:taken].split(rows), str(source), seen, len(left_out), held_out, int(size_RS[taken:, 1:].sum())
+        id_RS[:taken].split(rows),
+        str(source),
+        seen,
+        len(left_out),
+        id_RS[taken:].split(rows) if behind else (),
+        int(size_RS[taken:, 1:].sum()),
+        text_RS[taken:].split(rows) if behind else (),
     )
 
 
@@ -148,7 +157,7 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
         DataError: no tokenizer, no text, or tokens that the model does not have.
     """
     place = find_tokenizer(folder, where="turnout eval")
-    ids, sizes, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize)
+    ids, sizes, opens, seen, left_out = _read(sources, load_tokenizer(place), limit or sys.maxsize)
     if max(ids, default=-1) >= config.vocab_size or not ids:
         got = f"the token {max(ids)} of {place}" if ids else f"{', '.join(sources)}: no text{_why(left_out)}"
         fix = "use the tokenizer that the model was trained with" if ids else "name a file or folder with text in it"
@@ -158,25 +167,37 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
     whole = len(ids) // seq * seq
     rows = max(1, min(_ROWS, _LOGITS // (seq * config.vocab_size)))
     batches = list(torch.tensor(ids[:whole]).view(-1, seq).split(rows))
+    predicted = list(_text(opens[:whole], seq).split(rows))
     size = int(torch.tensor(sizes[:whole]).view(-1, seq)[:, 1:].sum())
     if len(ids) - whole > 1:
         batches.append(torch.tensor([ids[whole:]]))
+        predicted.append(_text(opens[whole:], len(ids) - whole))
         size += sum(sizes[whole + 1 :])
-    return Calibration((), ", ".join(sources), seen, len(left_out), tuple(batches) if seq > 1 else (), size)
+    if seq < 2:
+        batches, predicted = [], []
+    return Calibration((), ", ".join(sources), seen, len(left_out), tuple(batches), size, tuple(predicted))
+
+
+def _text(opens: list[bool], seq: int) -> Tensor:
+    """(R, seq), which tokens are predicted: those of the text, but for the first of each row."""
+    text_RS = ~torch.tensor(opens, dtype=torch.bool).view(-1, seq)
+    text_RS[:, 0] = False
+    return text_RS
 
 
 def _read(
     source: str | Path | list[str], tokenizer: Tokenizer, wanted: int
-) -> tuple[list[int], list[int], int, list[str]]:
-    """Token ids, the bytes that each stands for, how many documents were read, and what was left out."""
-    ids, sizes = list[int](), list[int]()
+) -> tuple[list[int], list[int], list[bool], int, list[str]]:
+    """Token ids, the bytes of each, which open a document, how many documents were read, and what was left out."""
+    ids, sizes, opens = list[int](), list[int](), list[bool]()
     seen, left_out = 0, list[str]()
     opening, table = opening_ids(tokenizer, needed=False), spaced(tokenizer)
     for document in read_documents(source, left_out=lambda _, name: left_out.append(name)):
         try:
-            for piece in _ids(document.pieces(), tokenizer, opening, table):
+            for number, piece in enumerate(_ids(document.pieces(), tokenizer, opening, table)):
                 ids += piece[0]
                 sizes += piece[1]
+                opens += [number == 0 and place < len(opening) for place in range(len(piece[0]))]
                 if len(ids) >= wanted:
                     break
         except NotTextError:
@@ -187,7 +208,7 @@ def _read(
         seen += 1
         if len(ids) >= wanted:
             break
-    return ids[:wanted], sizes[:wanted], seen, left_out
+    return ids[:wanted], sizes[:wanted], opens[:wanted], seen, left_out
 
 
 def _why(left_out: list[str]) -> str:

@@ -15,18 +15,21 @@ from turnout.reshape.resumable import by_batch
 
 __all__ = ["measured"]
 
+_IGNORE = -100  # a target that cross_entropy passes over
+
 
 @torch.no_grad()
 def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
     """Bits per byte on the held-out rows, and by layer the share of each expert; None where none are held out.
 
-    bits per byte = -sum ln p(token) / ln 2 / bytes, over all tokens but the first of each row.
+    bits per byte = -sum ln p(token) / ln 2 / bytes, over all tokens of the text but the first of each row. What opens a
+    document is seen and not predicted, as in a run's own evaluation.
 
     Args:
         lm: the model.
         text: its ``held_out`` is read.
 
-    Source: Gao et al., 2020, "The Pile", for bits per byte; documents are not told apart here, rows are.
+    Source: Gao et al., 2020, "The Pile", for bits per byte; documents see what stands before them in their row.
     """
     if not text.held_out or not text.held_out_bytes:
         return None
@@ -35,17 +38,20 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
     layers = [layer for layer in range(len(blocks(lm))) if lm.config.is_routed(layer)]
     load_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
 
-    def add(id_BS: Tensor) -> None:
-        id_BS = id_BS.to(lm.embedding.device)
-        for some_BS in id_BS.split(1) if rows_mix(lm) else (id_BS,):
+    def add(pair_2BS: Tensor) -> None:
+        id_BS, target_BS = pair_2BS.to(lm.embedding.device)
+        rows = 1 if rows_mix(lm) else len(id_BS)
+        for some_BS, wanted_BS in zip(id_BS.split(rows), target_BS.split(rows), strict=True):
             output = lm(some_BS)
-            for logits_SV, id_S in zip(output.logits_BSV, some_BS, strict=True):
-                nats.add_(F.cross_entropy(logits_SV[:-1].float(), id_S[1:], reduction="sum").cpu().double())
+            for logits_SV, target_S in zip(output.logits_BSV, wanted_BS, strict=True):
+                nats.add_(F.cross_entropy(logits_SV[:-1].float(), target_S[1:], reduction="sum").cpu().double())
             for row, routing in enumerate(output.routings):
                 load_LE[row] += routing.load_E.cpu()
 
     with evaluating(lm):
-        by_batch("held-out text", text.held_out, {"nats": nats, "load": load_LE}, add)
+        pairs = zip(text.held_out, text.predicted, strict=True)
+        pairs_N2BS = [torch.stack([id_BS, id_BS.masked_fill(~text_BS, _IGNORE)]) for id_BS, text_BS in pairs]
+        by_batch("held-out text", pairs_N2BS, {"nats": nats, "load": load_LE}, add)
     share_LE = load_LE.double() / load_LE.sum(1, keepdim=True).clamp_min(1)
     return {
         "bits_per_byte": float(nats) / math.log(2) / text.held_out_bytes,

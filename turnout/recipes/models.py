@@ -109,7 +109,8 @@ def evaluate_model(
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
     Documents, each opened by the tokenizer's own BOS or else its separator, follow each other in rows of up to 1024
-    tokens; all tokens but the first of a row are predicted. Any tokenizer that tells where each token lies will do.
+    tokens; all tokens of the text are predicted but the first of a row. Any tokenizer that tells where each token lies
+    will do.
 
     Args:
         path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on
@@ -142,7 +143,7 @@ def evaluate_model(
         if found is None:
             got = f"{name}, of which no token can be predicted"
             raise DataError(word("the text", got=got, allowed="hold text", where=where, fix="name more of it"))
-        predicted = sum(batch.numel() - len(batch) for batch in text.held_out)
+        predicted = sum(int(text_BS.sum()) for text_BS in text.predicted)
         values[f"bits_per_byte/{name}"] = found["bits_per_byte"]
         tokens, size, skipped = tokens + predicted, size + text.held_out_bytes, skipped + text.skipped
         nats += found["bits_per_byte"] * text.held_out_bytes
