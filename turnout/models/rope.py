@@ -27,8 +27,8 @@ class Rope(nn.Module):
 
     Source: Su et al., 2021, "RoFormer"; stretched linearly (Chen et al., 2023, "Extending Context Window ... via
     Positional Interpolation"), by parts as Llama 3, by YaRN (Peng et al., 2023), or for long texts alone by LongRoPE
-    (Ding et al., 2024): which frequencies all tokens of a batch have is decided by its longest text, as transformers
-    does it.
+    (Ding et al., 2024): which frequencies all tokens of a batch have is decided by its longest row, padding on the
+    right included, as transformers does it without position ids.
     """
 
     frequency_P: Tensor
