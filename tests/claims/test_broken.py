@@ -16,7 +16,7 @@ from turnout.decide.token import fedins as fedins_router
 from turnout.decide.token.smear import SMEAR
 from turnout.models.jets import Jets
 from turnout.paths import LoRA
-from turnout.reshape import routers
+from turnout.reshape.adapters import routers
 from turnout.reshape.many_to_one.soup import Soup
 from turnout.run import sort
 from turnout.types import Report, Routing
