@@ -782,7 +782,11 @@ def test_configurations_of_gpt_oss_that_do_not_fit_are_refused(keys: dict, match
     [
         ("phi3", {"attention_bias": True}, "attention_bias"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
-        ("phi3", {"rope_parameters": LLAMA3}, "transformers takes 'longrope' alone in a Phi-3"),
+        (
+            "phi3",
+            {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
+            "transformers takes 'longrope' alone in a Phi-3",
+        ),
         ("phi3", {"partial_rotary_factor": 0.4, "rope_parameters": ...}, "rope_share"),
         (
             "phi3",
