@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def test_the_peak_is_at_least_what_is_held() -> None:
     assert memory.peak_memory(CPU) > held.nbytes
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no other way to know")
+def test_a_program_is_not_charged_with_the_one_that_started_it() -> None:
+    held = torch.ones(1 << 27)
+    code = "import torch; from turnout.measure.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.nbytes + 2**27
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process cannot forget")
 def test_a_run_is_not_charged_with_the_one_before_it() -> None:
     done = subprocess.run([sys.executable, "-c", FORGET], capture_output=True, text=True, check=True)
@@ -37,5 +46,6 @@ def test_a_run_is_not_charged_with_the_one_before_it() -> None:
 
 def test_a_system_without_the_module_knows_no_peak(monkeypatch) -> None:
     monkeypatch.setattr(memory, "resource", None)
+    monkeypatch.setattr(memory, "_STATUS", Path("/no/such/file"))
     assert memory.peak_memory(CPU) is None
     assert memory.free_memory() is None or memory.free_memory() > 0

@@ -8,8 +8,9 @@ from small import ids, make, sparse
 
 from turnout.errors import DataError, UsageError
 from turnout.models import LM
-from turnout.reshape import masked, read_me
+from turnout.reshape import read_me
 from turnout.reshape.calibrate import watch
+from turnout.reshape.to_sparse import neuron_masks as masked
 from turnout.run import activate
 from turnout.types import Routing
 
@@ -81,7 +82,9 @@ def test_with_all_neurons_or_all_experts_on_it_is_the_dense_layer(monkeypatch) -
     assert report["relative_difference"] == 0 and same.config == lm.config
     # Two halves that share nothing: each neuron is in one expert, none is always on.
     halves_EF = torch.stack([torch.arange(24) % 2, 1 - torch.arange(24) % 2]).double()
-    monkeypatch.setattr(sys.modules["turnout.reshape.read_me"], "importance", lambda lm, text: [halves_EF, halves_EF])
+    monkeypatch.setattr(
+        sys.modules["turnout.reshape.to_sparse.read_me"], "importance", lambda lm, text: [halves_EF, halves_EF]
+    )
     new, report = read_me(lm, {"a": text["low"], "b": text["high"]}, **SIZES)
     assert report["copies"] == report["left_out"] == [0, 0] and new.blocks[0].ff.shared is None
     x_TD = torch.randn(9, 16, generator=torch.Generator().manual_seed(2))

@@ -4,6 +4,7 @@ Each is given another plausible value in a folder that both read. Where both do,
 their caches; where only transformers does, our refusal names the key, or the tensors that do not fit.
 """
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -166,7 +167,7 @@ def stock(folder: Path) -> Any:
 
 def built(kind: str, keys: dict[str, Any], folder: Path) -> Any:
     """A model that has the changed key from the beginning; None where transformers makes none."""
-    given = {key: value for key, value in keys.items() if value is not ...}
+    given = {key: copy.deepcopy(value) for key, value in keys.items() if value is not ...}
     try:
         torch.manual_seed(1)
         hf = transformers().AutoModelForCausalLM.from_config(transformers().AutoConfig.for_model(kind, **given)).eval()

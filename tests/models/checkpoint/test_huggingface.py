@@ -1,5 +1,6 @@
 """Folders of transformers: its own models are the judges, in both directions."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -447,7 +448,8 @@ def transformers() -> Any:
 def theirs(name: str) -> Any:
     """A random model of transformers, none of its parameters at a neutral value."""
     kind, keys = CASES[name]
-    given = {key: value for key, value in (SIZES | keys).items() if value is not ...}
+    # A copy: configurations of transformers write into the dicts that they are given.
+    given = {key: copy.deepcopy(value) for key, value in (SIZES | keys).items() if value is not ...}
     config = transformers().AutoConfig.for_model(kind, **given)
     torch.manual_seed(len(name))
     model = transformers().AutoModelForCausalLM.from_config(config).eval()

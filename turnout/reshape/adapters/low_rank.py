@@ -75,7 +75,7 @@ def add_low_rank(lm: LM, *, rank: int, alpha: float | None = None, seed: int = 0
     >>> from turnout.models import LMConfig
     >>> lm, report = add_low_rank(LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, hidden=12)), rank=2)
     >>> report["modules"], report["params_added"]
-    (['blocks.0.attention.qkv', 'blocks.0.attention.out', 'blocks.0.ff.up', 'blocks.0.ff.down'], 240)
+    (['blocks.0.attention.qkv', 'blocks.0.attention.out', 'blocks.0.ff.up', 'blocks.0.ff.down'], 248)
 
     Source: Hu et al., 2021, "LoRA"; on all linear maps as Dettmers et al., 2023, "QLoRA".
     """
