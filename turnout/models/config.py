@@ -256,7 +256,7 @@ def _check_heads(config: LMConfig) -> None:
         refuse("head_dim", config.head_width, "be even, for the rotary embedding", "LMConfig",
                 f"head_dim={config.head_width + 1}")  # fmt: skip
     if not 0 < config.rope_share <= 1 or config.rotated_width < 2 or config.rotated_width % 2:
-        got, allowed = config.rope_share, f"be an even part of the {config.head_width} positions of a head"
+        got, allowed = config.rope_share, f"be an even part of a head, of head_dim={config.head_width}"
         refuse(
             "rope_share", got, allowed, "LMConfig", f"rope_share={2 / config.head_width:g} or a multiple of it, to 1"
         )
