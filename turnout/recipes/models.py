@@ -108,9 +108,8 @@ def evaluate_model(
 ) -> Report:
     """Bits per byte, and the load of experts, of a model in any folder on a text; its own tokenizer reads it.
 
-    Documents, each opened by the tokenizer's own BOS or else its separator, follow each other in rows of up to 1024
-    tokens; all tokens of the text are predicted but the first of a row. Any tokenizer that tells where each token lies
-    will do.
+    Documents, each opened by the tokenizer's own BOS or its separator, follow each other in rows of up to 1024 tokens;
+    all tokens of the text are predicted but the first of a row. A tokenizer must tell where each token lies.
 
     Args:
         path: a folder of transformers, one that a conversion wrote, or one of turnout's own models; or its name on
