@@ -16,6 +16,7 @@ from turnout.recipes import stock
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.convert import convert
 from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
+from turnout.recipes.tied import tied
 
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = MLA | {
@@ -290,3 +291,9 @@ def test_tokens_whose_experts_are_tied_are_left_out_and_nothing_else(tmp_path, m
         stock.check_with_transformers(folder, params=1000)
     with pytest.raises(CheckpointError, match="compute the same"):
         stock.check_with_transformers(routed_to_one_of_two(tmp_path / "clear", None), params=1000)
+
+
+def test_a_token_that_takes_all_experts_is_tied_with_none(tmp_path) -> None:
+    folder = folders.make(tmp_path / "all", "olmoe", num_experts=2, num_experts_per_tok=2, intermediate_size=12)
+    lm = checkpoint.from_hf(folder)
+    assert not tied(lm, stock.batch(lm.config)).any()

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from turnout.errors import DataError, word
 from turnout.models import LMConfig
-from turnout.models.checkpoint.own import ORIGIN, is_carried, read_json
+from turnout.models.checkpoint.own import is_carried
 from turnout.train.data import load_tokenizer, read_documents
 from turnout.train.data.document import NotTextError
 from turnout.train.data.spaced import Spaced, spaced
 from turnout.train.data.tokenizer import opening_ids, refuse_chance
 
-__all__ = ["Calibration", "calibration", "find_tokenizer", "trained_here", "whole_text"]
+__all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
 
 _WHERE = "turnout convert --calibration"
 _SEQ, _ROWS = 512, 8
@@ -83,21 +83,6 @@ def find_tokenizer(folder: Path, *, where: str = _WHERE) -> Path:
     raise DataError(
         word("the model", got=str(folder), allowed="have its tokenizer.json beside it", where=where, fix=fix)
     )
-
-
-def trained_here(folder: Path) -> bool:
-    """Whether turnout trained the model in this folder: then every document that it saw began with the separator.
-
-    It did not where the folder is of transformers, or a conversion wrote it from one. A run that began with such a
-    model keeps that model's files too, but in a run folder the model is what was trained.
-    """
-    body = read_json(folder / "config.json", _WHERE)
-    if "model_type" in body or "architectures" in body:
-        return False
-    if folder.name == "model" and (folder.parent / "run.json").is_file():
-        return True
-    before = folder / ORIGIN / "config.json"
-    return not before.is_file() or "model_type" not in read_json(before, _WHERE)
 
 
 def calibration(source: str | Path, folder: Path, *, vocab_size: int, max_seq: int, tokens: int) -> Calibration:

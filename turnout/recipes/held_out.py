@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from turnout.measure.evaluate import rows_mix
+from turnout.measure.evaluate import IGNORE, rows_mix
 from turnout.models import LM
 from turnout.recipes.calibration import Calibration
 from turnout.reshape.calibrate import blocks, evaluating
 from turnout.reshape.resumable import by_batch
 
 __all__ = ["measured"]
-
-_IGNORE = -100  # a target that cross_entropy passes over
 
 
 @torch.no_grad()
@@ -50,7 +48,7 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
 
     with evaluating(lm):
         pairs = zip(text.held_out, text.predicted, strict=True)
-        pairs_N2BS = [torch.stack([id_BS, id_BS.masked_fill(~text_BS, _IGNORE)]) for id_BS, text_BS in pairs]
+        pairs_N2BS = [torch.stack([id_BS, id_BS.masked_fill(~text_BS, IGNORE)]) for id_BS, text_BS in pairs]
         by_batch("held-out text", pairs_N2BS, {"nats": nats, "load": load_LE}, add)
     share_LE = load_LE.double() / load_LE.sum(1, keepdim=True).clamp_min(1)
     return {

@@ -12,8 +12,9 @@ from turnout.errors import DataError, UsageError, word
 from turnout.hub import located
 from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
+from turnout.models.checkpoint.own import ORIGIN, read_json
 from turnout.models.placed import placed
-from turnout.recipes.calibration import find_tokenizer, trained_here, whole_text
+from turnout.recipes.calibration import find_tokenizer, whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
 from turnout.train.data import load_tokenizer
@@ -39,7 +40,7 @@ def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
     lm, _ = open_model(folder)
-    return _Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
+    return _Opened(placed(lm.eval(), device), found.name, folder, _trained_here(folder))
 
 
 def sample_model(
@@ -157,6 +158,21 @@ def evaluate_model(
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
     context = {"run": opened.name, "device": shown(opened.lm.embedding.device), "hardware": hardware()}
     return Report(f"the model in {opened.name}", values, notes, context)
+
+
+def _trained_here(folder: Path) -> bool:
+    """Whether turnout trained the model in this folder: then every document that it saw began with the separator.
+
+    It did not where the folder is of transformers, or a conversion wrote it from one. A run that began with such a
+    model keeps that model's files too, but in a run folder the model is what was trained.
+    """
+    body = read_json(folder / "config.json", "turnout")
+    if "model_type" in body or "architectures" in body:
+        return False
+    if folder.name == "model" and (folder.parent / "run.json").is_file():
+        return True
+    before = folder / ORIGIN / "config.json"
+    return not before.is_file() or "model_type" not in read_json(before, "turnout")
 
 
 def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:

@@ -52,7 +52,9 @@ def _close(routing: Routing) -> Tensor:
     taken_TE, score_TE = _taken(routing), routing.score_TE.float()
     least_T = score_TE.masked_fill(~taken_TE, float("inf")).amin(1)
     best_T = score_TE.masked_fill(taken_TE, float("-inf")).amax(1)
-    return (least_T - best_T).abs() <= _SCORES * best_T.abs()
+    # A token that takes all experts, or none, has nothing to be tied with.
+    both_T = least_T.isfinite() & best_T.isfinite()
+    return both_T & ((least_T - best_T).abs() <= _SCORES * best_T.abs())
 
 
 @contextlib.contextmanager

@@ -471,10 +471,14 @@ def ours(name: str) -> LM:
     return lm
 
 
+def batch(vocab_size: int, seed: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, 23), generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
-def assert_same(hf: Any, lm: LM, atol: float = 1e-4) -> None:
+def assert_same(hf: Any, lm: LM, atol: float = 1e-4, seed: int = 0) -> None:
     """Equal logits at every position, whole and token by token through both caches."""
-    id_BS = torch.randint(lm.config.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
+    id_BS = batch(lm.config.vocab_size, seed)
     want = hf(id_BS).logits
     assert want.std() > 0.01
     torch.testing.assert_close(lm(id_BS).logits_BSV, want, rtol=0, atol=atol)
