@@ -23,11 +23,10 @@ from turnout.models import LM, LMConfig, checkpoint
 from turnout.models.config import MoEConfig
 from turnout.recipes import execute as executing
 from turnout.recipes import tiny_dense
-from turnout.recipes.calibration import trained_here
 from turnout.recipes.convert import convert
 from turnout.recipes.execute import execute
 from turnout.recipes.inspect import evaluate_run
-from turnout.recipes.models import evaluate_model, sample_model
+from turnout.recipes.models import evaluate_model, sample_model, trained_here
 from turnout.recipes.run import Run
 from turnout.recipes.size import least_bytes
 from turnout.recipes.steps import Drop, Upcycle

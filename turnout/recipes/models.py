@@ -23,7 +23,7 @@ from turnout.train.data.tokenizer import opening_ids, own_opening
 from turnout.types import Report
 from turnout.types.device import shown
 
-__all__ = ["evaluate_model", "sample_model"]
+__all__ = ["evaluate_model", "sample_model", "trained_here"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
     lm, _ = open_model(folder)
-    return _Opened(placed(lm.eval(), device), found.name, folder, _trained_here(folder))
+    return _Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
 
 
 def sample_model(
@@ -160,7 +160,7 @@ def evaluate_model(
     return Report(f"the model in {opened.name}", values, notes, context)
 
 
-def _trained_here(folder: Path) -> bool:
+def trained_here(folder: Path) -> bool:
     """Whether turnout trained the model in this folder: then every document that it saw began with the separator.
 
     It did not where the folder is of transformers, or a conversion wrote it from one. A run that began with such a
