@@ -3,10 +3,10 @@
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import torch
+from broken import Case, family
 from torch.nn import functional as F
 
 from house import ROOT
@@ -21,21 +21,6 @@ from turnout.reshape.adapters import routers
 from turnout.reshape.many_to_one.soup import Soup
 from turnout.run import sort
 from turnout.types import Report, Routing
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """How a claim's mechanism is broken, at what scale, and what is seen of it.
-
-    ``seen``: the arm is "equal" to the off arm to the last digits, "near" it (within a twentieth), or "lost" at least
-    half of what the whole mechanism gains over it.
-    """
-
-    broken: Callable[[pytest.MonkeyPatch], None]
-    seen: Literal["equal", "near", "lost"] = "equal"
-    pairs: dict[str, str] | None = None  # measured -> what it is like now; the claim's own unless said
-    small: dict[str, object] = dataclasses.field(default_factory=dict)
-    taught: int = 0  # steps of the models that exist already, where the claim changes such
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -256,9 +241,12 @@ CASES = {
     ),
 }
 
+for each in claims.FAMILIES:
+    CASES |= family(each)
+
 
 def test_every_claim_is_broken_here():
-    assert list(CASES) == claims.__all__
+    assert sorted(CASES) == sorted(claims.__all__)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 
+from turnout.claims import scale
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
 from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
@@ -64,6 +65,25 @@ __all__ = [
 ]
 
 
+FAMILIES = {"scale": scale}
+
+
+def family(name: str) -> list[str]:
+    """The names of the claims of one family, in their order.
+
+    Raises:
+        UnknownNameError: there is no such family; the nearest is offered.
+
+    >>> set(family("scale")) <= set(__all__)
+    True
+
+    Source: none; plain bookkeeping.
+    """
+    if name not in FAMILIES:
+        raise nearest(name, list(FAMILIES), kind="family", where="turnout verify")
+    return FAMILIES[name].__all__
+
+
 def find(name: str) -> Callable[[], Claim]:
     """The claim of this name.
 
@@ -79,7 +99,8 @@ def show(result: Result) -> str:
     """The claim and its evidence as a few lines of text."""
     claim, few = result.claim, len(result.seeds) < FEWEST_SEEDS
     verdict = f"no verdict from {len(result.seeds)} of at least {FEWEST_SEEDS} seeds" if few else _verdict(result)
-    lines = [f"{claim.name}: {verdict} ({result.seconds:.0f} s)", f"  {claim.statement}"]
+    how = "simulated, " if claim.simulated else ""
+    lines = [f"{claim.name}: {verdict} ({how}{result.seconds:.0f} s)", f"  {claim.statement}"]
     for one in result.evidence:
         row, seen = one.row, "--" if few else "ok" if one.holds else "NO"
         measured, control = statistics.fmean(one.measured), statistics.fmean(one.control)

@@ -149,6 +149,7 @@ class Claim:
         seconds: roughly what one seed takes on one core.
         note: what a reader of the numbers must know; ``{name}`` is the mean of a value over the seeds.
         limits: what every value lies between, whatever the seed.
+        simulated: whether what the paper times on hardware is computed here by a simulator instead.
 
     Raises:
         UsageError: a row of the mechanism that the off arm does not touch, or none held against it.
@@ -166,6 +167,7 @@ class Claim:
     seconds: float
     note: str = ""
     limits: tuple[float, float] = (0.0, 10.0)
+    simulated: bool = False
 
     def __post_init__(self) -> None:
         mechanism = [row for row in self.rows if not row.headline]
@@ -255,6 +257,7 @@ class Result:
             for one in self.evidence
         ]
         claim = {name: getattr(self.claim, name) for name in ("name", "statement", "source", "off")}
+        claim |= {"simulated": True} if self.claim.simulated else {}
         verdicts = {"mechanism": self.mechanism, "headline": self.headline, "holds": self.holds}
         values = {name: list(self.all(name)) for name in self.values[0]}
         measured = {"note": self.note, "seeds": list(self.seeds), "values": values, "seconds": self.seconds}

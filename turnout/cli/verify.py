@@ -4,6 +4,7 @@ examples:
   turnout verify                             list the claims
   turnout verify loss_free                   run one: two and a half minutes on one core at most
   turnout verify loss_free --seeds 0,1,2     on other seeds than the published ones
+  turnout verify --family scale              run those of one family
   turnout verify --all --jobs 2 --json table.json
                                              run all: 40 minutes on two cores
   turnout verify --all --jobs 2 --json table.json --resume
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout verify`` takes."""
     parser.add_argument("names", nargs="*", metavar="CLAIM", help="the claims to run; without one, they are listed")
     parser.add_argument("--all", action="store_true", help="run every claim")
+    parser.add_argument("--family", metavar="NAME", help="run every claim of one family: scale")
     parser.add_argument("--seeds", metavar="N,N,N", help="1 to 10 seeds; without it, the published ones")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, one thread each (1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results here, after each claim")
@@ -32,12 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the claims; the exit code is 1 when one does not hold."""
-    if arguments.names or arguments.all:
+    if arguments.names or arguments.all or arguments.family:
         _check(arguments)  # before torch loads
     from turnout import claims
     from turnout.claims.table import Table, measured
 
-    names = list(claims.__all__) if arguments.all else arguments.names
+    names = list(claims.__all__) if arguments.all else list(arguments.names)
+    if arguments.family and not arguments.all:
+        names += [name for name in claims.family(arguments.family) if name not in names]
     chosen = [claims.find(name)() for name in names]
     if not chosen:
         print("claims (turnout verify NAME, or --all):")
