@@ -8,11 +8,14 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
+from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.padding import spread
+from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
 from turnout.types.trace import Trace
@@ -21,11 +24,14 @@ from turnout.types.weights import ExpertWeights
 
 __all__ = [
     "Budget",
+    "Cluster",
     "Cost",
     "ExpertWeights",
     "FactoredWeights",
     "Given",
+    "Layout",
     "LowRankWeights",
+    "Plan",
     "Report",
     "Routing",
     "Trace",
