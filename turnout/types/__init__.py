@@ -21,8 +21,10 @@ from turnout.types.routing import Routing
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.weights import ExpertWeights
+from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
+    "BlockSize",
     "Budget",
     "Cluster",
     "Cost",
@@ -36,5 +38,6 @@ __all__ = [
     "Routing",
     "Trace",
     "TraceWriter",
+    "Workload",
     "spread",
 ]
