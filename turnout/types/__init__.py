@@ -18,11 +18,13 @@ from turnout.types.padding import spread
 from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
+from turnout.types.schedule import Action, Schedule
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.weights import ExpertWeights
 
 __all__ = [
+    "Action",
     "Budget",
     "Cluster",
     "Cost",
@@ -34,6 +36,7 @@ __all__ = [
     "Plan",
     "Report",
     "Routing",
+    "Schedule",
     "Trace",
     "TraceWriter",
     "spread",
