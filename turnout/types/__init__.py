@@ -8,6 +8,8 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.block_costs import BlockCosts, Line
+from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.factored import FactoredWeights
@@ -23,6 +25,9 @@ from turnout.types.trace_writer import TraceWriter
 from turnout.types.weights import ExpertWeights
 
 __all__ = [
+    "BlockCosts",
+    "BlockSchedule",
+    "BlockTask",
     "Budget",
     "Cluster",
     "Cost",
@@ -30,6 +35,7 @@ __all__ = [
     "FactoredWeights",
     "Given",
     "Layout",
+    "Line",
     "LowRankWeights",
     "Plan",
     "Report",
