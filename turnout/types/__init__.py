@@ -8,6 +8,8 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.block_costs import BlockCosts, Line
+from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.factored import FactoredWeights
@@ -26,7 +28,10 @@ from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
     "Action",
+    "BlockCosts",
+    "BlockSchedule",
     "BlockSize",
+    "BlockTask",
     "Budget",
     "Cluster",
     "Cost",
@@ -34,6 +39,7 @@ __all__ = [
     "FactoredWeights",
     "Given",
     "Layout",
+    "Line",
     "LowRankWeights",
     "Plan",
     "Report",
