@@ -17,6 +17,7 @@ from turnout.types.given import Given
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.padding import spread
+from turnout.types.placement import Moves, Placement
 from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
@@ -41,6 +42,8 @@ __all__ = [
     "Layout",
     "Line",
     "LowRankWeights",
+    "Moves",
+    "Placement",
     "Plan",
     "Report",
     "Routing",
