@@ -18,7 +18,20 @@ from turnout.errors import Interrupted, TurnoutError
 
 # Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 # None of them imports torch before ``run``, so that help is instant.
-COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "convert", "certify", "verify", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "run",
+    "eval",
+    "sample",
+    "report",
+    "convert",
+    "certify",
+    "plan",
+    "verify",
+    "methods",
+    "doctor",
+)
 
 _EXAMPLES = """\
 a job each:
