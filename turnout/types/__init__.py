@@ -18,12 +18,14 @@ from turnout.types.padding import spread
 from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
+from turnout.types.schedule import Action, Schedule
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.weights import ExpertWeights
 from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
+    "Action",
     "BlockSize",
     "Budget",
     "Cluster",
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "Report",
     "Routing",
+    "Schedule",
     "Trace",
     "TraceWriter",
     "Workload",
