@@ -133,7 +133,14 @@ def torch_schedule(name: str, *, ranks: int, microbatches: int, chunks: int | No
         got = f"{name!r} with {ranks} ranks, {microbatches} microbatches, {chunks or 'the usual'} stages on each"
         allowed, fix = f"be one that torch can make ({error})", "see torch.distributed.pipelining's schedules"
         raise UsageError(word("the schedule", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
-    orders = [[Action.parse(str(action)) for action in row if action is not None] for row in rows]
+    orders = []
+    for row in rows:
+        order = [Action.parse(str(action)) for action in row if action and action.is_compute_op]
+        # Torch 2.13 numbers the forwards of 1F1B's last rank from 1.
+        late = name.lower() == "1f1b" and min(one.microbatch or 0 for one in order if one.kind == "F")
+        orders.append(
+            [one._replace(microbatch=(one.microbatch or 0) - late) if one.kind == "F" else one for one in order]
+        )
     return Schedule.of(name, orders)
 
 
