@@ -186,9 +186,13 @@ class LMStage(nn.Module):
         places = _places(id_BS, attention_mask)
         if self.first:
             x_BSD = self._embedded(id_BS, places)
-        assert x_BSD is not None, "a stage after the first is given what the one before made"
-        generator = None if seed is None else torch.Generator(x_BSD.device)
-        if generator is not None:
+        if x_BSD is None:
+            fix = "hand it the output of the stage before, as turnout.run.pipeline.Pipeline does"
+            got, allowed = "nothing", f"be there for stage {self.stage}, which does not embed,"
+            raise UsageError(word("x_BSD", got=got, allowed=allowed, where="LMStage", fix=fix))
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(x_BSD.device)
             generator.manual_seed((seed + self.stage * _SEED_STEP) % 2**63)
         x_BSD, routings = self._through(x_BSD, id_BS, places, backend, generator)
         side = self.side(routings) if self.side is not None and routings else None
