@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import UsageError, word
+from turnout.errors import ShapeError, UsageError, word
 from turnout.layers import MoE
 from turnout.models.block import Block
 from turnout.models.config import LMConfig
@@ -153,7 +153,24 @@ class LMStage(nn.Module):
         return list(self.blocks)  # pyrefly: ignore[bad-return] - nn.ModuleList knows only Modules
 
     def carries(self, *, id_BS: Tensor, **_: object) -> Carried:
-        """(B, S, D) in the dtype of the weights."""
+        """(B, S, D) in the dtype of the weights.
+
+        Raises:
+            ShapeError: ids that are not (B, S), or longer than the model reads.
+            UsageError: an id outside the vocabulary (looked at on a CPU).
+        """
+        most, vocabulary = self.config.max_seq, self.config.vocab_size
+        if id_BS.ndim != 2 or not 0 < id_BS.shape[1] <= most or id_BS.is_floating_point():
+            got, allowed = f"{id_BS.dtype} of shape {tuple(id_BS.shape)}", f"be whole numbers (B, S), S up to {most}"
+            raise ShapeError(
+                word("id_BS", got=got, allowed=allowed, where="LMStage", fix=f"cut texts to {most} tokens")
+            )
+        if id_BS.device.type == "cpu" and id_BS.numel():
+            low, high = (int(bound) for bound in id_BS.aminmax())
+            if low < 0 or high >= vocabulary:
+                fix = "use the tokenizer that the model was trained with"
+                got, allowed = f"{low} to {high}", f"be from 0 to {vocabulary - 1}"
+                raise UsageError(word("id_BS", got=got, allowed=allowed, where="LMStage", fix=fix))
         return Carried((*id_BS.shape, self.config.width), self.dtype)
 
     def forward(

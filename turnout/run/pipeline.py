@@ -7,6 +7,7 @@ several stages hold keep one gradient. What is torch's own, and private there, i
 import collections
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -173,14 +174,14 @@ class Pipeline:
         told = {str(index): [str(one) for one in row] for index, row in mine.items()}
         text = json.dumps([told, problem, [_sizes(each) for each in microbatches]])
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        words = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.schedule.ranks)]
-        dist.all_gather(words, words[0].new_tensor([digest]), group=self.group)
-        agreed = tuple(int(each) for each in words)
-        if agreed == self._agreed:
+        words = [torch.zeros(2, dtype=torch.int64, device=self.device) for _ in range(self.schedule.ranks)]
+        dist.all_gather(words, words[0].new_tensor([digest, _content(microbatches)]), group=self.group)
+        agreed, contents = zip(*(each.tolist() for each in words), strict=True)
+        if agreed == self._agreed and len(set(contents)) == 1:
             return
         said: list[Any] = [None] * self.schedule.ranks
         dist.all_gather_object(said, (problem, mine, [_sizes(each) for each in microbatches]), group=self.group)
-        _refuse(said)
+        _refuse(said, contents)
         handed = {index: row for _, rows, _ in said for index, row in rows.items()}
         if self._agreed is None:
             self._runtime._warmup_p2p(cast(Any, self._stages), True, False)
@@ -237,7 +238,19 @@ def _sizes(microbatch: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in sorted(microbatch.items()) if isinstance(value, Tensor)}
 
 
-def _refuse(said: Sequence[tuple[str, Any, Any]]) -> None:
+def _content(microbatches: Sequence[Mapping[str, Any]]) -> int:
+    """A number that tells microbatches apart that have the same shapes."""
+    found = 0
+    for each in microbatches:
+        for _, value in sorted(each.items()):
+            if isinstance(value, Tensor):
+                found = zlib.crc32(value.detach().contiguous().view(torch.uint8).cpu().numpy(), found)
+            else:
+                found = zlib.crc32(repr(value).encode(), found)
+    return found
+
+
+def _refuse(said: Sequence[tuple[str, Any, Any]], contents: Sequence[int]) -> None:
     """Raises the same on every rank where one cannot take part, or was given other microbatches.
 
     Raises:
@@ -249,7 +262,8 @@ def _refuse(said: Sequence[tuple[str, Any, Any]]) -> None:
         if problem:
             problems[problem].append(rank)
     if problems:
-        raise UsageError("; ".join(f"rank {ranks} of the pipeline: {text}" for text, ranks in problems.items()))
+        where = "; ".join(f"on {_ranks(ranks)} of the pipeline: {text}" for text, ranks in problems.items())
+        raise UsageError(where)
     first = said[0][2]
     for rank, (_, _, sizes) in enumerate(said):
         for index, (one, other) in enumerate(zip(first, sizes, strict=True)):
@@ -257,3 +271,11 @@ def _refuse(said: Sequence[tuple[str, Any, Any]]) -> None:
                 got = f"microbatch {index}: {one} on rank 0 of the pipeline, {other} on rank {rank}"
                 allowed, fix = "have the same shapes on all ranks of a pipeline", "read the same batch on all of them"
                 raise ShapeError(word("microbatches", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    others = [rank for rank, content in enumerate(contents) if content != contents[0]]
+    if others:
+        got, allowed = f"others on {_ranks(others)} of the pipeline than on rank 0", "be the same on all its ranks"
+        raise UsageError(word("microbatches", got=got, allowed=allowed, where=_WHERE, fix="read the same batch on all"))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from turnout.errors import MissingExtraError, ShapeError, UsageError, word
 from turnout.types.schedule import Action, Schedule
@@ -178,6 +179,10 @@ class Stage(PipelineStage):
 
     def prepare(self, takes: Sequence[Carried] | None, gives: Sequence[Carried] | None, count: int) -> None:
         """Makes room for what arrives: from the stage before, and from the one after, its gradients."""
+        if isinstance(self.submod, FSDPModule):
+            # The schedule says when a stage is gathered and dropped. Parts that drop themselves after each forward pass
+            # are not there when torch looks for the weights of I and W, and go without a gradient.
+            self.submod.set_reshard_after_forward(False)
         before, after = self.stage_index - 1, self.stage_index + 1
         self.chunks = count
         self._takes = None if takes is None else [_meta(each) for each in takes]
