@@ -2,6 +2,7 @@
 
 from turnout.solve.assignment import assignment
 from turnout.solve.solution import Solution
+from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
-__all__ = ["Solution", "assignment", "transport"]
+__all__ = ["Solution", "Timeline", "assignment", "timeline", "transport"]

@@ -28,6 +28,8 @@ class Plan:
         stages: how many blocks each stage has, in order; pp x (stages of one device) of them. None for even ones.
         gather: how the parameters travel when they are gathered: as they are, in bf16, or as blockwise int8.
         reduce: how gradients travel: as they are, in bf16, or as blockwise int4.
+        recompute: whether of each block only its input is kept, and the block run again for its backward pass; not with
+            schedules that split that pass.
         secondary: over how many devices parameters stay gathered between forward and backward pass; None for all or
             none, as ``layout.zero`` says.
 
@@ -48,6 +50,7 @@ class Plan:
     gather: Literal["full", "bf16", "int8"] = "full"
     reduce: Literal["full", "bf16", "int4"] = "full"
     secondary: int | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         def refuse(what: str, got: object, allowed: str, fix: str) -> UsageError:
