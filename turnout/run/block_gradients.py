@@ -9,7 +9,7 @@ from turnout.errors import UsageError, word
 
 __all__ = ["BlockGradients"]
 
-_WHERE = "turnout.run.play_blocks"
+_WHERE = "turnout.run.BlockPlayer"
 
 
 class BlockGradients:
