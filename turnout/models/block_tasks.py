@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from turnout.decide.token import GroupLimited, Hash, LossFree, Switch, TopK
+from turnout.decide.token import GroupLimited, Hash, LossFree, TopK
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
-from turnout.models.attention import Angles
+from turnout.models.batch import Batch
 from turnout.models.block import Block
 from turnout.models.padding import Places
 from turnout.paths import Bank
@@ -17,28 +17,11 @@ from turnout.run import activate
 from turnout.run.block_parts import Gated
 from turnout.wrappers import unwrapped
 
-__all__ = ["Batch", "BlockTasks"]
+__all__ = ["BlockTasks"]
 
 _WHERE = "turnout.models.BlockTasks"
-# Routers that look at one token at a time, so that a part of a batch is routed as in the whole.
-_ALONE = (TopK, Switch, LossFree, GroupLimited, Hash)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """What blocks want to know of a batch beside its tokens' vectors.
-
-    Args:
-        id_BS: the token ids.
-        angles_L: each block's rotary angles, (S, P) or (B, S, P).
-        places: where padding is; None for none.
-
-    Source: none; plain bookkeeping.
-    """
-
-    id_BS: Tensor
-    angles_L: Sequence[Angles]
-    places: Places | None = None
+# Routers that look at one token at a time, so that a part of a batch is routed as in the whole, and none that draws.
+_ALONE = (TopK, LossFree, GroupLimited, Hash)
 
 
 class BlockTasks:
