@@ -132,11 +132,11 @@ class BlockPlayer:
         return dense, expert
 
     def _turned(self) -> list[tuple[int, ...]]:
-        """The chunks of the last block whose loss is taken together, in the order that their backward pass begins."""
+        """The chunks of the last block whose loss is taken together, in the order that the wire waits for them."""
         schedule, last = self.schedule, self.schedule.blocks - 1
         if schedule.turn == "whole":
             return [tuple(range(schedule.expert_chunks))]
-        return [(one.chunk,) for one in schedule.compute if one.kind in ("E'", "Ex") and one.block == last]
+        return [(one.chunk,) for one in schedule.wire if one.kind == "C'" and one.block == last]
 
     def step(self, x_BSD: Tensor, loss: Loss, about: Any = None) -> Played:
         """One step: the gradients of the parameters are added to their ``grad``, summed over ranks.
