@@ -119,7 +119,9 @@ class BlockPlayer:
         for what, (ranks_of, sizes, there) in unsummed.items():
             if there and bool(sizes) != (ranks_of is not None and ranks_of.size() > 1):
                 several = f"{1 if ranks_of is None else ranks_of.size()} ranks"
-                allowed = f"be pieces of the gradient where several ranks sum it, and none where one has it; here {several}"
+                allowed = (
+                    f"be pieces of the gradient where several ranks sum it, and none where one has it; here {several}"
+                )
                 raise UsageError(word(what, got=sizes, allowed=allowed, where=_WHERE, fix=f"plan with its {what}"))
 
     def _gradients(self) -> tuple[list[BlockGradients], list[BlockGradients]]:

@@ -43,7 +43,10 @@ class BlockGradients:
         self.flat = torch.zeros(count, dtype=first.dtype, device=first.device)
         if sizes and sum(sizes) != self.bytes:
             got = f"{len(sizes)} pieces of {sum(sizes)} bytes in all"
-            allowed, fix = f"be of the {self.bytes} bytes of {what}", "plan with costs that were profiled for this model"
+            allowed, fix = (
+                f"be of the {self.bytes} bytes of {what}",
+                "plan with costs that were profiled for this model",
+            )
             raise UsageError(word("the pieces of the gradient", got=got, allowed=allowed, where=_WHERE, fix=fix))
         ends = torch.tensor([0, *sizes]).cumsum(0) // max(first.element_size(), 1)
         self._ends: list[int] = ends.tolist()

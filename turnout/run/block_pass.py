@@ -180,7 +180,9 @@ class BlockPass:
     def _run_experts(self, block: int, chunk: int) -> None:
         count_GE, part = self.count_GE[block, chunk], self.parts[block]
         load = count_GE.sum(0).tolist()
-        slot_N = torch.arange(len(load), device=count_GE.device).repeat(self.ranks).repeat_interleave(count_GE.flatten())
+        slot_N = (
+            torch.arange(len(load), device=count_GE.device).repeat(self.ranks).repeat_interleave(count_GE.flatten())
+        )
         order_N = slot_N.argsort(stable=True)
 
         def work(owed: Any, row_ND: Tensor) -> tuple[Tensor, ...]:
@@ -261,7 +263,11 @@ class BlockPass:
             packed, (weight_R, *kept) = self.packed[block, chunk], self._packed_slopes.pop((block, chunk))
             row_RD = self.row_slopes.pop((block, chunk))
             x_TD = row_RD.new_zeros(packed.kept[0].shape[0], row_RD.shape[1]).index_add_(0, packed.token_R, row_RD)
-            self._unpacked[block, chunk] = x_TD, torch.empty_like(weight_R).index_copy_(0, packed.order_R, weight_R), *kept
+            self._unpacked[block, chunk] = (
+                x_TD,
+                torch.empty_like(weight_R).index_copy_(0, packed.order_R, weight_R),
+                *kept,
+            )
         return self._unpacked[block, chunk]
 
     def _ungate(self, block: int, chunk: int) -> None:
