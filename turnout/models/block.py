@@ -103,16 +103,17 @@ class Block(nn.Module):
         routing: Routing | None = None,
     ) -> tuple[Tensor, Routing | None]:
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
-        x_BSD = self._add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
         ff: Any = self.ff  # or what wraps it
         if isinstance(unwrapped(ff), FeedForward):
-            return self._add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
+            return self.add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
-        return self._add(x_BSD, routed.output, self.ff_out_norm), routed.routing
+        return self.add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 
-    def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
+    def add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
+        """What a layer makes of x, normed, scaled and added to it."""
         change_BSD = change_BSD if norm is None else norm(change_BSD)
         return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
 
