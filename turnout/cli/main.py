@@ -28,6 +28,7 @@ COMMANDS = (
     "convert",
     "certify",
     "parity",
+    "plan",
     "verify",
     "methods",
     "doctor",
