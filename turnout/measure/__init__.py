@@ -13,6 +13,7 @@ from turnout.measure.passage import Passage
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
+from turnout.measure.simulate import calibrated, simulate
 
 __all__ = [
     "Certificate",
@@ -21,6 +22,7 @@ __all__ = [
     "ReportData",
     "RunData",
     "bits_per_byte",
+    "calibrated",
     "certify",
     "coefficient_of_variation",
     "compare",
@@ -39,6 +41,7 @@ __all__ = [
     "results_rows",
     "results_table",
     "sharpness",
+    "simulate",
     "weights_digest",
 ]
 

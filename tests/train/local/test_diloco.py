@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tests.train.local.fleet import batches, data_parallel, flat, fleet, model, step, walk
 from torch import nn
 
+from tests.train.local.fleet import batches, data_parallel, flat, fleet, model, step, walk
 from turnout.errors import UsageError
 from turnout.train.local import DiLoCo, nesterov, payload_bytes, rounded
 
