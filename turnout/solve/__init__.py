@@ -1,7 +1,11 @@
 """Pure functions from arrays to a ``Solution``: the mathematics under the decisions of every other room."""
 
 from turnout.solve.assignment import assignment
+from turnout.solve.chain import chain
+from turnout.solve.kept_bound import kept_bound
+from turnout.solve.milp import Program, milp
 from turnout.solve.solution import Solution
+from turnout.solve.surrogate import Surrogate, surrogate
 from turnout.solve.transport import transport
 
-__all__ = ["Solution", "assignment", "transport"]
+__all__ = ["Program", "Solution", "Surrogate", "assignment", "chain", "kept_bound", "milp", "surrogate", "transport"]

@@ -21,6 +21,7 @@ from turnout.types.report import Report
 from turnout.types.routing import Routing
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
+from turnout.types.traffic import Traffic
 from turnout.types.weights import ExpertWeights
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "Routing",
     "Trace",
     "TraceWriter",
+    "Traffic",
     "spread",
 ]
