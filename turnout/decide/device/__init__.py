@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Which device holds what, and which work it does when."""
 
 from turnout.decide.device.block_schedule import block_schedule
@@ -33,3 +34,11 @@ __all__ = [
     "zb_h2",
     "zbv",
 ]
+=======
+"""What runs on which device, and when: where experts lie, which flow takes which path."""
+
+from turnout.decide.device import place
+from turnout.decide.device.flows import Flows, ecmp, flows
+
+__all__ = ["Flows", "ecmp", "flows", "place"]
+>>>>>>> w-g
