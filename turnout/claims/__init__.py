@@ -26,10 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale.co2 import co2
-from turnout.claims.scale.coded import coded
-from turnout.claims.scale.diloco import diloco
-from turnout.claims.scale.one_byte import one_byte
+from turnout.claims.scale import co2, coded, diloco, one_byte, zero
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -70,6 +67,7 @@ __all__ = [
     "split",
     "stragglers",
     "upcycle",
+    "zero",
 ]
 
 

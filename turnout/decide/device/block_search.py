@@ -1,0 +1,153 @@
+"""Search from a schedule of blocks to a shorter one: over its shape, its ranks, and its orders."""
+
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best
+from turnout.solve.timeline import ends
+from turnout.types import BlockCosts
+
+__all__ = ["by_orders", "by_ranks", "by_shape"]
+
+
+def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float, carry: bool) -> list[Found]:
+    """List scheduling of shapes around one, a choice at a time for as long as that helps; the shortest first.
+
+    Source: none; coordinate descent with every rule at each.
+    """
+    found: dict[Shape, Found] = {}
+
+    def tried(shapes: Iterable[Shape]) -> Found:
+        for shape in shapes:
+            fits = max(shape.attention_chunks, shape.expert_chunks) <= costs.most_chunks
+            shape = _windowed(shape, blocks, most_alive)
+            if fits and shape is not None and shape not in found:
+                found[shape] = best(costs, blocks, [shape], tuple(RULES))
+        return min(found.values(), key=lambda one: one.seconds)
+
+    halves = list(itertools.product((False, True), repeat=2))
+    turns = (False, True) if costs.sums else (False,)
+    flags = [{"halve_attention": a, "halve_experts": e, "by_chunk": k} for a, e in halves for k in turns]
+    if not found and most_alive < blocks:
+        tried(Shape(n, n, start.pieces, by_chunk=True) for n in range(1, costs.most_chunks + 1))
+    now, before = tried([start]), math.inf
+    while now.seconds < before:
+        before = now.seconds
+        now = tried(dataclasses.replace(now.shape, window=None, **flag) for flag in flags)
+        now = tried(_degrees(now.shape))
+        now = tried(dataclasses.replace(now.shape, window=None, pieces=n) for n in _near(now.shape.pieces))
+        if carry:
+            now = tried(dataclasses.replace(now.shape, window=None, carry=n) for n in (*range(1, blocks), None))
+    return sorted(found.values(), key=lambda one: one.seconds)
+
+
+def _near(count: int) -> list[int]:
+    return [n for n in (count // 2, count - 1, count + 1, 2 * count) if n >= 1]
+
+
+def _degrees(shape: Shape) -> Iterator[Shape]:
+    a, e = shape.attention_chunks, shape.expert_chunks
+    pairs = {(a + i, e + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} | {(a, 2 * a), (e, e), (a, a), (2 * e, e)}
+    for n, m in sorted(pairs):
+        if n >= 1 and m >= 1:
+            yield dataclasses.replace(shape, attention_chunks=n, expert_chunks=m, window=None)
+
+
+def _windowed(shape: Shape, blocks: int, most_alive: float) -> Shape | None:
+    """The shape with as many chunks under way as may be; None where it cannot be kept to."""
+    if most_alive >= blocks:
+        return shape
+    window = math.floor(most_alive * shape.attention_chunks / blocks + 1e-9)
+    if window < 1 or not shape.by_chunk or shape.attention_chunks != shape.expert_chunks:
+        return None
+    return dataclasses.replace(shape, window=window if window < shape.attention_chunks else None)
+
+
+def by_ranks(found: Found, *, tries: int, chance: random.Random) -> Found:
+    """The same shape with ranks pushed about at random, of one task or of all of a kind; what is no worse is kept.
+
+    Source: Bean, 1994, "Genetic algorithms and random keys"; here one of them, climbing.
+    """
+    graph, width = found.graph, len(found.graph.tasks)
+    groups: dict[object, list[int]] = {}
+    for at, task in enumerate(graph.tasks):
+        for key in ((task.kind, task.block), task.kind, at):
+            groups.setdefault(key, []).append(at)
+    moved, rank, shortest = list(groups.values()), _rank_of(found), found
+    for _ in range(tries):
+        trial = rank[:]
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            push = chance.gauss(0.0, width * chance.choice((0.02, 0.1, 0.3)))
+            for at in chance.choice(moved):
+                trial[at] += push
+        orders = graph.by_rank(trial)
+        seconds = graph.makespan(orders)
+        if seconds <= shortest.seconds:
+            rank, shortest = trial, found._replace(seconds=seconds, orders=orders)
+    return shortest
+
+
+def _rank_of(found: Found) -> list[float]:
+    """Ranks with which list scheduling gives these orders, or nearly: when each task starts."""
+    graph = found.graph
+    ended = ends(found.orders, graph.seconds, graph.lagged)
+    assert ended is not None
+    order = sorted(range(len(ended)), key=lambda task: (ended[task] - graph.seconds[task], task))
+    rank = [0.0] * len(ended)
+    for place, task in enumerate(order):
+        rank[task] = float(place)
+    return rank
+
+
+def by_orders(found: Found, *, tries: int, chance: random.Random) -> Found:
+    """The same shape with tasks of the longest chain moved before their neighbours on a resource.
+
+    A move that is worse is sometimes kept, ever less often.
+
+    Source: Nowicki and Smutnicki, 1996, "A fast taboo search algorithm for the job shop": only moves on the longest
+        chain can help; van Laarhoven et al., 1992, "Job shop scheduling by simulated annealing".
+    """
+    graph, orders = found.graph, [list(order) for order in found.orders]
+    now, shortest = found.seconds, found
+    for turn in range(tries):
+        pairs = _on_the_chain(graph, orders, chance)
+        if not pairs:
+            break
+        first, then = chance.choice(pairs)
+        resource = graph.resource[first]
+        order = orders[resource]
+        at, to = order.index(then), order.index(first)
+        to = max(0, to - chance.choice((0, 0, 1, 2, 3)))
+        orders[resource] = [*order[:to], then, *order[to:at], *order[at + 1 :]]
+        seconds = graph.makespan(orders)
+        warmth = 0.003 * now * (1 - turn / tries)
+        if seconds <= now or chance.random() < math.exp((now - seconds) / (warmth + 1e-30)):
+            now = seconds
+            if seconds < shortest.seconds:
+                shortest = found._replace(seconds=seconds, orders=[list(order) for order in orders])
+        else:
+            orders[resource] = order
+    return shortest
+
+
+def _on_the_chain(graph: Graph, orders: Sequence[Sequence[int]], chance: random.Random) -> list[tuple[int, int]]:
+    """Neighbours on a resource that the longest chain passes through one after the other, free to change places."""
+    end = ends(orders, graph.seconds, graph.lagged)
+    assert end is not None
+    before = {then: first for order in orders for first, then in itertools.pairwise(order)}
+    task, pairs = max(range(len(end)), key=end.__getitem__), []
+    while True:
+        start = end[task] - graph.seconds[task]
+        close = 1e-9 * (1e-9 + abs(start))
+        reason = [need for need in graph.needs[task] if abs(end[need] - start) <= close]
+        neighbour = before.get(task)
+        if neighbour is not None and abs(end[neighbour] - start) <= close and neighbour not in graph.needs[task]:
+            pairs.append((neighbour, task))
+            if not reason or chance.random() < 0.5:
+                reason = [neighbour]
+        if not reason:
+            return pairs
+        task = reason[0]
