@@ -54,7 +54,7 @@ class BlockParts(Protocol):
         ...
 
     def attention(self, x_BSD: Tensor, about: Any, rows: slice) -> Tensor:
-        """X + attention(x), with what norms there are."""
+        """x + attention(x), with what norms there are."""
         ...
 
     def gate(self, x_BSD: Tensor, about: Any, rows: slice) -> Gated:
