@@ -13,8 +13,10 @@ from turnout.measure.passage import Passage
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
+from turnout.measure.simulate_block import BlockTimes, simulate_block
 
 __all__ = [
+    "BlockTimes",
     "Certificate",
     "Evaluation",
     "Passage",
@@ -39,6 +41,7 @@ __all__ = [
     "results_rows",
     "results_table",
     "sharpness",
+    "simulate_block",
     "weights_digest",
 ]
 
