@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 
+from turnout.decide.device.block_exact import exact
 from turnout.decide.device.block_orders import RULES, Found, Shape, best, graph
 from turnout.decide.device.block_search import by_fusing, by_orders, by_ranks, by_shape
 from turnout.decide.device.flowmoe import flowmoe
@@ -25,7 +26,7 @@ METHODS = (*PUBLISHED, "turnout")
 _SCREENED = 6  # blocks at most that shapes are chosen on; more blocks repeat what is best for these
 # How many shapes go into each round of the search, and how often each is tried in it: list scheduling alone says too
 # little of how short a shape can become. Tasks are counted so that a long schedule is searched for no longer.
-_ROUNDS = ((24, 40), (8, 80), (3, 250))
+_ROUNDS = ((30, 20), (10, 60), (3, 200))
 _USUAL = 150
 
 
@@ -119,13 +120,19 @@ def _search(costs: BlockCosts, blocks: int, alive: float, carry: bool, chance: r
     start = min(known, key=lambda one: one.seconds).shape if known else Shape(by_chunk=True)
     near = by_shape(costs, few, start, most_alive=alive * few / blocks, carry=carry)
     if few < blocks:
-        near = [best(costs, blocks, [one.shape], tuple(RULES)) for one in near[: _ROUNDS[1][0]]]
+        near = [best(costs, blocks, [one.shape], tuple(RULES)) for one in near[: _ROUNDS[0][0]]]
+    shortest = min(*near, *known, key=lambda one: one.seconds)
     for many, tries in _ROUNDS:
-        near = [by_ranks(one, tries=_often(one, tries), chance=chance) for one in near[:many]]
-        near.sort(key=lambda one: one.seconds)
-    near = [by_fusing(costs, blocks, one) for one in near[:2]]
-    found = [by_orders(one, tries=_often(one, 500), chance=chance) for one in near]
-    return min(*found, *known, key=lambda one: one.seconds)
+        better = []
+        for one in near[:many]:
+            one = by_ranks(one, tries=_often(one, tries), chance=chance)
+            one = exact(one, below=shortest.seconds, most_nodes=_often(one, 10 * tries)).found
+            shortest = min(shortest, one, key=lambda each: each.seconds)
+            better.append(one)
+        near = sorted(better, key=lambda one: one.seconds)
+    found = [by_fusing(costs, blocks, one) for one in near]
+    found = [by_orders(one, tries=_often(one, 300), chance=chance) for one in found]
+    return min(*found, shortest, key=lambda one: one.seconds)
 
 
 def _often(found: Found, tries: int) -> int:

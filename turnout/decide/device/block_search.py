@@ -6,9 +6,10 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
+from turnout.decide.device.block_exact import exact
 from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best, graph
 from turnout.solve.timeline import ends
-from turnout.types import BlockCosts
+from turnout.types import BlockCosts, BlockTask
 
 __all__ = ["by_fusing", "by_orders", "by_ranks", "by_shape"]
 
@@ -134,24 +135,36 @@ def by_orders(found: Found, *, tries: int, chance: random.Random) -> Found:
 
 
 def by_fusing(costs: BlockCosts, blocks: int, found: Found) -> Found:
-    """The same with halves of a backward pass in one where the second is right behind the first, if that is no longer.
+    """The same with the halves of a backward pass in one again: of a kind and block, or a single pair, if that helps.
 
     Source: none; a task that starts once in place of twice.
     """
-    pairs = list(itertools.pairwise(found.graph.tasks[at] for at in found.orders[0]))
-    for first, then in pairs:
-        if (first.kind[1:], then) != ("x", first._replace(kind=first.kind[0] + "w")):
+    halves = [task for task in found.graph.tasks if task.kind in ("Ex", "Ax")]
+    groups: dict[object, list[BlockTask]] = {}
+    for task in halves:
+        groups.setdefault((task.kind, task.block), []).append(task._replace(kind=task.kind[0] + "'"))
+    groups |= {task: [task._replace(kind=task.kind[0] + "'")] for task in halves}
+    for group in groups.values():
+        if found.shape.fused.issuperset(group):
             continue
-        one = first._replace(kind=first.kind[0] + "'")
-        shape = dataclasses.replace(found.shape, fused=found.shape.fused | {one})
+        shape = dataclasses.replace(found.shape, fused=found.shape.fused.union(group))
         made = graph(costs, blocks, shape)
-        number = {task: at for at, task in enumerate(made.tasks)}
-        old = [[found.graph.tasks[at] for at in order] for order in found.orders]
-        orders = [[number[one if task == first else task] for task in order if task != then] for order in old]
-        seconds = made.makespan(orders)
-        if seconds <= found.seconds:
-            found = Found(seconds, shape, orders, made)
+        trial = Found(made.makespan(orders := _without(found, made)), shape, orders, made)
+        trial = exact(trial, below=found.seconds, most_nodes=200).found
+        if trial.seconds <= found.seconds:
+            found = trial
     return found
+
+
+def _without(found: Found, made: Graph) -> list[list[int]]:
+    """The orders of ``found`` for a graph that has some of its halves in one, in the place of the first half."""
+    number = {task: at for at, task in enumerate(made.tasks)}
+    orders = []
+    for order in found.orders:
+        tasks = [found.graph.tasks[at] for at in order]
+        whole = [task if task in number else task._replace(kind=task.kind[0] + "'") for task in tasks]
+        orders.append(list(dict.fromkeys(number[task] for task in whole)))
+    return orders
 
 
 def _on_the_chain(made: Graph, orders: Sequence[Sequence[int]], chance: random.Random) -> list[tuple[int, int]]:
