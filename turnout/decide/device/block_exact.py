@@ -8,6 +8,7 @@ from turnout.decide.device.block_orders import Found, Graph
 __all__ = ["Exact", "exact"]
 
 _CLOSE = 1e-12
+_LONGEST = 700  # tasks: each is one call deeper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,15 @@ def exact(start: Found, *, below: float | None = None, most_nodes: int = 200_000
     Args:
         start: orders of a graph with as many chunks of attention as of experts, all of the same size.
         below: only orders shorter than this are looked for; None for shorter than ``start``.
-        most_nodes: after so many partial schedules it ends without the proof.
+        most_nodes: after so many partial schedules it ends without the proof; with more than 700 tasks it does not begin.
 
     Returns:
         The shortest orders found and whether they are proved to be.
 
     Source: Giffler and Thompson, 1960, "Algorithms for solving production-scheduling problems".
     """
+    if len(start.graph.tasks) > _LONGEST:
+        return Exact(start, False, 0)
     search = _Search(start.graph, start.seconds if below is None else min(below, start.seconds), most_nodes)
     search.run()
     found = start
@@ -47,7 +50,9 @@ def exact(start: Found, *, below: float | None = None, most_nodes: int = 200_000
         for task in search.sequence:
             orders[start.graph.resource[task]].append(task)
         found = start._replace(seconds=start.graph.makespan(orders), orders=orders)
-    return Exact(found, not search.given_up, search.nodes)
+    # What is shortest alone need not be where chip and wires slow each other down.
+    proved = not search.given_up and start.graph.slowed is None
+    return Exact(min(found, start, key=lambda one: one.seconds), proved, search.nodes)
 
 
 class _Search:
@@ -61,8 +66,12 @@ class _Search:
         kinds: dict[tuple[str, int], list[int]] = {}
         for at, task in enumerate(graph.tasks):
             kinds.setdefault((task.kind, task.block), []).append(at)
-        self.lines = [sorted(each, key=lambda at: graph.tasks[at].chunk) for each in kinds.values()]
+        self.lines = list(kinds.values())  # each in the order of the program
         self.seen: dict[tuple[int, ...], list[list[float]]] = {}
+        # Of each task, how many of those that it needs and of those that need it are not in their place yet.
+        self.missing = [len(needs) for needs in graph.needs]
+        self.wanted = [len(behind) for behind in graph.behind]
+        self.waited: set[int] = set()  # in their place, and needed by one that is not
 
     def run(self) -> None:
         """Looks at everything, or gives up."""
@@ -96,12 +105,32 @@ class _Search:
             left[machine] -= seconds[task]
             place[line] += 1
             done.append(task)
+            self._put(task)
             self._descend(place, end, free, left, done)
+            self._take_back(task)
             done.pop()
             place[line] -= 1
             left[machine] += seconds[task]
             free[machine] = before
             del end[task]
+
+    def _put(self, task: int) -> None:
+        for then in self.graph.behind[task]:
+            self.missing[then] -= 1
+        if self.wanted[task]:
+            self.waited.add(task)
+        for need in self.graph.needs[task]:
+            self.wanted[need] -= 1
+            if not self.wanted[need]:
+                self.waited.discard(need)
+
+    def _take_back(self, task: int) -> None:
+        for need in self.graph.needs[task]:
+            self.wanted[need] += 1
+            self.waited.add(need)
+        self.waited.discard(task)
+        for then in self.graph.behind[task]:
+            self.missing[then] += 1
 
     def _ready(self, place: list[int], end: dict[int, float], free: list[float]) -> list[tuple[float, int, int]]:
         """When the next chunk of each kind can start, if what it needs has its place."""
@@ -109,9 +138,10 @@ class _Search:
         for line, tasks in enumerate(self.lines):
             if place[line] < len(tasks):
                 task = tasks[place[line]]
-                needs = self.graph.needs[task]
-                if all(need in end for need in needs):
-                    start = max([free[self.graph.resource[task]], *(end[need] for need in needs)])
+                if not self.missing[task]:
+                    start = free[self.graph.resource[task]]
+                    for need in self.graph.needs[task]:
+                        start = max(start, end[need])
                     ready.append((start, task, line))
         return ready
 
@@ -124,8 +154,7 @@ class _Search:
 
     def _dominated(self, place: list[int], end: dict[int, float], free: list[float]) -> bool:
         """Whether the same tasks have been done before with nothing later."""
-        waited = (end[need] for need in sorted(end) if any(then not in end for then in self.graph.behind[need]))
-        here, key = [*free, *waited], tuple(place)
+        here, key = [*free, *(end[task] for task in sorted(self.waited))], tuple(place)
         known = self.seen.setdefault(key, [])
         if any(all(a <= b + _CLOSE for a, b in zip(other, here, strict=True)) for other in known):
             return True

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from turnout.decide.device.block_exact import exact
 from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best, graph
@@ -14,8 +14,18 @@ from turnout.types import BlockCosts, BlockTask
 __all__ = ["by_fusing", "by_orders", "by_ranks", "by_shape"]
 
 
-def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float, carry: bool) -> list[Found]:
+def by_shape(
+    costs: BlockCosts,
+    blocks: int,
+    start: Shape,
+    *,
+    most_alive: float,
+    carry: bool = False,
+    without: Collection[str] = (),
+) -> list[Found]:
     """List scheduling of shapes around one, a choice at a time for as long as that helps; the shortest first.
+
+    ``without`` leaves choices alone: ``turn``, ``halves``, ``unequal``.
 
     Source: none; coordinate descent with every rule at each.
     """
@@ -25,16 +35,18 @@ def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float,
         for each in shapes:
             fits = max(each.attention_chunks, each.expert_chunks) <= costs.most_chunks
             shape = _windowed(each, blocks, most_alive)
+            fits = fits and ("unequal" not in without or each.attention_chunks == each.expert_chunks)
             if fits and shape is not None and shape not in found:
                 found[shape] = best(costs, blocks, [shape], tuple(RULES))
         return min(found.values(), key=lambda one: one.seconds)
 
-    halves = list(itertools.product((False, True), repeat=2))
-    turns = (False, True) if costs.sums else (False,)
+    halves = list(itertools.product((False,) if "halves" in without else (False, True), repeat=2))
+    turns = (False, True) if costs.sums and "turn" not in without else (False,)
     flags = [{"halve_attention": a, "halve_experts": e, "by_chunk": k} for a, e in halves for k in turns]
     if not found and most_alive < blocks:
         tried(Shape(n, n, start.pieces, by_chunk=True) for n in range(1, costs.most_chunks + 1))
-    now, before = tried([start]), math.inf
+    even = dataclasses.replace(start, attention_chunks=start.expert_chunks)
+    now, before = tried([start, even]), math.inf
     while now.seconds < before:
         before = now.seconds
         now = tried(dataclasses.replace(now.shape, window=None, **flag) for flag in flags)
