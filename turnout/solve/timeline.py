@@ -83,7 +83,7 @@ def ends(order_R: Order, duration: Sequence[float], needs: Needs) -> list[float]
     waiting: dict[int, list[int]] = {}
     place, free = [0] * len(order_R), [0.0] * len(order_R)
     todo = list(range(len(order_R)))
-    left = len(duration)
+    left = sum(map(len, order_R))
     while todo:
         r = todo.pop()
         order, now, blocked = order_R[r], free[r], False

@@ -22,6 +22,7 @@ from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
 from turnout.types.schedule import Action, Schedule
+from turnout.types.stage_costs import StageCosts
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.weights import ExpertWeights
@@ -48,6 +49,7 @@ __all__ = [
     "Report",
     "Routing",
     "Schedule",
+    "StageCosts",
     "Trace",
     "TraceWriter",
     "Workload",

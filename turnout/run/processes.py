@@ -1,0 +1,336 @@
+"""Many processes that train one model: how they find each other, agree before they begin, and miss one that is gone.
+
+``torchrun`` starts the processes and tells each who it is. Since torch 2.6 the processes of one agent meet in the
+agent's own key-value store, and ``torch.distributed`` puts no mark of the attempt on the keys: a group that starts
+again after a crash reads the addresses of the dead one, and never comes together on gloo. Here the first rank makes a
+fresh name for every attempt and hands it to each rank against a number that only the living one has just written, so
+that no key of a dead group is read, also where machines count their restarts differently.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from turnout.errors import TrainingError, TurnoutError, UsageError, word
+from turnout.types.device import find_device
+
+__all__ = ["Ranks", "agree", "answering", "end", "launched", "start"]
+
+_WHERE = "turnout.run.processes"
+_POLL_S = 0.02
+# How long ranks wait for each other's last word once one of them has missed somebody.
+_GRACE_S = 5.0
+_BYTES = 256  # of a value that ranks show each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Who this process is among those that train one model.
+
+    Args:
+        rank: its number, from 0.
+        world: how many there are.
+        local_rank: its number on its machine.
+        device: what it computes on.
+        timeout_s: how long it waits for the others.
+        attempt: the name of this start; the next one after a crash has another.
+        store: the key-value store of this start.
+
+    >>> Ranks(rank=1, world=4, local_rank=1, device=torch.device("cpu")).is_first
+    False
+
+    Source: none; plain bookkeeping.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    timeout_s: float = 300.0
+    attempt: str = ""
+    store: dist.Store | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that speaks and writes for all."""
+        return self.rank == 0
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` or another launcher has started this process as one of several.
+
+    >>> launched()
+    False
+
+    Source: none; the environment that torchrun sets.
+    """
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(*, timeout_s: float = 300.0, backend: str | None = None, device: str = "auto") -> Ranks:
+    """Brings the processes of one launch together, also after a restart, and sets torch's process group up.
+
+    Args:
+        timeout_s: how long to wait for the others, here and in everything that they do together.
+        backend: of torch.distributed; None for gloo on a CPU, and gloo and NCCL on CUDA.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; on CUDA each process takes the device of its local rank.
+
+    Returns:
+        Who this process is.
+
+    Raises:
+        UsageError: nothing launched this process as one of several, or what did so says nonsense.
+        TrainingError: some rank did not arrive in time; says which.
+
+    >>> start()
+    Traceback (most recent call last):
+    turnout.errors.UsageError: RANK must be set by a launcher in turnout.run.processes; got nothing. Nearest fix: ...
+
+    Source: none; https://github.com/pytorch/pytorch/issues/135712 tells what goes wrong without.
+    """
+    number = {name: _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    rank, world, local = number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"]
+    if not 0 <= rank < world or timeout_s <= 0:
+        got, fix = f"RANK={rank} of WORLD_SIZE={world}, {timeout_s} s", "let torchrun set them, and wait for 300 s"
+        raise UsageError(word("a rank", got=got, allowed="be one of the world, and wait", where=_WHERE, fix=fix))
+    found = find_device(device)
+    if found.type == "cuda":
+        found = find_device(f"cuda:{local}")
+        torch.cuda.set_device(found)
+    wait = datetime.timedelta(seconds=timeout_s)
+    meeting = _store(rank, number["MASTER_PORT"], wait)
+    attempt = _meet(meeting, rank, world, timeout_s)
+    store = dist.PrefixStore(f"turnout/{attempt}", meeting)
+    kind = backend or ("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+    with _worded(f"rank {rank} could not join the group of {world}"):
+        dist.init_process_group(
+            kind,
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=wait,
+            device_id=found if found.type == "cuda" else None,
+        )
+    return Ranks(rank, world, local, found, timeout_s, attempt, store)
+
+
+def end() -> None:
+    """Takes the process group down; for a start that went well.
+
+    Source: none; torch.distributed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(what: str, value: str, *, fix: str = "start every rank with the same") -> None:
+    """Stops every rank, with the same words, where one has another value than most.
+
+    Args:
+        what: what is compared, as the user knows it: ``"the initial weights"``.
+        value: this rank's; a hash where it is long.
+        fix: what to do when they differ.
+
+    Raises:
+        UsageError: on every rank, naming the ranks that differ.
+
+    >>> agree("the plan", "ab12")  # alone, one agrees
+
+    Source: none; plain bookkeeping.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    values = _shown(value)
+    if len(set(values)) == 1:
+        return
+    ranks = {
+        each: [r for r, (_, key) in enumerate(values) if key == each] for each in dict.fromkeys(k for _, k in values)
+    }
+    most = max(ranks, key=lambda key: len(ranks[key]))
+    shown = {key: text for text, key in values}
+    others = "; ".join(f"{shown[key]} on {_named(those)}" for key, those in ranks.items() if key != most)
+    got = f"{others}; {shown[most]} on {_named(ranks[most])}"
+    raise UsageError(word(what, got=got, allowed="be the same on every rank", where=_WHERE, fix=fix))
+
+
+@contextlib.contextmanager
+def answering(ranks: Ranks, doing: Callable[[], str]) -> Iterator[None]:
+    """Says which ranks are gone, where something that ranks do together fails because one is dead, hangs or has failed.
+
+    Args:
+        ranks: from ``start``.
+        doing: what this rank is at, in words: ``"step 7"``.
+
+    Raises:
+        TrainingError: a rank did not answer; says which, and what it said last.
+
+    >>> with answering(Ranks(0, 1, 0, torch.device("cpu")), lambda: "step 7"):
+    ...     pass
+
+    Source: none; a roll call over the key-value store.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if not _of_the_wire(error):
+            _last_words(ranks, f"stopped with {type(error).__name__}: {error}")
+            raise
+        at, said = doing(), str(error)
+        traceback.clear_frames(error.__traceback__)  # they hold the group, whose connections are to be closed
+        raise TrainingError(_roll_call(ranks, at, said)) from error
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if name == "LOCAL_RANK" and not text:  # launchers that know no machines
+        return int(os.environ.get("RANK", "0"))
+    if not text.lstrip("-").isdigit():
+        got = repr(text) if text else "nothing"
+        fix = "start the processes with: torchrun --nproc-per-node 4 -m turnout train ..."
+        raise UsageError(word(name, got=got, allowed="be set by a launcher", where=_WHERE, fix=fix))
+    return int(text)
+
+
+def _store(rank: int, port: int, wait: datetime.timedelta) -> dist.Store:
+    """The store that all ranks reach: the agent's, or one that rank 0 holds."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    with _worded(f"rank {rank} could not reach the store at {host}:{port}"):
+        return dist.TCPStore(host, port, is_master=holds, wait_for_workers=False, timeout=wait, multi_tenant=True)
+
+
+def _meet(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """The name of this attempt, the same on all ranks that are alive now."""
+    mine, attempt, until = secrets.token_hex(8), secrets.token_hex(8), time.monotonic() + timeout_s
+    store.set(f"meet/here/{rank}", mine)
+    if rank == 0:
+        absent = _gather(store, world, attempt, until)
+        store.set(f"meet/all/{attempt}", json.dumps(absent))
+        if absent:
+            raise _absent(absent, world, timeout_s)
+        return attempt
+    heard = ""
+    while time.monotonic() < until:
+        attempt, _, to = (_read(store, f"meet/told/{rank}") or "").partition(" ")
+        if to == mine and attempt != heard:  # not what was told to one that died
+            heard = attempt
+            store.set(f"meet/heard/{rank}", heard)
+        absent = json.loads(_read(store, f"meet/all/{heard}") or "null") if heard else None
+        if absent == []:
+            return heard
+        if absent:
+            break
+        time.sleep(_POLL_S)
+    else:
+        absent = [each for each in range(world) if not store.check([f"meet/here/{each}"])] or [0]
+    raise _absent(absent, world, timeout_s)
+
+
+def _gather(store: dist.Store, world: int, attempt: str, until: float) -> list[int]:
+    """Rank 0 tells each rank the attempt against the number that it has written; returns who was not heard of."""
+    waits, told = set(range(1, world)), dict[int, str]()
+    while waits and time.monotonic() < until:
+        for rank in sorted(waits):
+            here = _read(store, f"meet/here/{rank}")
+            if here is not None and told.get(rank) != here:
+                store.set(f"meet/told/{rank}", f"{attempt} {here}")
+                told[rank] = here
+            if _read(store, f"meet/heard/{rank}") == attempt:
+                waits.discard(rank)
+        time.sleep(_POLL_S if waits else 0)
+    return sorted(waits)
+
+
+def _read(store: dist.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
+
+
+def _absent(absent: Sequence[int], world: int, timeout_s: float) -> TrainingError:
+    got, fix = f"nothing from {_named(absent)}", "look at what those ranks said, or wait longer with --timeout"
+    allowed = f"arrive within {timeout_s:g} s"
+    return TrainingError(word(f"all {world} ranks", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _shown(value: str) -> list[tuple[str, str]]:
+    """Of every rank, its value as it is shown, and a key that tells it from others."""
+    shown = value.encode()[:_BYTES].decode(errors="ignore")
+    row = shown.encode().ljust(_BYTES, b"\0") + hashlib.sha256(value.encode()).digest()
+    device = "cpu" if "gloo" in dist.get_backend_config() else torch.device("cuda", torch.cuda.current_device())
+    mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).to(device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    read = [bytes(each.tolist()) for each in rows]
+    return [(each[:_BYTES].rstrip(b"\0").decode(), each[_BYTES:].hex()) for each in read]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """The ranks in words: "rank 2", "ranks 0, 1 and 3"."""
+    texts = [str(rank) for rank in ranks]
+    return f"rank {texts[0]}" if len(texts) == 1 else f"ranks {', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def _of_the_wire(error: BaseException) -> bool:
+    """Whether torch says by this that the others could not be reached; gloo says so with a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and not isinstance(error, TurnoutError) and "gloo" in str(error).lower()
+    )
+
+
+def _last_words(ranks: Ranks, text: str) -> None:
+    """Leaves what became of this rank for the others, if the store is still there."""
+    with contextlib.suppress(dist.DistError, RuntimeError):
+        if ranks.store is not None:
+            ranks.store.set(f"last/{ranks.rank}", text[:2000])
+
+
+def _roll_call(ranks: Ranks, at: str, said: str) -> str:
+    """Which ranks are silent or have failed, in words."""
+    _last_words(ranks, "")
+    _let_go()
+    words = dict[int, str]()
+    until = time.monotonic() + _GRACE_S
+    try:
+        while ranks.store is not None and len(words) < ranks.world and time.monotonic() < until:
+            for rank in range(ranks.world):
+                if rank not in words and ranks.store.check([f"last/{rank}"]):
+                    words[rank] = ranks.store.get(f"last/{rank}").decode()
+            time.sleep(_POLL_S)
+    except (dist.DistError, RuntimeError):
+        pass  # the store went with the one that held it
+    silent = [rank for rank in range(ranks.world) if rank not in words and rank != ranks.rank]
+    failed = [f"rank {rank} {text}" for rank, text in sorted(words.items()) if text]
+    waited = f"waited up to {ranks.timeout_s:g} s"
+    lost = [f"{_named(silent)} did not answer, dead or hung ({waited})"] if silent else []
+    what = "; ".join([*failed, *lost]) or f"the ranks lost each other ({said:.300})"
+    fix = "look at what that rank said last; with torchrun --max-restarts 3 a run goes on by itself after this"
+    return word("every rank", got=f"in {at}: {what}", allowed="stay in reach", where=_WHERE, fix=fix)
+
+
+def _let_go() -> None:
+    """Closes this rank's connections, so that ranks that wait for it learn of it now, not when its process ends."""
+    closing = threading.Thread(target=end, daemon=True)  # a dead peer must not hold this one up
+    closing.start()
+    closing.join(timeout=_GRACE_S / 2)
+
+
+@contextlib.contextmanager
+def _worded(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        fix = "look whether all ranks were started and can reach each other, or wait longer with --timeout"
+        got = f"{what} ({str(error).splitlines()[0]:.300})"
+        raise TrainingError(word("all ranks", got=got, allowed="come together", where=_WHERE, fix=fix)) from error
