@@ -14,8 +14,10 @@ from turnout.measure.report import compare, markdown, quantity, results_rows, re
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
 from turnout.measure.simulate import calibrated, simulate
+from turnout.measure.simulate_block import BlockTimes, simulate_block
 
 __all__ = [
+    "BlockTimes",
     "Certificate",
     "Evaluation",
     "Passage",
@@ -42,6 +44,7 @@ __all__ = [
     "results_table",
     "sharpness",
     "simulate",
+    "simulate_block",
     "weights_digest",
 ]
 

@@ -2,11 +2,17 @@
 
 from turnout.solve.assignment import assignment
 <<<<<<< HEAD
+<<<<<<< HEAD
+=======
+from turnout.solve.list_schedule import list_schedule
+>>>>>>> w-e
 from turnout.solve.pipeline import PipelineTimes, pipeline
+from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
 from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
+<<<<<<< HEAD
 __all__ = ["PipelineTimes", "Solution", "Timeline", "assignment", "pipeline", "timeline", "transport"]
 =======
 from turnout.solve.chain import chain
@@ -18,3 +24,16 @@ from turnout.solve.transport import transport
 
 __all__ = ["Program", "Solution", "Surrogate", "assignment", "chain", "kept_bound", "milp", "surrogate", "transport"]
 >>>>>>> w-g
+=======
+__all__ = [
+    "PipelineTimes",
+    "Solution",
+    "Timeline",
+    "assignment",
+    "list_schedule",
+    "pipeline",
+    "slowed_timeline",
+    "timeline",
+    "transport",
+]
+>>>>>>> w-e
