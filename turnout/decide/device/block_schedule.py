@@ -3,8 +3,8 @@
 import random
 from collections.abc import Callable, Mapping
 
-from turnout.decide.device.block_orders import Found, Shape, best, graph
-from turnout.decide.device.block_search import by_orders, by_ranks, by_shape
+from turnout.decide.device.block_orders import RULES, Found, Shape, best, graph
+from turnout.decide.device.block_search import by_fusing, by_orders, by_ranks, by_shape
 from turnout.decide.device.flowmoe import flowmoe
 from turnout.decide.device.fsmoe import fsmoe
 from turnout.decide.device.tutel import tutel
@@ -23,8 +23,10 @@ PUBLISHED: Mapping[str, Callable[[BlockCosts, int], Found]] = {
 }
 METHODS = (*PUBLISHED, "turnout")
 _SCREENED = 6  # blocks at most that shapes are chosen on; more blocks repeat what is best for these
-_TASKS = 60_000  # played in one local search, so that a long schedule takes no longer than a short one
-_TRIES = 400
+# How many shapes go into each round of the search, and how often each is tried in it: list scheduling alone says too
+# little of how short a shape can become. Tasks are counted so that a long schedule is searched for no longer.
+_ROUNDS = ((24, 40), (8, 80), (3, 250))
+_USUAL = 150
 
 
 def block_schedule(
@@ -62,7 +64,7 @@ def block_schedule(
     >>> costs = BlockCosts.even(attention=1.0, experts=1.0, dispatch=0.5, reduce=0.3, start=0.01)
     >>> plan = block_schedule(costs, blocks=1, method="flowmoe")
     >>> plan.attention_chunks, plan.expert_chunks, len(plan.dense_bytes)
-    (3, 3, 1)
+    (6, 6, 1)
 
     Source: Gao et al., 2025, "FlowMoE"; Hwang et al., 2023, "Tutel"; Pan et al., 2025, "FSMoE". What begins with theirs
         and goes on is ours.
@@ -115,13 +117,17 @@ def _search(costs: BlockCosts, blocks: int, alive: float, carry: bool, chance: r
     few = min(blocks, _SCREENED)
     known = [] if alive < blocks else [_published(costs, blocks, method) for method in PUBLISHED]
     start = min(known, key=lambda one: one.seconds).shape if known else Shape(by_chunk=True)
-    near = by_shape(costs, few, start, most_alive=alive * few / blocks, carry=carry)[:3]
+    near = by_shape(costs, few, start, most_alive=alive * few / blocks, carry=carry)
     if few < blocks:
-        near = [best(costs, blocks, [one.shape], ("program", "chain", "chain late", "deep")) for one in near]
-    found = []
-    for one in (*near, *known):
-        tries = min(_TRIES, _TASKS // len(one.graph.tasks)) // (4 if one.graph.slowed else 1)
-        found.append(by_ranks(one, tries=tries // 2, chance=chance) if one in near else one)
-    shortest = min(found, key=lambda one: one.seconds)
-    tries = min(_TRIES, _TASKS // len(shortest.graph.tasks)) // (4 if shortest.graph.slowed else 1)
-    return by_orders(by_ranks(shortest, tries=tries, chance=chance), tries=2 * tries, chance=chance)
+        near = [best(costs, blocks, [one.shape], tuple(RULES)) for one in near[: _ROUNDS[1][0]]]
+    for many, tries in _ROUNDS:
+        near = [by_ranks(one, tries=_often(one, tries), chance=chance) for one in near[:many]]
+        near.sort(key=lambda one: one.seconds)
+    near = [by_fusing(costs, blocks, one) for one in near[:2]]
+    found = [by_orders(one, tries=_often(one, 500), chance=chance) for one in near]
+    return min(*found, *known, key=lambda one: one.seconds)
+
+
+def _often(found: Found, tries: int) -> int:
+    """How often a search plays this one; resources that slow each other down take longer to play."""
+    return max(1, round(tries * min(1.0, _USUAL / len(found.graph.tasks)) / (4 if found.graph.slowed else 1)))

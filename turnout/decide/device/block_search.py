@@ -6,11 +6,11 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
-from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best
+from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best, graph
 from turnout.solve.timeline import ends
 from turnout.types import BlockCosts
 
-__all__ = ["by_orders", "by_ranks", "by_shape"]
+__all__ = ["by_fusing", "by_orders", "by_ranks", "by_shape"]
 
 
 def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float, carry: bool) -> list[Found]:
@@ -21,9 +21,9 @@ def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float,
     found: dict[Shape, Found] = {}
 
     def tried(shapes: Iterable[Shape]) -> Found:
-        for shape in shapes:
-            fits = max(shape.attention_chunks, shape.expert_chunks) <= costs.most_chunks
-            shape = _windowed(shape, blocks, most_alive)
+        for each in shapes:
+            fits = max(each.attention_chunks, each.expert_chunks) <= costs.most_chunks
+            shape = _windowed(each, blocks, most_alive)
             if fits and shape is not None and shape not in found:
                 found[shape] = best(costs, blocks, [shape], tuple(RULES))
         return min(found.values(), key=lambda one: one.seconds)
@@ -71,9 +71,9 @@ def by_ranks(found: Found, *, tries: int, chance: random.Random) -> Found:
 
     Source: Bean, 1994, "Genetic algorithms and random keys"; here one of them, climbing.
     """
-    graph, width = found.graph, len(found.graph.tasks)
+    made, width = found.graph, len(found.graph.tasks)
     groups: dict[object, list[int]] = {}
-    for at, task in enumerate(graph.tasks):
+    for at, task in enumerate(made.tasks):
         for key in ((task.kind, task.block), task.kind, at):
             groups.setdefault(key, []).append(at)
     moved, rank, shortest = list(groups.values()), _rank_of(found), found
@@ -83,8 +83,8 @@ def by_ranks(found: Found, *, tries: int, chance: random.Random) -> Found:
             push = chance.gauss(0.0, width * chance.choice((0.02, 0.1, 0.3)))
             for at in chance.choice(moved):
                 trial[at] += push
-        orders = graph.by_rank(trial)
-        seconds = graph.makespan(orders)
+        orders = made.by_rank(trial)
+        seconds = made.makespan(orders)
         if seconds <= shortest.seconds:
             rank, shortest = trial, found._replace(seconds=seconds, orders=orders)
     return shortest
@@ -92,10 +92,10 @@ def by_ranks(found: Found, *, tries: int, chance: random.Random) -> Found:
 
 def _rank_of(found: Found) -> list[float]:
     """Ranks with which list scheduling gives these orders, or nearly: when each task starts."""
-    graph = found.graph
-    ended = ends(found.orders, graph.seconds, graph.lagged)
+    made = found.graph
+    ended = ends(found.orders, made.seconds, made.lagged)
     assert ended is not None
-    order = sorted(range(len(ended)), key=lambda task: (ended[task] - graph.seconds[task], task))
+    order = sorted(range(len(ended)), key=lambda task: (ended[task] - made.seconds[task], task))
     rank = [0.0] * len(ended)
     for place, task in enumerate(order):
         rank[task] = float(place)
@@ -110,19 +110,19 @@ def by_orders(found: Found, *, tries: int, chance: random.Random) -> Found:
     Source: Nowicki and Smutnicki, 1996, "A fast taboo search algorithm for the job shop": only moves on the longest
         chain can help; van Laarhoven et al., 1992, "Job shop scheduling by simulated annealing".
     """
-    graph, orders = found.graph, [list(order) for order in found.orders]
+    made, orders = found.graph, [list(order) for order in found.orders]
     now, shortest = found.seconds, found
     for turn in range(tries):
-        pairs = _on_the_chain(graph, orders, chance)
+        pairs = _on_the_chain(made, orders, chance)
         if not pairs:
             break
         first, then = chance.choice(pairs)
-        resource = graph.resource[first]
+        resource = made.resource[first]
         order = orders[resource]
         at, to = order.index(then), order.index(first)
         to = max(0, to - chance.choice((0, 0, 1, 2, 3)))
         orders[resource] = [*order[:to], then, *order[to:at], *order[at + 1 :]]
-        seconds = graph.makespan(orders)
+        seconds = made.makespan(orders)
         warmth = 0.003 * now * (1 - turn / tries)
         if seconds <= now or chance.random() < math.exp((now - seconds) / (warmth + 1e-30)):
             now = seconds
@@ -133,18 +133,39 @@ def by_orders(found: Found, *, tries: int, chance: random.Random) -> Found:
     return shortest
 
 
-def _on_the_chain(graph: Graph, orders: Sequence[Sequence[int]], chance: random.Random) -> list[tuple[int, int]]:
+def by_fusing(costs: BlockCosts, blocks: int, found: Found) -> Found:
+    """The same with halves of a backward pass in one where the second is right behind the first, if that is no longer.
+
+    Source: none; a task that starts once in place of twice.
+    """
+    pairs = list(itertools.pairwise(found.graph.tasks[at] for at in found.orders[0]))
+    for first, then in pairs:
+        if (first.kind[1:], then) != ("x", first._replace(kind=first.kind[0] + "w")):
+            continue
+        one = first._replace(kind=first.kind[0] + "'")
+        shape = dataclasses.replace(found.shape, fused=found.shape.fused | {one})
+        made = graph(costs, blocks, shape)
+        number = {task: at for at, task in enumerate(made.tasks)}
+        old = [[found.graph.tasks[at] for at in order] for order in found.orders]
+        orders = [[number[one if task == first else task] for task in order if task != then] for order in old]
+        seconds = made.makespan(orders)
+        if seconds <= found.seconds:
+            found = Found(seconds, shape, orders, made)
+    return found
+
+
+def _on_the_chain(made: Graph, orders: Sequence[Sequence[int]], chance: random.Random) -> list[tuple[int, int]]:
     """Neighbours on a resource that the longest chain passes through one after the other, free to change places."""
-    end = ends(orders, graph.seconds, graph.lagged)
+    end = ends(orders, made.seconds, made.lagged)
     assert end is not None
     before = {then: first for order in orders for first, then in itertools.pairwise(order)}
     task, pairs = max(range(len(end)), key=end.__getitem__), []
     while True:
-        start = end[task] - graph.seconds[task]
+        start = end[task] - made.seconds[task]
         close = 1e-9 * (1e-9 + abs(start))
-        reason = [need for need in graph.needs[task] if abs(end[need] - start) <= close]
+        reason = [need for need in made.needs[task] if abs(end[need] - start) <= close]
         neighbour = before.get(task)
-        if neighbour is not None and abs(end[neighbour] - start) <= close and neighbour not in graph.needs[task]:
+        if neighbour is not None and abs(end[neighbour] - start) <= close and neighbour not in made.needs[task]:
             pairs.append((neighbour, task))
             if not reason or chance.random() < 0.5:
                 reason = [neighbour]
