@@ -8,5 +8,14 @@ from turnout.solve.solution import Solution
 from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
-__all__ = ["PipelineTimes", "Solution", "Timeline", "assignment", "pipeline", "timeline", "transport"]
-__all__ = ["Solution", "Timeline", "assignment", "list_schedule", "slowed_timeline", "timeline", "transport"]
+__all__ = [
+    "PipelineTimes",
+    "Solution",
+    "Timeline",
+    "assignment",
+    "list_schedule",
+    "pipeline",
+    "slowed_timeline",
+    "timeline",
+    "transport",
+]
