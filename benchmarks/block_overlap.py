@@ -186,7 +186,7 @@ def lines(found: Mapping[str, dict], about: dict[str, object], load: float) -> l
     middle = {method: statistics.median(each) for method, each in measured.items()}
     page = heading("One schedule for whole blocks, on a slowed wire", about)
     page += [f"Load of the machine {load:.1f}. Every row: the median of {len(measured['none'])} interleaved steps.", ""]
-    page += ["| schedule | parts (attention, experts, sums) | predicted ms | measured ms (least-most) | error | of none |"]
+    page += ["| schedule | parts (attention, experts, sums) | predicted ms | measured ms | error | of none |"]
     page += ["|---|---|---|---|---|---|"]
     for method, seconds in middle.items():
         parts = ", ".join(map(str, found["chunks"][method]))

@@ -1,6 +1,7 @@
 """What each kind of task of a sparse block takes here: lines fitted to the times of steps that were played."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,10 +66,9 @@ def fit_block_costs(
         for task, seconds in times.items():
             kind = _SAME.get(task.kind, task.kind)
             seen[kind].setdefault(_size(task, schedule, rows), []).append(seconds)
-    lines = {_NAMES[kind]: _line(_NAMES[kind], sizes) for kind, sizes in seen.items()}
-    return BlockCosts(
-        rows=rows, dense_bytes=dense_bytes, expert_bytes=expert_bytes, most_chunks=most_chunks, sums=sums, **lines
-    )  # fmt: skip
+    lines: dict[str, Any] = {_NAMES[kind]: _line(_NAMES[kind], sizes) for kind, sizes in seen.items()}
+    known: dict[str, Any] = {"dense_bytes": dense_bytes, "expert_bytes": expert_bytes, "most_chunks": most_chunks}
+    return BlockCosts(rows=rows, sums=sums, **known, **lines)
 
 
 def _size(task: BlockTask, schedule: BlockSchedule, rows: int) -> int:
@@ -99,7 +99,7 @@ def fit_slowed(
 ) -> tuple[float, float]:
     """How much more time compute takes while a wire is busy, and a wire while compute is: kappa, never below 0.
 
-    A task that takes d alone and t beside others, o of it overlapped, has t = d + o k / (1 + k). The k of least squares.
+    A task that takes d alone, and t of which o beside others, has t = d + o k / (1 + k): the k of least squares.
 
     Args:
         steps: schedules that overlap, and when each task began and ended.

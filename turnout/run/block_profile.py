@@ -1,7 +1,8 @@
 """Plays blocks one task at a time, in parts of several sizes, to see what each kind of task takes."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,10 +31,9 @@ def serial(
     tasks += [BlockTask(kind, b, c) for c in chunks for b in reversed(layers) for kind in back]
     sizes = {"Re": expert, "Ra": dense}
     tasks += [BlockTask(kind, b, p) for b in reversed(layers) for kind, each in sizes.items() for p in range(len(each))]
-    on = {name: tuple(task for task in tasks if task.resource == name) for name in ("compute", "wire")}
-    return BlockSchedule(
-        blocks, parts, parts, **on, dense_bytes=tuple(dense), expert_bytes=tuple(expert), method="serial"
-    )  # fmt: skip
+    compute, wire = (tuple(task for task in tasks if task.resource == name) for name in ("compute", "wire"))
+    shape: dict[str, Any] = {"dense_bytes": tuple(dense), "expert_bytes": tuple(expert), "method": "serial"}
+    return BlockSchedule(blocks, parts, parts, compute, wire, **shape)
 
 
 def profile_blocks(
@@ -99,4 +99,4 @@ def over_ranks(schedule: BlockSchedule, played: Played, group: "ProcessGroup | N
 def _cut(size: int, parts: int) -> tuple[int, ...]:
     """So many bytes in parts of whole blocks of 512, but for the last."""
     ends = [part * size // parts // 512 * 512 for part in range(parts)] + [size]
-    return tuple(end - start for start, end in zip(ends, ends[1:], strict=False) if end > start)
+    return tuple(end - start for start, end in itertools.pairwise(ends) if end > start)
