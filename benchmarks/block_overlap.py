@@ -110,15 +110,31 @@ class Rank:
         return done
 
 
-def compare(ranks: processes.Ranks, trial: Trial, rounds: int, methods: Sequence[str] = METHODS) -> dict[str, object]:
-    """Costs, schedules, and each one's predicted and measured seconds; the same on every rank."""
+def compare(
+    ranks: processes.Ranks,
+    trial: Trial,
+    *,
+    rounds: int,
+    methods: Sequence[str] = METHODS,
+    degrees: Sequence[int] = (1, 2, 4),
+    repeats: int = 2,
+) -> dict[str, dict]:
+    """Costs, schedules, and each one's predicted and measured seconds; the same on every rank.
+
+    Args:
+        ranks: this one, and the others, which call it too.
+        trial: what is played.
+        rounds: how often each schedule is.
+        methods: of ``block_schedule``.
+        degrees: numbers of chunks that are profiled.
+        repeats: steps of each profile.
+    """
     rank = Rank(ranks, trial)
     about = {"blocks": trial.blocks, "dense_bytes": rank.dense_bytes}
-    steps = profile_blocks(rank.player, rank.play, **about, degrees=(1, 2, 4), repeats=2)
+    steps = profile_blocks(rank.player, rank.play, **about, degrees=degrees, repeats=repeats)
     costs = fit_block_costs(
         steps, rows=trial.tokens, dense_bytes=rank.dense_bytes, most_chunks=trial.sequences, sums=True
     )  # fmt: skip
-    schedules = _planned(ranks, costs, trial.blocks, methods[:1])
     costs = _with_slowed(rank, ranks, costs)
     schedules = _planned(ranks, costs, trial.blocks, methods)
     players = {method: rank.player(schedule) for method, schedule in schedules.items()}
@@ -133,7 +149,7 @@ def compare(ranks: processes.Ranks, trial: Trial, rounds: int, methods: Sequence
         player.close()
     return {
         "costs": costs.to_json_dict(),
-        "bound_s": costs.bound_s(trial.blocks),
+        "bound_s": {"bound": costs.bound_s(trial.blocks)},
         "chunks": {m: (s.attention_chunks, s.expert_chunks, len(s.dense_bytes)) for m, s in schedules.items()},
         "predicted_s": {m: simulate_block(s, costs).makespan_s for m, s in schedules.items()},
         "measured_s": times,
@@ -173,7 +189,7 @@ def _rank(rank: int, world: int, port: int, trial: Trial, rounds: int, path: str
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     ranks = processes.start(device="cpu")
-    found = compare(ranks, trial, rounds)
+    found = compare(ranks, trial, rounds=rounds)
     if ranks.is_first:
         Path(path).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
@@ -195,7 +211,7 @@ def lines(found: Mapping[str, dict], about: dict[str, object], load: float) -> l
             f"| {NAMES[method]} | {parts} | {1e3 * predicted[method]:.0f} | {1e3 * seconds:.0f} ({min(span):.0f}-"
             f"{max(span):.0f}) | {error:+.1%} | {seconds / middle['none']:.3f} |"
         )
-    return [*page, "", f"Bound (the busier of chip and wire): {1e3 * found['bound_s']:.0f} ms."]
+    return [*page, "", f"Bound (the busier of chip and wire): {1e3 * found['bound_s']['bound']:.0f} ms."]
 
 
 def main() -> None:
