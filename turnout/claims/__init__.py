@@ -26,6 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
+from turnout.claims.scale import zero
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -62,6 +63,7 @@ __all__ = [
     "split",
     "stragglers",
     "upcycle",
+    "zero",
 ]
 
 

@@ -68,7 +68,7 @@ class Bank(Called):
         _check("turnout.paths.Bank", activation, num_experts=num_experts, width=width, hidden=hidden)
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
         self.owners: Owners | None = None  # who holds which experts, where processes share them
-        self.turned = False  # whether ``up`` and ``down`` have the shape that they have in memory; see ``turn``
+        self.turned: tuple[str, ...] = ()  # which parameters have the shape that they have in memory; see ``turn``
         wide = hidden * (2 if activation in GATED else 1)
         align_fused_optimizers()
         # Of shape (out, in), as nn.Linear and most checkpoints, but in memory (in, out): as fast to train, and up to
@@ -85,7 +85,7 @@ class Bank(Called):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         align_fused_optimizers()  # a bank that another process sent
-        super().__setstate__({"owners": None, "turned": False} | state)  # one that was pickled before there were these
+        super().__setstate__({"owners": None, "turned": ()} | state)  # one that was pickled before there were these
 
     def turn(self) -> None:
         """From now on ``up`` and ``down`` have the shape that they have in memory, (E, in, out); or not any more.
@@ -97,7 +97,7 @@ class Bank(Called):
             nn.Parameter(stack.detach().transpose(1, 2), requires_grad=stack.requires_grad)
             for stack in (self.up, self.down)
         )
-        self.turned = not self.turned
+        self.turned = () if self.turned else ("up", "down")
 
     @property
     def up_EDH(self) -> Tensor:

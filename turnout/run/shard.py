@@ -1,11 +1,13 @@
 """A model spread over processes by torch's own FSDP2, with gradients that are sums: those of one process, exactly."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from turnout.errors import UsageError, word
 from turnout.run.expert_parallel import Owners
@@ -151,6 +153,12 @@ def shard(
         got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
         fix = "pass units=[...], such as its layers"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    for _, experts in experts_in(model):
+        if getattr(experts, "turned", None) == ():
+            experts.turn()  # pyrefly: ignore[not-callable]
+    for unit in units if plan.recompute else ():
+        # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
     if layout.world // layout.pp == 1:
         return model
     if layout.ep > 1:
@@ -224,8 +232,6 @@ def _spread(name: str, experts: Any, meshes: Meshes) -> None:
         raise refuse(f"{count}, {share} of which share one", allowed, "pass ep=1")
     if any(getattr(experts, rest, None) is not None and len(getattr(experts, rest)) for rest in ("up_row", "down_row")):
         raise refuse("with rows beside their factors", "be factors alone with ep > 1", "pass ep=1")
-    if getattr(experts, "turned", None) is False:
-        experts.turn()
     owners = Owners.even(count, meshes.expert_group)
     group = meshes.experts["ep"]
     for part, parameter in list(experts.named_parameters(recurse=False)):
@@ -245,8 +251,6 @@ def _wrapped(model: nn.Module, units: Sequence[nn.Module], meshes: Meshes, plan:
     policy, dense, place = _policy(plan), meshes.of_dense(), meshes.of_experts()
     found = []
     for _, experts in experts_in(model):
-        if getattr(experts, "turned", None) is False:
-            experts.turn()  # pyrefly: ignore[not-callable]
         keep = _reshard(plan, place.size(-1))
         how = {"mp_policy": policy, "reshard_after_forward": keep, "shard_placement_fn": _by(place)}
         found.append(fully_shard(experts, mesh=place, **how))
@@ -293,7 +297,6 @@ def _by(place: "DeviceMesh") -> Callable[[nn.Parameter], Any]:
 
     def axis(parameter: nn.Parameter) -> Any:
         here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        parts = here.ndim > 1 and here.shape[0] % shards and here.shape[1] % shards == 0
-        return Shard(1) if parts else Shard(0)
+        return Shard(next((each for each, size in enumerate(here.shape) if size % shards == 0), 0))
 
     return axis

@@ -1,3 +1,7 @@
 """Claims of the family ``scale``: systems that train and place sparse models on many devices."""
 
-__all__: list[str] = []
+from turnout.claims.scale.zero import zero
+
+__all__ = [
+    "zero",
+]

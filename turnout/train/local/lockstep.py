@@ -63,7 +63,9 @@ def replicas_of(
     if not several or len(several) != len(steppers):
         got = f"{len(several)} models and {len(steppers)} optimizers"
         fix = "pass each model's own optimizer"
-        raise UsageError(word("the replicas", got=got, allowed="be models with an optimizer each", where=where, fix=fix))
+        raise UsageError(
+            word("the replicas", got=got, allowed="be models with an optimizer each", where=where, fix=fix)
+        )
     found = [{name: one for name, one in model.named_parameters() if one.requires_grad} for model in several]
     for at, (named, stepper) in enumerate(zip(found, steppers, strict=True)):
         theirs = {id(one) for group in stepper.param_groups for one in group["params"]}
