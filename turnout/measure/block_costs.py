@@ -52,12 +52,15 @@ def fit_block_costs(
     Raises:
         UsageError: a kind of task that was never played, or in one size alone.
 
-    >>> order = [BlockTask.parse(name) for name in "A0.0 G0.0 E0.0 E'0.0 G'0.0 A'0.0".split()]
-    >>> wire = [BlockTask.parse(name) for name in "D0.0 C0.0 C'0.0 D'0.0 Ra0.0".split()]
-    >>> schedule = BlockSchedule(1, 1, 1, tuple(order), tuple(wire), dense_bytes=(1024,))
-    >>> fit_block_costs([(schedule, dict.fromkeys(schedule.tasks, 1.0))], rows=8, dense_bytes=1024)
-    Traceback (most recent call last):
-    turnout.errors.UsageError: the times of attention tasks must be of at least two sizes ...
+    >>> kinds, steps = "A G E E' Ex Ew G' A' Ax Aw".split(), []
+    >>> for parts in (1, 2):
+    ...     tasks = [BlockTask(kind, 0, chunk) for kind in kinds for chunk in range(parts)]
+    ...     wire = [BlockTask(kind, 0, chunk) for kind in ("D", "C", "Ra") for chunk in range(parts)]
+    ...     schedule = BlockSchedule(1, parts, parts, tuple(tasks), tuple(wire), dense_bytes=(64 // parts,) * parts)
+    ...     steps.append((schedule, {task: 1 + 8 / parts for task in schedule.tasks}))
+    >>> costs = fit_block_costs(steps, rows=8, dense_bytes=64)
+    >>> round(costs.attention.start_s, 6), round(costs.attention.each_s, 6), round(costs.reduce.each_s, 6)
+    (1.0, 1.0, 0.125)
 
     Source: Pan et al., 2025, "FSMoE", section 5: t = alpha + beta n by least squares. The medians are ours.
     """

@@ -84,10 +84,10 @@ class BlockPlayer:
         from turnout.run.processes import agree
 
         agree("the schedule of blocks", schedule.digest, fix="plan on one rank, and give its schedule to all")
-        schedule.check()
         self.schedule, self.parts, self.slow = schedule, tuple(parts), dict(slow or {})
         self._group, self._data, self._copies = group, data, copies
         self._check()
+        schedule.check()
         self._needs = schedule.needs()
         self._turns = self._turned()
         self._wire = Wire(slow=self.slow.get("wire"))
