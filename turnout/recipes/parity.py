@@ -240,7 +240,7 @@ def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | No
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 
-def plan_of(text: str) -> Plan:
+def plan_of(text: str, where: str = "turnout parity") -> Plan:
     """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches`` and ``secondary`` may be among it.
 
     Raises:
@@ -257,7 +257,7 @@ def plan_of(text: str) -> Plan:
         name, _, value = part.partition("=")
         if name not in (*fields, "microbatches", "secondary") or not value.isdigit():
             allowed, fix = f"be name=number of {', '.join(fields)}, microbatches or secondary", "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where="turnout parity", fix=fix))
+            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
         found[name] = int(value)
     layout: Any = {name: value for name, value in found.items() if name in fields}
     rest: Any = {name: value for name, value in found.items() if name not in fields}

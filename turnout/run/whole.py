@@ -33,7 +33,7 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
     turned, owners = _of_experts(model)
     for name, tensor in tensors.items():
         full_tensor = getattr(tensor, "full_tensor", None)
-        full = tensor.detach() if full_tensor is None else _quiet(full_tensor).detach()
+        full = tensor.detach() if full_tensor is None else quiet(full_tensor).detach()
         if (held := owners.get(name)) is not None and not held.in_order:
             slot_E = torch.full((held.num_experts,), len(held.expert_S), dtype=torch.int64)
             slot_E.scatter_reduce_(0, held.expert_S, torch.arange(len(held.expert_S)), "amin")
@@ -136,7 +136,7 @@ def _copies_of(held: Owners, grad: "DTensor") -> Tensor:
     return count
 
 
-def _quiet(full_tensor: Any) -> Tensor:
+def quiet(full_tensor: Any) -> Tensor:
     """Without torch's remark that two gathers follow each other, which shards within shards cannot do without."""
     import logging
 
