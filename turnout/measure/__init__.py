@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from turnout import moved
+from turnout.measure.block_costs import fit_block_costs, fit_slowed
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
@@ -33,6 +34,8 @@ __all__ = [
     "dead_experts",
     "dropped_share",
     "entropy",
+    "fit_block_costs",
+    "fit_slowed",
     "hardware",
     "layers_of",
     "load_report",

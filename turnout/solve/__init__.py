@@ -3,15 +3,20 @@
 from turnout.solve.assignment import assignment
 <<<<<<< HEAD
 <<<<<<< HEAD
+<<<<<<< HEAD
 =======
 from turnout.solve.list_schedule import list_schedule
 >>>>>>> w-e
+=======
+from turnout.solve.list_schedule import list_schedule
+>>>>>>> w-f
 from turnout.solve.pipeline import PipelineTimes, pipeline
 from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
 from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
+<<<<<<< HEAD
 <<<<<<< HEAD
 __all__ = ["PipelineTimes", "Solution", "Timeline", "assignment", "pipeline", "timeline", "transport"]
 =======
@@ -25,6 +30,8 @@ from turnout.solve.transport import transport
 __all__ = ["Program", "Solution", "Surrogate", "assignment", "chain", "kept_bound", "milp", "surrogate", "transport"]
 >>>>>>> w-g
 =======
+=======
+>>>>>>> w-f
 __all__ = [
     "PipelineTimes",
     "Solution",
@@ -36,4 +43,7 @@ __all__ = [
     "timeline",
     "transport",
 ]
+<<<<<<< HEAD
 >>>>>>> w-e
+=======
+>>>>>>> w-f
