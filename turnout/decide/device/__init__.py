@@ -1,8 +1,9 @@
-<<<<<<< HEAD
 """Which device holds what, and which work it does when."""
 
+from turnout.decide.device import place
 from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
+from turnout.decide.device.flows import Flows, ecmp, flows
 from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
 from turnout.decide.device.layouts import Choice, layouts
@@ -15,11 +16,14 @@ from turnout.decide.device.zero_bubble import interleaved_zero_bubble, zb_h1, zb
 
 __all__ = [
     "Choice",
+    "Flows",
     "Held",
     "Pace",
     "Wire",
     "block_schedule",
     "dual_pipe_v",
+    "ecmp",
+    "flows",
     "gpipe",
     "held",
     "interleaved",
@@ -28,17 +32,10 @@ __all__ = [
     "looped_breadth_first",
     "one_f_one_b",
     "pace",
+    "place",
     "stage_blocks",
     "zb_automatic",
     "zb_h1",
     "zb_h2",
     "zbv",
 ]
-=======
-"""What runs on which device, and when: where experts lie, which flow takes which path."""
-
-from turnout.decide.device import place
-from turnout.decide.device.flows import Flows, ecmp, flows
-
-__all__ = ["Flows", "ecmp", "flows", "place"]
->>>>>>> w-g
