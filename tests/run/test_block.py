@@ -162,8 +162,15 @@ def one_case(
     padded: bool,
     schedules: Callable,
     spoil: Callable | None = None,
+    ep: int | None = None,
 ) -> Iterator[tuple[str, dict[str, float], LM]]:
-    """Each schedule's name and errors on this rank, of one model and batch; ``schedules(blocks, bytes)`` gives them."""
+    """Each schedule's name and errors on this rank, of one model and batch; ``schedules(blocks, bytes)`` gives them.
+
+    ``ep`` neighbours share the experts, and others have copies of them; all ranks share them where it is None.
+    """
+    ep = ep or ranks.world
+    groups = [dist.new_group(list(range(first, first + ep))) for first in range(0, ranks.world, ep)]
+    copies = [dist.new_group(list(range(first, ranks.world, ep))) for first in range(ep)]
     changes = copy.deepcopy(changes)
     empty = changes.pop("empty", False)
     whole = LM(config(**changes), seed=seed)
@@ -177,14 +184,15 @@ def one_case(
         (whole.loss(id_BS, target_BS, attention_mask=mask_BS).nats / total).backward()
     bytes_of = 4 * sum(p.numel() for p in BlockTasks(whole.blocks[0], 0).dense)
     for schedule in schedules(len(whole.blocks), bytes_of):
-        lm = owned(whole, ranks.rank, ranks.world)
+        lm = owned(whole, ranks.rank % ep, ep)
         blocks = [BlockTasks(block, layer) for layer, block in enumerate(lm.blocks)]
-        player = BlockPlayer(schedule, blocks, group=dist.group.WORLD, data=dist.group.WORLD)
+        of = {"group": groups[ranks.rank // ep], "data": dist.group.WORLD, "copies": copies[ranks.rank % ep]}
+        player = BlockPlayer(schedule, blocks, **of)
         if spoil is not None:
             spoil(player)
         played(lm, player, *worlds[ranks.rank], total)
         player.close()
-        yield schedule.method, wrong(lm, whole, ranks.rank, ranks.world), lm
+        yield schedule.method, wrong(lm, whole, ranks.rank % ep, ep), lm
 
 
 def all_cases(ranks: Ranks, seed: int) -> list[str]:
@@ -206,6 +214,23 @@ def all_cases(ranks: Ranks, seed: int) -> list[str]:
 def test_gradients_are_those_of_one_process(world: int) -> None:
     for rank, faults in enumerate(spawn(world, all_cases, 3)):
         assert not faults, f"rank {rank}: " + "\n".join(faults)
+
+
+def copied(ranks: Ranks) -> list[str]:
+    """What is wrong where two ranks share the experts and two others have copies of them."""
+
+    def drawn(blocks: int, size: int) -> list[BlockSchedule]:
+        bank = BlockTasks(owned(LM(config()), 0, 2).blocks[0], 0).expert
+        expert = pieces(4 * sum(p.numel() for p in bank), 3)
+        return [anyhow(n, blocks, (2, 3), pieces(size, 2), expert, "chunk") for n in range(2)]
+
+    found = one_case(ranks, 2, {}, (3, 2, 4, 1), False, drawn, ep=2)
+    return [f"{name}: {errors}" for name, errors, _ in found if max(errors.values()) > MOST]
+
+
+@pytest.mark.slow
+def test_copies_of_experts_share_their_gradient() -> None:
+    assert spawn(4, copied) == [[], [], [], []]
 
 
 def profiles(seed: int, size: int) -> BlockCosts:
@@ -262,17 +287,18 @@ def test_on_two_ranks_order_and_pieces_change_no_bit() -> None:
 
 def reduced_twice(player: BlockPlayer) -> None:
     once = player._reduce_dense
-    player._reduce_dense = lambda done, block, piece: (
-        once(done, block, piece),
-        piece == 1 and once(done, block, piece),
-    )[0]
+
+    def reduce(done: BlockPass, at: tuple[int, int]) -> int:
+        return once(done, at) + (once(done, at) if at[1] == 1 else 0)
+
+    player._reduce_dense = reduce
 
 
 def slopes_in_place_of_gradients(player: BlockPlayer) -> None:
     """What the released code of FlowMoE sums: the gradient of what went into attention."""
 
-    def reduce(done, block: int, piece: int) -> int:
-        slope = done._x_slopes[block, 0].sum(0)  # of the same shape on each rank
+    def reduce(done: BlockPass, at: tuple[int, int]) -> int:
+        slope = done._x_slopes[at[0], 0].sum(0)  # of the same shape on each rank
         dist.all_reduce(slope)
         return slope.numel() * 4
 
@@ -294,7 +320,7 @@ def chunk_dropped(player: BlockPlayer) -> None:
 
 
 def not_reduced(player: BlockPlayer) -> None:
-    player._reduce_dense = lambda done, block, piece: 0
+    player._reduce_dense = lambda done, at: 0
 
 
 def planted(ranks: Ranks) -> dict[str, float]:

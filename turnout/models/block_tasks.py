@@ -62,7 +62,7 @@ class BlockTasks:
             raise _refuse(layer, f"dropout in {drops[0]}", "draw nothing", "set its p to 0")
 
     def attention(self, x_BSD: Tensor, about: Batch, rows: slice) -> Tensor:
-        """x + attention(norm(x))."""
+        """The tokens after attention, which is added to what was normed for it."""
         block, places, angles = self._block, _of(about.places, rows), about.angles_L[self._layer]
         angles = tuple(each[rows] if each.ndim == 3 else each for each in angles)
         normed_BSD = x_BSD if block.attention_norm is None else block.attention_norm(x_BSD)
@@ -97,7 +97,7 @@ class BlockTasks:
         return torch.cat(found)
 
     def combine(self, sum_TD: Tensor, *kept: Tensor) -> Tensor:
-        """x + norm(what the experts made, the shared one too)."""
+        """The tokens after their experts, the shared one too, whose sum is normed and added."""
         x_TD, *always = kept
         return self._block.add(x_TD, sum_TD + always[0].to(sum_TD.dtype) if always else sum_TD, self._block.ff_out_norm)
 

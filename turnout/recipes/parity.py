@@ -240,7 +240,7 @@ def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | No
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 
-def plan_of(text: str) -> Plan:
+def plan_of(text: str, where: str = "turnout parity") -> Plan:
     """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches`` and ``secondary`` may be among it.
 
     Raises:
@@ -253,11 +253,11 @@ def plan_of(text: str) -> Plan:
     """
     found: dict[str, int] = {}
     fields = [field.name for field in dataclasses.fields(Layout)]
-    for part in text.replace(" ", ",").split(","):
+    for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
         if name not in (*fields, "microbatches", "secondary") or not value.isdigit():
             allowed, fix = f"be name=number of {', '.join(fields)}, microbatches or secondary", "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where="turnout parity", fix=fix))
+            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
         found[name] = int(value)
     layout: Any = {name: value for name, value in found.items() if name in fields}
     rest: Any = {name: value for name, value in found.items() if name not in fields}
@@ -377,6 +377,8 @@ class _Gaps:
         if got.shape != want.shape:
             note = f"{tuple(got.shape)} in place of {tuple(want.shape)}"
             self.found.append(Gap(what, name, math.inf, note=note))
+            return
+        if not want.numel():  # nothing there to compare
             return
         largest, off = float(want.abs().max()), float((got - want).abs().max())
         error = off / largest if largest else off

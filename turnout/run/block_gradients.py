@@ -1,4 +1,4 @@
-"""The gradients of a block's parameters in one piece of memory, which goes over the wire in the pieces of a schedule."""
+"""The gradients of a block's parameters in one piece of memory, which is summed in the pieces of a schedule."""
 
 from collections.abc import Sequence
 
