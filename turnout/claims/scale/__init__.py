@@ -5,6 +5,7 @@ from turnout.claims.scale.coded import coded
 from turnout.claims.scale.diloco import diloco
 from turnout.claims.scale.one_byte import one_byte
 from turnout.claims.scale.zero import zero
+from turnout.claims.scale.zero_plus_plus import zero_plus_plus
 
 __all__ = [
     "co2",
@@ -12,4 +13,5 @@ __all__ = [
     "diloco",
     "one_byte",
     "zero",
+    "zero_plus_plus",
 ]
