@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from turnout import recipes
-from turnout.decide.device import Choice, layouts
+from turnout.decide.device import Choice, layouts, refined
 from turnout.decide.device.pace import degrees
 from turnout.measure import quantity
 from turnout.recipes.run import Run
@@ -174,5 +174,7 @@ def plan_model(
     """
     run = run_of(model, overrides)
     workload = workload_of(run)
-    choices = layouts(workload, cluster, devices=devices, foreign=foreign, top=top)
-    return Planned(model, run, workload, cluster, choices, tuple(overrides))
+    # More than are shown are played by the simulator: it may order them otherwise than arithmetic does.
+    found = layouts(workload, cluster, devices=devices, foreign=foreign, top=2 * top)
+    played = sorted((refined(workload, choice) for choice in found), key=lambda choice: choice.pace.step_s)
+    return Planned(model, run, workload, cluster, tuple(played[:top]), tuple(overrides))

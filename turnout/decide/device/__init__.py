@@ -10,6 +10,7 @@ from turnout.decide.device.layouts import Choice, layouts
 from turnout.decide.device.memory import Held, held, stage_blocks
 from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import Pace, Wire, pace
+from turnout.decide.device.refined import refined
 from turnout.decide.device.zb_automatic import zb_automatic
 from turnout.decide.device.zbv import zbv
 from turnout.decide.device.zero_bubble import interleaved_zero_bubble, zb_h1, zb_h2
@@ -33,6 +34,7 @@ __all__ = [
     "one_f_one_b",
     "pace",
     "place",
+    "refined",
     "stage_blocks",
     "zb_automatic",
     "zb_h1",
