@@ -204,7 +204,8 @@ def _planned(arguments: argparse.Namespace) -> "Run":
     # Other text first: it lifts the recipe's own limit, and a limit that is asked for stays.
     plan = recipe.with_domains(named_domains(arguments.data)) if arguments.data else recipe
     plan = plan.scaled(arguments.overrides)
-    if plan.train.warmup != recipe.train.warmup and not any("warmup=" in text for text in arguments.overrides):
+    asked = any("warmup=" in text for text in arguments.overrides)
+    if plan.train.warmup != recipe.train.warmup and not asked and os.environ.get("RANK", "0") == "0":
         print(
             f"note: warmup={plan.train.warmup} of {plan.train.steps} steps, the share of the recipe "
             f"({recipe.train.warmup} of {recipe.train.steps}); warmup=N sets another",

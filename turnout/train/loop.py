@@ -120,7 +120,7 @@ class _Run:
         self.step = 0  # optimizer steps done
         self.folder = out / "checkpoints"
         self.metrics: Metrics | None = None
-        self.asked: str | None = None  # the signal after which all stop
+        self.signal: str | None = None  # the signal after which all stop
         self.evaluations: list[Mapping[str, Any]] = []
         self.loss = float("nan")
         self.before_s = 0.0  # seconds that earlier processes worked on this run
@@ -255,7 +255,7 @@ class _Run:
             self._guard(lambda: self._hear(stop))
             logs = last or self.step == 1 or self.step % config.log_every == 0
             evaluates = last or self.step % config.eval_every == 0
-            saves = last or self.step % config.checkpoint_every == 0 or self.asked is not None
+            saves = last or self.step % config.checkpoint_every == 0 or self.signal is not None
             if logs or evaluates or saves:
                 self._guard(self.work.check)
             self.lap_s, self.lap_steps = self.lap_s + time.monotonic() - started, self.lap_steps + 1
@@ -266,16 +266,16 @@ class _Run:
                 self._guard(self._evaluate)
             if saves:
                 self._guard(self._save)
-            if self.asked is not None and not last:
+            if self.signal is not None and not last:
                 raise Interrupted(
-                    f"stopped by {self.asked} after step {self.step} of {config.steps}; everything is saved in "
+                    f"stopped by {self.signal} after step {self.step} of {config.steps}; everything is saved in "
                     f"{self.out}. To go on: turnout train --resume --out {quote(str(self.out))} (resume=True)."
                 )
         return self._result()
 
     def _hear(self, stop: Stop) -> None:
         """A signal that some process was sent is for all: they stop after the same step."""
-        self.asked = self.team.heard(stop.asked)
+        self.signal = self.team.heard(stop.asked)
 
     def _at(self) -> str:
         return f"step {self.step + 1} of {self.config.steps}"
