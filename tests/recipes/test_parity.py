@@ -28,6 +28,9 @@ PLANS = {
         Plan(SPREAD),
         Plan(Layout(dp_shard=2, ep=2, zero=0), microbatches=2),
         Plan(SPREAD, recompute=True),
+        Plan(Layout(pp=2), microbatches=4),
+        Plan(Layout(pp=2), microbatches=4, schedule="ZB-H1", stages=(2, 1)),
+        Plan(Layout(pp=2), microbatches=4, schedule="DualPipeV"),
         Plan(SPREAD, placement=COPIES),
     ],
     4: [
@@ -41,6 +44,9 @@ PLANS = {
         Plan(Layout(dp_replicate=2, dp_shard=2)),
         Plan(Layout(dp_replicate=2, dp_shard=2, ep=2)),
         Plan(Layout(dp_replicate=2, dp_shard=2, ep=2, zero=0)),
+        Plan(Layout(pp=2, dp_shard=2, ep=2), microbatches=2),
+        Plan(Layout(pp=2, dp_replicate=2, zero=0), microbatches=4, schedule="ZBVZeroBubble"),
+        Plan(Layout(pp=4), microbatches=4, schedule="GPipe"),
         Plan(Layout(dp_shard=4, ep=2), placement=COPIES),
     ],
 }

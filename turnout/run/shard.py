@@ -150,11 +150,11 @@ def shard(
     """
     plan = Plan(layout) if plan is None else plan
     _refuse(model, layout, plan, travel)
-    units = list(getattr(model, "blocks", ())) if units is None else units
-    if not units:
+    if units is None and not hasattr(model, "blocks"):
         got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
         fix = "pass units=[...], such as its layers"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    units = list(model.blocks) if units is None else units  # pyrefly: ignore[bad-argument-type]
     for _, experts in experts_in(model):
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]

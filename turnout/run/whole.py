@@ -1,6 +1,6 @@
 """Tensors that processes share, put together again: as one process would have them, and the norm of all of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
+def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = ()) -> Tensor:
     """The norm of all gradients together, of all stages, as one process has it; the same on every process.
 
     What several processes hold counts once: copies of a shard, and copies of an expert.
@@ -66,6 +66,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
     Args:
         model: what ``turnout.run.shard`` gave; of a pipeline, this process's part.
         meshes: that it was spread over.
+        skip: names of parameters that another stage counts, which holds a copy of them.
 
     Source: none; a sum of squares.
     """
@@ -75,7 +76,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
     _, owners = _of_experts(model)
     total = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
-        if parameter.grad is None:
+        if parameter.grad is None or name in skip:
             continue
         grad: Any = parameter.grad
         copies, here = meshes.layout.world // meshes.layout.pp, grad
