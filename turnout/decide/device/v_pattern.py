@@ -74,7 +74,9 @@ def _repeated(name: str, ranks: int, microbatches: int, hops: tuple[int, int, in
     return Schedule(name, _late_weights(orders, holders, microbatches), holders, microbatches)
 
 
-def _late_weights(orders: list[list[Action]], holders: tuple[int, ...], microbatches: int) -> tuple[tuple[Action, ...], ...]:
+def _late_weights(
+    orders: list[list[Action]], holders: tuple[int, ...], microbatches: int
+) -> tuple[tuple[Action, ...], ...]:
     """The same with the W behind a device's last F where it would wait for the next I: nothing is held longer by it."""
     tails = [max(place for place, action in enumerate(line) if action.kind == "F") + 1 for line in orders]
     late = [[a for a in line[tail:] if a.kind == "W"] for line, tail in zip(orders, tails, strict=True)]
