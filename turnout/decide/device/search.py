@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.gpipe import gpipe
@@ -232,7 +233,8 @@ class _Search:
         aheads = [(self.memory,) * self.ranks, flat, twice]
         found = []
         deeps = (True, False) if len(holders) > self.ranks else (True,)
-        choices = itertools.product((0.0, 1.0, 0.5), aheads, ("turns", "I", "F"), deeps, (0.0, 0.5, 1.0))
+        firsts: tuple[Literal["turns", "I", "F"], ...] = ("turns", "I", "F")
+        choices = itertools.product((0.0, 1.0, 0.5), aheads, firsts, deeps, (0.0, 0.5, 1.0))
         for patience, ahead, first, deep, wait in itertools.islice(choices, self.plays):
             policy = Policy(ahead, first, deep, patience, wait)
             line = greedy(self.costs, holders, self.m, self.memory, policy)

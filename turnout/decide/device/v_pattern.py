@@ -103,7 +103,8 @@ def _late_weights(
 
 def _pattern(ranks: int, hops: tuple[int, int, int, int]) -> list[dict[tuple[str, str], int]]:
     """When a microbatch's actions are, for each device: with the smallest turns for which no two share a slot."""
-    options = itertools.product(range(1, _SLOTS + 1), repeat=3)
+    some = range(1, _SLOTS + 1)
+    options = itertools.product(some, some, some)
     for turns in sorted(options, key=lambda turn: (sum(turn), turn)):
         pattern = [_slots(rank, ranks, hops, turns) for rank in range(ranks)]
         if all(len({slot % _SLOTS for slot in slots.values()}) == 4 for slots in pattern):
