@@ -29,7 +29,7 @@ def test_a_whole_schedule_is_accepted_and_goes_round():
     assert dataclasses.replace(schedule, turn="chunk").digest != schedule.digest
     with pytest.raises(CheckpointError, match="format"):
         BlockSchedule.from_json_dict({**body, "format": "turnout.plan/1"})
-    with pytest.raises(UsageError, match="Z0.0"):
+    with pytest.raises(UsageError, match=r"Z0\.0"):
         BlockSchedule.from_json_dict({**body, "compute": ["Z0.0"]})
 
 

@@ -18,7 +18,21 @@ from turnout.errors import Interrupted, TurnoutError
 
 # Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 # None of them imports torch before ``run``, so that help is instant.
-COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "convert", "certify", "verify", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "run",
+    "eval",
+    "sample",
+    "report",
+    "convert",
+    "certify",
+    "parity",
+    "plan",
+    "verify",
+    "methods",
+    "doctor",
+)
 
 _EXAMPLES = """\
 a job each:
@@ -34,6 +48,7 @@ a job each:
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
                                                  dense to sparse; smaller, with adapters: turnout convert --help
   turnout certify llama mixtral                  does B compute what A does? if not, where they part
+  turnout parity plan.json                       has training on many processes the gradients of one?
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why
@@ -141,7 +156,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say. A verdict is not known then.
         sys.stderr.close()
-        return 141 if arguments.command in ("certify", "verify") else 0
+        return 141 if arguments.command in ("certify", "parity", "verify") else 0
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise

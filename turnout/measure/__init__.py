@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from turnout import moved
+from turnout.measure.block_costs import fit_block_costs, fit_slowed
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
@@ -14,8 +15,10 @@ from turnout.measure.report import compare, markdown, quantity, results_rows, re
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
 from turnout.measure.simulate import calibrated, simulate
+from turnout.measure.simulate_block import BlockTimes, simulate_block
 
 __all__ = [
+    "BlockTimes",
     "Certificate",
     "Evaluation",
     "Passage",
@@ -31,6 +34,8 @@ __all__ = [
     "dead_experts",
     "dropped_share",
     "entropy",
+    "fit_block_costs",
+    "fit_slowed",
     "hardware",
     "layers_of",
     "load_report",
@@ -42,6 +47,7 @@ __all__ = [
     "results_table",
     "sharpness",
     "simulate",
+    "simulate_block",
     "weights_digest",
 ]
 

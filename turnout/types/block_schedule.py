@@ -32,8 +32,8 @@ class BlockTask(NamedTuple):
     Forward: ``A`` attention, ``G`` gate and permute, ``D`` dispatch, ``N`` the same inside the node, ``E`` experts,
     ``M`` what goes before the combine inside the node, ``C`` combine and add. Backward: ``C' M' E' N' D' G' A'``;
     ``Ex`` and ``Ew`` in place of ``E'`` are the gradient of its input and of its weights apart, ``Ax`` and ``Aw`` in
-    place of ``A'``. ``Ra`` and ``Re`` reduce a piece of the gradient of what is dense (attention, gate, norms) and of the
-    experts; their ``chunk`` is the piece. ``A G G' A' Ax Aw`` count attention's chunks, all others the experts'.
+    place of ``A'``. ``Ra`` and ``Re`` reduce a piece of the gradient of what is dense (attention, gate, norms) and of
+    the experts; their ``chunk`` is the piece. ``A G G' A' Ax Aw`` count attention's chunks, all others the experts'.
 
     >>> str(BlockTask("Ex", 1, 2)), BlockTask.parse("Ra0.3")
     ('Ex1.2', BlockTask(kind='Ra', block=0, chunk=3))

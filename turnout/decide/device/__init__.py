@@ -1,7 +1,10 @@
 """Which device holds what, and which work it does when."""
 
+from turnout.decide.device import place
+from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.exact_schedule import exact_schedule
+from turnout.decide.device.flows import Flows, ecmp, flows
 from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
 from turnout.decide.device.layouts import Choice, layouts
@@ -18,13 +21,17 @@ from turnout.decide.device.zeropp import zeropp
 
 __all__ = [
     "Choice",
+    "Flows",
     "Found",
     "Held",
     "Pace",
     "Partition",
     "Wire",
+    "block_schedule",
     "dual_pipe_v",
+    "ecmp",
     "exact_schedule",
+    "flows",
     "gpipe",
     "held",
     "interleaved",
@@ -35,6 +42,7 @@ __all__ = [
     "one_f_one_b",
     "pace",
     "partition",
+    "place",
     "search",
     "stage_blocks",
     "v_half",
