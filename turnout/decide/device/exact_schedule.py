@@ -71,11 +71,11 @@ class _Program:
     def __init__(self, costs: StageCosts, microbatches: int, memory: float) -> None:
         self.costs, self.m, self.memory = costs, microbatches, memory
         stages = range(costs.stages)
-        self.took = dict(zip("FIW", (costs.forward_S, costs.input_S, costs.weight_S), strict=True))
-        names = itertools.product(stages, "FIW", range(microbatches))
-        self.number = {name: place for place, name in enumerate(names)}
+        self.took: dict[str, tuple[float, ...]] = {"F": costs.forward_S, "I": costs.input_S, "W": costs.weight_S}
+        names = itertools.product(stages, list[str]("FIW"), range(microbatches))
+        self.number: dict[tuple[int, str, int], int] = {name: place for place, name in enumerate(names)}
         # Of two kinds' tasks the earlier kind of a lower microbatch is before; the other way round it is open.
-        self.pairs = {
+        self.pairs: dict[tuple[tuple[int, str, int], tuple[int, str, int]], int] = {
             pair: len(self.number) + 1 + place
             for place, pair in enumerate(
                 ((s, early, a), (s, late, b))
@@ -141,12 +141,12 @@ class _Program:
         return found
 
     def schedule(self, values: np.ndarray) -> Schedule:
-        """The schedule of a solution: each device's tasks by their starts, and by the variables where these are equal."""
+        """The schedule of a solution, whose variables say which of two tasks of a device is before."""
         orders = []
         for s in range(self.costs.stages):
             names = [name for name in self.number if name[0] == s]
             # Where a task stands: how many are before it, which precedences and pairs say without rounding.
-            place = {name: 0 for name in names}
+            place = dict.fromkeys(names, 0)
             for one, other in itertools.combinations(names, 2):
                 place[other if self._before(one, other, values) else one] += 1
             orders.append(tuple(Action(s, kind, m) for _, kind, m in sorted(names, key=place.__getitem__)))

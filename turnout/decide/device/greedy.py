@@ -24,6 +24,9 @@ class Policy:
         deep: whether of two forwards the one of the later stage goes first.
         patience: the share of W that has to fit before the next arrival that is known, for W to begin.
         wait: the share of F during which an I that is known to come is waited for.
+        even: whether a W that does not fit is begun where waiting would make the device the one that waited longest.
+        line_R: for each device its F and I in the order in which they are to be done, whatever the times; only W goes
+            where there is room. None for the rules above.
     """
 
     ahead_R: tuple[float, ...]
@@ -31,6 +34,8 @@ class Policy:
     deep: bool = True
     patience: float = 0.0
     wait: float = 0.0
+    even: bool = False
+    line_R: Sequence[Sequence[int]] | None = None
 
 
 def greedy(
@@ -65,6 +70,7 @@ class _Play:
     ) -> None:
         stages, ranks = costs.stages, max(rank_of_stage) + 1
         self.costs, self.rank_of_stage, self.m, self.policy = costs, rank_of_stage, microbatches, policy
+        self.memory = memory
         self.count = stages * microbatches
         self.took = {
             kind: [time + costs.overhead for time in each]
@@ -78,6 +84,7 @@ class _Play:
         self.next_F, self.next_I = [0] * stages, [0] * stages
         self.late: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
         self.free, self.holds, self.last = [0.0] * ranks, [0.0] * ranks, ["I"] * ranks
+        self.done, self.idle = [0] * ranks, [0.0] * ranks
         self.order: list[list[int]] = [[] for _ in range(ranks)]
         self.events: list[tuple[float, int]] = [(0.0, rank) for rank in range(ranks)]
 
@@ -92,6 +99,10 @@ class _Play:
         return limit
 
     def decide(self, rank: int, now: float) -> None:
+        """Has a free device do the best of what it can, if anything."""
+        if self.policy.line_R is not None:
+            self._follow(rank, now, self.policy.line_R[rank])
+            return
         forward, backward, full = None, None, False
         soon = math.inf  # when the next thing that is known to come does
         soon_I = math.inf
@@ -120,11 +131,35 @@ class _Play:
             self._do(rank, "F", forward, now)
         elif self.late[rank]:
             stage, _ = self.late[rank][0]
-            if full or now + self.policy.patience * self.took["W"][stage] <= min(soon, soon_I) + _SLACK:
+            if full or self._pays(rank, stage, now, min(soon, soon_I)):
                 self._do(rank, "W", stage, now)
+
+    def _follow(self, rank: int, now: float, line: Sequence[int]) -> None:
+        """What is next in the line, or a W where that has not come, or has no room."""
+        done, soon, full = self.done[rank], math.inf, False
+        if done < len(line):
+            kind, (stage, m) = "FI"[line[done] // self.count], divmod(line[done] % self.count, self.m)
+            soon = (self.ready_F if kind == "F" else self.ready_I)[stage][m]
+            full = kind == "F" and self.holds[rank] + self.held[stage] > self.memory + _SLACK
+            if soon <= now + _SLACK and not full:
+                self.done[rank] += 1
+                self._do(rank, kind, stage, now)
+                return
+        if self.late[rank]:
+            stage, _ = self.late[rank][0]
+            if (full and soon <= now + _SLACK) or self._pays(rank, stage, now, soon):
+                self._do(rank, "W", stage, now)
+
+    def _pays(self, rank: int, stage: int, now: float, soon: float) -> bool:
+        """Whether a W is worth beginning before what is known to come."""
+        if now + self.policy.patience * self.took["W"][stage] <= soon + _SLACK:
+            return True
+        return self.policy.even and soon - now > max(self.idle) - self.idle[rank] + _SLACK
 
     def _do(self, rank: int, kind: str, stage: int, now: float) -> None:
         end = now + self.took[kind][stage]
+        if self.order[rank]:
+            self.idle[rank] += now - self.free[rank]
         if kind == "W":
             _, m = self.late[rank].popleft()
             self.order[rank].append(2 * self.count + stage * self.m + m)

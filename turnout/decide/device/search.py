@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.gpipe import gpipe
@@ -69,7 +70,7 @@ def search(
         costs: of S stages, a multiple of the devices; uneven ones are what it is for.
         ranks: p devices, which hold S / p stages each: one after the other in turns and, for two, also as a V.
         microbatches: m.
-        memory: the most that the microbatches of a device may hold, in the unit of ``costs.activation_S``; None for any.
+        memory: the most that the microbatches of a device may hold, in the costs' unit; None for any.
         barrier: whether all devices wait for each other after the step: then the makespan is made small, else the
             longest span.
         tries: how many plays each part of the search may take; fewer for pipelines of more than a thousand tasks.
@@ -81,9 +82,10 @@ def search(
     Raises:
         UsageError: counts that do not go together, or a memory that cannot hold a microbatch.
 
-    >>> uneven = StageCosts((1.0, 2.0, 1.5), (1.0, 2.0, 1.5), (1.0, 2.0, 1.5))
-    >>> search(uneven, 3, 4).time < search(uneven, 3, 4).known[1]
-    True
+    >>> uneven = StageCosts((1.0, 2.0, 1.5), (1.0, 2.0, 1.5), (1.0, 2.0, 1.5), send=0.5)
+    >>> found = search(uneven, 3, 4, memory=2)
+    >>> found.time, found.known
+    (28.0, ('ZB2P', 36.0))
 
     Source: Qi et al., 2024, "Zero Bubble Pipeline Parallelism", sections 3 and 6, for the aim; Giffler and Thompson,
     1960, for plays; Nowicki and Smutnicki, 1996, "A Fast Taboo Search Algorithm for the Job Shop Problem", for moves.
@@ -172,9 +174,9 @@ class _Search:
     tried: int = 0
 
     def __post_init__(self) -> None:
-        # What a play takes grows with the tasks; a large pipeline gets fewer of them, never fewer than a tenth.
+        # What a play takes grows with the tasks; a large pipeline gets fewer of them, never fewer than a twentieth.
         tasks = 3 * self.costs.stages * self.m
-        self.plays = max(self.tries // 10, min(self.tries, int(self.tries * 1000 / tasks)))
+        self.plays = max(self.tries // 20, min(self.tries, int(self.tries * 1000 / tasks)))
         self.rng = random.Random(self.seed)
 
     def take(self, schedule: Schedule) -> float:
@@ -194,25 +196,45 @@ class _Search:
             for schedule in known_schedules(self.costs, self.ranks, self.m, memory=self.memory)
             if schedule.rank_of_stage == holders and orders.fits(line := self._split(schedule))
         ]
+        starts += self._refilled(holders, orders)
         plays = self._plays(holders, orders)
         starts += [(value, line) for value, line, _ in plays]
         if plays:
             starts.append(self._ahead(holders, orders, plays[0]))
         starts.sort(key=lambda start: start[0])
-        for _, line in starts[:3]:
-            _, line = orders.climb(line, tries=self.plays, rng=self.rng)
+        for _, start in starts[:3]:
+            _, line = orders.climb(start, tries=self.plays, rng=self.rng)
             self.tried += self.plays
             for fused in (False, True):
                 self.take(self._schedule(line, holders, fused=fused))
+
+    def _refilled(self, holders: tuple[int, ...], orders: Orders) -> list[tuple[float, list[list[int]]]]:
+        """The published schedules' F and I in their order, with W where these costs leave room for it."""
+        found = []
+        for schedule in _published(
+            self.costs, self.ranks, self.m, None if self.memory == float("inf") else self.memory
+        ):
+            if schedule.rank_of_stage != holders:
+                continue
+            lines = [[task for task in line if task < 2 * orders.count] for line in self._split(schedule)]
+            for patience, even in ((0.5, False), (1.0, False), (1.0, True)):
+                policy = Policy((self.memory,) * self.ranks, patience=patience, even=even, line_R=lines)
+                line = greedy(self.costs, holders, self.m, self.memory, policy)
+                self.tried += 1
+                if line is not None:
+                    found.append((orders.value(line)[0], line))
+        return found
 
     def _plays(self, holders: tuple[int, ...], orders: Orders) -> list[tuple[float, list[list[int]], Policy]]:
         """Greedy plays under many policies, the best first."""
         held = [sum(self.costs.held_S[s] for s in range(len(holders)) if holders[s] == r) for r in range(self.ranks)]
         flat = tuple((self.ranks - r) * held[r] for r in range(self.ranks))
-        aheads = [(self.memory,) * self.ranks, flat, tuple(max(2 * each - held[r], held[r]) for r, each in enumerate(flat))]
+        twice = tuple(max(2 * each - held[r], held[r]) for r, each in enumerate(flat))
+        aheads = [(self.memory,) * self.ranks, flat, twice]
         found = []
         deeps = (True, False) if len(holders) > self.ranks else (True,)
-        choices = itertools.product((0.0, 1.0, 0.5), aheads, ("turns", "I", "F"), deeps, (0.0, 0.5, 1.0))
+        firsts: tuple[Literal["turns", "I", "F"], ...] = ("turns", "I", "F")
+        choices = itertools.product((0.0, 1.0, 0.5), aheads, firsts, deeps, (0.0, 0.5, 1.0))
         for patience, ahead, first, deep, wait in itertools.islice(choices, self.plays):
             policy = Policy(ahead, first, deep, patience, wait)
             line = greedy(self.costs, holders, self.m, self.memory, policy)

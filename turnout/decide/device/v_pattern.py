@@ -74,7 +74,9 @@ def _repeated(name: str, ranks: int, microbatches: int, hops: tuple[int, int, in
     return Schedule(name, _late_weights(orders, holders, microbatches), holders, microbatches)
 
 
-def _late_weights(orders: list[list[Action]], holders: tuple[int, ...], microbatches: int) -> tuple[tuple[Action, ...], ...]:
+def _late_weights(
+    orders: list[list[Action]], holders: tuple[int, ...], microbatches: int
+) -> tuple[tuple[Action, ...], ...]:
     """The same with the W behind a device's last F where it would wait for the next I: nothing is held longer by it."""
     tails = [max(place for place, action in enumerate(line) if action.kind == "F") + 1 for line in orders]
     late = [[a for a in line[tail:] if a.kind == "W"] for line, tail in zip(orders, tails, strict=True)]
@@ -101,7 +103,8 @@ def _late_weights(orders: list[list[Action]], holders: tuple[int, ...], microbat
 
 def _pattern(ranks: int, hops: tuple[int, int, int, int]) -> list[dict[tuple[str, str], int]]:
     """When a microbatch's actions are, for each device: with the smallest turns for which no two share a slot."""
-    options = itertools.product(range(1, _SLOTS + 1), repeat=3)
+    some = range(1, _SLOTS + 1)
+    options = itertools.product(some, some, some)
     for turns in sorted(options, key=lambda turn: (sum(turn), turn)):
         pattern = [_slots(rank, ranks, hops, turns) for rank in range(ranks)]
         if all(len({slot % _SLOTS for slot in slots.values()}) == 4 for slots in pattern):
