@@ -14,6 +14,7 @@ from turnout.measure.passage import Passage
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
+from turnout.measure.simulate import calibrated, simulate
 from turnout.measure.simulate_block import BlockTimes, simulate_block
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ReportData",
     "RunData",
     "bits_per_byte",
+    "calibrated",
     "certify",
     "coefficient_of_variation",
     "compare",
@@ -44,6 +46,7 @@ __all__ = [
     "results_rows",
     "results_table",
     "sharpness",
+    "simulate",
     "simulate_block",
     "weights_digest",
 ]

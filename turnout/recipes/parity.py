@@ -253,7 +253,7 @@ def plan_of(text: str, where: str = "turnout parity") -> Plan:
     """
     found: dict[str, int] = {}
     fields = [field.name for field in dataclasses.fields(Layout)]
-    for part in text.replace(" ", ",").split(","):
+    for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
         if name not in (*fields, "microbatches", "secondary") or not value.isdigit():
             allowed, fix = f"be name=number of {', '.join(fields)}, microbatches or secondary", "write dp_shard=4,ep=2"
@@ -377,6 +377,8 @@ class _Gaps:
         if got.shape != want.shape:
             note = f"{tuple(got.shape)} in place of {tuple(want.shape)}"
             self.found.append(Gap(what, name, math.inf, note=note))
+            return
+        if not want.numel():  # nothing there to compare
             return
         largest, off = float(want.abs().max()), float((got - want).abs().max())
         error = off / largest if largest else off

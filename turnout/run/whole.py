@@ -12,7 +12,7 @@ from turnout.run.shard import Meshes, experts_in
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["clip", "gradient_norm", "whole", "whole_gradients"]
+__all__ = ["clip", "gradient_norm", "settle", "whole", "whole_gradients"]
 
 
 def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -49,6 +49,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
     Source: none; as ``whole``.
     """
+    settle(model)
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             yield name, None
@@ -70,6 +71,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
     """
     import torch.distributed as dist
 
+    settle(model)
     _, owners = _of_experts(model)
     total = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
@@ -104,12 +106,27 @@ def clip(model: nn.Module, norm: Tensor, most: float) -> None:
 
     Source: Pascanu et al., 2013, "On the difficulty of training recurrent neural networks".
     """
+    settle(model)
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
             grad: Any = parameter.grad
             here = grad.to_local() if hasattr(grad, "to_local") else grad
             here.mul_(factor.to(here))
+
+
+def settle(model: nn.Module) -> None:
+    """Gives up what is still gathered: after a forward pass alone, ``model.parameters()`` are not those that have the
+    gradients, and that an optimizer moves.
+
+    Args:
+        model: what ``turnout.run.shard`` gave; any other is left alone.
+
+    Source: none; FSDP2 keeps the parameters of the outermost module until the next backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # pyrefly: ignore[not-callable]
 
 
 def _of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:

@@ -81,6 +81,14 @@ class Graph:
     seconds: list[float]
     slowed: tuple[tuple[float, ...], ...] | None
 
+    @property
+    def busiest(self) -> float:
+        """How long the resource with most to do works: no orders are shorter."""
+        total = [0.0, 0.0, 0.0]
+        for resource, seconds in zip(self.resource, self.seconds, strict=True):
+            total[resource] += seconds
+        return max(total)
+
     def needed(self, task: int) -> bool:
         """Whether any other task needs this one."""
         return bool(self.behind[task])
@@ -128,6 +136,8 @@ def best(costs: BlockCosts, blocks: int, shapes: Iterable[Shape], rules: Sequenc
     found: Found | None = None
     for shape in shapes:
         made = graph(costs, blocks, shape)
+        if found is not None and made.busiest >= found.seconds:
+            continue  # whatever its orders
         for rule in rules:
             orders = made.by_rank(made.rank(rule))
             seconds = made.makespan(orders)

@@ -4,17 +4,28 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from turnout.decide.device.block_exact import exact
 from turnout.decide.device.block_orders import RULES, Found, Graph, Shape, best, graph
 from turnout.solve.timeline import ends
-from turnout.types import BlockCosts
+from turnout.types import BlockCosts, BlockTask
 
 __all__ = ["by_fusing", "by_orders", "by_ranks", "by_shape"]
 
 
-def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float, carry: bool) -> list[Found]:
+def by_shape(
+    costs: BlockCosts,
+    blocks: int,
+    start: Shape,
+    *,
+    most_alive: float,
+    carry: bool = False,
+    without: Collection[str] = (),
+) -> list[Found]:
     """List scheduling of shapes around one, a choice at a time for as long as that helps; the shortest first.
+
+    ``without`` leaves choices alone: ``turn``, ``halves``, ``unequal``.
 
     Source: none; coordinate descent with every rule at each.
     """
@@ -24,16 +35,18 @@ def by_shape(costs: BlockCosts, blocks: int, start: Shape, *, most_alive: float,
         for each in shapes:
             fits = max(each.attention_chunks, each.expert_chunks) <= costs.most_chunks
             shape = _windowed(each, blocks, most_alive)
+            fits = fits and ("unequal" not in without or each.attention_chunks == each.expert_chunks)
             if fits and shape is not None and shape not in found:
                 found[shape] = best(costs, blocks, [shape], tuple(RULES))
         return min(found.values(), key=lambda one: one.seconds)
 
-    halves = list(itertools.product((False, True), repeat=2))
-    turns = (False, True) if costs.sums else (False,)
+    halves = list(itertools.product((False,) if "halves" in without else (False, True), repeat=2))
+    turns = (False, True) if costs.sums and "turn" not in without else (False,)
     flags = [{"halve_attention": a, "halve_experts": e, "by_chunk": k} for a, e in halves for k in turns]
     if not found and most_alive < blocks:
         tried(Shape(n, n, start.pieces, by_chunk=True) for n in range(1, costs.most_chunks + 1))
-    now, before = tried([start]), math.inf
+    even = dataclasses.replace(start, attention_chunks=start.expert_chunks)
+    now, before = tried([start, even]), math.inf
     while now.seconds < before:
         before = now.seconds
         now = tried(dataclasses.replace(now.shape, window=None, **flag) for flag in flags)
@@ -134,24 +147,36 @@ def by_orders(found: Found, *, tries: int, chance: random.Random) -> Found:
 
 
 def by_fusing(costs: BlockCosts, blocks: int, found: Found) -> Found:
-    """The same with halves of a backward pass in one where the second is right behind the first, if that is no longer.
+    """The same with the halves of a backward pass in one again: of a kind and block, or a single pair, if that helps.
 
     Source: none; a task that starts once in place of twice.
     """
-    pairs = list(itertools.pairwise(found.graph.tasks[at] for at in found.orders[0]))
-    for first, then in pairs:
-        if (first.kind[1:], then) != ("x", first._replace(kind=first.kind[0] + "w")):
+    halves = [task for task in found.graph.tasks if task.kind in ("Ex", "Ax")]
+    groups: dict[object, list[BlockTask]] = {}
+    for task in halves:
+        groups.setdefault((task.kind, task.block), []).append(task._replace(kind=task.kind[0] + "'"))
+    groups |= {task: [task._replace(kind=task.kind[0] + "'")] for task in halves}
+    for group in groups.values():
+        if found.shape.fused.issuperset(group):
             continue
-        one = first._replace(kind=first.kind[0] + "'")
-        shape = dataclasses.replace(found.shape, fused=found.shape.fused | {one})
+        shape = dataclasses.replace(found.shape, fused=found.shape.fused.union(group))
         made = graph(costs, blocks, shape)
-        number = {task: at for at, task in enumerate(made.tasks)}
-        old = [[found.graph.tasks[at] for at in order] for order in found.orders]
-        orders = [[number[one if task == first else task] for task in order if task != then] for order in old]
-        seconds = made.makespan(orders)
-        if seconds <= found.seconds:
-            found = Found(seconds, shape, orders, made)
+        trial = Found(made.makespan(orders := _without(found, made)), shape, orders, made)
+        trial = exact(trial, below=found.seconds, most_nodes=200).found
+        if trial.seconds <= found.seconds:
+            found = trial
     return found
+
+
+def _without(found: Found, made: Graph) -> list[list[int]]:
+    """The orders of ``found`` for a graph that has some of its halves in one, in the place of the first half."""
+    number = {task: at for at, task in enumerate(made.tasks)}
+    orders = []
+    for order in found.orders:
+        tasks = [found.graph.tasks[at] for at in order]
+        whole = [task if task in number else task._replace(kind=task.kind[0] + "'") for task in tasks]
+        orders.append(list(dict.fromkeys(number[task] for task in whole)))
+    return orders
 
 
 def _on_the_chain(made: Graph, orders: Sequence[Sequence[int]], chance: random.Random) -> list[tuple[int, int]]:
