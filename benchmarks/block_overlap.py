@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.tables import heading, provenance, write
 from turnout.decide.device import block_schedule
@@ -28,8 +27,9 @@ from turnout.decide.device.block_schedule import METHODS
 from turnout.measure import fit_block_costs, fit_slowed, simulate_block
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.block_tasks import BlockTasks
+from turnout.models.overlapped import Overlapped, own_experts
 from turnout.run import processes
-from turnout.run.block import BlockPlayer, Played
+from turnout.run.block import Played
 from turnout.run.block_profile import profile_blocks
 from turnout.run.wire import Slow
 from turnout.types import BlockCosts, BlockSchedule
@@ -77,37 +77,24 @@ class Rank:
         config = LMConfig(
             vocab_size=64, width=trial.width, layers=trial.blocks, heads=2, max_seq=trial.seq, init_std=0.2, moe=moe
         )
-        self.trial, self.lm = trial, LM(config, seed=0)
-        each = trial.experts // ranks.world
-        for block in self.lm.blocks:
-            bank = block.ff.bank  # type: ignore[union-attr]
-            for name, stack in list(bank.named_parameters()):
-                mine = stack.detach()[ranks.rank * each : (ranks.rank + 1) * each].clone()
-                setattr(bank, name, torch.nn.Parameter(mine))
-        self.parts = [BlockTasks(block, layer) for layer, block in enumerate(self.lm.blocks)]
+        self.trial = trial
+        self.lm = own_experts(LM(config, seed=0), rank=ranks.rank, ranks=ranks.world)
         generator = torch.Generator().manual_seed(ranks.rank)
         self.id_BS = torch.randint(0, 64, (trial.sequences, trial.seq), generator=generator)
         self.target_BS, self.total = self.id_BS.roll(-1, 1), trial.tokens * ranks.world
-        self.dense_bytes = sum(p.numel() * 4 for p in self.parts[0].dense)
+        self.dense_bytes = 4 * sum(p.numel() for p in BlockTasks(self.lm.blocks[0], 0).dense)
 
-    def player(self, schedule: BlockSchedule) -> BlockPlayer:
+    def player(self, schedule: BlockSchedule) -> Overlapped:
         """Of a schedule, on the slowed wire."""
         world = dist.group.WORLD
         assert world is not None
-        return BlockPlayer(schedule, self.parts, group=world, data=world, slow=self.trial.slow())
+        return Overlapped(self.lm, schedule, group=world, data=world, slow=self.trial.slow())
 
-    def play(self, player: BlockPlayer) -> Played:
+    def play(self, player: Overlapped) -> Played:
         """A step, begun by all at once."""
         self.lm.zero_grad()
-        begun = self.lm.begin(self.id_BS)
-
-        def loss(y_BSD: Tensor, rows: slice, gates: object) -> Tensor:
-            return self.lm.nats(y_BSD, self.target_BS[rows]) / self.total
-
         dist.barrier()
-        done = player.step(begun.x_BSD, loss, begun)
-        begun.x_BSD.backward(done.slope_BSD)
-        return done
+        return player.step(self.id_BS, self.target_BS, tokens=self.total)
 
 
 def compare(

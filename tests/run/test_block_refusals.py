@@ -53,6 +53,21 @@ def test_a_schedule_that_does_not_fit_is_refused(schedule, ranks: int, said: str
         BlockPlayer(schedule, PARTS, group=Ranks(ranks), data=Ranks(ranks))
 
 
+def test_a_sharded_parameter_is_refused() -> None:
+    class Part(torch.Tensor):
+        """Of a tensor that others hold parts of too."""
+
+    with pytest.raises(UsageError, match=r"the parameters of block 1 must be plain tensors.* got Part"):
+        BlockGradients([torch.zeros(2).as_subclass(Part).requires_grad_()], (), "block 1")
+
+
+def test_autocast_is_refused() -> None:
+    player = BlockPlayer(GOOD, PARTS, group=Ranks(2), data=Ranks(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UsageError, match=r"blocks must .* got autocast"):
+        player.step(torch.zeros(2, 3, 8), lambda *_: torch.zeros(()))
+    player.close()
+
+
 def test_a_schedule_that_lacks_a_task_is_refused() -> None:
     with pytest.raises(UsageError, match=r"the schedule must have every task .* got without E'0.1"):
         less = tuple(task for task in GOOD.compute if str(task) != "E'0.1")

@@ -330,6 +330,9 @@ def _many(lm: nn.Module, batch: _Batch, plan: Plan, meshes: Meshes) -> Tensor:
     if plan.layout.pp > 1:
         got, allowed = f"{plan.layout}", "have pp=1: what is compared here has no pipeline yet"
         raise UsageError(word("the layout", got=got, allowed=allowed, where=_WHERE, fix="compare it with pp=1"))
+    if plan.overlap is not None:
+        allowed, fix = "be none: what is compared here plays no block schedule", "use turnout.models.overlapped for it"
+        raise UsageError(word("the plan's overlap", got="one", allowed=allowed, where=_WHERE, fix=fix))
     own = batch.part(meshes.data_rank, plan.layout.data_ranks)
     total = own.id_BS.new_zeros((), dtype=torch.float64)
     for number in range(plan.microbatches):

@@ -153,9 +153,19 @@ class BlockPlayer:
 
         Returns:
             The loss, the gradient of x, and when each task ran.
+
+        Raises:
+            UsageError: x is on an accelerator, or autocast is on.
         """
         import torch.distributed as dist
 
+        if x_BSD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            got = "autocast" if x_BSD.device.type == "cpu" else f"x on {x_BSD.device}"
+            allowed, fix = (
+                "be played on CPUs, without autocast: elsewhere it was never seen to be right",
+                "use gloo ranks",
+            )
+            raise UsageError(word("blocks", got=got, allowed=allowed, where=_WHERE, fix=fix))
         dense, expert = self._gradients()
         done = BlockPass(
             self.schedule,

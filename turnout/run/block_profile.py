@@ -2,17 +2,27 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from turnout.run.block import BlockPlayer, Played
+from turnout.run.block import Played
 from turnout.types import BlockSchedule, BlockTask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["over_ranks", "profile_blocks", "serial"]
+
+
+class Closes(Protocol):
+    """What plays a schedule, until it is closed."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+Player = TypeVar("Player", bound=Closes)
 
 
 def serial(
@@ -37,8 +47,8 @@ def serial(
 
 
 def profile_blocks(
-    player: Callable[[BlockSchedule], BlockPlayer],
-    play: Callable[[BlockPlayer], Played],
+    player: Callable[[BlockSchedule], Player],
+    play: Callable[[Player], Played],
     *,
     blocks: int,
     dense_bytes: int,
