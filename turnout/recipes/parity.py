@@ -230,14 +230,9 @@ def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | No
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 
-<<<<<<< HEAD
 def plan_of(text: str, where: str = "turnout parity") -> Plan:
-    """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches`` and ``secondary`` may be among it.
-=======
-def plan_of(text: str) -> Plan:
     """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches``, ``secondary`` and ``schedule`` may be
     among it.
->>>>>>> w-b
 
     Raises:
         UsageError: not such a text.
@@ -252,107 +247,15 @@ def plan_of(text: str) -> Plan:
     fields = [field.name for field in dataclasses.fields(Layout)]
     for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
-<<<<<<< HEAD
-        if name not in (*fields, "microbatches", "secondary") or not value.isdigit():
-            allowed, fix = f"be name=number of {', '.join(fields)}, microbatches or secondary", "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
-        found[name] = int(value)
-    layout: Any = {name: value for name, value in found.items() if name in fields}
-    rest: Any = {name: value for name, value in found.items() if name not in fields}
-    return Plan(Layout(**layout), **rest)
-
-
-# ---- the batch, and the step on both sides
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
-    """Rows of tokens, and which of them are targets: others in every row, so that processes have unlike many."""
-
-    id_BS: Tensor
-    target_BS: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return int((self.target_BS != IGNORE).sum())
-
-    def part(self, number: int, parts: int) -> "_Batch":
-        return _Batch(self.id_BS.chunk(parts)[number], self.target_BS.chunk(parts)[number])
-
-
-def _batch(lm: LM, plan: Plan, seed: int) -> _Batch:
-    rows = 2 * plan.layout.data_ranks * plan.microbatches
-    chance = torch.Generator().manual_seed(seed + 1)
-    length = min(_SEQ, lm.config.max_seq)
-    id_BS = torch.randint(lm.config.vocab_size, (rows, length + 1), generator=chance)
-    target_BS = id_BS[:, 1:].clone()
-    for row in range(rows):
-        target_BS[row, : row * length // (2 * rows)] = IGNORE
-    return _Batch(id_BS[:, :-1], target_BS)
-
-
-def _nats(lm: nn.Module, batch: _Batch) -> Tensor:
-    """The sum over this batch's targets; in fp64 past the output layer too, whose own loss is in fp32."""
-    model: Any = lm
-    if next(lm.parameters()).dtype != torch.float64:
-        return model.loss(batch.id_BS, batch.target_BS).nats
-    logits_BSV = model(batch.id_BS).logits_BSV
-    return nn.functional.cross_entropy(
-        logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _One:
-    """What one process has after a step."""
-
-    numbers: Mapping[str, float]
-    gradient: Mapping[str, Tensor | None]
-    weight: Mapping[str, Tensor]
-
-
-def _one(lm: LM, batch: _Batch, plan: Plan) -> _One:
-    start = {name: p.detach().clone() for name, p in lm.named_parameters()}
-    if plan.gather == "bf16":  # as it arrives
-        for parameter in lm.parameters():
-            parameter.data = parameter.data.bfloat16()
-    loss = _nats(lm, batch) / batch.tokens
-    loss.backward()
-    loss = loss.detach()
-    grads = {name: None if p.grad is None else p.grad.to(start[name].dtype) for name, p in lm.named_parameters()}
-    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None))
-    stepped = {name: w if (grad := grads[name]) is None else w - _LR * grad for name, w in start.items()}
-    return _One({"loss": float(loss), "norm": norm}, grads, stepped)
-
-
-def _many(lm: nn.Module, batch: _Batch, plan: Plan, meshes: Meshes) -> Tensor:
-    """The loss of the whole batch; the gradients are in the model."""
-    if plan.layout.pp > 1:
-        got, allowed = f"{plan.layout}", "have pp=1: what is compared here has no pipeline yet"
-        raise UsageError(word("the layout", got=got, allowed=allowed, where=_WHERE, fix="compare it with pp=1"))
-    if plan.overlap is not None:
-        allowed, fix = "be none: what is compared here plays no block schedule", "use turnout.models.overlapped for it"
-        raise UsageError(word("the plan's overlap", got="one", allowed=allowed, where=_WHERE, fix=fix))
-    own = batch.part(meshes.data_rank, plan.layout.data_ranks)
-    total = own.id_BS.new_zeros((), dtype=torch.float64)
-    for number in range(plan.microbatches):
-        accumulate(lm, plan.layout, last=number == plan.microbatches - 1)
-        loss = _nats(lm, own.part(number, plan.microbatches)) / batch.tokens
-        loss.backward()
-        total += loss.detach().double()
-    dist.all_reduce(total, group=meshes.data_group)
-    return total
-=======
         known = name in (*fields, "microbatches", "secondary") and value.isdigit()
         if not known and not (name == "schedule" and value):
             allowed = f"be name=number of {', '.join(fields)}, microbatches or secondary, or schedule=NAME"
             fix = "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where="turnout parity", fix=fix))
+            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
         (degrees if name in fields else rest)[name] = int(value) if known else value
     if degrees.get("pp", 1) > 1:
         rest.setdefault("microbatches", 2 * degrees["pp"])
     return Plan(Layout(**degrees), **rest)
->>>>>>> w-b
 
 
 # ---- what is apart
