@@ -230,7 +230,7 @@ def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | No
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 
-def plan_of(text: str) -> Plan:
+def plan_of(text: str, where: str = "turnout parity") -> Plan:
     """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches``, ``secondary`` and ``schedule`` may be
     among it.
 
@@ -251,7 +251,7 @@ def plan_of(text: str) -> Plan:
         if not known and not (name == "schedule" and value):
             allowed = f"be name=number of {', '.join(fields)}, microbatches or secondary, or schedule=NAME"
             fix = "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where="turnout parity", fix=fix))
+            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
         (degrees if name in fields else rest)[name] = int(value) if known else value
     if degrees.get("pp", 1) > 1:
         rest.setdefault("microbatches", 2 * degrees["pp"])
