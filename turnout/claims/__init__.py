@@ -26,7 +26,18 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, one_byte, zero
+from turnout.claims.scale import (
+    co2,
+    coded,
+    diloco,
+    gpipe,
+    interleaved,
+    one_byte,
+    schedule_search,
+    zero,
+    zero_bubble,
+    zeropp,
+)
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -50,6 +61,8 @@ __all__ = [
     "fedjets",
     "fisher",
     "glider",
+    "gpipe",
+    "interleaved",
     "latent_experts",
     "loss_free",
     "merge_aligned",
@@ -62,12 +75,15 @@ __all__ = [
     "phatgoose",
     "read_me",
     "scalearn",
+    "schedule_search",
     "smear",
     "soup",
     "split",
     "stragglers",
     "upcycle",
     "zero",
+    "zero_bubble",
+    "zeropp",
 ]
 
 
