@@ -3,15 +3,25 @@
 from turnout.claims.scale.co2 import co2
 from turnout.claims.scale.coded import coded
 from turnout.claims.scale.diloco import diloco
+from turnout.claims.scale.gpipe import gpipe
+from turnout.claims.scale.interleaved import interleaved
 from turnout.claims.scale.one_byte import one_byte
+from turnout.claims.scale.schedule_search import schedule_search
 from turnout.claims.scale.zero import zero
+from turnout.claims.scale.zero_bubble import zero_bubble
 from turnout.claims.scale.zero_plus_plus import zero_plus_plus
+from turnout.claims.scale.zeropp import zeropp
 
 __all__ = [
     "co2",
     "coded",
     "diloco",
+    "gpipe",
+    "interleaved",
     "one_byte",
+    "schedule_search",
     "zero",
+    "zero_bubble",
     "zero_plus_plus",
+    "zeropp",
 ]
