@@ -26,7 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, one_byte, zero
+from turnout.claims.scale import co2, coded, diloco, one_byte, post_validation, zero
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -60,6 +60,7 @@ __all__ = [
     "mos",
     "one_byte",
     "phatgoose",
+    "post_validation",
     "read_me",
     "scalearn",
     "smear",

@@ -16,6 +16,7 @@ from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.fused import IGNORE
 from turnout.recipes.certify import model_folder, open_model
+from turnout.recipes.piped import Piped
 from turnout.recipes.planted import Fault
 from turnout.recipes.spawned import spawned
 from turnout.run import processes
@@ -187,19 +188,21 @@ def _compared(plan: Plan, lm: LM, dtype: str, plant: str | None, seed: int) -> P
     meshes, batch = mesh(plan.layout), _batch(lm, plan, seed)
     want = _one(copy.deepcopy(lm), batch, plan) if dist.get_rank() == 0 else None
     start = {name: p.detach().clone() for name, p in lm.named_parameters()} if want else {}
-    shard(lm, plan.layout, meshes, plan=plan)
+    piped = Piped(lm, plan, meshes) if plan.layout.pp > 1 else None
+    model = shard(lm, plan.layout, meshes, plan=plan) if piped is None else piped.model
     if fault is not None:
-        fault.plant(lm, meshes)
-    loss = _many(lm, batch, plan, meshes)
+        fault.plant(model, meshes)
+    own = batch.part(meshes.data_rank, plan.layout.data_ranks)
+    loss = _many(model, own, batch.tokens, plan, meshes) if piped is None else piped.step(own, batch.tokens)
     if fault is not None:
-        fault.spoil(lm, meshes)
+        fault.spoil(model, meshes)
     gaps = _Gaps(want)
     gaps.number("loss", loss)
-    gaps.number("norm", gradient_norm(lm, meshes))
-    for name, grad in whole_gradients(lm):
+    gaps.number("norm", gradient_norm(model, meshes) if piped is None else piped.norm())
+    for name, grad in whole_gradients(model) if piped is None else piped.gradients():
         gaps.tensor("gradient", name, grad)
-    torch.optim.SGD(lm.parameters(), lr=_LR).step()
-    for name, weight in whole(lm, dict(lm.named_parameters())):
+    torch.optim.SGD(model.parameters(), lr=_LR).step()
+    for name, weight in whole(model, dict(model.named_parameters())) if piped is None else piped.weights():
         gaps.tensor("weight", name, weight, start.get(name))
     bound = _COARSE if plan.gather != "full" or plan.reduce != "full" else _BOUNDS[dtype]
     found = [Parity(plan, dtype, bound, gaps.sorted(), plant)]
@@ -327,16 +330,12 @@ def _one(lm: LM, batch: _Batch, plan: Plan) -> _One:
     return _One({"loss": float(loss), "norm": norm}, grads, stepped)
 
 
-def _many(lm: nn.Module, batch: _Batch, plan: Plan, meshes: Meshes) -> Tensor:
+def _many(lm: nn.Module, own: _Batch, tokens: int, plan: Plan, meshes: Meshes) -> Tensor:
     """The loss of the whole batch; the gradients are in the model."""
-    if plan.layout.pp > 1:
-        got, allowed = f"{plan.layout}", "have pp=1: what is compared here has no pipeline yet"
-        raise UsageError(word("the layout", got=got, allowed=allowed, where=_WHERE, fix="compare it with pp=1"))
-    own = batch.part(meshes.data_rank, plan.layout.data_ranks)
     total = own.id_BS.new_zeros((), dtype=torch.float64)
     for number in range(plan.microbatches):
         accumulate(lm, plan.layout, last=number == plan.microbatches - 1)
-        loss = _nats(lm, own.part(number, plan.microbatches)) / batch.tokens
+        loss = _nats(lm, own.part(number, plan.microbatches)) / tokens
         loss.backward()
         total += loss.detach().double()
     dist.all_reduce(total, group=meshes.data_group)

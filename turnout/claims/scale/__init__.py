@@ -4,6 +4,7 @@ from turnout.claims.scale.co2 import co2
 from turnout.claims.scale.coded import coded
 from turnout.claims.scale.diloco import diloco
 from turnout.claims.scale.one_byte import one_byte
+from turnout.claims.scale.post_validation import post_validation
 from turnout.claims.scale.zero import zero
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "coded",
     "diloco",
     "one_byte",
+    "post_validation",
     "zero",
 ]
