@@ -113,6 +113,7 @@ class LMStage(nn.Module):
     """
 
     side: Callable[[Sequence[Routing]], Tensor | None] | None = None
+    like: Tensor
 
     def __init__(self, lm: LM, stage: int, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -136,6 +137,8 @@ class LMStage(nn.Module):
             self.blocks.add_module(str(layer), lm.blocks[layer])
         self.norm, self.head = (lm.norm, lm.head) if self.last else (None, None)
         self.rope, self.local_rope = lm.rope, lm.local_rope
+        # Cast along with the weights, which a stage may have none of.
+        self.register_buffer("like", torch.empty(0, dtype=lm.embedding.dtype), persistent=False)
         self.pre_gate = None
         if lm.pre_gate is not None and any(map(lm.config.is_routed, self.layers)):
             keeps = copies.get("pre_gate.weight", (stage,))[0] == stage
@@ -144,7 +147,7 @@ class LMStage(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what is handed on: that of the weights."""
-        return next(self.parameters(), torch.empty(0)).dtype
+        return self.like.dtype
 
     @property
     def routers(self) -> list[nn.Module]:

@@ -22,8 +22,15 @@ __all__ = ["Piped", "Rows"]
 class Rows(Protocol):
     """A part of a batch."""
 
-    id_BS: Tensor
-    target_BS: Tensor
+    @property
+    def id_BS(self) -> Tensor:
+        """Tokens."""
+        ...
+
+    @property
+    def target_BS(self) -> Tensor:
+        """Which token came after each."""
+        ...
 
     def part(self, number: int, parts: int) -> "Rows":
         """One of equal parts of it."""

@@ -151,7 +151,7 @@ def shard(
     plan = Plan(layout) if plan is None else plan
     _refuse(model, layout, plan, travel)
     units = list(getattr(model, "blocks", ())) if units is None else units
-    if not units:
+    if not units and not hasattr(model, "blocks"):  # a stage of a pipeline may have none
         got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
         fix = "pass units=[...], such as its layers"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
