@@ -1,9 +1,12 @@
 """Published results reproduced small, each measured against its own ablation; ``turnout verify`` runs them."""
 
+import statistics
+from collections.abc import Callable
+
 from turnout.claims import scale
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
-from turnout.claims.claim import Claim, FEWEST_SEEDS, Result
+from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
 from turnout.claims.compress_experts import compress_experts
 from turnout.claims.dense_to_sparse import dense_to_sparse
 from turnout.claims.drop_experts import drop_experts
@@ -23,7 +26,22 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, gpipe, interleaved, one_byte, schedule_search, zero, zero_bubble, zero_plus_plus, zeropp
+from turnout.claims.scale import (
+    agvm,
+    co2,
+    coded,
+    diloco,
+    gpipe,
+    interleaved,
+    one_byte,
+    post_validation,
+    schedule_search,
+    sparse_zo,
+    zero,
+    zero_bubble,
+    zero_plus_plus,
+    zeropp,
+)
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -33,6 +51,7 @@ from turnout.claims.upcycle import upcycle
 from turnout.errors import nearest
 
 __all__ = [
+    "agvm",
     "arrow",
     "backends",
     "co2",
@@ -59,12 +78,13 @@ __all__ = [
     "mos",
     "one_byte",
     "phatgoose",
+    "post_validation",
     "read_me",
-    "scale",
     "scalearn",
     "schedule_search",
     "smear",
     "soup",
+    "sparse_zo",
     "split",
     "stragglers",
     "upcycle",
@@ -73,3 +93,62 @@ __all__ = [
     "zero_plus_plus",
     "zeropp",
 ]
+
+
+FAMILIES = {"scale": scale}
+
+
+def family(name: str) -> list[str]:
+    """The names of the claims of one family, in their order.
+
+    Raises:
+        UnknownNameError: there is no such family; the nearest is offered.
+
+    >>> set(family("scale")) <= set(__all__)
+    True
+
+    Source: none; plain bookkeeping.
+    """
+    if name not in FAMILIES:
+        raise nearest(name, list(FAMILIES), kind="family", where="turnout verify")
+    return FAMILIES[name].__all__
+
+
+def find(name: str) -> Callable[[], Claim]:
+    """The claim of this name.
+
+    Raises:
+        UnknownNameError: there is no such claim; the nearest is offered.
+    """
+    if name not in __all__:
+        raise nearest(name, __all__, kind="claim", where="turnout verify")
+    return globals()[name]
+
+
+def show(result: Result) -> str:
+    """The claim and its evidence as a few lines of text."""
+    claim, few = result.claim, len(result.seeds) < FEWEST_SEEDS
+    verdict = f"no verdict from {len(result.seeds)} of at least {FEWEST_SEEDS} seeds" if few else _verdict(result)
+    how = "simulated, " if claim.simulated else ""
+    lines = [f"{claim.name}: {verdict} ({how}{result.seconds:.0f} s)", f"  {claim.statement}"]
+    for one in result.evidence:
+        row, seen = one.row, "--" if few else "ok" if one.holds else "NO"
+        measured, control = statistics.fmean(one.measured), statistics.fmean(one.control)
+        limits = {
+            "below": f"spread {one.spread:.4f}",
+            "no_worse": f"{one.difference:+.4f} + spread {one.spread:.4f}, margin {row.margin}",
+            "within": f"bound {row.bound}",
+        }
+        metric = f"{row.metric} (the paper's headline)" if row.headline else row.metric
+        lines.append(
+            f"  {seen}  {metric}: {measured:.4g} against {control:.4g} ({row.against}), {limits[row.relation]}"
+        )
+    return "\n".join([*lines, f"  Off: {claim.off}. {claim.source}. {result.note}"])
+
+
+def _verdict(result: Result) -> str:
+    if result.holds:
+        return "holds"
+    if result.mechanism:
+        return "its mechanism holds, the paper's headline DOES NOT"
+    return "DOES NOT HOLD" + (", the paper's headline does" if result.headline else "")

@@ -159,8 +159,11 @@ def shard(
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]
     for unit in units if plan.recompute else ():
-        # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        if hasattr(unit, "recompute"):  # a block of ours, which knows when not to
+            unit.recompute = True
+        else:
+            # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
     if layout.world // layout.pp == 1:
         return model
     if layout.ep > 1:

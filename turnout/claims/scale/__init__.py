@@ -1,25 +1,31 @@
 """Claims of the family ``scale``: systems that train and place sparse models on many devices."""
 
+from turnout.claims.scale.agvm import agvm
 from turnout.claims.scale.co2 import co2
 from turnout.claims.scale.coded import coded
 from turnout.claims.scale.diloco import diloco
 from turnout.claims.scale.gpipe import gpipe
 from turnout.claims.scale.interleaved import interleaved
 from turnout.claims.scale.one_byte import one_byte
+from turnout.claims.scale.post_validation import post_validation
 from turnout.claims.scale.schedule_search import schedule_search
+from turnout.claims.scale.sparse_zo import sparse_zo
 from turnout.claims.scale.zero import zero
 from turnout.claims.scale.zero_bubble import zero_bubble
 from turnout.claims.scale.zero_plus_plus import zero_plus_plus
 from turnout.claims.scale.zeropp import zeropp
 
 __all__ = [
+    "agvm",
     "co2",
     "coded",
     "diloco",
     "gpipe",
     "interleaved",
     "one_byte",
+    "post_validation",
     "schedule_search",
+    "sparse_zo",
     "zero",
     "zero_bubble",
     "zero_plus_plus",
