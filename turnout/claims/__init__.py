@@ -26,7 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import zero
+from turnout.claims.scale import co2, coded, diloco, one_byte, zero, zero_plus_plus
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -38,8 +38,11 @@ from turnout.errors import nearest
 __all__ = [
     "arrow",
     "backends",
+    "co2",
+    "coded",
     "compress_experts",
     "dense_to_sparse",
+    "diloco",
     "drop_experts",
     "evo_moe",
     "expert_choice",
@@ -55,6 +58,7 @@ __all__ = [
     "mhr_mu",
     "moe_beats_dense",
     "mos",
+    "one_byte",
     "phatgoose",
     "read_me",
     "scalearn",
@@ -64,6 +68,7 @@ __all__ = [
     "stragglers",
     "upcycle",
     "zero",
+    "zero_plus_plus",
 ]
 
 

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from turnout.measure.memory import free_memory
-from turnout.run.local import locally
-from turnout.run.processes import Ranks
+from turnout.recipes.spawned import spawned
 from turnout.types import Cluster
 
 __all__ = ["as_toml", "measured_cluster"]
@@ -35,9 +34,8 @@ def measured_cluster(ranks: int, *, width: int = 256) -> Cluster:
 
     Source: none; least squares through two sizes.
     """
-    found = locally(ranks, _measure, width)
+    worst = spawned(ranks, _slowest, width)
     free = free_memory()
-    worst = {name: (max if name.endswith("_s_each") else min)(one[name] for one in found) for name in found[0]}
     return Cluster(
         nodes=1,
         devices_per_node=ranks,
@@ -52,12 +50,21 @@ def measured_cluster(ranks: int, *, width: int = 256) -> Cluster:
     )
 
 
-def _measure(ranks: Ranks, width: int) -> dict[str, float]:
+def _slowest(width: int) -> dict[str, float]:
+    """What every rank measured, the slowest of each."""
+    found = _measure(width)
+    signs = torch.tensor([-1.0 if name.endswith("_s_each") else 1.0 for name in found], dtype=torch.float64)
+    values = torch.tensor(list(found.values()), dtype=torch.float64) * signs
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return dict(zip(found, (values * signs).tolist(), strict=True))
+
+
+def _measure(width: int) -> dict[str, float]:
     a, b = torch.randn(256, width), torch.randn(width, 4 * width)
     flops = 2 * a.numel() * b.shape[1] / _median(lambda: a @ b)
     big = torch.empty(1 << 22)
     memory = 2 * big.numel() * 4 / _median(lambda: big.copy_(big + 1)) * 2
-    n = ranks.world
+    n = dist.get_world_size()
     if n == 1:
         return {"flops": flops, "memory": memory, "rate": memory, "latency_s_each": 0.0}
     times = [_median(lambda size=size: _exchange(size, n)) for size in (_SMALL, _LARGE)]

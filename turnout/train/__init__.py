@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from turnout import moved
 from turnout.train.adapters import train_routers, train_shards
+from turnout.train.agvm import AGVM
 from turnout.train.balance import load_balance_loss, router_z_loss
 from turnout.train.config import TrainConfig, TrainResult
 from turnout.train.federated import Client, Round, aggregate, federate, fedjets
@@ -11,6 +12,7 @@ from turnout.train.loop import train
 from turnout.train.schedule import cosine, wsd
 
 __all__ = [
+    "AGVM",
     "Client",
     "Round",
     "TrainConfig",

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.train.local.fleet import batches, data_parallel, flat, fleet, step, walk
 
+from tests.train.local.fleet import batches, data_parallel, flat, fleet, step, walk
 from turnout.errors import UsageError
 from turnout.train.local import CO2, overlap
 

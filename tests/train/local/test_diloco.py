@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tests.train.local.fleet import batches, data_parallel, flat, fleet, model, step, walk
 from torch import nn
 
+from tests.train.local.fleet import batches, data_parallel, flat, fleet, model, step, walk
 from turnout.errors import UsageError
 from turnout.train.local import DiLoCo, nesterov, payload_bytes, rounded
 
@@ -52,13 +52,13 @@ def test_fragments_meet_on_torchfts_schedule(every, fragments, delay):
     seen = []
 
     def average(mine_N, *, bits):
-        seen.append(("begin", now, len(mine_N)))
-        return lambda: seen.append(("meet", now, len(mine_N))) or mine_N
+        seen.append(("begin", met._lockstep.steps[0], len(mine_N)))
+        return lambda: seen.append(("meet", met._lockstep.steps[0], len(mine_N))) or mine_N
 
     met = DiLoCo(models, inner, every=every, fragments=fragments, delay=delay, average=average)
     data = [batches(2 * every, at) for at in range(2)]
     with met:
-        for now in range(1, 2 * every + 1):
+        for _ in range(2 * every):
             for one, optimizer, mine in zip(models, inner, data, strict=True):
                 step(one, optimizer, next(mine))
     local, turn, expected = 0, 0, []  # torchft's counters: _local_step and manager.current_step()

@@ -91,7 +91,7 @@ class DiLoCo:
         self._lockstep = Lockstep(inner, self._after, where=_WHERE)
         self._pending: Callable[[], Tensor] | None = None
         self.meetings: list[tuple[int, int]] = []  # (step, fragment) of each outer step
-        self.sent_bytes = 0  # that one replica has handed over
+        self.message_bytes: list[int] = []  # that one replica has handed over, meeting by meeting
 
     def __enter__(self) -> "DiLoCo":
         self._lockstep.enter()
@@ -101,6 +101,11 @@ class DiLoCo:
         self, kind: "type[BaseException] | None", error: "BaseException | None", trace: "TracebackType | None"
     ) -> None:
         self._lockstep.exit()
+
+    @property
+    def sent_bytes(self) -> int:
+        """What one replica has handed over so far."""
+        return sum(self.message_bytes)
 
     def anchors(self) -> dict[str, Tensor]:
         """The outer parameters by name: what all replicas agree on, and what is saved or measured."""
@@ -152,7 +157,7 @@ class DiLoCo:
         assert total_N is not None, "there is a replica"
         here = total_N / len(self._replicas)
         self._pending = self._average(here, bits=self._bits if len(self._replicas) == 1 else 32)
-        self.sent_bytes += payload_bytes(len(here), self._bits)
+        self.message_bytes.append(payload_bytes(len(here), self._bits))
 
     @torch.no_grad()
     def _meet(self, step: int) -> None:

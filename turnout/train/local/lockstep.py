@@ -1,5 +1,6 @@
 """Replicas that take their steps together: who is called when all of them have taken one."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,7 +31,7 @@ class Lockstep:
             got, allowed = "a second `with` inside the first", "be entered once at a time"
             raise UsageError(word("the context", got=got, allowed=allowed, where=self.where, fix=fix))
         for at, optimizer in enumerate(self.optimizers):
-            self.hooks.append(optimizer.register_step_post_hook(lambda *_, at=at: self._took(at)))
+            self.hooks.append(optimizer.register_step_post_hook(functools.partial(self._stepped, at)))
 
     def exit(self) -> None:
         """Takes the hooks off."""
@@ -38,7 +39,7 @@ class Lockstep:
             hook.remove()
         self.hooks.clear()
 
-    def _took(self, at: int) -> None:
+    def _stepped(self, at: int, *_: object) -> None:
         self.steps[at] += 1
         if self.steps[at] > min(self.steps) + 1:
             got = f"replica {at} at step {self.steps[at]} while replica {self.steps.index(min(self.steps))} is behind"
@@ -66,7 +67,9 @@ def replicas_of(
         raise UsageError(
             word("the replicas", got=got, allowed="be models with an optimizer each", where=where, fix=fix)
         )
-    found = [{name: one for name, one in model.named_parameters() if one.requires_grad} for model in several]
+    found: list[dict[str, Tensor]] = [
+        {name: one for name, one in model.named_parameters() if one.requires_grad} for model in several
+    ]
     for at, (named, stepper) in enumerate(zip(found, steppers, strict=True)):
         theirs = {id(one) for group in stepper.param_groups for one in group["params"]}
         missing = [name for name, one in named.items() if id(one) not in theirs]
