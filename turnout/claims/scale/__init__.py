@@ -1,15 +1,20 @@
 """Claims of the family ``scale``: systems that train and place sparse models on many devices."""
 
 from turnout.claims.scale.agvm import agvm
+from turnout.claims.scale.block_schedule import block_schedule
 from turnout.claims.scale.co2 import co2
 from turnout.claims.scale.coded import coded
+from turnout.claims.scale.comet import comet
 from turnout.claims.scale.diloco import diloco
+from turnout.claims.scale.flowmoe import flowmoe
+from turnout.claims.scale.fsmoe import fsmoe
 from turnout.claims.scale.gpipe import gpipe
 from turnout.claims.scale.interleaved import interleaved
 from turnout.claims.scale.one_byte import one_byte
 from turnout.claims.scale.post_validation import post_validation
 from turnout.claims.scale.schedule_search import schedule_search
 from turnout.claims.scale.sparse_zo import sparse_zo
+from turnout.claims.scale.tutel import tutel
 from turnout.claims.scale.zero import zero
 from turnout.claims.scale.zero_bubble import zero_bubble
 from turnout.claims.scale.zero_plus_plus import zero_plus_plus
@@ -17,15 +22,20 @@ from turnout.claims.scale.zeropp import zeropp
 
 __all__ = [
     "agvm",
+    "block_schedule",
     "co2",
     "coded",
+    "comet",
     "diloco",
+    "flowmoe",
+    "fsmoe",
     "gpipe",
     "interleaved",
     "one_byte",
     "post_validation",
     "schedule_search",
     "sparse_zo",
+    "tutel",
     "zero",
     "zero_bubble",
     "zero_plus_plus",
