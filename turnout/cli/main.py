@@ -18,7 +18,20 @@ from turnout.errors import Interrupted, TurnoutError
 
 # Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 # None of them imports torch before ``run``, so that help is instant.
-COMMANDS = ("demo", "train", "run", "eval", "sample", "report", "convert", "certify", "verify", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "run",
+    "eval",
+    "sample",
+    "report",
+    "convert",
+    "certify",
+    "place",
+    "verify",
+    "methods",
+    "doctor",
+)
 
 _EXAMPLES = """\
 a job each:
@@ -34,6 +47,8 @@ a job each:
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
                                                  dense to sparse; smaller, with adapters: turnout convert --help
   turnout certify llama mixtral                  does B compute what A does? if not, where they part
+  turnout place trace --devices 8 --out placement.json
+                                                 which device holds which expert, from a recorded trace
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why
