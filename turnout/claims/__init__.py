@@ -26,6 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
+from turnout.claims.scale import exflow, flows, hecate, moetuner, replan, surco
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -41,11 +42,14 @@ __all__ = [
     "dense_to_sparse",
     "drop_experts",
     "evo_moe",
+    "exflow",
     "expert_choice",
     "fedins",
     "fedjets",
     "fisher",
+    "flows",
     "glider",
+    "hecate",
     "latent_experts",
     "loss_free",
     "merge_aligned",
@@ -53,14 +57,17 @@ __all__ = [
     "mhr",
     "mhr_mu",
     "moe_beats_dense",
+    "moetuner",
     "mos",
     "phatgoose",
     "read_me",
+    "replan",
     "scalearn",
     "smear",
     "soup",
     "split",
     "stragglers",
+    "surco",
     "upcycle",
 ]
 

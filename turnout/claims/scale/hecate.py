@@ -46,8 +46,8 @@ def hecate() -> Claim:
     """
     return Claim(
         name="hecate",
-        statement="a few copies of busy experts, made anew in each iteration, keep devices evenly busy under loads that "
-        "change from iteration to iteration",
+        statement="a few copies of busy experts, made anew in each iteration, keep devices evenly busy under loads "
+        "that change from iteration to iteration",
         source='Qing et al., 2025, "Hecate: ... Fully Sharded Sparse Data Parallelism"',
         off="each expert at home alone; all parameters gathered everywhere, for the bytes",
         switched={"sparse": "home", "bytes": "all"},
