@@ -53,6 +53,6 @@ def replan() -> Claim:
         ),
         measure=_measure,
         seconds=2,
-        note="the busiest device is {busiest} above the mean, with {moved} of the copies moved; EPLB moves {moved by EPLB} "
-        "and is {busiest, EPLB} above it",
+        note="the busiest device is {busiest} above the mean, with {moved} of the copies moved; EPLB moves "
+        "{moved by EPLB} and is {busiest, EPLB} above it",
     )  # fmt: skip
