@@ -159,11 +159,7 @@ def shard(
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]
     for unit in units if plan.recompute else ():
-        if hasattr(unit, "recompute"):  # a block of ours, which knows when not to
-            unit.recompute = True
-        else:
-            # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
-            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        _recompute(unit)
     if layout.world // layout.pp == 1:
         return model
     if layout.ep > 1:
@@ -175,6 +171,14 @@ def shard(
         if travel is not None:
             travel(part)
     return model
+
+
+def _recompute(unit: Any) -> None:
+    if hasattr(unit, "recompute"):  # a block of ours, which knows when not to
+        unit.recompute = True
+    else:
+        # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
 
 
 def experts_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
