@@ -26,7 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, one_byte, zero
+from turnout.claims.scale import agvm, co2, coded, diloco, one_byte, shuffle_private, sparse_zo, zero
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -36,6 +36,7 @@ from turnout.claims.upcycle import upcycle
 from turnout.errors import nearest
 
 __all__ = [
+    "agvm",
     "arrow",
     "backends",
     "co2",
@@ -62,8 +63,10 @@ __all__ = [
     "phatgoose",
     "read_me",
     "scalearn",
+    "shuffle_private",
     "smear",
     "soup",
+    "sparse_zo",
     "split",
     "stragglers",
     "upcycle",
