@@ -14,6 +14,7 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -120,7 +121,7 @@ def _listen(pipes: list[Any], until: float) -> list[dict[str, Any] | None]:
     while waits and (left := until - time.monotonic()) > 0:
         for pipe in multiprocessing.connection.wait(list(waits), timeout=left):
             with contextlib.suppress(EOFError):
-                said[waits[pipe]] = pipe.recv()
+                said[waits[pipe]] = pickle.loads(pipe.recv_bytes())
             del waits[pipe]
     return said
 
@@ -139,11 +140,14 @@ def _inside(
     torch.set_num_threads(1)
     from turnout.run import processes
 
+    def send(body: dict[str, Any]) -> None:
+        pipe.send_bytes(pickle.dumps(body))  # tensors by value: their memory goes with this process
+
     try:
         first = processes.start(timeout_s=wait_s, device="cpu") if group else int(variables["RANK"])
-        pipe.send({"value": function(first, *arguments)})
+        send({"value": function(first, *arguments)})
         if group:
             processes.end()
     except BaseException as error:
-        pipe.send({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+        send({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
         sys.exit(1)

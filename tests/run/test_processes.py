@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from processes import outcomes, spawn
 
-from turnout.errors import UsageError
+from turnout.errors import DataError, UsageError
 from turnout.run import processes
-from turnout.run.processes import Ranks, agree, answering
+from turnout.run.processes import Ranks, agree
+from turnout.run.watch import answering, lead
 
 
 def summed(ranks: Ranks, factor: float) -> tuple[int, float]:
@@ -104,6 +105,30 @@ def test_who_never_arrives_is_named() -> None:
     for rank in (0, 2):
         assert "all 3 ranks must arrive within 2 s" in found[rank].error, found[rank]
         assert "got nothing from rank 1. " in found[rank].error
+
+
+def led(ranks: Ranks, how: str) -> object:
+    def action() -> object:
+        time.sleep(3)  # longer than others wait for a sign of life
+        if how == "refuses":
+            raise DataError("no text")
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"step": 3}
+
+    return [lead(ranks, lambda: 1), lead(ranks, action), processes.shared(ranks.rank * "é")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["works", "refuses", "dies"])
+def test_rank_0_does_it_for_all(how: str) -> None:
+    found = outcomes(3, led, how, wait_s=2)
+    if how == "works":
+        assert [outcome.value for outcome in found] == [[1, {"step": 3}, ["", "é", "éé"]]] * 3, found
+    if how == "refuses":
+        assert [outcome.error for outcome in found] == ["DataError: no text"] * 3
+    if how == "dies":
+        assert all("got rank 0 did not answer, dead or hung" in outcome.error for outcome in found[1:]), found
 
 
 @pytest.mark.parametrize(("rank", "world"), [("-1", "2"), ("2", "2"), ("0", "two")])

@@ -52,6 +52,8 @@ def test_the_text_is_what_torch_reads() -> None:
         ("0F0,0B0\n2F0,2B0\n", "no action of stage 1"),
         ("0F0,1F0,1B0\n0B0\n", "device 1"),
         ("0F0,0B\n", "0B"),
+        ("0F0,0UNSHARD,0B0\n", "0F0 must come between"),
+        ("0UNSHARD,0F0,0RESHARD,0B0\n", "put 0UNSHARD before it"),
         ("", "none|no action|0 microbatches"),
     ],
 )

@@ -26,7 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import agvm, co2, coded, diloco, one_byte, shuffle_private, sparse_zo, zero
+from turnout.claims.scale import agvm, co2, coded, diloco, one_byte, shuffle_private, sparse_zo, zero, zero_plus_plus
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -71,6 +71,7 @@ __all__ = [
     "stragglers",
     "upcycle",
     "zero",
+    "zero_plus_plus",
 ]
 
 

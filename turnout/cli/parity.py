@@ -8,6 +8,7 @@ examples:
   turnout parity plan.json
   turnout parity dp_shard=4,ep=2                           FSDP2 with experts on two processes each
   turnout parity dp_shard=4,ep=2,zero=1 --model runs/x     of that model's shapes and weights
+  turnout parity pp=2,dp_shard=2,schedule=ZB-H1            with a pipeline
   turnout parity dp_shard=2,ep=2 --dtype fp64              tells a wrong sum from another rounding
   turnout parity dp_shard=2,ep=2 --plant factor            with a fault, which must be found
 

@@ -15,6 +15,7 @@ from turnout.models.padding import Places
 from turnout.paths import Bank
 from turnout.run import activate
 from turnout.run.block_parts import Gated
+from turnout.types import Routing
 from turnout.wrappers import unwrapped
 
 __all__ = ["BlockTasks"]
@@ -62,7 +63,7 @@ class BlockTasks:
             raise _refuse(layer, f"dropout in {drops[0]}", "draw nothing", "set its p to 0")
 
     def attention(self, x_BSD: Tensor, about: Batch, rows: slice) -> Tensor:
-        """x + attention(norm(x))."""
+        """The tokens after attention, which is added to what was normed for it."""
         block, places, angles = self._block, _of(about.places, rows), about.angles_L[self._layer]
         angles = tuple(each[rows] if each.ndim == 3 else each for each in angles)
         normed_BSD = x_BSD if block.attention_norm is None else block.attention_norm(x_BSD)
@@ -78,6 +79,8 @@ class BlockTasks:
         order_R, start_T = routing.by_token
         always = moe.always(normed_BSD)
         kept = (x_BSD.flatten(0, 1),) if always is None else (x_BSD.flatten(0, 1), always.flatten(0, 1))
+        if routing.score_TE is None and routing.logit_TE is not None:
+            raise _refuse(self._layer, "logits without scores", "give both, or scores alone", "train without overlap")
         scores = (routing.score_TE, routing.logit_TE)
         return Gated(
             x_TD=normed_BSD.flatten(0, 1),
@@ -88,6 +91,26 @@ class BlockTasks:
             aside=tuple(each for each in scores if each is not None),
         )
 
+    def routing(self, gates: Sequence[Gated], real_T: Tensor | None) -> Routing:
+        """The routing of all tokens from what the gate said of each chunk; gradients go to the chunks' asides."""
+        first, tokens_R, found = 0, [], {}
+        for gated in gates:
+            count_T = gated.start_T.diff()
+            tokens_R.append(first + torch.arange(len(count_T), device=count_T.device).repeat_interleave(count_T))
+            first += len(count_T)
+        scores = [torch.cat(each) for each in zip(*(gated.aside for gated in gates), strict=True)]
+        if scores:
+            found = {"score_TE": scores[0], "logit_TE": scores[1] if len(scores) > 1 else None}
+        routing = Routing.from_entries(
+            torch.cat(tokens_R),
+            torch.cat([gated.expert_R for gated in gates]),
+            torch.cat([gated.weight_R for gated in gates]),
+            num_tokens=first,
+            num_experts=self.num_experts,
+            **found,
+        )
+        return routing if real_T is None else dataclasses.replace(routing, real_T=real_T)
+
     def experts(self, row_ND: Tensor, load: Sequence[int], linear: Callable[..., Tensor]) -> Tensor:
         """Each expert's rows through it, one expert after another."""
         bank, found = self._bank, []
@@ -97,7 +120,7 @@ class BlockTasks:
         return torch.cat(found)
 
     def combine(self, sum_TD: Tensor, *kept: Tensor) -> Tensor:
-        """x + norm(what the experts made, the shared one too)."""
+        """The tokens after their experts, the shared one too, whose sum is normed and added."""
         x_TD, *always = kept
         return self._block.add(x_TD, sum_TD + always[0].to(sum_TD.dtype) if always else sum_TD, self._block.ff_out_norm)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from turnout import recipes
-from turnout.decide.device import Choice, layouts
+from turnout.decide.device import Choice, layouts, refined
 from turnout.decide.device.pace import degrees
 from turnout.measure import quantity
 from turnout.recipes.run import Run
@@ -28,6 +28,7 @@ class Planned:
         workload: its step in numbers.
         cluster: the devices.
         choices: the fastest first.
+        overrides: fields of the run that the user set.
 
     Source: none; plain bookkeeping.
     """
@@ -37,6 +38,7 @@ class Planned:
     workload: Workload
     cluster: Cluster
     choices: tuple[Choice, ...]
+    overrides: tuple[str, ...] = ()
 
     def table(self) -> str:
         """A line for each choice, and under it what its step waits for."""
@@ -90,8 +92,8 @@ class Planned:
         if nodes > 1:
             launch += f" --nnodes {nodes} --node-rank $RANK --master-addr $HOST"
         what = self.model if self.model in recipes.__all__ else f"--from {shlex.quote(self.model)}"
-        batch = f"batch={self.workload.batch} seq={self.workload.seq}"
-        return f"{launch} -m turnout train {what} {batch} --plan {shlex.quote(str(plan))} --data DATA --out OUT"
+        fields = " ".join(map(shlex.quote, self.overrides)) + " " if self.overrides else ""
+        return f"{launch} -m turnout train {what} {fields}--plan {shlex.quote(str(plan))} --data DATA --out OUT"
 
     def to_json(self) -> str:
         """Every choice with what is foreseen, as JSON."""
@@ -172,5 +174,7 @@ def plan_model(
     """
     run = run_of(model, overrides)
     workload = workload_of(run)
-    choices = layouts(workload, cluster, devices=devices, foreign=foreign, top=top)
-    return Planned(model, run, workload, cluster, choices)
+    # More than are shown are played by the simulator: it may order them otherwise than arithmetic does.
+    found = layouts(workload, cluster, devices=devices, foreign=foreign, top=2 * top)
+    played = sorted((refined(workload, choice) for choice in found), key=lambda choice: choice.pace.step_s)
+    return Planned(model, run, workload, cluster, tuple(played[:top]), tuple(overrides))

@@ -7,20 +7,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
 from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.models.fused import IGNORE
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.planted import Fault
 from turnout.recipes.spawned import spawned
+from turnout.recipes.stepped import Stepped, alone, batch_for, together
 from turnout.run import processes
-from turnout.run.shard import Meshes, accumulate, mesh, shard
-from turnout.run.whole import gradient_norm, whole, whole_gradients
+from turnout.run.shard import Meshes, mesh
 from turnout.types.layout import Layout
 from turnout.types.plan import Plan
 
@@ -32,7 +30,6 @@ Dtype = Literal["fp32", "fp64"]
 _BOUNDS = {"fp32": 1e-6, "fp64": 1e-12}
 _ROUNDED = 1e-4  # in fp32 more than the bound, and no more than this, may be rounding: then fp64 decides
 _COARSE = 2e-2  # where parameters or gradients travel in bf16
-_LR, _SEQ = 1.0, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,27 +181,20 @@ def compare(
 
 def _compared(plan: Plan, lm: LM, dtype: str, plant: str | None, seed: int) -> Parity:
     fault = None if plant is None else Fault(plant)
-    meshes, batch = mesh(plan.layout), _batch(lm, plan, seed)
-    want = _one(copy.deepcopy(lm), batch, plan) if dist.get_rank() == 0 else None
+    meshes, batch = mesh(plan.layout), batch_for(lm, plan, seed)
+    want = alone(copy.deepcopy(lm), batch, plan) if dist.get_rank() == 0 else None
     start = {name: p.detach().clone() for name, p in lm.named_parameters()} if want else {}
-    shard(lm, plan.layout, meshes, plan=plan)
-    if fault is not None:
-        fault.plant(lm, meshes)
-    loss = _many(lm, batch, plan, meshes)
-    if fault is not None:
-        fault.spoil(lm, meshes)
-    gaps = _Gaps(want)
-    gaps.number("loss", loss)
-    gaps.number("norm", gradient_norm(lm, meshes))
-    for name, grad in whole_gradients(lm):
-        gaps.tensor("gradient", name, grad)
-    torch.optim.SGD(lm.parameters(), lr=_LR).step()
-    for name, weight in whole(lm, dict(lm.named_parameters())):
-        gaps.tensor("weight", name, weight, start.get(name))
+    before, after = (_nothing, _nothing) if fault is None else (fault.plant, fault.spoil)
+    got = together(lm, batch, plan, meshes, before=before, after=after)
     bound = _COARSE if plan.gather != "full" or plan.reduce != "full" else _BOUNDS[dtype]
-    found = [Parity(plan, dtype, bound, gaps.sorted(), plant)]
+    found = [None if want is None else Parity(plan, dtype, bound, gaps(want, got, start), plant)]
     dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
     return found[0]
+
+
+def _nothing(model: nn.Module, meshes: Meshes) -> None:
+    pass
 
 
 def parity(
@@ -240,8 +230,9 @@ def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | No
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 
-def plan_of(text: str) -> Plan:
-    """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches`` and ``secondary`` may be among it.
+def plan_of(text: str, where: str = "turnout parity") -> Plan:
+    """The plan of a layout that is written ``dp_shard=4,ep=2``; ``microbatches``, ``secondary`` and ``schedule`` may be
+    among it.
 
     Raises:
         UsageError: not such a text.
@@ -251,143 +242,64 @@ def plan_of(text: str) -> Plan:
 
     Source: none; plain bookkeeping.
     """
-    found: dict[str, int] = {}
+    degrees: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     fields = [field.name for field in dataclasses.fields(Layout)]
-    for part in text.replace(" ", ",").split(","):
+    for part in text.replace(",", " ").split():
         name, _, value = part.partition("=")
-        if name not in (*fields, "microbatches", "secondary") or not value.isdigit():
-            allowed, fix = f"be name=number of {', '.join(fields)}, microbatches or secondary", "write dp_shard=4,ep=2"
-            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where="turnout parity", fix=fix))
-        found[name] = int(value)
-    layout: Any = {name: value for name, value in found.items() if name in fields}
-    rest: Any = {name: value for name, value in found.items() if name not in fields}
-    return Plan(Layout(**layout), **rest)
-
-
-# ---- the batch, and the step on both sides
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
-    """Rows of tokens, and which of them are targets: others in every row, so that processes have unlike many."""
-
-    id_BS: Tensor
-    target_BS: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return int((self.target_BS != IGNORE).sum())
-
-    def part(self, number: int, parts: int) -> "_Batch":
-        return _Batch(self.id_BS.chunk(parts)[number], self.target_BS.chunk(parts)[number])
-
-
-def _batch(lm: LM, plan: Plan, seed: int) -> _Batch:
-    rows = 2 * plan.layout.data_ranks * plan.microbatches
-    chance = torch.Generator().manual_seed(seed + 1)
-    length = min(_SEQ, lm.config.max_seq)
-    id_BS = torch.randint(lm.config.vocab_size, (rows, length + 1), generator=chance)
-    target_BS = id_BS[:, 1:].clone()
-    for row in range(rows):
-        target_BS[row, : row * length // (2 * rows)] = IGNORE
-    return _Batch(id_BS[:, :-1], target_BS)
-
-
-def _nats(lm: nn.Module, batch: _Batch) -> Tensor:
-    """The sum over this batch's targets; in fp64 past the output layer too, whose own loss is in fp32."""
-    model: Any = lm
-    if next(lm.parameters()).dtype != torch.float64:
-        return model.loss(batch.id_BS, batch.target_BS).nats
-    logits_BSV = model(batch.id_BS).logits_BSV
-    return nn.functional.cross_entropy(
-        logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _One:
-    """What one process has after a step."""
-
-    numbers: Mapping[str, float]
-    gradient: Mapping[str, Tensor | None]
-    weight: Mapping[str, Tensor]
-
-
-def _one(lm: LM, batch: _Batch, plan: Plan) -> _One:
-    start = {name: p.detach().clone() for name, p in lm.named_parameters()}
-    if plan.gather == "bf16":  # as it arrives
-        for parameter in lm.parameters():
-            parameter.data = parameter.data.bfloat16()
-    loss = _nats(lm, batch) / batch.tokens
-    loss.backward()
-    loss = loss.detach()
-    grads = {name: None if p.grad is None else p.grad.to(start[name].dtype) for name, p in lm.named_parameters()}
-    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None))
-    stepped = {name: w if (grad := grads[name]) is None else w - _LR * grad for name, w in start.items()}
-    return _One({"loss": float(loss), "norm": norm}, grads, stepped)
-
-
-def _many(lm: nn.Module, batch: _Batch, plan: Plan, meshes: Meshes) -> Tensor:
-    """The loss of the whole batch; the gradients are in the model."""
-    if plan.layout.pp > 1:
-        got, allowed = f"{plan.layout}", "have pp=1: what is compared here has no pipeline yet"
-        raise UsageError(word("the layout", got=got, allowed=allowed, where=_WHERE, fix="compare it with pp=1"))
-    own = batch.part(meshes.data_rank, plan.layout.data_ranks)
-    total = own.id_BS.new_zeros((), dtype=torch.float64)
-    for number in range(plan.microbatches):
-        accumulate(lm, plan.layout, last=number == plan.microbatches - 1)
-        loss = _nats(lm, own.part(number, plan.microbatches)) / batch.tokens
-        loss.backward()
-        total += loss.detach().double()
-    dist.all_reduce(total, group=meshes.data_group)
-    return total
+        known = name in (*fields, "microbatches", "secondary") and value.isdigit()
+        if not known and not (name == "schedule" and value):
+            allowed = f"be name=number of {', '.join(fields)}, microbatches or secondary, or schedule=NAME"
+            fix = "write dp_shard=4,ep=2"
+            raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
+        (degrees if name in fields else rest)[name] = int(value) if known else value
+    if degrees.get("pp", 1) > 1:
+        rest.setdefault("microbatches", 2 * degrees["pp"])
+    return Plan(Layout(**degrees), **rest)
 
 
 # ---- what is apart
 
 
-class _Gaps:
-    """Gathers the gaps on the first process; the others only take part in putting tensors together."""
+def gaps(want: Stepped, got: Stepped, start: Mapping[str, Tensor]) -> tuple[Gap, ...]:
+    """How far two steps are apart, the worst first; what only one of them has is among it.
 
-    def __init__(self, want: _One | None) -> None:
-        self.want, self.found = want, list[Gap]()
-        self.seen: dict[str, set[str]] = {"gradient": set(), "weight": set()}
+    Args:
+        want: of one process.
+        got: of many.
+        start: the weights before both.
 
-    def number(self, what: str, got: Tensor) -> None:
-        """A number that both sides have."""
-        if self.want is not None:
-            want = self.want.numbers[what]
-            self.found.append(Gap(what, "", abs(float(got) - want) / abs(want), float(got) / want))
+    Source: none; a comparison.
+    """
+    found = []
+    for what, number in want.numbers.items():
+        found.append(Gap(what, "", abs(got.numbers[what] - number) / abs(number), got.numbers[what] / number))
+    sides: tuple[tuple[str, Any, Any], ...] = (
+        ("gradient", dict(want.gradient), got.gradient),
+        ("weight", dict(want.weight), got.weight),
+    )
+    for what, known, seen in sides:
+        for name, tensor in seen:
+            gap = _gap(what, name, known[name], tensor, start[name]) if name in known else _absent(what, name, "has no")
+            found += [] if gap is None else [gap]
+        found += [Gap(what, name, math.inf, note="missing") for name in known if name not in {each for each, _ in seen}]
+    return tuple(sorted(found, key=lambda gap: -gap.error if gap.error == gap.error else -math.inf))
 
-    def tensor(self, what: str, name: str, got: Tensor | None, start: Tensor | None = None) -> None:
-        """A tensor of a parameter."""
-        if self.want is None:
-            return
-        known: Mapping[str, Tensor | None] = getattr(self.want, what)
-        self.seen[what].add(name)
-        if name not in known:
-            self.found.append(Gap(what, name, math.inf, note="one process has no such parameter"))
-            return
-        want = known[name]
-        if got is None or want is None:
-            if got is not None or want is not None:
-                note = "missing" if got is None else "one process has none"
-                self.found.append(Gap(what, name, math.inf, note=note))
-            return
-        if got.shape != want.shape:
-            note = f"{tuple(got.shape)} in place of {tuple(want.shape)}"
-            self.found.append(Gap(what, name, math.inf, note=note))
-            return
-        largest, off = float(want.abs().max()), float((got - want).abs().max())
-        error = off / largest if largest else off
-        if start is not None:  # what the step added
-            got, want = got - start, want - start
-        norm = float(want.norm())
-        self.found.append(Gap(what, name, error, float(got.norm()) / norm if norm else math.nan))
 
-    def sorted(self) -> tuple[Gap, ...]:
-        """All of them, the worst first; and what was never seen."""
-        for what, seen in self.seen.items():
-            known: Mapping[str, Any] = {} if self.want is None else getattr(self.want, what)
-            self.found += [Gap(what, name, math.inf, note="missing") for name in known if name not in seen]
-        return tuple(sorted(self.found, key=lambda gap: -gap.error if gap.error == gap.error else -math.inf))
+def _absent(what: str, name: str, has: str) -> Gap:
+    return Gap(what, name, math.inf, note=f"one process {has} such parameter")
+
+
+def _gap(what: str, name: str, want: Tensor | None, got: Tensor | None, start: Tensor) -> Gap | None:
+    if got is None or want is None:
+        note = "missing" if got is None else "one process has none"
+        return None if got is want else Gap(what, name, math.inf, note=note)
+    if got.shape != want.shape:
+        return Gap(what, name, math.inf, note=f"{tuple(got.shape)} in place of {tuple(want.shape)}")
+    if not want.numel():  # nothing there to compare
+        return None
+    largest, off = float(want.abs().max()), float((got - want).abs().max())
+    if what == "weight":  # the ratio is of what the step added
+        got, want = got - start, want - start
+    norm = float(want.norm())
+    return Gap(what, name, off / largest if largest else off, float(got.norm()) / norm if norm else math.nan)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockPlayer", "Played"]
 
 _WHERE = "turnout.run.BlockPlayer"
+Place = tuple[int, int]  # a block, and a chunk or piece of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,10 +84,10 @@ class BlockPlayer:
         from turnout.run.processes import agree
 
         agree("the schedule of blocks", schedule.digest, fix="plan on one rank, and give its schedule to all")
-        schedule.check()
         self.schedule, self.parts, self.slow = schedule, tuple(parts), dict(slow or {})
         self._group, self._data, self._copies = group, data, copies
         self._check()
+        schedule.check()
         self._needs = schedule.needs()
         self._turns = self._turned()
         self._wire = Wire(slow=self.slow.get("wire"))
@@ -152,9 +153,19 @@ class BlockPlayer:
 
         Returns:
             The loss, the gradient of x, and when each task ran.
+
+        Raises:
+            UsageError: x is on an accelerator, or autocast is on.
         """
         import torch.distributed as dist
 
+        if x_BSD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            got = "autocast" if x_BSD.device.type == "cpu" else f"x on {x_BSD.device}"
+            allowed, fix = (
+                "be played on CPUs, without autocast: elsewhere it was never seen to be right",
+                "use gloo ranks",
+            )
+            raise UsageError(word("blocks", got=got, allowed=allowed, where=_WHERE, fix=fix))
         dense, expert = self._gradients()
         done = BlockPass(
             self.schedule,
@@ -210,9 +221,9 @@ class BlockPlayer:
             needs = next(("turn", *chunks) for chunks in self._turns if task.chunk in chunks), *needs
         work = {"D": self._dispatch, "C": self._combine, "C'": self._uncombine, "D'": self._undispatch}
         work |= {"Ra": self._reduce_dense, "Re": self._reduce_experts}
-        return task, needs, lambda: work[task.kind](done, task.block, task.chunk)
+        return task, needs, lambda: work[task.kind](done, (task.block, task.chunk))
 
-    def _dispatch(self, done: BlockPass, *at: int) -> int:
+    def _dispatch(self, done: BlockPass, at: Place) -> int:
         import torch.distributed as dist
 
         packed = done.packed[at]
@@ -222,17 +233,17 @@ class BlockPlayer:
         done.received[at] = row = self._swap(packed.row_RD, packed.count_GE, received_GE)
         return _most(packed.row_RD, row)
 
-    def _combine(self, done: BlockPass, *at: int) -> int:
+    def _combine(self, done: BlockPass, at: Place) -> int:
         made = done.made.pop(at)
         done.returned[at] = row = self._swap(made, done.count_GE[at], done.packed[at].count_GE)
         return _most(made, row)
 
-    def _uncombine(self, done: BlockPass, *at: int) -> int:
+    def _uncombine(self, done: BlockPass, at: Place) -> int:
         slope = done.returned_slopes.pop(at)
         done.made_slopes[at] = row = self._swap(slope, done.packed[at].count_GE, done.count_GE[at])
         return _most(slope, row)
 
-    def _undispatch(self, done: BlockPass, *at: int) -> int:
+    def _undispatch(self, done: BlockPass, at: Place) -> int:
         slope = done.received_slopes.pop(at)
         done.row_slopes[at] = row = self._swap(slope, done.count_GE[at], done.packed[at].count_GE)
         return _most(slope, row)
@@ -246,11 +257,11 @@ class BlockPlayer:
         dist.all_to_all_single(found, row.contiguous(), received, sent, group=self._group)
         return found
 
-    def _reduce_dense(self, done: BlockPass, block: int, piece: int) -> int:
-        return _reduced(done.dense[block].piece(piece), self._data)
+    def _reduce_dense(self, done: BlockPass, at: Place) -> int:
+        return _reduced(done.dense[at[0]].piece(at[1]), self._data)
 
-    def _reduce_experts(self, done: BlockPass, block: int, piece: int) -> int:
-        return _reduced(done.expert[block].piece(piece), self._copies)
+    def _reduce_experts(self, done: BlockPass, at: Place) -> int:
+        return _reduced(done.expert[at[0]].piece(at[1]), self._copies)
 
     def close(self) -> None:
         """Ends the wire's thread."""

@@ -1,9 +1,10 @@
-"""The gradients of a block's parameters in one piece of memory, which goes over the wire in the pieces of a schedule."""
+"""The gradients of a block's parameters in one piece of memory, which is summed in the pieces of a schedule."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from turnout.errors import UsageError, word
 
@@ -21,7 +22,7 @@ class BlockGradients:
         what: for messages.
 
     Raises:
-        UsageError: the pieces are not of this size, or the parameters of several dtypes.
+        UsageError: the pieces are not of this size, the parameters of several dtypes, or some in shards elsewhere.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
     >>> gradients = BlockGradients([weight], (16, 8), "block 0")
@@ -33,6 +34,10 @@ class BlockGradients:
 
     def __init__(self, parameters: Sequence[Tensor], sizes: Sequence[int], what: str) -> None:
         self._trained = [each for each in dict.fromkeys(parameters) if each.requires_grad]
+        if any(type(each) not in (Tensor, Parameter) for each in self._trained):
+            kind = next(type(each).__name__ for each in self._trained if type(each) not in (Tensor, Parameter))
+            allowed, fix = "be plain tensors, which no other engine holds a part of", "do not shard the model as well"
+            raise UsageError(word(f"the parameters of {what}", got=kind, allowed=allowed, where=_WHERE, fix=fix))
         dtypes = sorted({str(each.dtype) for each in self._trained})
         if len(dtypes) > 1:
             fix = f"cast the model to {dtypes[0]}"

@@ -54,7 +54,7 @@ class BlockParts(Protocol):
         ...
 
     def attention(self, x_BSD: Tensor, about: Any, rows: slice) -> Tensor:
-        """x + attention(x), with what norms there are."""
+        """The sequences after attention."""
         ...
 
     def gate(self, x_BSD: Tensor, about: Any, rows: slice) -> Gated:

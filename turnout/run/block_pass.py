@@ -116,7 +116,7 @@ class BlockPass:
         own, length = self.rows(chunk, of), self.x_BSD.shape[1]
         for other in self.schedule.sharing(chunk, of=of, among=among):
             theirs = self.rows(other, among)
-            first, last = max(own.start, theirs.start), max(min(own.stop, theirs.stop), max(own.start, theirs.start))
+            first, last = max(own.start, theirs.start), max(min(own.stop, theirs.stop), own.start, theirs.start)
             there = slice((first - theirs.start) * length, (last - theirs.start) * length)
             yield other, there, slice((first - own.start) * length, (last - own.start) * length)
 

@@ -113,5 +113,5 @@ class _PutOff(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope_MO: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         (x_MI,) = ctx.saved_tensors
-        ctx.owed.write(_Bill(*ctx.of, x_MI, slope_MO))
+        ctx.owed.write(_Bill(*ctx.of, x_MI=x_MI, slope_MO=slope_MO))
         return product(slope_MO, ctx.weight_OI), None, None, None, None

@@ -8,7 +8,7 @@ import collections
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,7 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, TurnoutError, UsageError, word
-from turnout.run.torch_pipeline import Carried, Runtime, Stage, lower, only_forward, torch_schedule, unused
+from turnout.run.torch_pipeline import (
+    Carried,
+    Runtime,
+    Stage,
+    drop_forwards,
+    lower,
+    only_forward,
+    split_before_backward,
+    torch_schedule,
+    unused,
+)
 from turnout.types.schedule import Schedule
 
 __all__ = ["Carried", "Pipeline", "StageModule", "torch_schedule"]
@@ -84,29 +94,74 @@ class Pipeline:
         self._agreed: tuple[int, ...] | None = None
         self._broken = False
 
-    def step(self, microbatches: Sequence[Mapping[str, Any]]) -> dict[int, Tensor]:
+    def step(
+        self, microbatches: Sequence[Mapping[str, Any]], *, settle: Callable[[], bool] | None = None
+    ) -> dict[int, Tensor]:
         """Runs all microbatches forward and back.
 
         Args:
             microbatches: of each the keywords of every stage; the same on all ranks of the pipeline.
+            settle: called after the forward passes that go before a rank's first backward pass, when the ranks behind
+                have called theirs: says whether the weights were wrong so far, and drops the gradients of the step
+                before. Where they were, on all ranks alike, what has run is run again.
 
         Returns:
             The loss of each microbatch on the rank of the last stage, detached; elsewhere nothing.
 
         Raises:
             ShapeError: ranks disagree on the shapes; on all of them, before anything runs.
-            UsageError: another number of microbatches than the schedule's; a step before failed; or a shared parameter
-                still holds gradients.
+            UsageError: another number of microbatches than the schedule's, or others than on the other ranks; a step
+                before failed; or a shared parameter still holds gradients.
         """
-        held = [name for name, copies in self._copies().items() for p in copies.values() if p.grad is not None]
+        held = [] if settle is not None else self._held()
         problem = ""
         if held:
             allowed = "have no gradient before a step, whose copies' gradients are summed after it,"
             problem = word(held[0], got="one", allowed=allowed, where=_WHERE, fix="zero_grad(set_to_none=True) first")
         self._agree(microbatches, problem)
-        self._play(microbatches)
+        if settle is None:
+            self._play(microbatches)
+        else:
+            self._play_and_settle(microbatches, settle)
         self._sum_shared()
         return {index: loss.detach() for index, loss in self._runtime.losses.items()}
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """The ranks in the order of the last stage that each holds: in which what all know together is summed up, and
+        from whose end it comes back, so that nobody waits for a rank that waits for it.
+        """
+        last = {rank: stage for stage, rank in enumerate(self.schedule.rank_of_stage)}
+        return tuple(sorted(last, key=lambda rank: last[rank]))
+
+    def _held(self) -> list[str]:
+        return [name for name, copies in self._copies().items() for p in copies.values() if p.grad is not None]
+
+    def _play_and_settle(self, microbatches: Sequence[Mapping[str, Any]], settle: Callable[[], bool]) -> None:
+        """Forward passes, the verdict, and either the rest or all of it anew."""
+        runtime, whole = self._runtime, self._runtime.pipeline_order_with_comms
+        first, rest = split_before_backward(whole)
+        for stage in self._stages:
+            stage.later = []  # a rank may take in what another has sent only after its own verdict
+        try:
+            runtime.pipeline_order_with_comms = first
+            self._play(microbatches)
+            again = settle()
+            assert not self._held(), "settle() drops the gradients of the step before"
+            if again:
+                drop_forwards(runtime, first)
+                runtime.pipeline_order_with_comms = whole
+                self._play(microbatches)
+            else:
+                runtime.pipeline_order_with_comms = rest
+                self._play(microbatches, fresh=False)
+            for stage in self._stages:
+                for work in stage.later or ():
+                    work.wait()
+        finally:
+            runtime.pipeline_order_with_comms = whole
+            for stage in self._stages:
+                stage.later = None
 
     @torch.no_grad()
     def forward(self, microbatches: Sequence[Mapping[str, Any]]) -> dict[int, Tensor]:
@@ -136,9 +191,10 @@ class Pipeline:
             fix = "cut the model with turnout.models.stages.cut, and take those"
             raise UsageError(word("the stages", got=sorted(stages), allowed=allowed, where=_WHERE, fix=fix))
 
-    def _play(self, microbatches: Sequence[Mapping[str, Any]], *, back: bool = True) -> None:
-        self._runtime.losses.clear()
-        for stage in self._stages:
+    def _play(self, microbatches: Sequence[Mapping[str, Any]], *, back: bool = True, fresh: bool = True) -> None:
+        if fresh:
+            self._runtime.losses.clear()
+        for stage in self._stages if fresh else ():
             stage.has_backward = back
             stage.clear_runtime_states()
             stage.bwd_cache.clear()
@@ -244,7 +300,7 @@ def _content(microbatches: Sequence[Mapping[str, Any]]) -> int:
     for each in microbatches:
         for _, value in sorted(each.items()):
             if isinstance(value, Tensor):
-                found = zlib.crc32(value.detach().contiguous().view(torch.uint8).cpu().numpy(), found)
+                found = zlib.crc32(value.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes(), found)
             else:
                 found = zlib.crc32(repr(value).encode(), found)
     return found

@@ -10,28 +10,26 @@ that no key of a dead group is read, also where machines count their restarts di
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import secrets
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from turnout.errors import TrainingError, TurnoutError, UsageError, word
+from turnout.errors import TrainingError, UsageError, word
 from turnout.types.device import find_device
 
-__all__ = ["Ranks", "agree", "answering", "end", "launched", "start"]
+__all__ = ["Ranks", "agree", "end", "launched", "named", "seen", "shared", "start"]
 
 _WHERE = "turnout.run.processes"
 _POLL_S = 0.02
 # How long ranks wait for each other's last word once one of them has missed somebody.
 _GRACE_S = 5.0
-_BYTES = 256  # of a value that ranks show each other
+_SHOWN = 200  # letters of a value that ranks differ in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,46 +149,40 @@ def agree(what: str, value: str, *, fix: str = "start every rank with the same")
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    values = _shown(value)
+    values = shared(value)
     if len(set(values)) == 1:
         return
-    ranks = {
-        each: [r for r, (_, key) in enumerate(values) if key == each] for each in dict.fromkeys(k for _, k in values)
-    }
-    most = max(ranks, key=lambda key: len(ranks[key]))
-    shown = {key: text for text, key in values}
-    others = "; ".join(f"{shown[key]} on {_named(those)}" for key, those in ranks.items() if key != most)
-    got = f"{others}; {shown[most]} on {_named(ranks[most])}"
+    ranks = {each: [rank for rank, one in enumerate(values) if one == each] for each in dict.fromkeys(values)}
+    most = max(ranks, key=lambda each: len(ranks[each]))
+    others = "; ".join(f"{each:.{_SHOWN}} on {named(those)}" for each, those in ranks.items() if each != most)
+    got = f"{others}; {most:.{_SHOWN}} on {named(ranks[most])}"
     raise UsageError(word(what, got=got, allowed="be the same on every rank", where=_WHERE, fix=fix))
 
 
-@contextlib.contextmanager
-def answering(ranks: Ranks, doing: Callable[[], str]) -> Iterator[None]:
-    """Says which ranks are gone, where something that ranks do together fails because one is dead, hangs or has failed.
+def shared(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank says, in the order of the ranks; all of them call it.
 
     Args:
-        ranks: from ``start``.
-        doing: what this rank is at, in words: ``"step 7"``.
+        value: this rank's, of plain JSON.
+        group: the ranks; all when None.
 
-    Raises:
-        TrainingError: a rank did not answer; says which, and what it said last.
+    >>> shared({"alone": 1})
+    [{'alone': 1}]
 
-    >>> with answering(Ranks(0, 1, 0, torch.device("cpu")), lambda: "step 7"):
-    ...     pass
-
-    Source: none; a roll call over the key-value store.
+    Source: none; torch's own would unpickle what comes over the wire.
     """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        if not _of_the_wire(error):
-            _last_words(ranks, f"stopped with {type(error).__name__}: {error}")
-            raise
-        at, said = doing(), str(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the group, whose connections are to be closed
-        raise TrainingError(_roll_call(ranks, at, said)) from error
+    if not dist.is_initialized():
+        return [value]
+    text = json.dumps(value).encode()
+    cpu = "gloo" in str(dist.get_backend_config(group))
+    device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+    size_G = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(size_G, torch.tensor([len(text)], device=device), group=group)
+    sizes = [int(size) for size in size_G]
+    mine = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8).to(device)
+    rows = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(rows, mine, group=group)
+    return [json.loads(row.cpu().numpy().tobytes()[:size]) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _number(name: str) -> int:
@@ -224,11 +216,11 @@ def _meet(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
         return attempt
     heard = ""
     while time.monotonic() < until:
-        attempt, _, to = (_read(store, f"meet/told/{rank}") or "").partition(" ")
+        attempt, _, to = (seen(store, f"meet/told/{rank}") or "").partition(" ")
         if to == mine and attempt != heard:  # not what was told to one that died
             heard = attempt
             store.set(f"meet/heard/{rank}", heard)
-        absent = json.loads(_read(store, f"meet/all/{heard}") or "null") if heard else None
+        absent = json.loads(seen(store, f"meet/all/{heard}") or "null") if heard else None
         if absent == []:
             return heard
         if absent:
@@ -244,86 +236,40 @@ def _gather(store: dist.Store, world: int, attempt: str, until: float) -> list[i
     waits, told = set(range(1, world)), dict[int, str]()
     while waits and time.monotonic() < until:
         for rank in sorted(waits):
-            here = _read(store, f"meet/here/{rank}")
+            here = seen(store, f"meet/here/{rank}")
             if here is not None and told.get(rank) != here:
                 store.set(f"meet/told/{rank}", f"{attempt} {here}")
                 told[rank] = here
-            if _read(store, f"meet/heard/{rank}") == attempt:
+            if seen(store, f"meet/heard/{rank}") == attempt:
                 waits.discard(rank)
         time.sleep(_POLL_S if waits else 0)
     return sorted(waits)
 
 
-def _read(store: dist.Store, key: str) -> str | None:
+def seen(store: dist.Store, key: str) -> str | None:
+    """What is in the store under this key now; None where nothing is. It does not wait.
+
+    Source: none; torch's own store.
+    """
     return store.get(key).decode() if store.check([key]) else None
 
 
 def _absent(absent: Sequence[int], world: int, timeout_s: float) -> TrainingError:
-    got, fix = f"nothing from {_named(absent)}", "look at what those ranks said, or wait longer with --timeout"
+    got, fix = f"nothing from {named(absent)}", "look at what those ranks said, or wait longer with --timeout"
     allowed = f"arrive within {timeout_s:g} s"
     return TrainingError(word(f"all {world} ranks", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _shown(value: str) -> list[tuple[str, str]]:
-    """Of every rank, its value as it is shown, and a key that tells it from others."""
-    shown = value.encode()[:_BYTES].decode(errors="ignore")
-    row = shown.encode().ljust(_BYTES, b"\0") + hashlib.sha256(value.encode()).digest()
-    device = "cpu" if "gloo" in dist.get_backend_config() else torch.device("cuda", torch.cuda.current_device())
-    mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).to(device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    read = [bytes(each.tolist()) for each in rows]
-    return [(each[:_BYTES].rstrip(b"\0").decode(), each[_BYTES:].hex()) for each in read]
+def named(ranks: Sequence[int]) -> str:
+    """The ranks in words.
 
+    >>> named([2]), named([0, 1, 3])
+    ('rank 2', 'ranks 0, 1 and 3')
 
-def _named(ranks: Sequence[int]) -> str:
-    """The ranks in words: "rank 2", "ranks 0, 1 and 3"."""
+    Source: none; plain text.
+    """
     texts = [str(rank) for rank in ranks]
     return f"rank {texts[0]}" if len(texts) == 1 else f"ranks {', '.join(texts[:-1])} and {texts[-1]}"
-
-
-def _of_the_wire(error: BaseException) -> bool:
-    """Whether torch says by this that the others could not be reached; gloo says so with a plain RuntimeError."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, TurnoutError) and "gloo" in str(error).lower()
-    )
-
-
-def _last_words(ranks: Ranks, text: str) -> None:
-    """Leaves what became of this rank for the others, if the store is still there."""
-    with contextlib.suppress(dist.DistError, RuntimeError):
-        if ranks.store is not None:
-            ranks.store.set(f"last/{ranks.rank}", text[:2000])
-
-
-def _roll_call(ranks: Ranks, at: str, said: str) -> str:
-    """Which ranks are silent or have failed, in words."""
-    _last_words(ranks, "")
-    _let_go()
-    words = dict[int, str]()
-    until = time.monotonic() + _GRACE_S
-    try:
-        while ranks.store is not None and len(words) < ranks.world and time.monotonic() < until:
-            for rank in range(ranks.world):
-                if rank not in words and ranks.store.check([f"last/{rank}"]):
-                    words[rank] = ranks.store.get(f"last/{rank}").decode()
-            time.sleep(_POLL_S)
-    except (dist.DistError, RuntimeError):
-        pass  # the store went with the one that held it
-    silent = [rank for rank in range(ranks.world) if rank not in words and rank != ranks.rank]
-    failed = [f"rank {rank} {text}" for rank, text in sorted(words.items()) if text]
-    waited = f"waited up to {ranks.timeout_s:g} s"
-    lost = [f"{_named(silent)} did not answer, dead or hung ({waited})"] if silent else []
-    what = "; ".join([*failed, *lost]) or f"the ranks lost each other ({said:.300})"
-    fix = "look at what that rank said last; with torchrun --max-restarts 3 a run goes on by itself after this"
-    return word("every rank", got=f"in {at}: {what}", allowed="stay in reach", where=_WHERE, fix=fix)
-
-
-def _let_go() -> None:
-    """Closes this rank's connections, so that ranks that wait for it learn of it now, not when its process ends."""
-    closing = threading.Thread(target=end, daemon=True)  # a dead peer must not hold this one up
-    closing.start()
-    closing.join(timeout=_GRACE_S / 2)
 
 
 @contextlib.contextmanager

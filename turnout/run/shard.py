@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from turnout.errors import UsageError, word
 from turnout.run.expert_parallel import Owners
 from turnout.types.layout import Layout
+from turnout.types.placement import Placement
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -148,11 +150,11 @@ def shard(
     """
     plan = Plan(layout) if plan is None else plan
     _refuse(model, layout, plan, travel)
-    units = list(getattr(model, "blocks", ())) if units is None else units
-    if not units:
+    if units is None and not hasattr(model, "blocks"):
         got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
         fix = "pass units=[...], such as its layers"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    units = list(model.blocks) if units is None else units  # pyrefly: ignore[bad-argument-type]
     for _, experts in experts_in(model):
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]
@@ -162,8 +164,8 @@ def shard(
     if layout.world // layout.pp == 1:
         return model
     if layout.ep > 1:
-        for name, experts in experts_in(model):
-            _spread(name, experts, meshes)
+        for number, (name, experts) in enumerate(experts_in(model)):
+            _spread(name, experts, meshes, None if plan.placement is None else _slots(plan.placement, number, name))
     for part in _wrapped(model, units, meshes, plan):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # else the factor is a kind of sum that gloo has not
@@ -215,7 +217,23 @@ def _refuse(model: nn.Module, layout: Layout, plan: Plan, travel: object) -> Non
             raise UsageError(word("a router", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _spread(name: str, experts: Any, meshes: Meshes) -> None:
+def _slots(placement: Placement, number: int, name: str) -> torch.Tensor:
+    """(S,) the expert in each slot of a layer, by its name where the placement has names."""
+    known = {layer: at for at, layer in enumerate(placement.layers)}
+    at = next((known[layer] for layer in (name, name.rpartition(".")[0]) if layer in known), None if known else number)
+    if at is None or at >= placement.num_layers:
+        got, allowed = f"{placement.num_layers} layers {list(placement.layers)}", f"have the experts of {name}"
+        fix = "place the layers of this very model, or leave the placement out"
+        raise UsageError(word("the placement", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    held = [len(placement.on(at, device)) for device in range(placement.devices)]
+    if len(set(held)) > 1:
+        got, allowed = f"{held} experts on the processes", "put as many on each as on any other"
+        fix = "place it with slots of equal number"
+        raise UsageError(word(f"the placement of {name}", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    return torch.tensor(placement.phy2log[at])
+
+
+def _spread(name: str, experts: Any, meshes: Meshes, expert_S: torch.Tensor | None) -> None:
     """Leaves a process with its own experts, as its part of tensors that the group shares."""
     from torch.distributed.tensor import DTensor, Shard
 
@@ -224,7 +242,7 @@ def _spread(name: str, experts: Any, meshes: Meshes) -> None:
     def refuse(got: str, allowed: str, fix: str) -> UsageError:
         return UsageError(word(f"the experts of {name}", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
-    if count % ep:
+    if expert_S is None and count % ep:
         near = max(each for each in range(1, ep + 1) if count % each == 0)
         raise refuse(f"{count}", f"be a multiple of ep={ep}", f"pass ep={near}, or {count + -count % ep} experts")
     if share > 1 and (count // ep) % share:
@@ -232,13 +250,19 @@ def _spread(name: str, experts: Any, meshes: Meshes) -> None:
         raise refuse(f"{count}, {share} of which share one", allowed, "pass ep=1")
     if any(getattr(experts, rest, None) is not None and len(getattr(experts, rest)) for rest in ("up_row", "down_row")):
         raise refuse("with rows beside their factors", "be factors alone with ep > 1", "pass ep=1")
-    owners = Owners.even(count, meshes.expert_group)
+    if share > 1 and expert_S is not None:
+        raise refuse(f"{share} of which share a factor", "lie in their order", "leave the placement out")
+    if expert_S is None:
+        owners = Owners.even(count, meshes.expert_group)
+    else:
+        owners = Owners(expert_S, count, meshes.expert_group)
     group = meshes.experts["ep"]
     for part, parameter in list(experts.named_parameters(recurse=False)):
         if not len(parameter):  # rows that it has not
             continue
-        each = len(parameter) // ep
-        own = parameter.detach()[owners.rank * each : (owners.rank + 1) * each].clone()
+        each = len(parameter) // ep  # where several share a factor, fewer than the experts
+        own = range(owners.rank * each, (owners.rank + 1) * each) if share > 1 else owners.own
+        own = parameter.detach()[torch.tensor(own, device=parameter.device)]
         spread = DTensor.from_local(own, group, [Shard(0)], run_check=False)
         setattr(experts, part, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     experts.owners = owners
@@ -248,6 +272,8 @@ def _wrapped(model: nn.Module, units: Sequence[nn.Module], meshes: Meshes, plan:
     """What FSDP2 holds of a model, inner parts first."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Routers' scores are views, of which torch warns that nothing may write to them; nothing does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     policy, dense, place = _policy(plan), meshes.of_dense(), meshes.of_experts()
     found = []
     for _, experts in experts_in(model):

@@ -42,7 +42,17 @@ try:
 except ImportError as _error:
     raise _moved(f"{_error.name}.{getattr(_error, 'name_from', '')}") from _error
 
-__all__ = ["Carried", "Runtime", "Stage", "lower", "only_forward", "torch_schedule"]
+__all__ = [
+    "Carried",
+    "Runtime",
+    "Stage",
+    "drop_forwards",
+    "lower",
+    "only_forward",
+    "split_before_backward",
+    "torch_schedule",
+    "unused",
+]
 
 # What is called or replaced below; a torch that lacks one would fail late or, worse, ignore what replaces it.
 _PRIVATE: tuple[tuple[type, str], ...] = (
@@ -136,6 +146,7 @@ def lower(schedule: Schedule, runtime: Any) -> None:
 
 
 def unused(*_: Any) -> Tensor:
+    """Stands where torch wants a loss function; the last stage gives the loss itself."""
     raise AssertionError("the last stage computes the loss")
 
 
@@ -149,6 +160,51 @@ def only_forward(rows: Mapping[int, Sequence[Any]]) -> dict[int, list[Any]]:
         kept[rank] += [each for each in flat if each.computation_type in (kinds.FORWARD, kinds.SEND_F, kinds.RECV_F)]
         kept[rank] += [_Action(s, kinds.RESHARD) for s in stages]
     return kept
+
+
+def split_before_backward(rows: Mapping[int, Sequence[Any]]) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
+    """Each rank's forward actions that go before anything of a backward pass, and what comes after them.
+
+    A rank's first backward pass needs one of every rank that holds a later stage than all of its own; so ranks come to
+    this point in the order of the last stage that each holds, the last first, without each other's backward passes.
+    """
+    kinds = _ComputationType
+    before: dict[int, list[Any]] = {}
+    after: dict[int, list[Any]] = {}
+    ahead = (kinds.FORWARD, kinds.SEND_F, kinds.RECV_F, kinds.UNSHARD, kinds.RESHARD)
+    for rank, row in rows.items():
+        cut = next(place for place, action in enumerate(row) if action.computation_type not in ahead)
+        first, rest = list(row[:cut]), list(row[cut:])
+        for place in range(len(first) - 1, -1, -1):  # what is gathered ahead for the rest belongs to it
+            stage, kind = first[place].stage_index, first[place].computation_type
+            used = any(
+                later.stage_index == stage and later.computation_type == kinds.FORWARD for later in first[place:]
+            )
+            if kind == kinds.UNSHARD and not used:
+                rest.insert(0, first.pop(place))
+        before[rank], after[rank] = first, rest
+    return before, after
+
+
+def drop_forwards(runtime: Any, first: Mapping[int, Sequence[Any]]) -> None:
+    """Forgets what ``first`` of ``split_before_backward`` did: takes in, unread, what others sent in theirs."""
+    kinds, stages = _ComputationType, {stage.stage_index: stage for stage in runtime._stages}
+    mine = {(a.stage_index, a.microbatch_index) for a in first[runtime.rank] if a.computation_type == kinds.RECV_F}
+    for works in runtime.fwd_recv_ops.values():
+        for work in works:
+            work.wait()
+    runtime.fwd_recv_ops.clear()
+    for rank in sorted(first):
+        for action in first[rank]:
+            to = (action.stage_index + 1, action.microbatch_index)
+            if action.computation_type == kinds.SEND_F and to[0] in stages and to not in mine:
+                for operation in stages[to[0]].get_fwd_recv_ops(to[1]):
+                    operation.op(operation.tensor, group=operation.group, group_src=operation.group_peer).wait()
+    for stage in runtime._stages:
+        for module in stage.submod.modules() if stage.stage_index in runtime.unsharded_stages else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    runtime.unsharded_stages.clear()
 
 
 class Runtime(_PipelineScheduleRuntime):
@@ -175,7 +231,13 @@ class Runtime(_PipelineScheduleRuntime):
 
 
 class Stage(PipelineStage):
-    """Torch's stage, told what travels in each microbatch instead of trying it out on the first."""
+    """Torch's stage, told what travels in each microbatch instead of trying it out on the first.
+
+    Attributes:
+        later: where messages go that nobody waits for before all of a step is done; None to wait as torch does.
+    """
+
+    later: list[Any] | None = None
 
     def prepare(self, takes: Sequence[Carried] | None, gives: Sequence[Carried] | None, count: int) -> None:
         """Makes room for what arrives: from the stage before, and from the one after, its gradients."""
@@ -209,7 +271,11 @@ class Stage(PipelineStage):
             meta = self.grad_recv_info[fwd_chunk_id][0].tensor_meta
             _expect(each.tensor, meta, f"stage {self.stage_index} carries")
             each.tensor = each.tensor.contiguous()
-        return operations
+        if self.later is None:
+            return operations
+        for each in operations:
+            self.later.append(each.op(each.tensor, group=each.group, group_dst=each.group_peer, tag=each.tag))
+        return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's, for this microbatch's shape."""

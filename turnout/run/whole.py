@@ -1,6 +1,6 @@
 """Tensors that processes share, put together again: as one process would have them, and the norm of all of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from turnout.run.shard import Meshes, experts_in
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["clip", "gradient_norm", "whole", "whole_gradients"]
+__all__ = ["clip", "gradient_norm", "settle", "whole", "whole_gradients"]
 
 
 def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -33,7 +33,7 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
     turned, owners = _of_experts(model)
     for name, tensor in tensors.items():
         full_tensor = getattr(tensor, "full_tensor", None)
-        full = tensor.detach() if full_tensor is None else _quiet(full_tensor).detach()
+        full = tensor.detach() if full_tensor is None else quiet(full_tensor).detach()
         if (held := owners.get(name)) is not None and not held.in_order:
             slot_E = torch.full((held.num_experts,), len(held.expert_S), dtype=torch.int64)
             slot_E.scatter_reduce_(0, held.expert_S, torch.arange(len(held.expert_S)), "amin")
@@ -49,6 +49,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
     Source: none; as ``whole``.
     """
+    settle(model)
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             yield name, None
@@ -57,7 +58,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
+def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = ()) -> Tensor:
     """The norm of all gradients together, of all stages, as one process has it; the same on every process.
 
     What several processes hold counts once: copies of a shard, and copies of an expert.
@@ -65,15 +66,17 @@ def gradient_norm(model: nn.Module, meshes: Meshes) -> Tensor:
     Args:
         model: what ``turnout.run.shard`` gave; of a pipeline, this process's part.
         meshes: that it was spread over.
+        skip: names of parameters that another stage counts, which holds a copy of them.
 
     Source: none; a sum of squares.
     """
     import torch.distributed as dist
 
+    settle(model)
     _, owners = _of_experts(model)
     total = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
-        if parameter.grad is None:
+        if parameter.grad is None or name in skip:
             continue
         grad: Any = parameter.grad
         copies, here = meshes.layout.world // meshes.layout.pp, grad
@@ -104,12 +107,27 @@ def clip(model: nn.Module, norm: Tensor, most: float) -> None:
 
     Source: Pascanu et al., 2013, "On the difficulty of training recurrent neural networks".
     """
+    settle(model)
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
             grad: Any = parameter.grad
             here = grad.to_local() if hasattr(grad, "to_local") else grad
             here.mul_(factor.to(here))
+
+
+def settle(model: nn.Module) -> None:
+    """Gives up what is still gathered: after a forward pass alone, ``model.parameters()`` are not those that have the
+    gradients, and that an optimizer moves.
+
+    Args:
+        model: what ``turnout.run.shard`` gave; any other is left alone.
+
+    Source: none; FSDP2 keeps the parameters of the outermost module until the next backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # pyrefly: ignore[not-callable]
 
 
 def _of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
@@ -136,7 +154,7 @@ def _copies_of(held: Owners, grad: "DTensor") -> Tensor:
     return count
 
 
-def _quiet(full_tensor: Any) -> Tensor:
+def quiet(full_tensor: Any) -> Tensor:
     """Without torch's remark that two gathers follow each other, which shards within shards cannot do without."""
     import logging
 

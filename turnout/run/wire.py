@@ -1,4 +1,4 @@
-"""The thread that issues a process group's collectives, in the order that a plan gives; and a wire made slow on purpose."""
+"""The thread that issues a process group's collectives, in the order that a plan gives; a wire made slow on purpose."""
 
 import dataclasses
 import threading

@@ -51,15 +51,9 @@ def slowed_timeline(
                     place[r] += 1
         busy = [r for r in resources if running[r] >= 0]
         if not busy:
-            raise UsageError(
-                word(
-                    "tasks",
-                    got=f"{len(duration_N) - done} that wait for each other",
-                    allowed="come to an end",
-                    where="turnout.solve.slowed_timeline",
-                    fix="ask turnout.solve.timeline which",
-                )
-            )
+            got, allowed = f"{len(duration_N) - done} that wait for each other", "come to an end"
+            fix = "ask turnout.solve.timeline which"
+            raise UsageError(word("tasks", got=got, allowed=allowed, where="turnout.solve.slowed_timeline", fix=fix))
         more = {r: 1 + max((slowed_RR[r][q] for q in busy if q != r), default=0.0) for r in busy}
         step = min(left[r] * more[r] for r in busy)
         now += step

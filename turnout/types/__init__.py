@@ -25,6 +25,7 @@ from turnout.types.schedule import Action, Schedule
 from turnout.types.stage_costs import StageCosts
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
+from turnout.types.traffic import Traffic
 from turnout.types.weights import ExpertWeights
 from turnout.types.workload import BlockSize, Workload
 
@@ -52,6 +53,7 @@ __all__ = [
     "StageCosts",
     "Trace",
     "TraceWriter",
+    "Traffic",
     "Workload",
     "spread",
 ]

@@ -133,16 +133,17 @@ class BlockCosts:
     ) -> Self:
         """Costs from a few times in seconds for the whole batch. A backward pass takes twice its forward pass, half of
         that for the input and half for the weights; a combine takes what a dispatch does; a task ``start`` more.
+        A gate of 0 is counted with attention.
 
         >>> BlockCosts.even(attention=1.0, experts=2.0, dispatch=0.5, reduce=0.25).experts_back(1 << 20)
         4.0
         """
 
         def line(seconds: float) -> Line:
-            return Line(start, seconds / rows)
+            return Line(start, seconds / rows) if seconds else Line()
 
         one, wire = 1 << 20, line(dispatch)
-        inside = line(inner) if inner else Line()
+        inside = line(inner)
         return cls(
             rows=rows,
             attention=line(attention),

@@ -100,6 +100,7 @@ class Schedule:
             raise _refuse("rank_of_stage", strange[0], allowed, fix)
         done = self._once()
         _check_complete(done, self.stages, self.microbatches)
+        _check_gathered(self)
         _check_order(self)
 
     @property
@@ -228,6 +229,22 @@ def _check_complete(done: set[tuple[int, str, int]], stages: int, microbatches: 
             if kinds not in ("FB", "FIW"):
                 got, allowed = f"{kinds or 'none'} of microbatch {microbatch}", "be F and B, or F, I and W"
                 raise _refuse(f"the actions of stage {stage}", got, allowed, "add what is missing, leave out the rest")
+
+
+def _check_gathered(schedule: Schedule) -> None:
+    """A stage whose parameters are ever gathered computes while they are."""
+    for order in schedule.actions:
+        sharded = {action.stage for action in order if action.kind == "UNSHARD"}
+        there: set[int] = set()
+        for action in order if sharded else ():
+            if action.kind == "UNSHARD":
+                there.add(action.stage)
+            elif action.kind == "RESHARD":
+                there.discard(action.stage)
+            for stage, kind, _, _ in parts_of(action):
+                if kind in _COMPUTE and stage in sharded and stage not in there:
+                    allowed, fix = "come between its stage's UNSHARD and RESHARD", f"put {stage}UNSHARD before it"
+                    raise _refuse(str(action), "no UNSHARD since the last RESHARD", allowed, fix)
 
 
 def _check_order(schedule: Schedule) -> None:

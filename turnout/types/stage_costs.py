@@ -117,9 +117,15 @@ class StageCosts:
         if into < 1:
             raise UsageError(word("into", got=into, allowed="be at least 1", where=f"{_WHERE}.cut", fix="pass into=2"))
 
-        def parts(value_S: Sequence[float] | None) -> tuple[float, ...] | None:
-            return None if value_S is None else tuple(value / into for value in value_S for _ in range(into))
+        def parts(value_S: Sequence[float]) -> tuple[float, ...]:
+            return tuple(value / into for value in value_S for _ in range(into))
 
-        changed = {name: parts(getattr(whole, name)) for name in _STAGES}
-        changed["activation_S"] = parts(whole.held_S)
-        return dataclasses.replace(whole, **changed)
+        return dataclasses.replace(
+            whole,
+            forward_S=parts(whole.forward_S),
+            input_S=parts(whole.input_S),
+            weight_S=parts(whole.weight_S),
+            activation_S=parts(whole.held_S),
+            gather_S=None if whole.gather_S is None else parts(whole.gather_S),
+            parameters_S=None if whole.parameters_S is None else parts(whole.parameters_S),
+        )

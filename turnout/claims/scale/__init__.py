@@ -8,6 +8,7 @@ from turnout.claims.scale.one_byte import one_byte
 from turnout.claims.scale.shuffle_private import shuffle_private
 from turnout.claims.scale.sparse_zo import sparse_zo
 from turnout.claims.scale.zero import zero
+from turnout.claims.scale.zero_plus_plus import zero_plus_plus
 
 __all__ = [
     "agvm",
@@ -18,4 +19,5 @@ __all__ = [
     "shuffle_private",
     "sparse_zo",
     "zero",
+    "zero_plus_plus",
 ]

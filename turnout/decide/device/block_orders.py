@@ -33,6 +33,7 @@ class Shape:
         halve_experts: whether ``Ex`` and ``Ew`` are.
         by_chunk: whether a chunk's backward pass begins before the others are through.
         window: the most chunks under way.
+        fused: backward passes that are in one where the others are in halves.
         carry: the first block whose reductions run under the next step's forward pass; None where none does.
 
     Source: none; plain bookkeeping.
@@ -46,6 +47,7 @@ class Shape:
     by_chunk: bool = False
     window: int | None = None
     carry: int | None = None
+    fused: frozenset[BlockTask] = frozenset()
 
 
 def pieces(size: int, largest: int, count: int) -> tuple[int, ...]:
@@ -78,6 +80,14 @@ class Graph:
     behind: list[list[int]]
     seconds: list[float]
     slowed: tuple[tuple[float, ...], ...] | None
+
+    @property
+    def busiest(self) -> float:
+        """How long the resource with most to do works: no orders are shorter."""
+        total = [0.0, 0.0, 0.0]
+        for resource, seconds in zip(self.resource, self.seconds, strict=True):
+            total[resource] += seconds
+        return max(total)
 
     def needed(self, task: int) -> bool:
         """Whether any other task needs this one."""
@@ -126,6 +136,8 @@ def best(costs: BlockCosts, blocks: int, shapes: Iterable[Shape], rules: Sequenc
     found: Found | None = None
     for shape in shapes:
         made = graph(costs, blocks, shape)
+        if found is not None and made.busiest >= found.seconds:
+            continue  # whatever its orders
         for rule in rules:
             orders = made.by_rank(made.rank(rule))
             seconds = made.makespan(orders)
@@ -162,14 +174,16 @@ def _skeleton(
     shape: Shape, blocks: int, two: bool, cut: str, dense: tuple[int, ...], experts: tuple[int, ...]
 ) -> tuple[BlockSchedule, tuple[BlockTask, ...], list[int], list[list[int]], list[list[int]]]:
     """The part of a graph that does not depend on times; nobody may change it."""
-    halves = {"E": ("Ex", "Ew") if shape.halve_experts else ("E'",)}
-    halves |= {"A": ("Ax", "Aw") if shape.halve_attention else ("A'",)}
-    kinds = [*"AGDEC", "C'", "D'", "G'", *halves["E"], *halves["A"], *(("N", "M", "M'", "N'") if two else ())]
+    kinds = [*"AGDEC", "C'", "D'", "G'", "E'", "A'", *(("N", "M", "M'", "N'") if two else ())]
     counts = {kind: shape.attention_chunks if kind[0] in "AG" else shape.expert_chunks for kind in kinds}
     counts |= {"Re": len(experts), "Ra": len(dense)}
     place = {kind: number for number, kind in enumerate((*FORWARD, *BACKWARD))}
     every = [BlockTask(kind, block, i) for block in range(blocks) for kind, n in counts.items() for i in range(n)]
     backward = len(FORWARD)
+    halved = {"E'": shape.halve_experts, "A'": shape.halve_attention}
+    whole = [task for task in every if not halved.get(task.kind) or task in shape.fused]
+    apart = [task for task in every if halved.get(task.kind) and task not in shape.fused]
+    every = whole + [task._replace(kind=task.kind[0] + half) for task in apart for half in "xw"]
     every.sort(
         key=lambda task: (
             (0, task.block, place[task.kind], task.chunk)

@@ -10,9 +10,10 @@ __all__ = ["dual_pipe_v"]
 
 
 def dual_pipe_v(ranks: int, microbatches: int) -> Schedule:
-    """Device r holds stages r and 2 p - 1 - r; in the middle a forward of the one and a backward of the other go together.
+    """Device r holds stages r and 2 p - 1 - r; in the middle a forward of one goes with a backward of the other.
 
-    The bubble is (p - 1)(F&B + B - 3 W) with the times of one stage, F&B of a forward and a backward together.
+    A device waits (p - 1)(F&B + B - 3 W), with the times of a stage and F&B of a forward and a backward together; as
+    we play it that is exact where F = I = W and nothing is gained by doing them together.
 
     Args:
         ranks: p.

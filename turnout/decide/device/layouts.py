@@ -12,7 +12,7 @@ __all__ = ["Choice", "layouts"]
 
 _WHERE = "turnout.decide.device.layouts"
 # What of a device's memory is left to allocators, the wire's buffers and the runtime.
-_ROOM = 0.9
+ROOM = 0.9
 _SPLIT = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
 _SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble", "GPipe")
 
@@ -98,7 +98,7 @@ def layouts(
         if parts is None:
             parts = known_shares[key] = shares(workload, plan)
         taken = held_of(parts, workload, plan)
-        if taken.total > _ROOM * cluster.memory_bytes:
+        if taken.total > ROOM * cluster.memory_bytes:
             continue
         choice = Choice(plan, taken, pace_of(parts, workload, cluster, plan), cluster)
         known = found.get(plan.layout)
@@ -173,7 +173,7 @@ def _divisors(number: int) -> list[int]:
 
 def _nothing(workload: Workload, cluster: Cluster, world: int, foreign: bool) -> str:
     """The words for a step that fits nowhere: what is in the way, and the smallest change that helps."""
-    room = _ROOM * cluster.memory_bytes
+    room = ROOM * cluster.memory_bytes
     plans = list(_plans(workload, cluster, world, foreign))
     if not plans:
         divides = max(n for n in _divisors(workload.batch) if world % n == 0)
@@ -186,7 +186,7 @@ def _nothing(workload: Workload, cluster: Cluster, world: int, foreign: bool) ->
     on = f"the devices of pipeline stage {taken.stage}" if best.layout.pp > 1 else "every device"
     got = f"{taken.total / 1e9:.4g} GB on {on} under {degrees(best.layout)}, the smallest layout ({kinds} GB); the"
     got += f" largest is {taken.largest.removeprefix('the ')}"
-    fixes = [f"devices with {taken.total / _ROOM / 1e9:.3g} GB"]
+    fixes = [f"devices with {taken.total / ROOM / 1e9:.3g} GB"]
     for factor in (2, 4, 8, 16, 32, 64):
         more = dataclasses.replace(cluster, nodes=cluster.nodes * factor)
         larger = _plans(workload, more, world * factor, foreign)
