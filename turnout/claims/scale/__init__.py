@@ -18,6 +18,7 @@ from turnout.claims.scale.one_byte import one_byte
 from turnout.claims.scale.post_validation import post_validation
 from turnout.claims.scale.replan import replan
 from turnout.claims.scale.schedule_search import schedule_search
+from turnout.claims.scale.shuffle_private import shuffle_private
 from turnout.claims.scale.sparse_zo import sparse_zo
 from turnout.claims.scale.surco import surco
 from turnout.claims.scale.tutel import tutel
@@ -45,6 +46,7 @@ __all__ = [
     "post_validation",
     "replan",
     "schedule_search",
+    "shuffle_private",
     "sparse_zo",
     "surco",
     "tutel",
