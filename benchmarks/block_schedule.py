@@ -4,9 +4,10 @@
 
 It takes about a second of processor time a profile; what is in the file already is not done again.
 
-The profiles are those of the method's card (attention and experts 0.3-2, all-to-alls 0.2-2, reductions 0.1-2, 0.01-0.08
-more for each task), and for three in ten others: wider ranges, a gate, a second wire, chip and wire that slow each other
-down, a reduction of experts, other numbers of blocks. Nothing is timed, so the numbers are the same on every machine.
+The profiles are those that the method was designed on (attention and experts 0.3-2, all-to-alls 0.2-2, reductions
+0.1-2, 0.01-0.08 more for each task), and for three in ten others: wider ranges, a gate, a second wire, chip and wire
+that slow each other down, a reduction of experts, other numbers of blocks. Nothing is timed, so the numbers are the
+same on every machine.
 """
 
 import argparse

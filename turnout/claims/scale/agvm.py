@@ -1,4 +1,4 @@
-"""Claim: rates scaled by how much each module's gradient varies get further in a few large-batch steps than one rate."""
+"""Claim: rates scaled by how much each module's gradient varies get further in a few steps than one rate."""
 
 from collections.abc import Callable
 

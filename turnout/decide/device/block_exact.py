@@ -33,7 +33,8 @@ def exact(start: Found, *, below: float | None = None, most_nodes: int = 200_000
     Args:
         start: orders of a graph with as many chunks of attention as of experts, all of the same size.
         below: only orders shorter than this are looked for; None for shorter than ``start``.
-        most_nodes: after so many partial schedules it ends without the proof; with more than 700 tasks it does not begin.
+        most_nodes: after so many partial schedules it ends without the proof. With more than 700 tasks it does not
+            begin.
 
     Returns:
         The shortest orders found and whether they are proved to be.
@@ -97,8 +98,9 @@ class _Search:
         seconds, resource = self.graph.seconds, self.graph.resource
         first = min(ready, key=lambda one: one[0] + seconds[one[1]])
         machine, soonest = resource[first[1]], first[0] + seconds[first[1]]
-        branches = [one for one in ready if resource[one[1]] == machine and one[0] < soonest - _CLOSE]
-        branches = branches or [first]  # one that takes no time at all
+        # The first too if it takes no time, and so does not begin before it ends.
+        own = [one for one in ready if resource[one[1]] == machine]
+        branches = [one for one in own if one is first or one[0] < soonest - _CLOSE]
         for start, task, line in sorted(branches, key=lambda one: -self.tail[one[1]]):
             before = free[machine]
             end[task] = free[machine] = start + seconds[task]
@@ -161,4 +163,3 @@ class _Search:
         known[:] = [other for other in known if not all(a <= b for a, b in zip(here, other, strict=True))]
         known.append(here)
         return False
-

@@ -140,10 +140,10 @@ def _search(
     for many, tries in _ROUNDS:
         better = []
         for one in near[:many]:
-            one = by_ranks(one, tries=_often(one, tries), chance=chance)
-            one = exact(one, below=shortest.seconds, most_nodes=_often(one, 10 * tries)).found
-            shortest = min(shortest, one, key=lambda each: each.seconds)
-            better.append(one)
+            pushed = by_ranks(one, tries=_often(one, tries), chance=chance)
+            proved = exact(pushed, below=shortest.seconds, most_nodes=_often(one, 10 * tries)).found
+            shortest = min(shortest, proved, key=lambda each: each.seconds)
+            better.append(proved)
         near = sorted(better, key=lambda one: one.seconds)
     found = [by_fusing(costs, blocks, one) for one in near]
     found = [by_orders(one, tries=_often(one, 300), chance=chance) for one in found]

@@ -11,7 +11,6 @@ from turnout.types import Placement
 
 __all__ = ["replan"]
 
-_GOALS = (1.001, 1.002, 1.003, 1.005, 1.008, 1.012, 1.02, 1.04)  # busiest device over mean
 _WHERE = "turnout.decide.device.place.replan"
 
 
@@ -20,6 +19,7 @@ def replan(
     load_LE: Sequence[np.ndarray],
     *,
     moves: float = 0.1,
+    goal: float = 1.002,
     speed_G: np.ndarray | None = None,
 ) -> Placement:
     """The placement that few moves from ``before`` lead to, and whose busiest devices are busy least.
@@ -33,6 +33,7 @@ def replan(
         before: where the experts are.
         load_LE: for each layer the load of its experts now.
         moves: how many copies may travel, of all that there are.
+        goal: busiest device over mean at which a layer is left alone.
         speed_G: of each device, relative.
 
     Returns:
@@ -56,14 +57,6 @@ def replan(
         allowed = f"be of {before.num_experts_L} experts"
         raise UsageError(word("load_LE", got=got, allowed=allowed, where=_WHERE, fix=fix))
     speed_G = speeds(speed_G, before.devices, _WHERE)
-    tried = [_towards(goal, before, load_LE, moves, speed_G) for goal in _GOALS]
-    return min(tried, key=lambda one: one[0])[1]
-
-
-def _towards(
-    goal: float, before: Placement, load_LE: Sequence[np.ndarray], moves: float, speed_G: np.ndarray
-) -> tuple[float, Placement]:
-    """How long the busiest devices take in all layers together, and the placement."""
     held_LGE = [before.held(layer) for layer in range(before.num_layers)]
     layers = [Slots(load_E, held_GE, speed_G) for load_E, held_GE in zip(load_LE, held_LGE, strict=True)]
     left = int(moves * before.slots + 1e-9)
@@ -78,8 +71,7 @@ def _towards(
         if _step(layer, goal, left + used, old_GE):
             left -= int((layer.held_GE & ~old_GE).sum()) - used
             heapq.heappush(queue, (-layer.worst, number))
-    after = Placement.of([layer.held_GE for layer in layers], nodes=before.nodes, layers=before.layers)
-    return float(sum(layer.time_G.max() for layer in layers)), after
+    return Placement.of([layer.held_GE for layer in layers], nodes=before.nodes, layers=before.layers)
 
 
 def _step(layer: Slots, goal: float, budget: int, old_GE: np.ndarray) -> bool:
