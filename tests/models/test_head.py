@@ -23,7 +23,8 @@ def given(*rows: int, width: int = 6, vocab: int = 11, seed: int = 0, dtype: tor
 def test_equals_the_loss_of_the_logits(rows: tuple[int, ...], dtype: torch.dtype, softcap: float | None) -> None:
     hidden, weight, target = given(*rows, dtype=dtype)
     got = head_loss(hidden, weight, target, softcap=softcap)
-    logits = hidden.float() @ weight.float().t()
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     want = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100)
     off = 1e-5 if dtype != torch.bfloat16 else 2e-2

@@ -26,7 +26,34 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import exflow, flows, hecate, moetuner, replan, surco
+from turnout.claims.scale import (
+    agvm,
+    block_schedule,
+    co2,
+    coded,
+    comet,
+    diloco,
+    exflow,
+    flowmoe,
+    flows,
+    fsmoe,
+    gpipe,
+    hecate,
+    interleaved,
+    moetuner,
+    one_byte,
+    post_validation,
+    replan,
+    schedule_search,
+    shuffle_private,
+    sparse_zo,
+    surco,
+    tutel,
+    zero,
+    zero_bubble,
+    zero_plus_plus,
+    zeropp,
+)
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -36,10 +63,16 @@ from turnout.claims.upcycle import upcycle
 from turnout.errors import nearest
 
 __all__ = [
+    "agvm",
     "arrow",
     "backends",
+    "block_schedule",
+    "co2",
+    "coded",
+    "comet",
     "compress_experts",
     "dense_to_sparse",
+    "diloco",
     "drop_experts",
     "evo_moe",
     "exflow",
@@ -47,9 +80,13 @@ __all__ = [
     "fedins",
     "fedjets",
     "fisher",
+    "flowmoe",
     "flows",
+    "fsmoe",
     "glider",
+    "gpipe",
     "hecate",
+    "interleaved",
     "latent_experts",
     "loss_free",
     "merge_aligned",
@@ -59,16 +96,26 @@ __all__ = [
     "moe_beats_dense",
     "moetuner",
     "mos",
+    "one_byte",
     "phatgoose",
+    "post_validation",
     "read_me",
     "replan",
     "scalearn",
+    "schedule_search",
+    "shuffle_private",
     "smear",
     "soup",
+    "sparse_zo",
     "split",
     "stragglers",
     "surco",
+    "tutel",
     "upcycle",
+    "zero",
+    "zero_bubble",
+    "zero_plus_plus",
+    "zeropp",
 ]
 
 

@@ -11,9 +11,14 @@ examples:
                                                    train a model on, with its own tokenizer: a run, a conversion, a
                                                    folder of transformers
   turnout train --from MODEL only=adapters rank=16 --data my_folder --out runs/z
+  torchrun --nproc-per-node 4 --max-restarts 3 -m turnout train tiny --layout dp_shard=4,ep=2 --out runs/p
+                                                   on four processes, with the losses of one; after a crash they go on
+                                                   from the last checkpoint by themselves
 """
 
 import argparse
+import os
+import shlex
 import sys
 import typing
 
@@ -22,6 +27,7 @@ from turnout.cli.early import check_data, check_there
 from turnout.errors import UsageError, word
 
 if typing.TYPE_CHECKING:
+    from turnout.recipes.execute import Done
     from turnout.recipes.run import Run
 
 HELP = "train a model by a recipe, or one that exists on"
@@ -56,6 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="DIR", help="where the prepared tokens are kept; default OUT/tokens")
     add_device(parser, default=None)
+    parser.add_argument(
+        "--layout",
+        metavar="DEGREES",
+        help="under torchrun: how the model is spread over the processes, as dp_shard=4,ep=2,zero=3",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="under torchrun: the same from a plan that turnout plan wrote")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds that processes wait for each other (300)"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
     parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -69,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides.insert(0, arguments.recipe)
         arguments.recipe = None
     _check_start(arguments)
+    _check_spread(arguments)
     if arguments.resume is not None and arguments.recipe is None:
         check_there("--out", [arguments.out], "turnout train --resume")
     from turnout import recipes
@@ -109,17 +125,51 @@ def run(arguments: argparse.Namespace) -> int:
             )
     else:
         plan = _planned(arguments)
-    done = execute(
-        plan,
-        arguments.out,
-        resume=arguments.resume,
-        tokens_folder=arguments.tokens,
-        tensorboard=arguments.tensorboard,
-        quiet=arguments.quiet,
-    )
-    print(done.table())
-    print(f"report: {done.report}")
+    how = {"resume": arguments.resume, "tokens_folder": arguments.tokens, "tensorboard": arguments.tensorboard}
+    if arguments.layout is None and arguments.plan is None:
+        done = execute(plan, arguments.out, **how, quiet=arguments.quiet)
+    else:
+        done = _spread(plan, arguments, how)
+    if done is not None:  # one process speaks for all
+        print(done.table())
+        print(f"report: {done.report}")
     return 0
+
+
+def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any]) -> "Done | None":
+    """Trains on the processes that torchrun has started, of which this is one."""
+    from turnout.recipes.execute import execute
+    from turnout.recipes.parity import plan_of
+    from turnout.recipes.spread import spread
+    from turnout.run.processes import launched
+    from turnout.types.plan import Plan
+
+    plan = plan_of(arguments.layout, "--layout") if arguments.layout else Plan.open(arguments.plan)
+    world = plan.layout.world
+    if not launched() and world == 1:
+        return execute(run, arguments.out, **how, quiet=arguments.quiet)
+    if not launched():
+        line = shlex.join(["torchrun", "--nproc-per-node", str(world), "-m", "turnout", *sys.argv[1:]])
+        got, allowed = f"{plan.layout}, for {world} processes, and one", "be run by as many as it takes"
+        raise UsageError(
+            word("the layout", got=got, allowed=allowed, where="turnout train", fix=f"start it with: {line}")
+        )
+    return spread(run, arguments.out, plan=plan, timeout_s=arguments.timeout, **how, quiet=arguments.quiet)
+
+
+def _check_spread(arguments: argparse.Namespace) -> None:
+    """Refuses what does not go together of --layout, --plan and torchrun, before torch loads."""
+    where, count = "turnout train", os.environ.get("WORLD_SIZE", "1")
+    if arguments.layout is not None and arguments.plan is not None:
+        got, fix = "both", "leave one of them out"
+        raise UsageError(word("--layout and --plan", got=got, allowed="be one", where=where, fix=fix))
+    if not arguments.timeout > 0:
+        fix = "pass --timeout 300"
+        raise UsageError(word("--timeout", got=arguments.timeout, allowed="be above 0 s", where=where, fix=fix))
+    check_there("--plan", [arguments.plan], where)
+    if arguments.layout is None and arguments.plan is None and count.isdigit() and int(count) > 1:
+        got, allowed = f"nothing, in one of {count} processes", "say how the model is spread over them"
+        raise UsageError(word("--layout", got=got, allowed=allowed, where=where, fix=f"add --layout dp_shard={count}"))
 
 
 def _check_start(arguments: argparse.Namespace) -> None:
@@ -154,7 +204,8 @@ def _planned(arguments: argparse.Namespace) -> "Run":
     # Other text first: it lifts the recipe's own limit, and a limit that is asked for stays.
     plan = recipe.with_domains(named_domains(arguments.data)) if arguments.data else recipe
     plan = plan.scaled(arguments.overrides)
-    if plan.train.warmup != recipe.train.warmup and not any("warmup=" in text for text in arguments.overrides):
+    asked = any("warmup=" in text for text in arguments.overrides)
+    if plan.train.warmup != recipe.train.warmup and not asked and os.environ.get("RANK", "0") == "0":
         print(
             f"note: warmup={plan.train.warmup} of {plan.train.steps} steps, the share of the recipe "
             f"({recipe.train.warmup} of {recipe.train.steps}); warmup=N sets another",

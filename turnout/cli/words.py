@@ -25,6 +25,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "LM.generate": {"tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k"},
     "TrainConfig": {"steps": "--steps"},
     "turnout.device": {"device": "--device"},
+    "turnout.decide.device.layouts": {"devices": "--devices"},
 }
 # Commands whose own words are ``field=value``; of what they raise only flags are put in words.
 _FIELDS = {"train", "run"}

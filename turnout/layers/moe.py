@@ -138,20 +138,39 @@ class MoE(Called):
             ShapeError: token_id or real does not fit x.
             UsageError: the layer has no router, and no routing is given.
         """
-        if routing is None:
-            if self.router is None:
-                allowed, fix = "be given to a layer without a router", "pass routing=..., or build it with a router"
-                raise UsageError(word("routing", got=None, allowed=allowed, where="turnout.layers.MoE", fix=fix))
-            routing = decide(self.router, x, token_id, generator, real)
+        routing = self.route(x, token_id=token_id, generator=generator, real=real) if routing is None else routing
         held = routing if self.label_E is None else routing.relabel(self.label_E, self.bank.num_experts)
         y = self.bank(x.reshape(-1, x.shape[-1]), held, backend=self.backend if backend == "auto" else backend)
-        y = y.view(x.shape)
+        y, always = y.view(x.shape), self.always(x)
+        return Routed(y if always is None else y + always.to(y.dtype), routing)
+
+    def route(
+        self,
+        x: Tensor,
+        *,
+        token_id: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        real: Tensor | None = None,
+    ) -> Routing:
+        """What the layer's router says of the flattened tokens; arguments as in ``forward``.
+
+        Raises:
+            ShapeError: token_id or real does not fit x.
+            UsageError: the layer has no router.
+        """
+        if self.router is None:
+            allowed, fix = "be given to a layer without a router", "pass routing=..., or build it with a router"
+            raise UsageError(word("routing", got=None, allowed=allowed, where="turnout.layers.MoE", fix=fix))
+        return decide(self.router, x, token_id, generator, real)
+
+    def always(self, x: Tensor) -> Tensor | None:
+        """(..., D) what the shared expert makes of x, under its gate; None without one."""
         if self.shared is None:
-            return Routed(y, routing)
+            return None
         always = self.shared(x)
-        if self.shared_gate is not None:
-            always = always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
-        return Routed(y + always.to(y.dtype), routing)
+        if self.shared_gate is None:
+            return always
+        return always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from turnout import moved
+from turnout.measure.block_costs import fit_block_costs, fit_slowed
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
@@ -14,14 +15,18 @@ from turnout.measure.placement import placement_report
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
+from turnout.measure.simulate import calibrated, simulate
+from turnout.measure.simulate_block import BlockTimes, simulate_block
 
 __all__ = [
+    "BlockTimes",
     "Certificate",
     "Evaluation",
     "Passage",
     "ReportData",
     "RunData",
     "bits_per_byte",
+    "calibrated",
     "certify",
     "coefficient_of_variation",
     "compare",
@@ -30,6 +35,8 @@ __all__ = [
     "dead_experts",
     "dropped_share",
     "entropy",
+    "fit_block_costs",
+    "fit_slowed",
     "hardware",
     "layers_of",
     "load_report",
@@ -41,6 +48,8 @@ __all__ = [
     "results_rows",
     "results_table",
     "sharpness",
+    "simulate",
+    "simulate_block",
     "weights_digest",
 ]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from turnout.decide import token
 from turnout.errors import UsageError, word
@@ -24,8 +25,11 @@ __all__ = ["Block", "build_pre_gate", "build_router"]
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)), the latter dense or routed.
 
-    The norms stand before the two, after them (x + norm(attention(x))), or on both sides.
+    The norms stand before the two, after them (x + norm(attention(x))), or on both sides. With ``recompute`` set, a
+    forward pass in training keeps its input alone, and runs once more for the backward pass.
     """
+
+    recompute = False
 
     def __init__(self, config: LMConfig, layer: int, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -73,18 +77,43 @@ class Block(nn.Module):
         generator: torch.Generator | None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
+        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go.
+
+        Raises:
+            UsageError: it is to be run again, and draws from a generator, which would draw something else.
+        """
+        call = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator, "routing": routing}
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self._run(x_BSD, angles, cache, places, **call)
+        if generator is not None:
+            allowed, fix = "be used with routers that draw nothing", "leave it out, or take another router"
+            raise UsageError(word("recompute", got=True, allowed=allowed, where="turnout.models.LM", fix=fix))
+        return checkpoint(self._run, x_BSD, angles, cache, places, use_reentrant=False, **call)
+
+    def _run(
+        self,
+        x_BSD: Tensor,
+        angles: Angles,
+        cache: Cache | None,
+        places: Places | None = None,
+        *,
+        token_id_BS: Tensor,
+        backend: str,
+        generator: torch.Generator | None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Routing | None]:
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
-        x_BSD = self._add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
         ff: Any = self.ff  # or what wraps it
         if isinstance(unwrapped(ff), FeedForward):
-            return self._add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
+            return self.add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
-        return self._add(x_BSD, routed.output, self.ff_out_norm), routed.routing
+        return self.add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 
-    def _add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
+    def add(self, x_BSD: Tensor, change_BSD: Tensor, norm: Norm | None) -> Tensor:
+        """What a layer makes of x, normed, scaled and added to it."""
         change_BSD = change_BSD if norm is None else norm(change_BSD)
         return x_BSD + (change_BSD if self.scale == 1 else change_BSD * self.scale)
 

@@ -95,11 +95,12 @@ def turn(x_BSHP: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logit_TV: Tensor, target_T: Tensor) -> Tensor:
-        total_T = logit_TV.new_empty(len(logit_TV), dtype=torch.float32)
+        wide = torch.promote_types(logit_TV.dtype, torch.float32)
+        total_T = logit_TV.new_empty(len(logit_TV), dtype=wide)
         for rows in range(0, len(logit_TV), _ROWS):
-            total_T[rows : rows + _ROWS] = logit_TV[rows : rows + _ROWS].float().logsumexp(1)
+            total_T[rows : rows + _ROWS] = logit_TV[rows : rows + _ROWS].to(wide).logsumexp(1)
         ctx.save_for_backward(logit_TV, target_T, total_T)
-        chosen_T = logit_TV.gather(1, _chosen(target_T).unsqueeze(1)).squeeze(1).float()
+        chosen_T = logit_TV.gather(1, _chosen(target_T).unsqueeze(1)).squeeze(1).to(wide)
         return (total_T - chosen_T).mul_(target_T != IGNORE).sum()
 
     @staticmethod
@@ -111,7 +112,7 @@ class _Loss(torch.autograd.Function):
         grad_TV = torch.empty_like(logit_TV)
         for start in range(0, len(logit_TV), _ROWS):
             rows = slice(start, start + _ROWS)
-            share_TV = (logit_TV[rows].float() - total_T[rows, None]).exp_()
+            share_TV = (logit_TV[rows].to(total_T.dtype) - total_T[rows, None]).exp_()
             share_TV.mul_(weight_T1[rows]).scatter_add_(1, _chosen(target_T[rows, None]), -weight_T1[rows])
             grad_TV[rows] = share_TV
         return grad_TV, None
@@ -124,7 +125,8 @@ def _chosen(target: Tensor) -> Tensor:
 
 def plain_loss(logit_TV: Tensor, target_T: Tensor) -> Tensor:
     """The same loss by torch's own operations."""
-    return torch.nn.functional.cross_entropy(logit_TV.float(), target_T, ignore_index=IGNORE, reduction="sum")
+    wide_TV = logit_TV.to(torch.promote_types(logit_TV.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="sum")
 
 
 def check_targets(target_BS: Tensor, vocab_size: int, *, where: str) -> None:
@@ -146,15 +148,15 @@ def check_targets(target_BS: Tensor, vocab_size: int, *, where: str) -> None:
 def token_loss(logits_BSV: Tensor, target_BS: Tensor) -> Tensor:
     """The sum of the targets' negative log probabilities, in nats; targets of -100 do not count.
 
-    The same as ``cross_entropy(..., reduction="sum")`` in fp32, at 0.6 of the time and half of the memory on a CPU:
-    neither the probabilities nor fp32 copies of bf16 logits are ever held, a few rows at a time are.
+    The same as ``cross_entropy(..., reduction="sum")`` in fp32 (of fp64 in fp64), at 0.6 of the time and half of the
+    memory on a CPU: neither the probabilities nor fp32 copies of bf16 logits are ever held, a few rows at a time are.
 
     Args:
         logits_BSV: (..., V) the scores of every next token, in any floating dtype.
         target_BS: (...) int64, which token came; -100 for none.
 
     Returns:
-        A scalar in fp32; 0 where no target counts.
+        A scalar in fp32, of fp64 in fp64; 0 where no target counts.
 
     Raises:
         ShapeError: the two do not fit each other.

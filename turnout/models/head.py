@@ -27,7 +27,7 @@ class LMLoss:
     """How a language model did on targets that it was given.
 
     Args:
-        nats: the sum of the targets' negative log probabilities, a scalar in fp32.
+        nats: the sum of the targets' negative log probabilities, a scalar in fp32, or fp64 of a model in fp64.
         routings: as in ``LMOutput``.
 
     >>> LMLoss(torch.tensor(2.0), ()).nats
@@ -46,14 +46,15 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, softcap: float | None, keep: bool
     ) -> Tensor:
         of_x, of_weight = (keep and wanted for wanted in ctx.needs_input_grad[:2])
-        nats_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        nats_T = x_TD.new_empty(len(x_TD), dtype=wide)
         grad_TD = torch.empty_like(x_TD) if of_x else None
-        grad_VD = x_TD.new_zeros(weight_VD.shape, dtype=torch.float32) if of_weight else None
+        grad_VD = x_TD.new_zeros(weight_VD.shape, dtype=wide) if of_weight else None
         for start in range(0, len(x_TD), _ROWS):
             rows = slice(start, start + _ROWS)
             x_ND, counts_N1 = x_TD[rows], target_T[rows, None] != IGNORE
-            chosen_N1, counts_N1 = target_T[rows, None] * counts_N1, counts_N1.float()
-            logit_NV = product(x_ND, weight_VD.t()).float()
+            chosen_N1, counts_N1 = target_T[rows, None] * counts_N1, counts_N1.to(wide)
+            logit_NV = product(x_ND, weight_VD.t()).to(wide)
             # What a softcap lets through of a logit's slope, 1 - tanh^2.
             through_NV = None if softcap is None else 1 - logit_NV.div_(softcap).tanh_().square()
             logit_NV = logit_NV if softcap is None else logit_NV.mul_(softcap)
@@ -107,7 +108,7 @@ def head_loss(hidden_BSD: Tensor, weight_VD: Tensor, target_BS: Tensor, *, softc
         softcap: where given, a logit l counts as softcap * tanh(l / softcap).
 
     Returns:
-        A scalar in fp32; 0 where no target counts.
+        A scalar in fp32, of fp64 in fp64; 0 where no target counts.
 
     Raises:
         ShapeError: hidden_BSD and target_BS do not fit each other.

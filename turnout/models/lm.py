@@ -11,12 +11,13 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expect
 from turnout.layers import MoE
 from turnout.models.attention import Cache, Projection, attended
+from turnout.models.batch import Batch
 from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.norm import build_norm
-from turnout.models.padding import Places, new_places, real_tokens
+from turnout.models.padding import Places, find_places, new_places
 from turnout.models.rope import Rope
 from turnout.paths import FeedForward
 from turnout.run.product import linear
@@ -26,6 +27,7 @@ from turnout.wrappers import unwrapped
 
 __all__ = [
     "LM",
+    "Batch",
     "Block",
     "Cache",
     "FactoredConfig",
@@ -176,13 +178,19 @@ class LM(Called):
             UsageError: as ``forward``.
         """
         hidden_BSD, routings, places = self._hidden(id_BS, attention_mask, None, backend, generator)
-        if places is not None and target_BS.shape == id_BS.shape:
+        return LMLoss(self._nats(hidden_BSD, target_BS, places), routings)
+
+    def nats(self, x_BSD: Tensor, target_BS: Tensor, *, places: Places | None = None) -> Tensor:
+        """The summed loss of what comes out of the last block, for those sequences; targets as in ``loss``."""
+        return self._nats(self.norm(x_BSD), target_BS, places)
+
+    def _nats(self, hidden_BSD: Tensor, target_BS: Tensor, places: Places | None) -> Tensor:
+        if places is not None and target_BS.shape == places.real_BS.shape:
             target_BS = target_BS.masked_fill(~places.real_BS, IGNORE)
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
         weight_VD = self.embedding if self.head is None else self.head.weight
-        nats = head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
-        return LMLoss(nats, routings)
+        return head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
 
     def _hidden(
         self,
@@ -193,9 +201,25 @@ class LM(Called):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
         """What the output layer reads, the decisions, and where there is padding."""
+        batch = self.begin(id_BS, attention_mask=attention_mask, cache=cache)
+        x_BSD, places = batch.x_BSD, batch.places
+        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
+        if self.pre_gate is not None:
+            call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
+        routings = []
+        for block, angles in zip(self._blocks(), batch.angles_L, strict=True):
+            x_BSD, routing = block(x_BSD, angles, cache, places, **call)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
+        return self.norm(x_BSD), tuple(routings), places
+
+    def begin(self, id_BS: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Batch:
+        """What the first block reads, and what all of them want to know; arguments and errors as in ``forward``."""
         start = 0 if cache is None else cache.length
         self._check(id_BS, start)
-        places = _places(id_BS, attention_mask, cache)
+        places = find_places(id_BS, attention_mask, cache)
         x_BSD = self._embedded(id_BS, start, places)
         if self.rope.changes(start, id_BS.shape[1], places):
             allowed = (
@@ -207,18 +231,8 @@ class LM(Called):
         at = (start, id_BS.shape[1], x_BSD.dtype, places)
         angles = self.rope(*at)
         local = angles if self.local_rope is None else self.local_rope(*at)
-        call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
-        if self.pre_gate is not None:
-            call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
-        routings = []
-        for layer, block in enumerate(self._blocks()):
-            turns = angles if self.config.window_of(layer) is None else local
-            x_BSD, routing = block(x_BSD, turns, cache, places, **call)
-            if routing is not None:
-                routings.append(routing)
-        if cache is not None:
-            cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
-        return self.norm(x_BSD), tuple(routings), places
+        windows = [self.config.window_of(layer) for layer in range(self.config.layers)]
+        return Batch(id_BS, x_BSD, tuple(angles if window is None else local for window in windows), places)
 
     def _embedded(self, id_BS: Tensor, start: int, places: Places | None) -> Tensor:
         x_BSD, scale = nn.functional.embedding(id_BS, self.embedding), self.config.embedding_scale
@@ -245,7 +259,7 @@ class LM(Called):
             got = "a dense model" if self.config.moe is None else f"router={self.config.moe.router!r}"
             allowed, fix = "have router='PreGate', which looks at ids alone", "read lm(id_BS).routings instead"
             raise UsageError(word("the model", got=got, allowed=allowed, where="LM.route", fix=fix))
-        places = _places(id_BS, attention_mask, None)
+        places = find_places(id_BS, attention_mask, None)
         return (self.pre_gate(id_BS, places=places),) * sum(isinstance(block.ff, MoE) for block in self._blocks())
 
     def _check(self, id_BS: Tensor, start: int) -> None:
@@ -306,11 +320,11 @@ class LM(Called):
             )
         was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
         self._check(id_BS, tokens)
-        _refuse_padding_after(_places(id_BS, attention_mask, None))
+        _refuse_padding_after(find_places(id_BS, attention_mask, None))
         self.eval()
         try:
             for _ in range(tokens):
-                if self.rope.changes(cache.length, new_BS.shape[1], _places(new_BS, None, cache)):
+                if self.rope.changes(cache.length, new_BS.shape[1], find_places(new_BS, None, cache)):
                     mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
                     cache, new_BS = Cache(), id_BS
                 logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
@@ -353,20 +367,6 @@ class LM(Called):
             products += sum(p.numel() for p in always if p is not None)
         products += 0 if self.pre_gate is None else self.pre_gate.products(seq)
         return Cost(params=params, params_active=active, flops=2.0 * products)
-
-
-def _places(id_BS: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Places | None:
-    """Where the tokens are among padding, new or cached; None where there is none."""
-    length, before_BP = (0, None) if cache is None else (cache.length, cache.real_BP)
-    if attention_mask is None:
-        if before_BP is None:
-            return None
-        attention_mask = torch.ones_like(id_BS, dtype=torch.bool)
-    real_BT = real_tokens(attention_mask, id_BS, before_BP, length)
-    if real_BT is None:
-        return None
-    after = cache is None and bool((real_BT[:, 1:] <= real_BT[:, :-1]).all())
-    return Places(real_BT, id_BS.shape[1], aside=not after)
 
 
 def _refuse_padding_after(places: Places | None) -> None:

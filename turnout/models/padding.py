@@ -1,13 +1,21 @@
 """Which positions of a batch are tokens, where each of them stands in its text, and what each may look at."""
 
 import dataclasses
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 
-__all__ = ["Places", "new_places", "real_tokens"]
+__all__ = ["Places", "find_places", "new_places", "real_tokens"]
+
+
+class Cached(Protocol):
+    """Of a cache, what it holds and which of that is tokens."""
+
+    length: int
+    real_BP: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +61,20 @@ class Places:
             place_BT = self.place_BT
             seen_BST &= place_BT[:, -self.new :, None] - place_BT.unsqueeze(1) < window
         return seen_BST | (behind_ST == 0)  # a softmax over nothing is not a number
+
+
+def find_places(id_BS: Tensor, attention_mask: Tensor | None, cache: Cached | None) -> Places | None:
+    """Where the tokens are among padding, new or cached; None where there is none."""
+    length, before_BP = (0, None) if cache is None else (cache.length, cache.real_BP)
+    if attention_mask is None:
+        if before_BP is None:
+            return None
+        attention_mask = torch.ones_like(id_BS, dtype=torch.bool)
+    real_BT = real_tokens(attention_mask, id_BS, before_BP, length)
+    if real_BT is None:
+        return None
+    after = cache is None and bool((real_BT[:, 1:] <= real_BT[:, :-1]).all())
+    return Places(real_BT, id_BS.shape[1], aside=not after)
 
 
 def new_places(start: int, length: int, places: Places | None, device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from turnout.errors import UsageError, word
 from turnout.paths.layout import align_fused_optimizers
 from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
+from turnout.run.exchange import own_part
+from turnout.run.expert_parallel import Owners, expert_parallel
 from turnout.run.product import linear
 from turnout.types import Cost, ExpertWeights, Routing
 from turnout.types.called import Called
@@ -65,6 +67,8 @@ class Bank(Called):
         super().__init__()
         _check("turnout.paths.Bank", activation, num_experts=num_experts, width=width, hidden=hidden)
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
+        self.owners: Owners | None = None  # who holds which experts, where processes share them
+        self.turned: tuple[str, ...] = ()  # which parameters have the shape that they have in memory; see ``turn``
         wide = hidden * (2 if activation in GATED else 1)
         align_fused_optimizers()
         # Of shape (out, in), as nn.Linear and most checkpoints, but in memory (in, out): as fast to train, and up to
@@ -81,21 +85,36 @@ class Bank(Called):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         align_fused_optimizers()  # a bank that another process sent
-        super().__setstate__(state)
+        super().__setstate__({"owners": None, "turned": ()} | state)  # one that was pickled before there were these
+
+    def turn(self) -> None:
+        """From now on ``up`` and ``down`` have the shape that they have in memory, (E, in, out); or not any more.
+
+        Nothing is copied and nothing computed otherwise. What shards parameters over processes asks for this: it wants
+        memory in the order of the shape. Their gradients, and states of an optimizer, are to be made anew.
+        """
+        self.up, self.down = (
+            nn.Parameter(stack.detach().transpose(1, 2), requires_grad=stack.requires_grad)
+            for stack in (self.up, self.down)
+        )
+        self.turned = () if self.turned else ("up", "down")
 
     @property
     def up_EDH(self) -> Tensor:
         """(E, D, H), a view of ``up`` in logical order whatever the storage is; writing to it writes the parameter."""
-        return self.up.transpose(1, 2)
+        up = own_part(self.up)
+        return up if self.turned else up.transpose(1, 2)
 
     @property
     def down_EFD(self) -> Tensor:
         """(E, F, D), a view of ``down`` in logical order whatever the storage is."""
-        return self.down.transpose(1, 2)
+        down = own_part(self.down)
+        return down if self.turned else down.transpose(1, 2)
 
     def weights(self) -> ExpertWeights:
         """The experts as executors see them."""
-        return ExpertWeights(self.up_EDH, self.down_EFD, self.up_bias, self.down_bias, self.activation)
+        biases = (None if bias is None else own_part(bias) for bias in (self.up_bias, self.down_bias))
+        return ExpertWeights(self.up_EDH, self.down_EFD, *biases, activation=self.activation)
 
     def forward(self, x_TD: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
         """(T, D), each token's weighted sum of its experts' outputs.
@@ -105,10 +124,19 @@ class Bank(Called):
             routing: which experts each takes, and with what weight.
             backend: an executor's name, or "auto".
         """
+        if self.owners is not None:
+            return expert_parallel(x_TD, routing, self.weights(), self.owners, backend=backend)
         return execute(x_TD, routing, self.weights(), backend=backend)
 
     def merged(self, x_TD: Tensor, routing: Routing, sequence_T: Tensor) -> Tensor:
-        """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``."""
+        """(T, D), each token through the average of the experts that its sequence takes; see ``turnout.run.merged``.
+
+        Raises:
+            UsageError: other processes hold some of the experts.
+        """
+        if self.owners is not None:
+            got, allowed = "experts on other processes", "be here, all of them, to be averaged"
+            raise UsageError(word("a bank", got=got, allowed=allowed, where="Bank.merged", fix="train it with ep=1"))
         return merged(x_TD, routing, self.weights(), sequence_T)
 
     def cost(self, tokens: int, entries: float) -> Cost:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
 from turnout.run import activate, factored, factored_reference, written_out
+from turnout.run.exchange import own_part
+from turnout.run.expert_parallel import Owners, spread_rows
 from turnout.types import Cost, ExpertWeights, FactoredWeights, Routing
 from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation
@@ -70,6 +72,7 @@ class FactoredBank(Called):
         super().__init__()
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
         self.share, self.parts = share, 2 if activation in GATED else 1
+        self.owners: Owners | None = None  # who holds which experts, where processes share them
         high = hidden * self.parts
         most = {"up_rows": num_experts * high, "down_rows": num_experts * width}
         for name, least in (("num_experts", 1), ("width", 1), ("hidden", 1), ("up_rank", 0), ("down_rank", 0),
@@ -97,19 +100,12 @@ class FactoredBank(Called):
         self.down_bias = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
 
     def weights(self) -> FactoredWeights:
-        """The factors and rows as executors see them."""
+        """The factors and rows as executors see them; where processes share the experts, of those here."""
+        of = (self.up_in, self.up_out, self.down_in, self.down_out, self.up_row, self.up_rest, self.down_row,
+                self.down_rest, self.up_bias, self.down_bias)  # fmt: skip
         return FactoredWeights(
-            self.up_in,
-            self.up_out,
-            self.down_in,
-            self.down_out,
-            self.up_row,
-            self.up_rest,
-            self.down_row,
-            self.down_rest,
-            self.up_bias,
-            self.down_bias,
-            num_experts=self.num_experts,
+            *(None if tensor is None else own_part(tensor) for tensor in of),  # pyrefly: ignore[bad-argument-type]
+            num_experts=self.num_experts if self.owners is None else self.owners.slots,
             share=self.share,
             activation=self.activation,
         )
@@ -131,7 +127,11 @@ class FactoredBank(Called):
         """
         if backend not in ("auto", "factored", "reference"):
             raise nearest(backend, ("auto", "factored", "reference"), kind="backend", where=_WHERE)
-        return (factored_reference if backend == "reference" else factored)(x_TD, routing, self.weights())
+        run = factored_reference if backend == "reference" else factored
+        if self.owners is not None:
+            weights = self.weights()
+            return spread_rows(x_TD, routing, self.owners, lambda row_ND, own: run(row_ND, own, weights))
+        return run(x_TD, routing, self.weights())
 
     def cost(self, tokens: int, entries: float) -> Cost:
         """What a forward pass over ``tokens`` tokens with ``entries`` routed entries takes (products only).

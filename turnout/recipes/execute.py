@@ -125,28 +125,32 @@ def execute(
     if device is not None:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device))
     check_size(run)
-    found = _claim(run, out, resume)
-    with _resumable(out):
-        with _begun(run, out):
+    found = claim(run, out, resume)
+    with resumable(out):
+        with begun(run, out):
             model = placed(begin(run, out, resume=resume), run.train.device)
             tokenizer = None if run.start is None else kept_tokenizer(out)
-            _tell(run, model, out, quiet=quiet)
+            tell(run, model, out, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")
             tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
         trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
         return finish(run, model, tokens, out, trained)
 
 
-def _train(
-    run: Run, model: LM, tokens: TokenSet, out: Path, *, resume: str | None, tensorboard: bool, quiet: bool
-) -> TrainResult:
-    beside = {
+def beside(tokens: TokenSet) -> dict[str, object]:
+    """What run.json holds beside the run: of its text, the machine and the command."""
+    return {
         "tokens_digest": tokens.digest,
         "held_out_text": tokens.head.get("held_out_text"),
         "tokens_folder": str(tokens.path.resolve()),
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
     }
+
+
+def _train(
+    run: Run, model: LM, tokens: TokenSet, out: Path, *, resume: str | None, tensorboard: bool, quiet: bool
+) -> TrainResult:
     return_freed_memory()
     forget_peak()  # of preparing the text, and of another run in this process
     return train(
@@ -155,13 +159,13 @@ def _train(
         run.train,
         out,
         resume=resume,
-        run_json=run.to_json_dict() | beside,
+        run_json=run.to_json_dict() | beside(tokens),
         tensorboard=tensorboard,
         quiet=quiet,
     )
 
 
-def _tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
+def tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
     """Says what should be known of this model before it is trained."""
     if not quiet and (why := folded_only(run, model, out)):
         print(f"note: {why}", file=sys.stderr)
@@ -184,7 +188,7 @@ def unexportable(run: Run) -> str:
     return ""
 
 
-def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
+def claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
     """Refuses a folder of another run before anything in it is touched; a resumed run has its tokens already."""
     if resume is None:
         refuse_other_run(out, run.to_json_dict())
@@ -211,7 +215,7 @@ def _claim(run: Run, out: Path, resume: str | None) -> TokenSet | None:
 
 
 @contextlib.contextmanager
-def _resumable(out: Path) -> Iterator[None]:
+def resumable(out: Path) -> Iterator[None]:
     """Whenever Ctrl-C strikes, the way to go on is said; what was said already stands."""
     try:
         yield
@@ -223,7 +227,7 @@ def _resumable(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _begun(run: Run, out: Path) -> Iterator[None]:
+def begun(run: Run, out: Path) -> Iterator[None]:
     """The run.json is there first, so that a run can be resumed whatever stops it; a refusal takes it back."""
     new, begun = not out.exists(), not (out / "run.json").exists()
     if begun:

@@ -5,8 +5,11 @@ the same torch carries for bf16 and convolutions, uses all of AVX-512 there and 
 240 against 108 GFLOP/s a core; docs/performance.md). Both round in IEEE fp32; only the order of sums differs.
 """
 
+import contextlib
 import functools
 import itertools
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +19,23 @@ from torch.nn import Parameter
 from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 
-__all__ = ["linear", "onednn_is_faster", "product"]
+__all__ = ["instead_of_linear", "linear", "onednn_is_faster", "product"]
 
 # Below this many multiply-adds the fixed 10 microseconds of a oneDNN call outweigh what it saves.
 _LEAST = 1 << 20
+# What takes the place of ``linear`` in this thread, if anything.
+_HERE = threading.local()
+
+
+@contextlib.contextmanager
+def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
+    """``linear`` of this thread is ``other`` inside, itself where that is None. A compiled model does not ask."""
+    before = getattr(_HERE, "other", None)
+    _HERE.other = other
+    try:
+        yield
+    finally:
+        _HERE.other = before
 
 
 @functools.cache
@@ -139,6 +155,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         where, allowed = "turnout.run.linear", "be the same"
         raise UsageError(word("the devices of x and the weight", got=got, allowed=allowed, where=where, fix=fix))
     rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    other = None if torch.compiler.is_compiling() else getattr(_HERE, "other", None)
+    if other is not None:
+        return other(x, weight_OI, bias_O)
     suits = _suits(x, weight_OI, rows * weight_OI.numel()) and not torch.is_autocast_enabled("cpu")
     if not suits or not _fits(x, weight_OI, bias_O):
         return torch.nn.functional.linear(x, weight_OI, bias_O)

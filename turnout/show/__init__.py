@@ -3,5 +3,15 @@
 from turnout.show.adaptation import AdaptationData, adaptation_html
 from turnout.show.conversion import ConversionData, conversion_html
 from turnout.show.run import report_html
+from turnout.show.timeline import timeline_html, timeline_svg, timeline_text
 
-__all__ = ["AdaptationData", "ConversionData", "adaptation_html", "conversion_html", "report_html"]
+__all__ = [
+    "AdaptationData",
+    "ConversionData",
+    "adaptation_html",
+    "conversion_html",
+    "report_html",
+    "timeline_html",
+    "timeline_svg",
+    "timeline_text",
+]

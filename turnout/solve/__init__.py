@@ -3,9 +3,29 @@
 from turnout.solve.assignment import assignment
 from turnout.solve.chain import chain
 from turnout.solve.kept_bound import kept_bound
+from turnout.solve.list_schedule import list_schedule
 from turnout.solve.milp import Program, milp
+from turnout.solve.pipeline import PipelineTimes, pipeline
+from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
 from turnout.solve.surrogate import Surrogate, surrogate
+from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
-__all__ = ["Program", "Solution", "Surrogate", "assignment", "chain", "kept_bound", "milp", "surrogate", "transport"]
+__all__ = [
+    "PipelineTimes",
+    "Program",
+    "Solution",
+    "Surrogate",
+    "Timeline",
+    "assignment",
+    "chain",
+    "kept_bound",
+    "list_schedule",
+    "milp",
+    "pipeline",
+    "slowed_timeline",
+    "surrogate",
+    "timeline",
+    "transport",
+]

@@ -4,6 +4,8 @@ Both take the routing of one layer. Average over layers what they return: a loss
 when half the experts of every layer are dead, as long as they are different halves.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,37 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expects
 from turnout.types import Routing
 
-__all__ = ["load_balance_loss", "router_z_loss"]
+__all__ = ["Whole", "demand", "load_balance_loss", "router_z_loss"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """Of a batch that processes share, what each of them must know of all rows to count its own part of a loss.
+
+    Args:
+        chosen_E: (E,) how many tokens of all processes chose each expert, before capacity.
+        tokens: a scalar, how many tokens of all processes count.
+
+    >>> Whole(torch.tensor([3, 1]), torch.tensor(4)).tokens.item()
+    4
+
+    Source: none; plain bookkeeping.
+    """
+
+    chosen_E: Tensor
+    tokens: Tensor
+
+
+def demand(routing: Routing) -> Tensor:
+    """(E,) how many tokens chose each expert, before capacity took its share.
+
+    Source: none; plain bookkeeping.
+    """
+    return routing.load_E if routing.wanted_E is None else routing.wanted_E
 
 
 @expects(routing=Routing)
-def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
+def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None, whole: Whole | None = None) -> Tensor:
     """How uneven one layer's routing is: 1 when load and scores are even, E when one expert gets everything.
 
     E * sum_e f_e P_e, with f_e the share of the (token, expert) choices that fell on expert e, before capacity and
@@ -24,6 +52,8 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
     Args:
         routing: of one layer, with ``score_TE``.
         mask_T: (T,) bool, true for the tokens that count. What ``routing.real_T`` calls padding never does.
+        whole: of the batch that this routing is a part of; what comes out is then this part's share of the loss of the
+            whole, and the shares of all parts add up to it.
 
     Returns:
         A scalar in fp32, at least 0; its gradient reaches the router through the scores. 0 when no token counts.
@@ -46,8 +76,11 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
     mask_T = _counted(mask_T, routing)
     tiny = torch.finfo(score_TE.dtype).tiny
     share_TE = score_TE / score_TE.sum(1, keepdim=True).clamp_min(tiny)
-    chosen_E = _chosen(routing, mask_T).to(share_TE.dtype)
-    if mask_T is None:
+    chosen_E = (_chosen(routing, mask_T) if whole is None else whole.chosen_E).to(share_TE.dtype)
+    if whole is not None:
+        counted_TE = share_TE if mask_T is None else share_TE.masked_fill(~mask_T.unsqueeze(1), 0)
+        mean_E = counted_TE.sum(0) / whole.tokens.clamp_min(1)
+    elif mask_T is None:
         mean_E = share_TE.sum(0) / max(routing.num_tokens, 1)
     else:
         mean_E = share_TE.masked_fill(~mask_T.unsqueeze(1), 0).sum(0) / mask_T.sum().clamp_min(1)
@@ -55,12 +88,14 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tens
 
 
 @expects(routing=Routing)
-def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
+def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None, whole: Whole | None = None) -> Tensor:
     """How large one layer's logits are: the mean over tokens of (log sum_e exp logit_e)^2.
 
     Args:
         routing: of one layer, with ``logit_TE``.
         mask_T: (T,) bool, true for the tokens that count. What ``routing.real_T`` calls padding never does.
+        whole: of the batch that this routing is a part of; what comes out is then this part's share of the loss of the
+            whole, and the shares of all parts add up to it.
 
     Returns:
         A scalar in fp32, at least 0; its gradient reaches the router through the logits. 0 when no token counts.
@@ -78,6 +113,9 @@ def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
     logit_TE = _need(routing.logit_TE, "logits", "turnout.train.balance.router_z_loss")
     mask_T = _counted(mask_T, routing)
     square_T = logit_TE.logsumexp(1).square()
+    if whole is not None:
+        counted_T = square_T if mask_T is None else square_T.masked_fill(~mask_T, 0)
+        return counted_T.sum() / whole.tokens.clamp_min(1)
     if mask_T is None:
         return square_T.sum() / max(routing.num_tokens, 1)
     return square_T.masked_fill(~mask_T, 0).sum() / mask_T.sum().clamp_min(1)
@@ -86,7 +124,7 @@ def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
 def _chosen(routing: Routing, mask_T: Tensor | None) -> Tensor:
     """(E,) how many of the counted tokens chose each expert, before capacity truncated the routing."""
     if mask_T is None or mask_T is routing.real_T:  # padding has no entries
-        return routing.load_E if routing.wanted_E is None else routing.wanted_E
+        return demand(routing)
     if routing.wanted_E is not None and routing.before is None:
         raise UsageError(
             word(

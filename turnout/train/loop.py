@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from turnout.errors import Interrupted, StorageError, TrainingError, UsageError, word
+from turnout.errors import Interrupted, StorageError, TrainingError
 from turnout.expects import PATH, expects
 from turnout.fields import plain
 from turnout.measure import bits_per_byte, max_vio
@@ -34,20 +34,15 @@ from turnout.train.frozen import training
 from turnout.train.metrics import Metrics, need_tensorboard, rewind
 from turnout.train.place import crossing, settle
 from turnout.train.progress import Progress, progress_for
+from turnout.train.resumed import FREE, PLACE, check_same
 from turnout.train.room import check_room, out_of_memory
 from turnout.train.signals import Stop, listening
 from turnout.train.step import Step
+from turnout.train.team import ALONE, Team
 from turnout.types.device import shown
 from turnout.wrappers import unwrapped
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
-
-# A resumed run may change everything but these: they decide which tokens a step sees and what it draws.
-_FIXED = ("batch", "seq", "accumulate", "seed", "only", "rank", "alpha")
-# These do not touch the weights, so changing them is nobody's business.
-_FREE = ("eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every")
-# What becomes of these is told by itself.
-_PLACE = ("device", "dtype")
 
 
 @expects(model=nn.Module, config=TrainConfig, out=PATH)
@@ -62,6 +57,7 @@ def train(
     progress: Progress | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
+    team: Team = ALONE,
 ) -> TrainResult:
     """Trains ``model`` in place and leaves run.json, metrics.jsonl and checkpoints in ``out``.
 
@@ -84,6 +80,7 @@ def train(
         progress: who is told; default a bar on a terminal, plain lines elsewhere, nobody when ``quiet``.
         tensorboard: also write TensorBoard events (an extra).
         quiet: see ``progress``.
+        team: the processes that train one model together, each of which calls this; ``turnout.train.sharded``.
 
     Returns:
         The result; evaluations and seconds count what came before a resume.
@@ -103,15 +100,19 @@ def train(
     Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization", in the usual loop.
     """
     wanted = "latest" if resume is True else (resume or None)
-    refuse_missing_run(Path(out), wanted)
-    run = _Run(model, tokens, config, Path(out), progress or progress_for(quiet=quiet))
+    team.lead(lambda: refuse_missing_run(Path(out), wanted))
+    teller = progress or progress_for(quiet=quiet or not team.first)
+    run = _Run(model, tokens, config, Path(out), teller, team)
     return run.whole(wanted, dict(run_json or {}), tensorboard=tensorboard)
 
 
 class _Run:
     """One run while it is going."""
 
-    def __init__(self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress) -> None:
+    def __init__(
+        self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress, team: Team
+    ) -> None:
+        self.team = team
         self.place = settle(model, config)
         # As it was asked for, which run.json holds, and with what "auto" became.
         self.asked, self.config = config, dataclasses.replace(config, dtype=self.place.dtype)
@@ -119,6 +120,7 @@ class _Run:
         self.step = 0  # optimizer steps done
         self.folder = out / "checkpoints"
         self.metrics: Metrics | None = None
+        self.signal: str | None = None  # the signal after which all stop
         self.evaluations: list[Mapping[str, Any]] = []
         self.loss = float("nan")
         self.before_s = 0.0  # seconds that earlier processes worked on this run
@@ -130,9 +132,10 @@ class _Run:
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         if not devices:
             keep_freed_memory()
-        with locked(self.out), torch.random.fork_rng(devices=devices), training(self.model, self.config.only):
+        lock = locked(self.out) if self.team.first else contextlib.nullcontext()
+        with lock, torch.random.fork_rng(devices=devices), training(self.model, self.config.only):
             if wanted is None:
-                refuse_other_run(self.out, run_json)
+                self.team.lead(lambda: refuse_other_run(self.out, run_json))
             mode = self.model.training
             try:
                 self.open(wanted, run_json, tensorboard=tensorboard)
@@ -141,7 +144,8 @@ class _Run:
             except (Interrupted, KeyboardInterrupt):
                 raise
             except BaseException as error:
-                write_failure(self.out, error, self.step, run_json)
+                if self.team.first:
+                    write_failure(self.out, error, self.step, run_json)
                 raise
             finally:
                 self.close()
@@ -155,42 +159,63 @@ class _Run:
         # What can be wrong with the input is found before anything is written.
         if tensorboard:
             need_tensorboard()
-        checkpoints.clean(self.folder)
-        path = None if wanted is None else checkpoints.choose(self.folder, wanted)
+        path = self._found(wanted)
         stream = Stream(self.tokens.train, batch=config.batch, seq=config.seq, seed=config.seed)
-        check_room(self.model, Stream(self.tokens.train, batch=1, seq=config.seq, seed=config.seed).batch(0), config)
+        if self.team is ALONE:  # of many, each has a share, which their caller knows
+            check_room(
+                self.model, Stream(self.tokens.train, batch=1, seq=config.seq, seed=config.seed).batch(0), config
+            )
         next(self._held_out())
-        self.work = Step(self.model, config, stream)
+        self.work = Step(self.model, config, stream, self.team)
         changed: dict[str, Any] = {}
         if path is not None:
             changed = self._load(path)
         elif wanted is not None:
             self.teller.say(f"{self.out} has no checkpoint yet: starting from the beginning.")
+        kept = self.team.lead(lambda: self._begin(wanted, run_json, changed))
+        self.evaluations = [record for record in kept if record["kind"] == "eval"]
+        self.before_bytes = max((record.get("peak_memory_bytes") or 0 for record in kept), default=0)
+        self.loss = next((r["loss"] for r in reversed(kept) if r["kind"] == "train"), self.loss)
+        if self.team.first:
+            events = self.out / "tensorboard" if tensorboard else None
+            self.metrics = Metrics(self.out / "metrics.jsonl", tensorboard=events, step=self.step)
+
+    def _found(self, wanted: str | None) -> Path | None:
+        """The checkpoint to go on from, looked at by the first process."""
+
+        def choose() -> str | None:
+            checkpoints.clean(self.folder)
+            path = None if wanted is None else checkpoints.choose(self.folder, wanted)
+            return None if path is None else path.name
+
+        name = self.team.lead(choose)
+        return None if name is None else self.folder / name
+
+    def _begin(self, wanted: str | None, run_json: dict[str, Any], changed: dict[str, Any]) -> list[dict[str, Any]]:
+        """Writes what is there before the first step; the lines of metrics.jsonl that stay."""
         body = read_run_json(self.out) if wanted is not None else {}
         self._write_run_json(body, run_json, changed)
         if getattr(self.tokens, "tokenizer", None) is not None:
             write_whole(self.out / "tokenizer.json", self.tokens.tokenizer.to_str(pretty=True))
         (self.out / "error.txt").unlink(missing_ok=True)
-        kept = rewind(self.out / "metrics.jsonl", self.step)
-        self.evaluations = [record for record in kept if record["kind"] == "eval"]
-        self.before_bytes = max((record.get("peak_memory_bytes") or 0 for record in kept), default=0)
-        self.loss = next((r["loss"] for r in reversed(kept) if r["kind"] == "train"), self.loss)
-        events = self.out / "tensorboard" if tensorboard else None
-        self.metrics = Metrics(self.out / "metrics.jsonl", tensorboard=events, step=self.step)
+        return rewind(self.out / "metrics.jsonl", self.step)
 
     def _load(self, path: Path) -> dict[str, Any]:
-        body = checkpoints.load(path, self.model, self.work.optimizer, check=self._check_same)
+        now = plain(self.asked)
+        digest = getattr(self.tokens, "digest", None)
+        body = self.team.load(
+            path, self.model, self.work.optimizer, check=lambda body: check_same(body, self.config, digest, self.out)
+        )
         self.step, self.before_s = body["step"], body["seconds"]
         self.work.window.restore(body["window"])
-        for name in checkpoints.set_aside_after(self.folder, self.step):
+        for name in self.team.lead(lambda: list(checkpoints.set_aside_after(self.folder, self.step))):
             self.teller.say(f"a later checkpoint is kept as {name}; delete it when it is of no use.")
         self.teller.say(f"resuming {self.out} from {path.name}.")
         for line in crossing(body, self.place, self._arithmetic()):
             self.teller.say(line)
-        now = plain(self.asked)
-        changed = {k: [v, now.get(k)] for k, v in body["config"].items() if k not in _FREE and v != now.get(k)}
+        changed = {k: [v, now.get(k)] for k, v in body["config"].items() if k not in FREE and v != now.get(k)}
         for name, (old, new) in changed.items():
-            if name not in _PLACE:
+            if name not in PLACE:
                 self.teller.say(f"{name} changes from {old!r} to {new!r}: from here on this is not the run that began.")
         return changed
 
@@ -200,34 +225,6 @@ class _Run:
         around = "" if inside is self.model else f", in {type(self.model).__name__}"
         on = shown(self.work.device).replace(str(self.work.device), self.work.device.type)
         return f"{on}, {torch.get_num_threads()} threads, torch {torch.__version__}{around}"
-
-    def _check_same(self, body: Mapping[str, Any]) -> None:
-        now = {**plain(self.config), "tokens_digest": getattr(self.tokens, "digest", None)}
-        # What a checkpoint of before says nothing of was as it is by default.
-        then = {"only": "all", "rank": None, "alpha": None, **body["config"], "tokens_digest": body["tokens_digest"]}
-        for name in (*_FIXED, "tokens_digest"):
-            if now[name] != then[name]:
-                raise UsageError(
-                    word(
-                        name,
-                        got=now[name],
-                        allowed=f"stay {then[name]!r}, as the run in {self.out} began",
-                        where="turnout.train, resume",
-                        fix=f"pass {name}={then[name]!r}, or start a new run in another --out"
-                        if name in _FIXED
-                        else "give the same text and tokenizer, or start a new run in another --out",
-                    )
-                )
-        if self.config.steps < body["step"]:
-            raise UsageError(
-                word(
-                    "steps",
-                    got=self.config.steps,
-                    allowed=f"be at least the {body['step']} that are done",
-                    where="turnout.train, resume",
-                    fix=f"pass steps={then['steps']}",
-                )
-            )
 
     def _write_run_json(self, body: dict[str, Any], given: dict[str, Any], changed: dict[str, Any]) -> None:
         """The run as it began; a resumed one adds how it was resumed, and takes over what was changed."""
@@ -255,9 +252,10 @@ class _Run:
             self._guard(lambda lr=lr: self.work.run(self.step, lr))
             self.step += 1
             last = self.step == config.steps
+            self._guard(lambda: self._hear(stop))
             logs = last or self.step == 1 or self.step % config.log_every == 0
             evaluates = last or self.step % config.eval_every == 0
-            saves = last or self.step % config.checkpoint_every == 0 or stop.asked is not None
+            saves = last or self.step % config.checkpoint_every == 0 or self.signal is not None
             if logs or evaluates or saves:
                 self._guard(self.work.check)
             self.lap_s, self.lap_steps = self.lap_s + time.monotonic() - started, self.lap_steps + 1
@@ -268,28 +266,33 @@ class _Run:
                 self._guard(self._evaluate)
             if saves:
                 self._guard(self._save)
-            if stop.asked is not None and not last:
+            if self.signal is not None and not last:
                 raise Interrupted(
-                    f"stopped by {stop.asked} after step {self.step} of {config.steps}; everything is saved in "
+                    f"stopped by {self.signal} after step {self.step} of {config.steps}; everything is saved in "
                     f"{self.out}. To go on: turnout train --resume --out {quote(str(self.out))} (resume=True)."
                 )
         return self._result()
 
+    def _hear(self, stop: Stop) -> None:
+        """A signal that some process was sent is for all: they stop after the same step."""
+        self.signal = self.team.heard(stop.asked)
+
+    def _at(self) -> str:
+        return f"step {self.step + 1} of {self.config.steps}"
+
     def _guard(self, action: Any) -> None:
         """Does it, and adds to an expected error what is saved and how to go on."""
         try:
-            action()
+            with self.team.together(self._at):
+                action()
         except (StorageError, TrainingError, torch.OutOfMemoryError) as raised:
             error = raised
             if isinstance(raised, torch.OutOfMemoryError):
                 error = out_of_memory(raised, self.config, self.place.device)
             known = checkpoints.find(self.folder)
             saved = f"{known[-1].name} is saved" if known else "no checkpoint was saved yet"
-            how = (
-                f"; to go on from it: turnout train --resume --out {quote(str(self.out))} (resume=True)"
-                if known
-                else ""
-            )
+            out = quote(str(self.out))
+            how = f"; to go on from it: turnout train --resume --out {out} (resume=True)" if known else ""
             raise type(error)(f"{error} Stopped at step {self.step} of {self.config.steps}; {saved}{how}.") from error
 
     def _log(self, lr: float) -> None:
@@ -310,7 +313,7 @@ class _Run:
         self._lap()
         window.clear()
         self.loss = loss
-        self._metrics().write(record)
+        self._write(record)
         self.teller.train(record)
 
     def _line(self, kind: str) -> dict[str, Any]:
@@ -342,7 +345,7 @@ class _Run:
         finally:
             self.model.train()
         record = line | found.to_json_dict()
-        self._metrics().write(record)
+        self._write(record)
         self.evaluations.append(record)
         self.teller.evaluated(record)
 
@@ -351,7 +354,8 @@ class _Run:
         return windows(self.tokens.held_out, batch=config.batch, seq=config.seq, limit=config.eval_tokens)
 
     def _save(self) -> None:
-        self._metrics().sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         body = {
             "tokens": self.step * self.config.tokens_per_step,
             "seconds": self._seconds(),
@@ -362,13 +366,13 @@ class _Run:
             "arithmetic": self._arithmetic(),
         }
         keep = self.config.keep_checkpoints
-        checkpoints.save(self.folder, self.step, self.model, self.work.optimizer, body, keep=keep)
+        self.team.save(self.folder, self.step, self.model, self.work.optimizer, body, keep=keep)
 
     # ---- ending
 
-    def _metrics(self) -> Metrics:
-        assert self.metrics is not None, "open() comes first"
-        return self.metrics
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
 
     def _seconds(self) -> float:
         return self.before_s + time.monotonic() - self.began_s

@@ -14,6 +14,7 @@ the loop derives every generator from (seed, step).
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,10 +28,29 @@ from turnout.reading import check_fields, check_link, read_json
 from turnout.storage import digest, flush, read_error, write_whole
 from turnout.wrappers import plain_names, stripped
 
-__all__ = ["checkpoint_name", "choose", "clean", "damage", "find", "load", "newest_whole", "save", "set_aside_after"]
+__all__ = [
+    "FORMATS",
+    "check_fit",
+    "checkpoint_name",
+    "choose",
+    "clean",
+    "damage",
+    "find",
+    "load",
+    "newest_whole",
+    "part_name",
+    "places",
+    "publish",
+    "read",
+    "save",
+    "set_aside_after",
+]
 
-_FORMAT = "turnout.checkpoint/1"
+# Of one process; of several, whose files are in parts.
+FORMATS = ("turnout.checkpoint/1", "turnout.checkpoint/2")
+_FORMAT = FORMATS[0]
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_PART = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def checkpoint_name(step: int) -> str:
@@ -76,16 +96,51 @@ def save(
     path = folder / checkpoint_name(step)
     part = path.with_name(path.name + ".part")
     tensors, values = _optimizer_tensors(model, optimizer)
-    body = {"format": _FORMAT, "step": step, "optimizer": values, **state}
+    body = {"step": step, "optimizer": values, **state}
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _owned(model).items()}
         write_whole(part / _FILES[0], lambda aside: save_file(weights, aside, metadata={"format": _FORMAT}))
         write_whole(part / _FILES[1], lambda aside: save_file(tensors, aside, metadata={"format": _FORMAT}))
-        write_whole(part / _FILES[2], json.dumps(body, indent=1) + "\n")
-        files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in _FILES}
-        write_whole(part / "manifest.json", json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
+        names = _FILES[:2]
+        files = {name: {"bytes": (part / name).stat().st_size, "sha256": digest(part / name)} for name in names}
+        publish(folder, step, files, body, keep=keep)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, StorageError):
+            raise
+        raise read_error(error, path, "turnout.train") from error
+    return path
+
+
+def part_name(kind: str, rank: int, world: int) -> str:
+    """The file of one of several processes, of "model" or "optimizer": ``model-00001-of-00004.safetensors``."""
+    return f"{kind}-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def publish(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any], *, keep: int
+) -> None:
+    """Writes state.json and the manifest beside files that are in ``step-….part``, and gives the folder its name.
+
+    Args:
+        folder: the ``checkpoints`` folder.
+        step: optimizer steps done.
+        files: name -> size and SHA-256 of the files of tensors.
+        state: what goes into state.json.
+        keep: how many checkpoints to keep.
+
+    Raises:
+        StorageError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    path = folder / checkpoint_name(step)
+    part = path.with_name(path.name + ".part")
+    form, rest = FORMATS[_FILES[0] not in files], _FILES[2]
+    try:
+        write_whole(part / rest, json.dumps({"format": form, **state}, indent=1) + "\n")
+        whole = {**files, rest: {"bytes": (part / rest).stat().st_size, "sha256": digest(part / rest)}}
+        write_whole(part / "manifest.json", json.dumps({"format": form, "step": step, "files": whole}, indent=1))
         if path.exists():
             _set_aside(path)
         part.rename(path)
@@ -97,20 +152,19 @@ def save(
         if isinstance(error, StorageError):
             raise
         raise read_error(error, path, "turnout.train") from error
-    return path
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a phrase that names the file; None when every byte is as written."""
     try:
         manifest = read_json(path / "manifest.json", refuse=CheckpointError)
-        check_fields(
-            manifest, {"format": Literal["turnout.checkpoint/1"], "files": dict[str, dict[str, Any]]}, CheckpointError
-        )
-        check_fields(manifest["files"], dict.fromkeys(_FILES, dict), CheckpointError)
-        for name in _FILES:
+        form = Literal["turnout.checkpoint/1", "turnout.checkpoint/2"]
+        check_fields(manifest, {"format": form, "files": dict[str, dict[str, Any]]}, CheckpointError)
+        names = _expected(manifest["files"])
+        check_fields(manifest["files"], dict.fromkeys(names, dict), CheckpointError)
+        for name in names:
             check_fields(manifest["files"][name], {"bytes": int, "sha256": str}, CheckpointError)
-        written = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
+        written = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in names}
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, CheckpointError) as error:
@@ -130,6 +184,39 @@ def damage(path: Path) -> str | None:
         except CheckpointError as error:
             return f"{name} is {error}"
     return None
+
+
+def _expected(files: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files that a checkpoint must have, by those that its manifest names."""
+    counts = {int(found[2]) for name in files if (found := _PART.fullmatch(name))}
+    if len(counts) != 1:
+        return _FILES
+    world = counts.pop()
+    return (*(part_name(kind, rank, world) for kind in ("model", "optimizer") for rank in range(world)), _FILES[2])
+
+
+# Of a tensor in a checkpoint: its file, its name there, its shape.
+Place = tuple[Path, str, tuple[int, ...]]
+
+
+def places(path: Path, kind: str) -> dict[str, Place]:
+    """Where the tensors of "model" or of "optimizer" are, in a checkpoint that ``damage`` finds whole."""
+    from safetensors import safe_open
+
+    found: dict[str, Place] = {}
+    files = read_json(path / "manifest.json", refuse=CheckpointError)["files"]
+    for file in (name for name in _expected(files) if name.startswith(kind)):
+        with safe_open(path / file, "pt") as opened:
+            found |= {name: (path / file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}
+    return found
+
+
+def read(place: Place) -> Tensor:
+    """The tensor that is there."""
+    from safetensors import safe_open
+
+    with safe_open(place[0], "pt") as opened:
+        return opened.get_tensor(place[1])
 
 
 def newest_whole(paths: Sequence[Path]) -> Path | None:
@@ -195,20 +282,16 @@ def load(
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    from safetensors.torch import load_file
-
     held = _owned(model)
 
     def known(name: str) -> str:  # what was saved before names were plain
         return name if name in held else stripped(name)
 
-    weights = {known(name): tensor for name, tensor in load_file(path / _FILES[0]).items()}
-    tensors = load_file(path / _FILES[1])
+    weights = {known(name): read(place) for name, place in places(path, "model").items()}
+    tensors = {name: read(place) for name, place in places(path, "optimizer").items()}
     body = read_json(path / _FILES[2], finite=False)
     check(body)
-    _check_fit(
-        path, {name: tuple(t.shape) for name, t in weights.items()}, {n: tuple(t.shape) for n, t in held.items()}
-    )
+    check_fit(path, {name: tuple(t.shape) for name, t in weights.items()}, {n: tuple(t.shape) for n, t in held.items()})
     optimized = _optimized(model, optimizer)
     index = {name: i for i, (name, _) in enumerate(optimized)}
     states: dict[int, dict[str, Any]] = {index[known(name)]: dict(items) for name, items in body["optimizer"].items()}
@@ -288,7 +371,12 @@ def _optimizer_tensors(
     return tensors, values
 
 
-def _check_fit(path: Path, saved: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]) -> None:
+def check_fit(path: Path, saved: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a checkpoint whose tensors are not those of the model, by name and shape.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
     if saved == held:
         return
     name = next(name for name in [*held, *saved] if saved.get(name) != held.get(name))

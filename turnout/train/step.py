@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from turnout.decide.token import NoisyTopK
 from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
-from turnout.train.balance import load_balance_loss, router_z_loss
+from turnout.train.balance import Whole, demand, load_balance_loss, router_z_loss
 from turnout.train.place import sent
+from turnout.train.team import ALONE, Team
 from turnout.wrappers import routers_of, takes
 
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
@@ -35,7 +36,12 @@ def derived_seed(*parts: int) -> int:
 
 
 def adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], embeddings: bool = True
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    embeddings: bool = True,
+    held: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> torch.optim.AdamW:
     """AdamW over the trained parameters; matrices decay, vectors (norms, biases, also stacked ones) do not.
 
@@ -44,6 +50,7 @@ def adamw(
         weight_decay: decoupled.
         betas: of Adam.
         embeddings: whether tables of embeddings decay as other matrices do, those that are the output layer too.
+        held: what of a parameter is updated here, where processes share it.
 
     Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization".
     """
@@ -53,8 +60,8 @@ def adamw(
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         kept |= {name for name, p in trained.items() if id(p) in tables or name.rpartition(".")[2] in _TABLES}
     groups = [
-        {"params": [p for name, p in trained.items() if name not in kept], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained.items() if name in kept], "weight_decay": 0.0},
+        {"params": [held(p) for name, p in trained.items() if name not in kept], "weight_decay": weight_decay},
+        {"params": [held(p) for name, p in trained.items() if name in kept], "weight_decay": 0.0},
     ]
     fused = {p.device.type for p in trained.values()} <= {"cpu", "cuda"}
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused, foreach=not fused)
@@ -118,16 +125,18 @@ class Step:
         model: in training mode.
         config: a TrainConfig.
         stream: ``batch(index)`` gives ``id_BS`` and ``target_BS``; micro-batch m of step s has index s·accumulate + m.
+        team: who trains together; each takes its rows of every batch, and the step is that of the whole batch.
 
     Source: none; the usual loop.
     """
 
-    def __init__(self, model: nn.Module, config: Any, stream: Any) -> None:
-        self.model, self.config, self.stream = model, config, stream
+    def __init__(self, model: nn.Module, config: Any, stream: Any, team: Team = ALONE) -> None:
+        self.model, self.config, self.stream, self.team = model, config, stream, team
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.held = {name: team.held(p) for name, p in model.named_parameters() if p.requires_grad}
         self.device = self.parameters[0].device
         decay = {"weight_decay": config.weight_decay, "embeddings": config.decay_embeddings}
-        self.optimizer = adamw(model, betas=config.betas, **decay)
+        self.optimizer = adamw(model, betas=config.betas, **decay, held=team.held)
         self.window = Window(self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self._draws, self._masks = takes(model, "generator"), takes(model, "attention_mask")
@@ -150,8 +159,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = self._backward(step)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        held = list(self.held.values())
+        self.grad_norm = self.team.norm(held)
         finite = torch.isfinite(self.grad_norm + sums.losses_3[0])
         if self._lazy:
             bad = ~finite
@@ -162,7 +171,7 @@ class Step:
         elif not finite:
             raise self._failure(step, lr, float(sums.losses_3[0]))
         if self.config.clip is not None and (self._lazy or self.grad_norm > self.config.clip):
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, self.grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, self.grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._after_step(sums.load_L)
@@ -190,8 +199,10 @@ class Step:
         # The mean is over the tokens of the whole step: micro-batches with fewer targets must not count for more.
         predicted = max(1, sum(int((batch.target_BS != IGNORE).sum()) for batch in batches))
         sums = _Sums(torch.zeros(3, device=self.device), [])
-        for micro, batch in enumerate(batches):
-            seed = derived_seed(config.seed, step, micro)
+        for micro, whole in enumerate(batches):
+            batch = self.team.part(whole)
+            self.team.passing(last=micro + 1 == len(batches))
+            seed = derived_seed(config.seed, step, micro, *self.team.salt)
             torch.manual_seed(seed)
             if self._generator is not None:
                 self._generator.manual_seed(seed)
@@ -199,14 +210,17 @@ class Step:
             real_BS = _real(batch)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
                 nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else sent(real_BS, self.device))
-            loss, aux, z = self._objective(nats / predicted, routings)
+            wholes = self.team.wholes(routings)
+            loss, aux, z = self._objective(nats / predicted, routings, wholes)
             loss.backward()
             with torch.no_grad():
                 parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
                 sums.losses_3 += parts
                 # The demand, before capacity took its share: that is what a router has to balance.
-                wanted = [r.load_E if r.wanted_E is None else r.wanted_E for r in routings]
+                wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
                 sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
+        self.team.collect(self.parameters)
+        sums.losses_3 = self.team.total(sums.losses_3)
         return sums
 
     def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
@@ -223,20 +237,22 @@ class Step:
             raise UsageError(word("padding", got="a padded batch", allowed=allowed, where="turnout.train", fix=fix))
         return token_loss(output.logits_BSV, target_BS), output.routings
 
-    def _objective(self, loss: Tensor, routings: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _objective(
+        self, loss: Tensor, routings: Sequence[Any], wholes: Sequence[Whole | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to differentiate, and the two balance losses, unweighted, as this micro-batch's part of the step."""
         config, zero = self.config, torch.zeros((), device=self.device)
-        scored = [r for r in routings if r.score_TE is not None]
-        logged = [r for r in routings if r.logit_TE is not None]
+        scored = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.score_TE is not None]
+        logged = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.logit_TE is not None]
         if not self._warned:
             self._warn(len(routings), len(scored), len(logged))
         aux, z = zero, zero
         if scored:
             with torch.set_grad_enabled(config.aux_weight > 0):
-                aux = torch.stack([load_balance_loss(r) for r in scored]).mean() / config.accumulate
+                aux = torch.stack([load_balance_loss(r, whole=w) for r, w in scored]).mean() / config.accumulate
         if logged:
             with torch.set_grad_enabled(config.z_weight > 0):
-                z = torch.stack([router_z_loss(r) for r in logged]).mean() / config.accumulate
+                z = torch.stack([router_z_loss(r, whole=w) for r, w in logged]).mean() / config.accumulate
         if scored and config.aux_weight > 0:
             loss = loss + config.aux_weight * aux
         if logged and config.z_weight > 0:
@@ -270,9 +286,14 @@ class Step:
                     moved_E = load_E * (1 - self._frozen.long()) if self._lazy else load_E
                     router.after_step(moved_E)  # pyrefly: ignore[not-callable]
 
+    def _everywhere(self, names: list[str]) -> list[str]:
+        """The names that any process names, in the model's order."""
+        found = {name for said in self.team.said(names) for name in said}
+        return [name for name in self.held if name in found]
+
     def _failure(self, step: int, lr: float, loss: float) -> TrainingError:
-        weights = _non_finite((name, p) for name, p in self.model.named_parameters())
-        gradients = _non_finite((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        weights = self._everywhere(_non_finite(self.held.items()))
+        gradients = self._everywhere(_non_finite((n, p.grad) for n, p in self.held.items() if p.grad is not None))
         found = [f"loss {loss}"]
         found += [f"first non-finite parameter {weights[0]} ({len(weights)} in all)"] if weights else []
         found += [f"first non-finite gradient {gradients[0]} ({len(gradients)} in all)"] if gradients else []

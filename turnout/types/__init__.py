@@ -8,6 +8,8 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.block_costs import BlockCosts, Line
+from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.factored import FactoredWeights
@@ -19,12 +21,20 @@ from turnout.types.placement import Moves, Placement
 from turnout.types.plan import Plan
 from turnout.types.report import Report
 from turnout.types.routing import Routing
+from turnout.types.schedule import Action, Schedule
+from turnout.types.stage_costs import StageCosts
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.traffic import Traffic
 from turnout.types.weights import ExpertWeights
+from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
+    "Action",
+    "BlockCosts",
+    "BlockSchedule",
+    "BlockSize",
+    "BlockTask",
     "Budget",
     "Cluster",
     "Cost",
@@ -32,14 +42,18 @@ __all__ = [
     "FactoredWeights",
     "Given",
     "Layout",
+    "Line",
     "LowRankWeights",
     "Moves",
     "Placement",
     "Plan",
     "Report",
     "Routing",
+    "Schedule",
+    "StageCosts",
     "Trace",
     "TraceWriter",
     "Traffic",
+    "Workload",
     "spread",
 ]

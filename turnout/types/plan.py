@@ -4,17 +4,23 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from turnout.errors import CheckpointError, UsageError, word
 from turnout.fields import build, plain
 from turnout.reading import read_json
 from turnout.storage import write_whole
+from turnout.types.block_schedule import BlockSchedule
 from turnout.types.layout import Layout
+from turnout.types.placement import Placement
+from turnout.types.schedule import Schedule
 
 __all__ = ["Plan"]
 
 _FORMAT, _WHERE = "turnout.plan/1", "turnout.types.Plan"
+# Of torch's schedules, those whose backward pass comes in two parts.
+SPLITTING = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+_PARTS: dict[str, Any] = {"actions": Schedule, "overlap": BlockSchedule, "placement": Placement}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,11 @@ class Plan:
         stages: how many blocks each stage has, in order; pp x (stages of one device) of them. None for even ones.
         gather: how the parameters travel when they are gathered: as they are, in bf16, or as blockwise int8.
         reduce: how gradients travel: as they are, in bf16, or as blockwise int4.
+        recompute: whether of each block only its input is kept, and the block run again for its backward pass; not with
+            schedules that split that pass.
+        actions: the pipeline's schedule in full, in the place of one known by its name.
+        overlap: the order of a block's tasks on the chip and on the wire; None for one after the other.
+        placement: which device of an ep group holds which experts; None for equal parts in their order.
         secondary: over how many devices parameters stay gathered between forward and backward pass; None for all or
             none, as ``layout.zero`` says.
 
@@ -48,6 +59,10 @@ class Plan:
     gather: Literal["full", "bf16", "int8"] = "full"
     reduce: Literal["full", "bf16", "int4"] = "full"
     secondary: int | None = None
+    recompute: bool = False
+    actions: Schedule | None = None
+    overlap: BlockSchedule | None = None
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         def refuse(what: str, got: object, allowed: str, fix: str) -> UsageError:
@@ -62,10 +77,26 @@ class Plan:
         if self.secondary is not None and (self.secondary < 1 or layout.dp_shard % self.secondary):
             allowed = f"divide dp_shard={layout.dp_shard}"
             raise refuse("secondary", self.secondary, allowed, "pass the number of devices in a node")
+        if self.actions is not None and (self.actions.ranks, self.actions.microbatches) != (
+            layout.pp,
+            self.microbatches,
+        ):
+            got = f"a schedule of {self.actions.ranks} devices and {self.actions.microbatches} micro-batches"
+            allowed, fix = f"be for pp={layout.pp} and microbatches={self.microbatches}", "leave actions out"
+            raise refuse("actions", got, allowed, fix)
+        splits = self.actions.splits_backward if self.actions else self.schedule in SPLITTING
+        if self.recompute and layout.pp > 1 and splits:
+            allowed = "be False with a schedule that splits the backward pass"
+            raise refuse("recompute", True, allowed, "pass schedule='1F1B'")
+        if self.placement is not None and self.placement.devices != layout.ep:
+            got, fix = f"one over {self.placement.devices} devices", f"make one with --devices {layout.ep}"
+            raise refuse("placement", got, f"be over the ep={layout.ep} devices that share the experts", fix)
 
     def to_json_dict(self) -> dict[str, object]:
         """The plan as plain JSON values."""
-        return {"format": _FORMAT, **plain(self)}
+        whole = {name: getattr(self, name) for name in _PARTS}
+        body = plain(dataclasses.replace(self, **dict.fromkeys(_PARTS)))
+        return {"format": _FORMAT, **body, **{name: part and part.to_json_dict() for name, part in whole.items()}}
 
     @classmethod
     def from_json_dict(cls, body: dict[str, object], where: str = "plan.json") -> Self:
@@ -79,7 +110,12 @@ class Plan:
             got, allowed = f"format {body.get('format')!r:.40}", f"have format {_FORMAT!r}"
             fix = "write it with turnout plan"
             raise CheckpointError(word(where, got=got, allowed=allowed, where=_WHERE, fix=fix))
-        return build(cls, {name: value for name, value in body.items() if name != "format"}, where)
+        fields = {name: value for name, value in body.items() if name != "format"}
+        for name, kind in _PARTS.items():
+            if fields.get(name) is not None:
+                fields[name] = kind.from_json_dict(fields[name], f"{where}: {name}")
+        kept = {name: fields.pop(name) for name in _PARTS if name in fields}
+        return dataclasses.replace(build(cls, fields, where), **kept)
 
     @property
     def digest(self) -> str:

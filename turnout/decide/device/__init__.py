@@ -1,6 +1,59 @@
-"""What runs on which device, and when: where experts lie, which flow takes which path."""
+"""Which device holds what, and which work it does when."""
 
 from turnout.decide.device import place
+from turnout.decide.device.block_schedule import block_schedule
+from turnout.decide.device.dual_pipe_v import dual_pipe_v
+from turnout.decide.device.exact_schedule import exact_schedule
 from turnout.decide.device.flows import Flows, ecmp, flows
+from turnout.decide.device.gpipe import gpipe
+from turnout.decide.device.interleaved import interleaved, looped_breadth_first
+from turnout.decide.device.layouts import Choice, layouts
+from turnout.decide.device.memory import Held, held, stage_blocks
+from turnout.decide.device.named_schedule import named_schedule
+from turnout.decide.device.one_f_one_b import one_f_one_b
+from turnout.decide.device.pace import Pace, Wire, pace
+from turnout.decide.device.partition import Partition, partition
+from turnout.decide.device.refined import refined
+from turnout.decide.device.search import Found, known_schedules, search
+from turnout.decide.device.v_pattern import v_half, v_min
+from turnout.decide.device.zb_automatic import zb_automatic
+from turnout.decide.device.zbv import zbv
+from turnout.decide.device.zero_bubble import interleaved_zero_bubble, zb_h1, zb_h2
+from turnout.decide.device.zeropp import zeropp
 
-__all__ = ["Flows", "ecmp", "flows", "place"]
+__all__ = [
+    "Choice",
+    "Flows",
+    "Found",
+    "Held",
+    "Pace",
+    "Partition",
+    "Wire",
+    "block_schedule",
+    "dual_pipe_v",
+    "ecmp",
+    "exact_schedule",
+    "flows",
+    "gpipe",
+    "held",
+    "interleaved",
+    "interleaved_zero_bubble",
+    "known_schedules",
+    "layouts",
+    "looped_breadth_first",
+    "named_schedule",
+    "one_f_one_b",
+    "pace",
+    "partition",
+    "place",
+    "refined",
+    "search",
+    "stage_blocks",
+    "v_half",
+    "v_min",
+    "zb_automatic",
+    "zb_h1",
+    "zb_h2",
+    "zbv",
+    "zeropp",
+]
