@@ -49,7 +49,8 @@ def diloco() -> Claim:
         measure=_measure,
         seconds=8,
         note=f"{_REPLICAS} replicas, {_STEPS} steps of {_BATCH}, a meeting every {_EVERY}, digits in four looks; "
-        "streamed in four bits it sends {bytes streamed:.4f} of the bytes. Tried: with 1,600 steps arms draw together. The paper's replicas meet every 500 steps "
+        "streamed in four bits it sends {bytes streamed:.4f} of the bytes. Tried: with 1,600 steps "
+        "arms draw together. The paper's replicas meet every 500 steps "
         "and start from a model that has learned",
         limits=(0.0, 5.0),
     )  # fmt: skip
