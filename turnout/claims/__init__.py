@@ -26,7 +26,7 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, one_byte, zero, zero_plus_plus
+from turnout.claims.scale import co2, coded, diloco, fuyou, one_byte, superpipeline, zero, zero_plus_plus
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -49,6 +49,7 @@ __all__ = [
     "fedins",
     "fedjets",
     "fisher",
+    "fuyou",
     "glider",
     "latent_experts",
     "loss_free",
@@ -66,6 +67,7 @@ __all__ = [
     "soup",
     "split",
     "stragglers",
+    "superpipeline",
     "upcycle",
     "zero",
     "zero_plus_plus",

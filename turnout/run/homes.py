@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from turnout.run.swap_file import Meter, SwapFile, size_of
 
-__all__ = ["Home"]
+__all__ = ["Build", "Home"]
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

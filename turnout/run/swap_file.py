@@ -101,17 +101,18 @@ class SwapFile:
         """
         assert self._kinds is not None, "something was written first"
         sizes = [shape.numel() * dtype.itemsize for shape, _, dtype in self._kinds]
-        whole = torch.empty(sum(size + -size % _ALIGN for size in sizes), dtype=torch.uint8)
+        body = bytearray(sum(size + -size % _ALIGN for size in sizes))
         try:
             with self.path.open("rb") as file:
-                read = file.readinto(memoryview(whole.numpy())) if len(whole) else 0
+                read = file.readinto(body)
                 more = file.read(1)
         except OSError as error:
             fix = "leave the folder alone while the model trains"
             raise self._wrong(error.strerror or "not readable", "be readable", fix) from error
-        if read != len(whole) or more or hashlib.sha256(whole.numpy()).digest() != self._digest:
+        if read != len(body) or more or hashlib.sha256(body).digest() != self._digest:
             fix = "look at the disk's health, and start again from the last checkpoint"
             raise self._wrong("other bytes", "hold what was written to it", fix)
+        whole = torch.frombuffer(body, dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
         tensors, at = [], 0
         for size, (shape, stride, dtype) in zip(sizes, self._kinds, strict=True):
             part = whole[at : at + size].view(dtype)
