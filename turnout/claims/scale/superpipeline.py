@@ -62,7 +62,7 @@ def _measure(seed: int) -> Values:
             for what, computed in (("forward", _BLOCKS), ("step", 3 * _BLOCKS)):
                 found = foresee(loads, Cluster(host_bytes_per_s=1.0), plan, training=what == "step")
                 times[f"{what}{name}"].append(found.step_s / computed)
-    return {name: statistics.fmean(each) for name, each in times.items()} | _run(seed)
+    return {**{name: statistics.fmean(each) for name, each in times.items()}, **_run(seed)}
 
 
 def _run(seed: int) -> Values:

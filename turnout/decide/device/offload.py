@@ -57,6 +57,10 @@ class Foreseen:
         busy: way -> the seconds that it is in use.
         played: the timeline.
 
+    >>> block = BlockLoad(1.0, 1.0, 2.0, forward_s=1.0, backward_s=2.0, step_s=0.5)
+    >>> foresee([block] * 4, Cluster(host_bytes_per_s=0.25), OffloadPlan(2, 1)).binds
+    'up'
+
     Source: none; plain bookkeeping.
     """
 
