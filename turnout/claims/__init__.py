@@ -26,7 +26,19 @@ from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
 from turnout.claims.read_me import read_me
-from turnout.claims.scale import co2, coded, diloco, one_byte, zero, zero_plus_plus
+from turnout.claims.scale import (
+    block_schedule,
+    co2,
+    coded,
+    comet,
+    diloco,
+    flowmoe,
+    fsmoe,
+    one_byte,
+    tutel,
+    zero,
+    zero_plus_plus,
+)
 from turnout.claims.scalearn import scalearn
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
@@ -38,8 +50,10 @@ from turnout.errors import nearest
 __all__ = [
     "arrow",
     "backends",
+    "block_schedule",
     "co2",
     "coded",
+    "comet",
     "compress_experts",
     "dense_to_sparse",
     "diloco",
@@ -49,6 +63,8 @@ __all__ = [
     "fedins",
     "fedjets",
     "fisher",
+    "flowmoe",
+    "fsmoe",
     "glider",
     "latent_experts",
     "loss_free",
@@ -66,6 +82,7 @@ __all__ = [
     "soup",
     "split",
     "stragglers",
+    "tutel",
     "upcycle",
     "zero",
     "zero_plus_plus",
