@@ -19,4 +19,4 @@ def in_any_order(monkeypatch):
     monkeypatch.setattr(claim, "_ours", shuffled)
 
 
-CASE = Case(in_any_order, "lost", small={"_PROFILES": 3, "_BLOCKS": 2})
+CASE = Case(in_any_order, "lost", pairs={"ours": "random"}, small={"_PROFILES": 4})
