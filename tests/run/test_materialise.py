@@ -69,7 +69,7 @@ def _step(ranks: Ranks) -> dict[str, object]:
         (y * mine[3]).sum().backward()
         pairs = [(y, mine[4]), (here.grad, mine[5])]
         pairs += [(a.grad, b.grad[lives]) for a, b in zip(tensors(own), tensors(judge), strict=True)]
-        error = max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
+        error = max(float((a - b).detach().abs().max()) if a.numel() else 0.0 for a, b in pairs)
         rows = torch.bincount(step.owners.slot_of(Routing.from_topk(mine[1], mine[2], num_experts=E)) // (2 + spare),
                               minlength=4)  # fmt: skip
         dist.all_reduce(rows)
@@ -88,7 +88,8 @@ def test_a_step_with_copies_is_the_step_without() -> None:
         assert all(one[f"error {spare}"] < 1e-11 for one in found), found
         assert sum(one[f"sent {spare}"] for one in found) == 4 * spare
     busiest = [found[0][f"busiest {spare}"] for spare in (0, 1, 3)]
-    assert busiest[0] > 1.5 > 1.2 > busiest[1] >= busiest[2], busiest
+    assert busiest[0] > busiest[1] > busiest[2], busiest
+    assert busiest[2] <= 1.05, busiest  # the planner's goal, where there is room for it
 
 
 class _Group:

@@ -1,6 +1,7 @@
 """Copies of a few experts for as long as one step lasts: parameters go to them, and gradients come home."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Materialise:
         rows = torch.cat([one.index_select(0, slot_N).flatten(1) for one in stacks.values()], 1)
         came = exchange(rows, self._sent, self._received, self.home.group)
         parts = came.split([one[0].numel() for one in stacks.values()], 1)
-        found = {
+        found: dict[str, Any] = {
             name: torch.cat([one, part.unflatten(1, one.shape[1:])]).index_select(0, order_S)
             for (name, one), part in zip(stacks.items(), parts, strict=True)
         }

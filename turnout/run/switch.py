@@ -83,9 +83,8 @@ class Switch:
         mine = slice(self.group.rank() % self.share * units, (self.group.rank() % self.share + 1) * units)
         up_EDH = _joined(_by_unit(whole.up_EDH[own], whole)[..., mine], whole)
         down_EFD = whole.down_EFD[own][:, mine]
-        rest = {"up_bias_EH": biases[0], "down_bias_ED": biases[1]}
-        cut = {name: None if one is None else one[own] for name, one in rest.items()}
-        return dataclasses.replace(whole, up_EDH=up_EDH, down_EFD=down_EFD, **cut)
+        up_bias, down_bias = (None if one is None else one[own] for one in biases)
+        return dataclasses.replace(whole, up_EDH=up_EDH, down_EFD=down_EFD, up_bias_EH=up_bias, down_bias_ED=down_bias)
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, own: ExpertWeights, degree: int, *, backend: str = "auto"
@@ -137,11 +136,12 @@ class Switch:
 
         up = whole(_by_unit(own.up_EDH, own)).movedim(1, -2).flatten(-2).flatten(0, 1)
         down = whole(own.down_EFD).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        biases = {
-            name: None if (one := getattr(own, name)) is None else whole(one).flatten(0, 2)
-            for name in ("up_bias_EH", "down_bias_ED")
-        }
-        return dataclasses.replace(own, up_EDH=_joined(up, own), down_EFD=down, **biases)
+        up_bias, down_bias = (
+            None if one is None else whole(one).flatten(0, 2) for one in (own.up_bias_EH, own.down_bias_ED)
+        )
+        return dataclasses.replace(
+            own, up_EDH=_joined(up, own), down_EFD=down, up_bias_EH=up_bias, down_bias_ED=down_bias
+        )
 
 
 def _by_unit(up_EDH: Tensor, weights: ExpertWeights) -> Tensor:
