@@ -11,7 +11,8 @@ BOUND = {1: 0.05, 2: 0.10}  # by the number of stages of a rank
 
 @pytest.mark.slow
 def test_real_runs_take_as_long_as_is_simulated() -> None:
-    report = spawned(RANKS, compare, list(JUDGED), 30.0, 2)
+    """With the settings of the benchmark: a median of three steps of sleeps that are long beside what disturbs them."""
+    report = spawned(RANKS, compare, list(JUDGED), 40.0, 3)
     assert [row.name for row in report.rows] == list(JUDGED)
     wrong = [row.name for row in report.rows if not row.error <= BOUND[row.chunks]]
     beside = f"load {report.load:.1f}, {1e3 * report.overhead_s:.2f} ms beside an action's own time"

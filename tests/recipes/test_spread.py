@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import outcomes
+from processes import ROOT, outcomes
 
 from benchmarks.restarts import restarts
 from turnout.cli.main import main
@@ -125,8 +125,8 @@ def test_a_rank_that_is_gone_is_named_and_what_was_saved_stays(what: str, text: 
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_brought_back_by_torchrun(text: Path, tmp_path: Path) -> None:
-    found = restarts(tmp_path / "runs", text, kills=1, ranks=2, layout="dp_shard=2")
+def test_a_killed_rank_is_brought_back_by_torchrun(tmp_path: Path) -> None:
+    found = restarts(tmp_path / "runs", ROOT / "benchmarks", kills=1, ranks=2, layout="dp_shard=2")
     log = (tmp_path / "runs/killed.log").read_text()
     assert (found["recovered"], found["exit_code"], found["losses_equal"]) == (1, 0, True), f"{found}\n{log}"
 
