@@ -9,7 +9,7 @@ from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
 from turnout.decide.device.layouts import Choice, layouts
 from turnout.decide.device.memory import Held, held, stage_blocks
-from turnout.decide.device.named_schedule import named_schedule
+from turnout.decide.device.named_schedule import named_schedule, schedule_of
 from turnout.decide.device.offload import BlockLoad, Foreseen, block_loads, foresee, offload
 from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import Pace, Wire, pace
@@ -53,6 +53,7 @@ __all__ = [
     "partition",
     "place",
     "refined",
+    "schedule_of",
     "search",
     "stage_blocks",
     "v_half",
