@@ -70,6 +70,7 @@ def spread(
     out, stage = Path(out), ["the beginning"]
     check_size(run)
     _refuse(run, plan)
+    _refuse_parts(run, plan)
     ranks = start(timeout_s=timeout_s, device=run.train.device)
     one = _One(run, out, plan, ranks, stage)
     with answering(ranks, lambda: stage[-1]), resumable(out), warnings.catch_warnings():
@@ -175,6 +176,18 @@ def _refuse(run: Run, plan: Plan) -> None:
         near = batch + -batch % layout.data_ranks
         allowed = f"be a multiple of dp_replicate x dp_shard = {layout.data_ranks}, which share it"
         raise refuse("batch", batch, allowed, f"pass batch={near}")
+
+
+def _refuse_parts(run: Run, plan: Plan) -> None:
+    """Without a pipeline the parts of a step are those of ``accumulate``: a plan that fits by them needs them."""
+    train, parts = run.train, plan.microbatches
+    if plan.layout.pp > 1 or train.accumulate >= parts:
+        return
+    each = -(-train.batch * train.accumulate // parts)
+    each += -each % plan.layout.data_ranks
+    got, allowed = train.accumulate, f"be at least {parts}, the parts in which the plan has a step (microbatches)"
+    fix = f"pass batch={each} accumulate={parts}"
+    raise UsageError(word("accumulate", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _path(tokens: TokenSet | None) -> str | None:

@@ -19,7 +19,8 @@ _WHERE = "turnout plan"
 # Numbers that a block keeps of a token for its backward pass, counted on the CPU (docs/log.md): seven widths, of which
 # two are the queries' and what the heads give; keys before and after they are turned, and values; of a feed-forward
 # layer its product, which is twice as wide where it is gated, and what it becomes. Under bf16 norms stay in fp32.
-_WIDTHS, _QUERIES, _KEYS, _DENSE, _EXPERT, _BF16 = 5, 2, 3, 2, 1, 1.2
+# Norms after a part keep two widths more; capped scores are held whole, before and after their softmax, window or not.
+_WIDTHS, _QUERIES, _KEYS, _DENSE, _EXPERT, _BF16, _AFTER, _SCORES = 5, 2, 3, 2, 1, 1.2, 2, 2
 
 
 def config_of(path: str | Path) -> LMConfig:
@@ -102,6 +103,8 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
         queries, keys = config.heads * wide, config.heads * wide
     looked = min(seq, config.window) if config.window else seq
     kept = _WIDTHS * config.width + _QUERIES * queries + _KEYS * keys
+    kept += _AFTER * config.width if config.norm_place == "both" else 0
+    kept += 0 if config.attention_softcap is None else _SCORES * config.heads * seq
     expert_kept = 0.0
     if moe is None:
         kept += _feed_forward(config.dense_hidden, config.activation) * _DENSE
