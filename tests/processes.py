@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # where ``tests.run.test_processes`` is found, by which a function pickles
     sys.path.append(str(ROOT))
 _KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_PRELOAD = ["torch.distributed", "turnout.run.processes", "turnout.models"]
+_PRELOAD = ["turnout.run.processes", "turnout.recipes.spread"]  # loaded once, for all that are forked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def outcomes(
     timeout_s: float = 120.0,
     group: bool = True,
     wait_s: float = 60.0,
+    patience_s: float = 600.0,
     environment: Callable[[int], Mapping[str, str]] | None = None,
 ) -> list[Outcome]:
     """What became of each rank, whatever that was: for tests in which ranks fail, die or hang.
@@ -81,6 +82,7 @@ def outcomes(
         timeout_s: after that long all that are left are killed.
         group: whether ``turnout.run.processes.start`` is called first.
         wait_s: what ``start`` is told to wait for other ranks.
+        patience_s: once a rank has come to its end, the others have so long to come to theirs.
         environment: rank -> variables to set beside those of torchrun.
     """
     context = multiprocessing.get_context(_KIND)
@@ -104,7 +106,7 @@ def outcomes(
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    said = _listen(pipes, time.monotonic() + timeout_s)
+    said = _listen(pipes, time.monotonic() + timeout_s, patience_s)
     for process in processes:
         process.join(timeout=10 if said[processes.index(process)] is not None else 0)
         if process.is_alive():
@@ -114,14 +116,15 @@ def outcomes(
     return [Outcome(**(body or {}), exit_code=process.exitcode) for body, process in zip(said, processes, strict=True)]
 
 
-def _listen(pipes: list[Any], until: float) -> list[dict[str, Any] | None]:
+def _listen(pipes: list[Any], until: float, patience_s: float) -> list[dict[str, Any] | None]:
     """What each rank sent before the time was up; None of one that sent nothing."""
     said: list[dict[str, Any] | None] = [None] * len(pipes)
     waits = dict(zip(pipes, range(len(pipes)), strict=True))
     while waits and (left := until - time.monotonic()) > 0:
         for pipe in multiprocessing.connection.wait(list(waits), timeout=left):
-            with contextlib.suppress(EOFError):
+            with contextlib.suppress(EOFError):  # of one that died
                 said[waits[pipe]] = pickle.loads(pipe.recv_bytes())
+                until = min(until, time.monotonic() + patience_s)
             del waits[pipe]
     return said
 

@@ -85,6 +85,13 @@ def test_the_gradient_of_a_loss_beside_enters_where_the_routings_are():
     torch.testing.assert_close(have, lm.routers[1].weight.grad)
 
 
+def test_a_stage_without_blocks_is_cast_along():
+    stage = cut(lm_of(), (2, 0, 2))[1].double()
+    x = torch.rand(1, 2, 16, dtype=torch.float64)
+    id_BS = torch.zeros(1, 2, dtype=torch.long)
+    assert torch.equal(stage(x, id_BS=id_BS), x) and stage.carries(id_BS=id_BS) == Carried.of(x)
+
+
 def test_what_cannot_be_cut_is_refused():
     lm = lm_of()
     for sizes in ((2, 1), (5, -1), ()):

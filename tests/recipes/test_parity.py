@@ -17,9 +17,12 @@ from turnout.types.placement import Placement
 from turnout.types.plan import Plan
 
 SPREAD = Layout(dp_shard=2, ep=2)
+PIPED = Plan(Layout(pp=2, dp_shard=2, ep=2), microbatches=2, schedule="ZB-H1")
 COPIES = Placement(2, (4, 4), ((0, 3, 1, 3, 2, 1), (0, 1, 2, 3, 0, 1)), ((0, 0, 0, 1, 1, 1), (0, 0, 0, 1, 1, 1)))
 PLANS = {
     2: [
+        Plan(Layout(pp=2), microbatches=3),
+        Plan(Layout(pp=2), microbatches=4, schedule="Interleaved1F1B", stages=(1, 0, 2, 1)),
         Plan(Layout(dp_replicate=2)),
         Plan(Layout(dp_shard=2, zero=0), microbatches=2),
         Plan(Layout(dp_shard=2, zero=1), microbatches=2),
@@ -34,6 +37,9 @@ PLANS = {
         Plan(SPREAD, placement=COPIES),
     ],
     4: [
+        Plan(Layout(pp=4), microbatches=5, schedule="ZB-H2"),
+        PIPED,
+        Plan(Layout(pp=2, dp_shard=2, zero=1), microbatches=2, schedule="ZBVZeroBubble"),
         Plan(Layout(dp_shard=4)),
         Plan(Layout(dp_shard=4), secondary=2),
         Plan(Layout(dp_shard=4, ep=2)),
@@ -91,6 +97,13 @@ def test_every_layout_has_the_gradients_of_one_process(world: int) -> None:
     cases = [(plan, {"dtype": "fp64"}) for plan in PLANS[world]]
     cases += [(plan, {}) for plan in PLANS[world][-4:]]
     _holding(spawn(world, together, cases)[0])
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_a_fault_does_not_pass() -> None:
+    """In every stage, with experts spread."""
+    found = spawn(4, together, [(PIPED, {"plant": fault, "dtype": "fp64"}) for fault in FAULTS])[0]
+    assert [each.fault for each in found if each.holds] == []
 
 
 @pytest.mark.slow

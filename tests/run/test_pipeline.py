@@ -22,8 +22,9 @@ from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.stages import cut, even_stages, shared_parameters
 from turnout.run import torch_pipeline
 from turnout.run.pipeline import Carried, Pipeline, torch_schedule
-from turnout.run.processes import Ranks, answering
+from turnout.run.processes import Ranks
 from turnout.run.shard import mesh, shard
+from turnout.run.watch import answering
 from turnout.train import load_balance_loss
 from turnout.types import Action, Layout, Plan, Schedule
 

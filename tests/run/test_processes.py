@@ -49,6 +49,8 @@ def hanging(ranks: Ranks, how: str) -> str:
                 time.sleep(600)
             if how == "dead":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
         with answering(ranks, lambda step=step: f"step {step}"):
             if ranks.rank == 2 and step == 1:
                 raise UsageError("no such thing")
@@ -60,13 +62,14 @@ def hanging(ranks: Ranks, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("hung", "in step 1: rank 2 did not answer, dead or hung (waited up to 5 s)"),
-        ("dead", "in step 1: rank 2 did not answer, dead or hung (waited up to 5 s)"),
-        ("failed", "in step 1: rank 2 stopped with UsageError: no such thing"),
+        ("hung", "in step 1: rank 2 did not answer after 5 s: alive, and elsewhere."),
+        ("dead", "in step 1: rank 2 did not answer: dead, or stopped."),
+        ("stopped", "in step 1: rank 2 did not answer: dead, or stopped."),
+        ("failed", "in step 1: rank 2 stopped with UsageError: no such thing."),
     ],
 )
 def test_who_is_gone_is_named_on_every_other_rank(how: str, said: str) -> None:
-    found = outcomes(4, hanging, how, wait_s=5, timeout_s=14)
+    found = outcomes(4, hanging, how, wait_s=5, patience_s=10)
     for rank in (0, 1, 3):
         assert said in found[rank].error, found[rank]
         assert found[rank].exit_code == 1

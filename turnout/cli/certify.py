@@ -9,20 +9,25 @@ examples:
   turnout certify dense sparse --prompts prompts.txt --bound 1e-5 --out certificate.json
   turnout certify before after --map plan.json             modules that have other names in B
   turnout certify --check certificate.json dense sparse --prompts prompts.txt
+  turnout certify placement.json trace           is a placement of experts worth what it says, on its trace?
 """
 
 import argparse
+from pathlib import Path
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
+from turnout.errors import UsageError, word
 
 HELP = "whether one model computes what another does, and where they part"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout certify`` takes."""
-    parser.add_argument("a", metavar="A", help="the model that is right: a folder, or org/name of the hub")
-    parser.add_argument("b", metavar="B", help="the model that should compute the same")
+    parser.add_argument(
+        "a", metavar="A", help="the model that is right: a folder, or org/name of the hub; or a placement's file"
+    )
+    parser.add_argument("b", metavar="B", help="the model that should compute the same; or the placement's trace")
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -40,12 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="write the certificate here, as JSON")
     parser.add_argument("--check", metavar="FILE", help="check that this certificate of A and B still holds")
+    parser.add_argument("--from", dest="before", metavar="FILE", help="of a placement: the one that it came from")
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compares or checks, and prints; the exit code is 1 when the two differ or the certificate does not hold."""
+    if Path(arguments.a).is_file():
+        return _placement(arguments)
+    if arguments.before is not None:
+        allowed, fix = "go with a placement's file", "leave --from out, or name the placement's file first"
+        got = f"--from and {arguments.a}"
+        raise UsageError(word("--from", got=got, allowed=allowed, where="turnout certify", fix=fix))
     for what in ("a", "b", "prompts", "map", "check"):
         name = what.upper() if len(what) == 1 else f"--{what}"
         check_there(name, [getattr(arguments, what)], "turnout certify", hub=len(what) == 1)
@@ -75,8 +87,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
+def _placement(arguments: argparse.Namespace) -> int:
+    names = ("prompts", "map", "bound", "out", "check")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given:
+        got, allowed = f"a placement and --{given[0]}", "go with two models, not with a placement and its trace"
+        fix = f"leave --{given[0]} out"
+        raise UsageError(word(f"--{given[0]}", got=got, allowed=allowed, where="turnout certify", fix=fix))
+    check_there("B", [arguments.b], "turnout certify")
+    check_there("--from", [arguments.before], "turnout certify")
+    from turnout.recipes.place import check_placement
+
+    broken, report = check_placement(arguments.a, arguments.b, before=arguments.before)
+    print(report.to_json() if arguments.json else report)
+    if broken:
+        print("\n".join(f"the placement does not hold: {line}" for line in broken))
+        return 1
+    print("the placement holds: all that it says was computed again")
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
-    from turnout.errors import UsageError, word
     from turnout.recipes.certify import check_certificate
 
     given = [name for name in ("map", "bound", "out") if getattr(arguments, name) is not None]

@@ -28,6 +28,7 @@ COMMANDS = (
     "convert",
     "certify",
     "parity",
+    "place",
     "plan",
     "verify",
     "methods",
@@ -49,6 +50,8 @@ a job each:
                                                  dense to sparse; smaller, with adapters: turnout convert --help
   turnout certify llama mixtral                  does B compute what A does? if not, where they part
   turnout parity plan.json                       has training on many processes the gradients of one?
+  turnout place trace --devices 8 --out placement.json
+                                                 which device holds which expert, from a recorded trace
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why

@@ -11,7 +11,7 @@ MODEL is a recipe, or a folder with a config.json (weights need not be there). T
   price_per_device_hour = 2.0
 
 examples:
-  turnout plan --here 4 --out cluster.toml         measure this machine as 4 processes
+  turnout plan tiny --here 4 --out cluster.toml    measure this machine as 4 processes that train this model
   turnout plan tiny --cluster cluster.toml --out plan.json
   torchrun --nproc-per-node 4 -m turnout train tiny --plan plan.json --out runs/x
   turnout plan mixtral batch=512 seq=4096 --cluster cluster.toml --top 10 --foreign
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--foreign", action="store_true", help="look at tensor and context parallelism too, which turnout does not run"
     )
-    parser.add_argument("--here", type=int, metavar="N", help="measure this machine, shared by N processes")
+    parser.add_argument(
+        "--here", type=int, metavar="N", help="measure this machine instead, shared by N processes that train MODEL"
+    )
     parser.add_argument("--out", metavar="FILE", help="write the best plan here; with --here, the cluster")
     parser.add_argument("--html", metavar="FILE", help="write a page with the pictures of the best plan's step")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -45,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans, or measures, and prints."""
-    if arguments.here is not None:
-        return _here(arguments)
     if arguments.model is None:
         fix = "name a recipe (turnout train lists them) or a model's folder"
         raise UsageError(word("MODEL", got="nothing", allowed="be named", where="turnout plan", fix=fix))
+    if arguments.here is not None:
+        return _here(arguments)
     check_there("--cluster", [arguments.cluster], "turnout plan")
     if arguments.top < 1:
         fix = "pass --top 5"
@@ -89,16 +91,18 @@ def _first(runs: list[int]) -> int:
 
 
 def _here(arguments: argparse.Namespace) -> int:
-    if arguments.model is not None or arguments.cluster:
+    if arguments.cluster:
         fix = "measure first, then plan with --cluster FILE"
-        raise UsageError(word("--here", got="a model beside it", allowed="go alone", where="turnout plan", fix=fix))
+        got, allowed = "--cluster beside it", "be measured, not told"
+        raise UsageError(word("--here", got=got, allowed=allowed, where="turnout plan", fix=fix))
     if not 1 <= arguments.here <= 64:
         allowed, fix = "be 1 to 64 processes", "pass --here 4"
         raise UsageError(word("--here", got=arguments.here, allowed=allowed, where="turnout plan", fix=fix))
     from turnout.recipes.cluster import as_toml, measured_cluster
+    from turnout.recipes.layouts import run_of
     from turnout.storage import write_whole
 
-    text = as_toml(measured_cluster(arguments.here))
+    text = as_toml(measured_cluster(arguments.here, run_of(arguments.model, arguments.overrides)))
     print(text, end="")
     if arguments.out:
         write_whole(arguments.out, text)

@@ -11,6 +11,7 @@ from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
 from turnout.measure.passage import Passage
+from turnout.measure.placement import placement_report
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
 from turnout.measure.sharpness import layers_of, sharpness
@@ -41,6 +42,7 @@ __all__ = [
     "load_report",
     "markdown",
     "max_vio",
+    "placement_report",
     "quantity",
     "read_run",
     "results_rows",

@@ -113,6 +113,7 @@ class LMStage(nn.Module):
     """
 
     side: Callable[[Sequence[Routing]], Tensor | None] | None = None
+    like: Tensor
 
     def __init__(self, lm: LM, stage: int, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -136,11 +137,17 @@ class LMStage(nn.Module):
             self.blocks.add_module(str(layer), lm.blocks[layer])
         self.norm, self.head = (lm.norm, lm.head) if self.last else (None, None)
         self.rope, self.local_rope = lm.rope, lm.local_rope
+        # Cast along with the weights, which a stage may have none of.
+        self.register_buffer("like", torch.empty(0, dtype=lm.embedding.dtype), persistent=False)
         self.pre_gate = None
         if lm.pre_gate is not None and any(map(lm.config.is_routed, self.layers)):
             keeps = copies.get("pre_gate.weight", (stage,))[0] == stage
             self.pre_gate = lm.pre_gate if keeps else copy.deepcopy(lm.pre_gate)
-        self.dtype = lm.embedding.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is handed on: that of the weights."""
+        return self.like.dtype
 
     @property
     def routers(self) -> list[nn.Module]:
@@ -258,6 +265,10 @@ class LMStage(nn.Module):
             return capped(linear(hidden_BSD, weight_VD), softcap)
         if places is not None and target_BS.shape == places.real_BS.shape:
             target_BS = target_BS.masked_fill(~places.real_BS, IGNORE)
+        if hidden_BSD.dtype == torch.float64:  # head_loss sums in fp32
+            logits_TV = capped(linear(hidden_BSD, weight_VD), softcap).flatten(0, 1)
+            nats = nn.functional.cross_entropy(logits_TV, target_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+            return nats / predicted
         return head_loss(hidden_BSD, weight_VD, target_BS, softcap=softcap) / predicted
 
 

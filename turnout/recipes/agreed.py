@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import turnout
+from turnout import __version__
 from turnout.recipes.run import Run
 from turnout.run.processes import agree, shared
 from turnout.types.plan import Plan
@@ -24,7 +24,7 @@ def code_digest() -> str:
 
     Source: none; SHA-256.
     """
-    root, total = Path(turnout.__file__).parent, hashlib.sha256()
+    root, total = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         total.update(f"{path.relative_to(root).as_posix()}\0".encode())
         total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -57,7 +57,7 @@ def agree_on_run(run: Run, plan: Plan) -> None:
     Source: none; plain bookkeeping.
     """
     same = "install the same turnout on every machine, and start all ranks anew"
-    agree("turnout's code", f"turnout {turnout.__version__} ({code_digest()[:16]})", fix=same)
+    agree("turnout's code", f"turnout {__version__} ({code_digest()[:16]})", fix=same)
     agree("torch", torch.__version__, fix="install the same torch on every machine")
     agree("the plan", f"{plan.layout} ({plan.digest})", fix="give every rank the same --layout or --plan")
     fields = {name: repr(value) for name, value in run.fields().items()} | {"start": repr(run.start)}

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from turnout.measure.memory import free_memory
+from turnout.models import LM
+from turnout.recipes.run import Run
 from turnout.recipes.spawned import spawned
+from turnout.recipes.workload import workload_of
 from turnout.types import Cluster
 
 __all__ = ["as_toml", "measured_cluster"]
@@ -19,12 +22,15 @@ _SMALL, _LARGE = 64, 1 << 21  # bytes of a message that is all latency, and of o
 _ROUNDS = 7
 
 
-def measured_cluster(ranks: int, *, width: int = 256) -> Cluster:
+def measured_cluster(ranks: int, run: Run) -> Cluster:
     """This machine, shared by so many processes on gloo with a thread each, all of them at work when it is timed.
+
+    How fast a device computes is what the model's own training passes reach, of a whole batch and of a part of it: the
+    line through both times gives flops_per_s and block_s.
 
     Args:
         ranks: how many processes.
-        width: of the matrices that are multiplied; near the model's, because small products are slower.
+        run: the model that is going to be planned, and its batch.
 
     Returns:
         One node with ``ranks`` devices: medians over a few rounds, the slowest rank's.
@@ -34,13 +40,14 @@ def measured_cluster(ranks: int, *, width: int = 256) -> Cluster:
 
     Source: none; least squares through two sizes.
     """
-    worst = spawned(ranks, _slowest, width)
+    worst = spawned(ranks, _slowest, run)
     free = free_memory()
     return Cluster(
         nodes=1,
         devices_per_node=ranks,
         memory_bytes=float(free or 4 << 30) / ranks,
         flops_per_s=worst["flops"],
+        block_s=worst["block_s_each"],
         memory_bytes_per_s=worst["memory"],
         intra_bytes_per_s=worst["rate"],
         intra_latency_s=worst["latency_s_each"],
@@ -50,26 +57,47 @@ def measured_cluster(ranks: int, *, width: int = 256) -> Cluster:
     )
 
 
-def _slowest(width: int) -> dict[str, float]:
+def _slowest(run: Run) -> dict[str, float]:
     """What every rank measured, the slowest of each."""
-    found = _measure(width)
+    found = _measure(run)
     signs = torch.tensor([-1.0 if name.endswith("_s_each") else 1.0 for name in found], dtype=torch.float64)
     values = torch.tensor(list(found.values()), dtype=torch.float64) * signs
     dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return dict(zip(found, (values * signs).tolist(), strict=True))
 
 
-def _measure(width: int) -> dict[str, float]:
-    a, b = torch.randn(256, width), torch.randn(width, 4 * width)
-    flops = 2 * a.numel() * b.shape[1] / _median(lambda: a @ b)
+def _measure(run: Run) -> dict[str, float]:
+    flops, block_s = _computing(run)
     big = torch.empty(1 << 22)
     memory = 2 * big.numel() * 4 / _median(lambda: big.copy_(big + 1)) * 2
     n = dist.get_world_size()
     if n == 1:
-        return {"flops": flops, "memory": memory, "rate": memory, "latency_s_each": 0.0}
+        return {"flops": flops, "block_s_each": block_s, "memory": memory, "rate": memory, "latency_s_each": 0.0}
     times = [_median(lambda size=size: _exchange(size, n)) for size in (_SMALL, _LARGE)]
     rate = (_LARGE - _SMALL) * (n - 1) / n / max(times[1] - times[0], 1e-9)
-    return {"flops": flops, "memory": memory, "rate": rate, "latency_s_each": times[0] / (n - 1)}
+    found = {"flops": flops, "block_s_each": block_s, "memory": memory, "rate": rate}
+    return found | {"latency_s_each": times[0] / (n - 1)}
+
+
+def _computing(run: Run) -> tuple[float, float]:
+    """Operations a second of the model's passes, and the seconds that a block takes whatever its size."""
+    rows = max(2, run.train.batch * run.train.accumulate // dist.get_world_size())
+    lm = LM(run.model).train()
+    work = workload_of(run, batch=rows)
+    each = sum(block.all_flops for block in work.blocks) + 2.0 * run.model.vocab_size * run.model.width
+    ids = torch.zeros(rows, run.train.seq, dtype=torch.long)
+    ids.random_(run.model.vocab_size, generator=torch.Generator().manual_seed(0))
+    parts = (max(1, rows // 4), rows)
+    times = [_median(lambda part=part: _passes(lm, ids[:part])) for part in parts]
+    token_s = (times[1] - times[0]) / ((parts[1] - parts[0]) * run.train.seq)
+    token_s = min(max(token_s, 0.1 * times[1] / (rows * run.train.seq)), times[1] / (rows * run.train.seq))
+    left = max(0.0, times[1] - token_s * rows * run.train.seq)
+    return 3 * each / token_s, left / (3 * len(work.blocks))
+
+
+def _passes(lm: LM, id_BS: torch.Tensor) -> None:
+    lm.loss(id_BS, id_BS).nats.backward()
+    lm.zero_grad(set_to_none=True)
 
 
 def _exchange(size: int, ranks: int) -> None:

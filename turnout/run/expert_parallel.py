@@ -168,19 +168,19 @@ def spread_rows(x_TD: Tensor, routing: Routing, owners: Owners, run: Callable[[T
         raise ShapeError(word("the routing", got=got, allowed=allowed, where=_WHERE, fix=fix))
     ranks, slots, group = owners.group.size(), owners.slots, owners.group
     slot_R = owners.slot_of(routing)
-    token_R, weight_R = routing.token_R, routing.weight_R
-    if not owners.in_order:
-        order_R = slot_R.argsort(stable=True)
-        slot_R, token_R, weight_R = slot_R[order_R], token_R[order_R], weight_R[order_R]
+    order_R = None if owners.in_order else slot_R.argsort(stable=True)  # else entries are sorted by slot already
     sent_GS = torch.bincount(slot_R, minlength=ranks * slots).view(ranks, slots)
     received_GS = counts_from(sent_GS, group)
     sent, received = sent_GS.sum(1).tolist(), received_GS.sum(1).tolist()
-    row_ND = exchange(x_TD.index_select(0, token_R), sent, received, group)
-    out_ND = run(row_ND, _own(received_GS, row_ND))
-    out_RD = exchange(out_ND, received, sent, group)
+    # In the order of the routing before and after, so that no sum depends on who holds which expert.
+    entry_RD = x_TD.index_select(0, routing.token_R)
+    row_ND = exchange(entry_RD if order_R is None else entry_RD[order_R], sent, received, group)
+    out_RD = exchange(run(row_ND, _own(received_GS, row_ND)), received, sent, group)
+    out_RD = out_RD if order_R is None else out_RD[order_R.argsort()]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
-    return y_TD.index_add(0, token_R, out_RD.to(wide) * weight_R[:, None].to(wide)).to(x_TD.dtype)
+    weighted_RD = out_RD.to(wide) * routing.weight_R[:, None].to(wide)
+    return y_TD.index_add(0, routing.token_R, weighted_RD).to(x_TD.dtype)
 
 
 def _own(received_GS: Tensor, row_ND: Tensor) -> Routing:

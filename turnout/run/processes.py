@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,10 +24,12 @@ import torch.distributed as dist
 from turnout.errors import TrainingError, UsageError, word
 from turnout.types.device import find_device
 
-__all__ = ["Ranks", "agree", "end", "launched", "named", "seen", "shared", "start"]
+__all__ = ["CALLED", "Ranks", "agree", "end", "launched", "named", "seen", "shared", "start"]
 
 _WHERE = "turnout.run.processes"
-_POLL_S = 0.02
+_POLL_S, _LISTEN_S = 0.02, 1.0
+# The key under which a rank that has missed another calls all of them.
+CALLED = "called"
 # How long ranks wait for each other's last word once one of them has missed somebody.
 _GRACE_S = 5.0
 _SHOWN = 200  # letters of a value that ranks differ in
@@ -120,6 +123,7 @@ def start(*, timeout_s: float = 300.0, backend: str | None = None, device: str =
             timeout=wait,
             device_id=found if found.type == "cuda" else None,
         )
+    threading.Thread(target=_answer, args=(store, rank), daemon=True).start()
     return Ranks(rank, world, local, found, timeout_s, attempt, store)
 
 
@@ -183,6 +187,16 @@ def shared(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     rows = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(rows, mine, group=group)
     return [json.loads(row.cpu().numpy().tobytes()[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _answer(store: dist.Store, rank: int) -> None:
+    """Says that this process lives, once somebody calls; its main thread may wait for one that does not."""
+    with contextlib.suppress(RuntimeError):  # the store has gone, and with it all who could ask
+        while dist.is_initialized():
+            if store.check([CALLED]):
+                store.set(f"alive/{rank}", "")
+                return
+            time.sleep(_LISTEN_S)
 
 
 def _number(name: str) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-__all__ = ["Meshes", "accumulate", "experts_in", "mesh", "shard"]
+__all__ = ["Meshes", "accumulate", "experts_in", "mesh", "shard", "slots_of"]
 
 _WHERE = "turnout.run.shard"
 
@@ -159,19 +159,26 @@ def shard(
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]
     for unit in units if plan.recompute else ():
-        # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        _recompute(unit)
     if layout.world // layout.pp == 1:
         return model
     if layout.ep > 1:
         for number, (name, experts) in enumerate(experts_in(model)):
-            _spread(name, experts, meshes, None if plan.placement is None else _slots(plan.placement, number, name))
+            _spread(name, experts, meshes, None if plan.placement is None else slots_of(plan.placement, number, name))
     for part in _wrapped(model, units, meshes, plan):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # else the factor is a kind of sum that gloo has not
         if travel is not None:
             travel(part)
     return model
+
+
+def _recompute(unit: Any) -> None:
+    if hasattr(unit, "recompute"):  # a block of ours, which knows when not to
+        unit.recompute = True
+    else:
+        # Under the hooks of whatever is put around it later, which gather its parameters for both passes.
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
 
 
 def experts_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -217,7 +224,7 @@ def _refuse(model: nn.Module, layout: Layout, plan: Plan, travel: object) -> Non
             raise UsageError(word("a router", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
-def _slots(placement: Placement, number: int, name: str) -> torch.Tensor:
+def slots_of(placement: Placement, number: int, name: str) -> torch.Tensor:
     """(S,) the expert in each slot of a layer, by its name where the placement has names."""
     known = {layer: at for at, layer in enumerate(placement.layers)}
     at = next((known[layer] for layer in (name, name.rpartition(".")[0]) if layer in known), None if known else number)

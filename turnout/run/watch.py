@@ -4,7 +4,6 @@ import contextlib
 import json
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from turnout import errors
 from turnout.errors import TrainingError, TurnoutError, word
-from turnout.run.processes import Ranks, end, named, seen
+from turnout.run.processes import CALLED, Ranks, named, seen
 
 __all__ = ["answering", "lead"]
 
@@ -47,9 +46,7 @@ def answering(ranks: Ranks, doing: Callable[[], str]) -> Iterator[None]:
         if not _of_the_wire(error):
             _last_words(ranks, f"stopped with {type(error).__name__}: {error}")
             raise
-        at, said = doing(), str(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the group, whose connections are to be closed
-        raise _roll_call(ranks, at, said) from error
+        raise _roll_call(ranks, doing(), str(error)) from error
 
 
 def lead(ranks: Ranks, action: Callable[[], Any]) -> Any:
@@ -134,20 +131,26 @@ def _last_words(ranks: Ranks, text: str) -> None:
 
 
 def _roll_call(ranks: Ranks, at: str, said: str) -> TrainingError:
-    """Which ranks are silent or have failed, in words."""
+    """Which ranks are dead, have failed or hang, in words.
+
+    A dead one has no thread that answers. Of those that live, one that hangs is where the others are not; but who lives
+    and still waits for the dead one is not blamed.
+    """
     _last_words(ranks, _HERE)
-    _let_go()
-    words = dict[int, str]()
+    everyone, words, alive = range(ranks.world), dict[int, str](), {ranks.rank}
     until = time.monotonic() + _GRACE_S
     with contextlib.suppress(RuntimeError):  # the store goes with the one that holds it
         while ranks.store is not None and len(words) < ranks.world and time.monotonic() < until:
-            found = {rank: seen(ranks.store, f"last/{rank}") for rank in range(ranks.world) if rank not in words}
-            words |= {rank: text for rank, text in found.items() if text is not None}
+            ranks.store.set(CALLED, "")
+            words |= {rank: text for rank in everyone if (text := seen(ranks.store, f"last/{rank}")) is not None}
+            alive |= {rank for rank in everyone if ranks.store.check([f"alive/{rank}"])}
             time.sleep(_POLL_S)
-    silent = [rank for rank in range(ranks.world) if rank not in words and rank != ranks.rank]
     failed = [f"rank {rank} {text}" for rank, text in sorted(words.items()) if text != _HERE]
-    waited = f"waited up to {ranks.timeout_s:g} s"
-    lost = [f"{named(silent)} did not answer, dead or hung ({waited})"] if silent else []
+    dead = [rank for rank in everyone if rank not in words and rank not in alive]
+    hung = [rank for rank in everyone if rank not in words and not dead and not failed]
+    waited = f"after {ranks.timeout_s:g} s"
+    lost = [f"{named(dead)} did not answer: dead, or stopped"] if dead else []
+    lost += [f"{named(hung)} did not answer {waited}: alive, and elsewhere"] if hung else []
     what = "; ".join([*failed, *lost]) or f"the ranks lost each other ({said:.300})"
     return _lost(ranks, f"in {at}: {what}")
 
@@ -156,10 +159,3 @@ def _lost(ranks: Ranks, got: str) -> TrainingError:
     _last_words(ranks, _HERE)
     fix = "look at what that rank said last; with torchrun --max-restarts 3 a run goes on by itself after this"
     return TrainingError(word("every rank", got=got, allowed="stay in reach", where="turnout.run.watch", fix=fix))
-
-
-def _let_go() -> None:
-    """Closes this rank's connections, so that ranks that wait for it learn of it now, not when its process ends."""
-    closing = threading.Thread(target=end, daemon=True)  # a dead peer must not hold this one up
-    closing.start()
-    closing.join(timeout=_GRACE_S / 2)

@@ -145,7 +145,7 @@ class Int4Reduce(_Travel):
         super().__init__()
         self.node, self.block = node, block
         self.between_bytes = 0  # of what was sent, that to other nodes
-        self._groups: dict[object, tuple[Any, Any]] = {}
+        self._groups: Any = {}  # group -> this node, this place in every node
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: "ProcessGroup", op: Any, async_op: bool = False

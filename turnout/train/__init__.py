@@ -7,7 +7,16 @@ from turnout.train.adapters import train_routers, train_shards
 from turnout.train.agvm import AGVM
 from turnout.train.balance import load_balance_loss, router_z_loss
 from turnout.train.config import TrainConfig, TrainResult
-from turnout.train.federated import Client, Round, aggregate, federate, fedjets
+from turnout.train.federated import (
+    Client,
+    Round,
+    ShuffledSum,
+    aggregate,
+    federate,
+    fedjets,
+    private_sgd,
+    shuffled_sum,
+)
 from turnout.train.loop import train
 from turnout.train.schedule import cosine, wsd
 
@@ -15,6 +24,7 @@ __all__ = [
     "AGVM",
     "Client",
     "Round",
+    "ShuffledSum",
     "TrainConfig",
     "TrainResult",
     "aggregate",
@@ -22,7 +32,9 @@ __all__ = [
     "federate",
     "fedjets",
     "load_balance_loss",
+    "private_sgd",
     "router_z_loss",
+    "shuffled_sum",
     "train",
     "train_routers",
     "train_shards",

@@ -24,6 +24,8 @@ class Cluster:
         devices_per_node: how many devices in each; device g is in node g // devices_per_node.
         memory_bytes: of a device.
         flops_per_s: what a device does of matrix products in practice, not on paper.
+        block_s: what a block takes whatever its size, of a forward pass and of each half of a backward pass: starting
+            kernels, the interpreter.
         memory_bytes_per_s: how fast a device reads its memory.
         intra_bytes_per_s: of one device's wire inside its node, each way.
         intra_latency_s: of a message inside a node.
@@ -49,6 +51,7 @@ class Cluster:
     devices_per_node: int = 1
     memory_bytes: float = 80e9
     flops_per_s: float = 4e14
+    block_s: float = 0.0
     memory_bytes_per_s: float = 3e12
     intra_bytes_per_s: float = 300e9
     intra_latency_s: float = 1e-5
@@ -66,7 +69,10 @@ class Cluster:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            may_be_none = field.name in ("host_bytes", "disk_bytes", "price_per_device_hour") or "latency" in field.name
+            may_be_none = (
+                field.name in ("host_bytes", "disk_bytes", "price_per_device_hour", "block_s")
+                or "latency" in field.name
+            )
             whole = field.name in ("nodes", "devices_per_node")
             right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not right or not (value >= 0 if may_be_none else value > 0) or value == float("inf"):

@@ -19,4 +19,4 @@ def drawn(monkeypatch):
     monkeypatch.setattr(claim, "sensitive", at_random)
 
 
-CASE = Case(drawn, "lost", small={"_STEPS": 200})
+CASE = Case(drawn, "lost", pairs={"left out": "left out, random", "sensitive": "random"}, small={"_STEPS": 150})

@@ -77,7 +77,7 @@ def test_fragments_meet_on_torchfts_schedule(every, fragments, delay):
 def test_an_overlapped_fragment_is_what_it_was_when_it_was_begun_mixed_with_what_came_after():
     models, inner = fleet(1)
     met = DiLoCo(models, inner, every=4, delay=1, mix=0.25, outer=plain)
-    data = batches(4, 0)
+    data, begun = batches(4, 0), flat(models[0])
     with met:
         for at in range(4):
             if at == 3:

@@ -1,6 +1,8 @@
 """On real processes the same numbers come out as with the same replicas in one process."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.train.local.fleet import batches, flat, fleet, step, walk
 from turnout.train.local import CO2, DiLoCo, over, payload_bytes
 
 WORLD, STEPS = 2, 8
-RUNS = {
+RUNS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plain": (DiLoCo, {"every": 4}),
     "streaming": (DiLoCo, {"every": 4, "fragments": 2, "delay": 1, "mix": 0.5}),
     "int8": (DiLoCo, {"every": 4, "bits": 8}),

@@ -169,7 +169,7 @@ def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, token
     rate = cluster.flops_per_s
     head = workload.vocab * workload.width * 2 if stage == layout.pp - 1 else 0
     flops = part.flops / layout.tp + part.expert_flops + head / layout.tp
-    compute = (4 if plan.recompute else 3) * tokens * flops / rate
+    compute = (4 if plan.recompute else 3) * (tokens * flops / rate + part.blocks * cluster.block_s)
     waits, sent = {"compute": compute}, {}
     wires = {
         "experts' exchange": wire(cluster, layout.ep, 1),

@@ -8,6 +8,8 @@ from turnout.decide.device.place.exflow import Solved, exflow
 from turnout.decide.device.place.hecate import Materialised, hecate
 from turnout.decide.device.place.moetuner import moetuner
 from turnout.decide.device.place.replan import replan
+from turnout.decide.device.place.shift import shift
+from turnout.decide.device.place.surco import latency, surco
 
 __all__ = [
     "Eplb",
@@ -19,6 +21,9 @@ __all__ = [
     "eplb",
     "exflow",
     "hecate",
+    "latency",
     "moetuner",
     "replan",
+    "shift",
+    "surco",
 ]

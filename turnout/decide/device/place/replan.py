@@ -11,7 +11,6 @@ from turnout.types import Placement
 
 __all__ = ["replan"]
 
-_GOALS = (1.001, 1.002, 1.003, 1.005, 1.008, 1.012, 1.02, 1.04)  # busiest device over mean
 _WHERE = "turnout.decide.device.place.replan"
 
 
@@ -20,19 +19,22 @@ def replan(
     load_LE: Sequence[np.ndarray],
     *,
     moves: float = 0.1,
+    goal: float = 1.004,
     speed_G: np.ndarray | None = None,
 ) -> Placement:
     """The placement that few moves from ``before`` lead to, and whose busiest devices are busy least.
 
     The layer whose busiest device is the furthest above the mean goes first. That device exchanges a copy with another
-    (two moves), or has one of its experts copied to where a spare copy gives way (one move): the cheaper one that
-    reaches a goal, else what helps most. It ends when nothing helps, when all layers are at the goal, or when no move
+    (two moves), or has one of its experts copied to where a spare copy gives way (one move), or three copies go round
+    between it, another busy device and an idle one (three moves for two devices): the cheapest that reaches a goal,
+    else what helps most. It ends when nothing helps, when all layers are at the goal, or when no move
     is left.
 
     Args:
         before: where the experts are.
         load_LE: for each layer the load of its experts now.
         moves: how many copies may travel, of all that there are.
+        goal: busiest device over mean at which a layer is left alone.
         speed_G: of each device, relative.
 
     Returns:
@@ -56,14 +58,6 @@ def replan(
         allowed = f"be of {before.num_experts_L} experts"
         raise UsageError(word("load_LE", got=got, allowed=allowed, where=_WHERE, fix=fix))
     speed_G = speeds(speed_G, before.devices, _WHERE)
-    tried = [_towards(goal, before, load_LE, moves, speed_G) for goal in _GOALS]
-    return min(tried, key=lambda one: one[0])[1]
-
-
-def _towards(
-    goal: float, before: Placement, load_LE: Sequence[np.ndarray], moves: float, speed_G: np.ndarray
-) -> tuple[float, Placement]:
-    """How long the busiest devices take in all layers together, and the placement."""
     held_LGE = [before.held(layer) for layer in range(before.num_layers)]
     layers = [Slots(load_E, held_GE, speed_G) for load_E, held_GE in zip(load_LE, held_LGE, strict=True)]
     left = int(moves * before.slots + 1e-9)
@@ -78,14 +72,19 @@ def _towards(
         if _step(layer, goal, left + used, old_GE):
             left -= int((layer.held_GE & ~old_GE).sum()) - used
             heapq.heappush(queue, (-layer.worst, number))
-    after = Placement.of([layer.held_GE for layer in layers], nodes=before.nodes, layers=before.layers)
-    return float(sum(layer.time_G.max() for layer in layers)), after
+    return Placement.of([layer.held_GE for layer in layers], nodes=before.nodes, layers=before.layers)
 
 
 def _step(layer: Slots, goal: float, budget: int, old_GE: np.ndarray) -> bool:
     """Does what helps the busiest device, if anything does and leaves no more than ``budget`` copies elsewhere."""
     device, held_GE = int(layer.time_G.argmax()), layer.held_GE.copy()
     worst = layer.worst
+    if (round_ := layer.best_cycle(device, goal)) is not None:
+        layer.cycle(device, *round_)
+        if int((layer.held_GE & ~old_GE).sum()) <= budget:
+            return True
+        layer.held_GE = held_GE.copy()
+        layer.refresh()
     found = []
     for kind, (after, come, other, gone) in (
         ("replace", layer.best_replacement(device)),

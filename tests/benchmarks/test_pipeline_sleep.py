@@ -1,0 +1,31 @@
+"""The pipeline simulator foretells real runs whose stages sleep."""
+
+import pytest
+
+from benchmarks.pipeline_sleep import RANKS, SCHEDULES, Report, Row, compare, costs, table
+from turnout.recipes.spawned import spawned
+
+JUDGED = ("GPipe", "1F1B", "ZB-H1", "Interleaved1F1B", "ZBV", "DualPipeV")
+BOUND = {1: 0.05, 2: 0.10}  # by the number of stages of a rank
+
+
+@pytest.mark.slow
+def test_real_runs_take_as_long_as_is_simulated() -> None:
+    """With the settings of the benchmark: a median of three steps of sleeps that are long beside what disturbs them."""
+    report = spawned(RANKS, compare, list(JUDGED), 40.0, 3)
+    assert [row.name for row in report.rows] == list(JUDGED)
+    wrong = [row.name for row in report.rows if not row.error <= BOUND[row.chunks]]
+    beside = f"load {report.load:.1f}, {1e3 * report.overhead_s:.2f} ms beside an action's own time"
+    assert not wrong, f"{', '.join(wrong)} at {beside}\n{table(report)}"
+    assert 0 < report.overhead_s < 0.03, beside  # else the sleeps are not what is measured
+
+
+def test_a_wrong_simulation_is_seen() -> None:
+    assert Row("GPipe", 1, 1.0, 1.06).error > BOUND[1]
+    assert "6.0 %" in table(Report((Row("GPipe", 1, 1.0, 1.06),), 0.0, 0.0))
+
+
+def test_the_first_stage_does_both_gradients_at_once_as_torch_does() -> None:
+    told = costs(4, (3.0, 2.0, 1.0), 0.5)
+    assert told.full_S == (3.0,) * 4 and told.input_S[0] == 0.0
+    assert all(name in SCHEDULES for name in JUDGED)
