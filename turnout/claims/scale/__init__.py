@@ -10,6 +10,7 @@ from turnout.claims.scale.exflow import exflow
 from turnout.claims.scale.flowmoe import flowmoe
 from turnout.claims.scale.flows import flows
 from turnout.claims.scale.fsmoe import fsmoe
+from turnout.claims.scale.fzoos import fzoos
 from turnout.claims.scale.gpipe import gpipe
 from turnout.claims.scale.hecate import hecate
 from turnout.claims.scale.interleaved import interleaved
@@ -38,6 +39,7 @@ __all__ = [
     "flowmoe",
     "flows",
     "fsmoe",
+    "fzoos",
     "gpipe",
     "hecate",
     "interleaved",
