@@ -38,18 +38,10 @@ class Federation:
 
 @expects(functions=several(Callable))  # type: ignore[arg-type]
 def fedzo(
-    functions: Sequence[Callable[[Tensor], Tensor | float]],
-    start_D: Tensor,
-    *,
-    rounds: int,
-    rate: float,
-    local_steps: int = 10,
-    directions: int = 20,
-    radius: float = 0.01,
-    correction: Literal["none", "prox", "scaffold"] = "none",
-    strength: float = 1.0,
-    seed: int = 0,
-) -> Federation:
+    functions: Sequence[Callable[[Tensor], Tensor | float]], start_D: Tensor, *, rounds: int, rate: float,
+    local_steps: int = 10, directions: int = 20, radius: float = 0.01,
+    correction: Literal["none", "prox", "scaffold"] = "none", strength: float = 1.0, seed: int = 0,
+) -> Federation:  # fmt: skip
     """Minimises the mean of the clients' functions; each estimates its gradient by differences in a few directions.
 
     g = sum_q (f(x + r u_q) - f(x)) / r u_q, with orthonormal u_q drawn for each step; x <- x - rate g, so many times,
