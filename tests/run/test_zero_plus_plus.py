@@ -37,6 +37,13 @@ def test_what_is_not_finite_stays_so_and_zeros_are_zeros(bits):
     assert got_MN[:2].isnan().all() and torch.equal(got_MN[2:], torch.zeros(2, 8))
 
 
+def test_bytes_of_several_dtypes_are_refused() -> None:
+    """torch gathers parameters of unlike dtypes as bytes, which would be rounded as if they were numbers."""
+    bytes_N = torch.arange(256, dtype=torch.uint8)
+    with pytest.raises(UsageError, match="numbers of one dtype"):
+        Int8Gather()(torch.empty_like(bytes_N), bytes_N, None)
+
+
 def _reduced(ranks: Ranks) -> dict[str, object]:
     """Sums of known parts in one hop and in two; what a mean is told; a model that learns through both."""
     generator = torch.Generator().manual_seed(ranks.rank)
