@@ -55,7 +55,7 @@ def test_slopes_in_full_are_not_taken_for_bytes(monkeypatch: pytest.MonkeyPatch)
 def test_less_than_the_paper_says_is_not_its_headline(name: str, of: str, little: float) -> None:
     rows = claims.find(name)().rows
     values = {each: 1.0 for row in rows for each in (row.measured, row.control)}
-    measured = of.split(" left of")[0].split(" time over,")[0]
+    measured = of.partition(" left of")[0].partition(" time over,")[0]
     assert not verdicts(name, values | {measured: little})[of]
     assert verdicts(name, values | {measured: 0.3})[of]
 
