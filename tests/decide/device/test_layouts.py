@@ -113,7 +113,6 @@ def test_torch_holds_what_was_foreseen_on_one_of_1024_devices(layout, tiny_run):
     assert here == pytest.approx(foreseen, rel=0.05)
 
 
-<<<<<<< HEAD
 _KINDS = {
     "a window in one layer": {"window": 8, "window_layers": (0,)},
     "a window": {"window": 8},
@@ -138,7 +137,8 @@ def test_operations_are_those_that_are_counted(fields, tiny_run):
         counted -= 2 * config.heads * wide * (seq - seen)
     assert sum(block.all_flops for block in work.blocks) + 2 * 64 * 32 == pytest.approx(counted, rel=0.02)
     assert work.params == sum(p.numel() for p in lm.parameters())
-=======
+
+
 @pytest.mark.slow
 def test_1024_devices_are_planned_in_seconds(tiny_run):
     """The guide's example: 24 blocks of 64 experts."""
@@ -149,7 +149,6 @@ def test_1024_devices_are_planned_in_seconds(tiny_run):
     seconds = time.process_time() - began
     assert len(found) == 5 and {choice.plan.layout.world for choice in found} == {1024}
     assert seconds < 15, "of processor time; 5 with seven others on the core, where 5 alone is the goal"
->>>>>>> w-p
 
 
 @pytest.fixture
