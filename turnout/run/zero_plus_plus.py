@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.run.processes import as_patient
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Int4Reduce(_Travel):
             inside = ranks[me // node * node : (me // node + 1) * node]
             across = ranks[me % node :: node]
             self._groups[group] = tuple(
-                dist.new_group(each, use_local_synchronization=True) for each in (inside, across)
+                as_patient(dist.new_group(each, use_local_synchronization=True)) for each in (inside, across)
             )
         return self._groups[group]
 
