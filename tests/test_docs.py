@@ -148,6 +148,10 @@ def check_command(command: list[str]) -> str | None:
         return None
     if name.startswith(("scripts/", ".ci/")):
         return None if os.access(ROOT / name, os.X_OK) else f"{name} is no script of ours"
+    if name == "torchrun":
+        inner = arguments.index("turnout") if "turnout" in arguments else 0
+        whole = arguments[inner - 1 : inner] == ["-m"]
+        return check_turnout(arguments[inner + 1 :]) if whole else "torchrun starts -m turnout here"
     if name in ("python", "python3", "python3.11"):
         if arguments[:1] == ["-m"]:
             return None if importlib.util.find_spec(arguments[1]) else f"there is no module {arguments[1]}"
@@ -273,6 +277,8 @@ def links(page: Path) -> list[str]:
         ("```sh\nturnout trian tiny\n```\n", "invalid choice"),
         ("```sh\nturnout sample runs/x --promt hello\n```\n", "unrecognized arguments"),
         ("```sh\nturnout train tinny --out runs/x\n```\n", "Did you mean 'tiny'"),
+        ("```sh\ntorchrun --nproc-per-node 2 -m turnout train tiny --layuot ep=2\n```\n", "unrecognized arguments"),
+        ("```sh\ntorchrun --nproc-per-node 2 train.py\n```\n", "torchrun starts -m turnout here"),
         ("```sh\nturnout train tiny widht=3 --out runs/x\n```\n", "widht"),
         ("```sh not-run\nscripts/dmeo\n```\n", "no script of ours"),
         ("```sh\necho done && frobnicate\n```\n", "'frobnicate' is not a command"),

@@ -108,6 +108,17 @@ def test_tokens_that_nobody_takes_are_zero_and_need_no_gradient() -> None:
     assert not y_TD[[1, 3]].any() and y_TD[[0, 2]].any()
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_what_no_token_takes_has_a_gradient_of_zeros(sizes, tokens) -> None:
+    """A process whose tokens are all padding, or all for other experts, reduces the same gradients as the others."""
+    made = bank(6, sizes)
+    routing = Routing.from_topk(torch.full((tokens, 1), 5), torch.ones(tokens, 1).double(), num_experts=6)
+    x_TD = torch.zeros(tokens, 8, dtype=torch.float64, requires_grad=True)
+    factored(x_TD, routing, made.weights()).sum().backward()
+    assert x_TD.grad is not None and not [name for name, p in made.named_parameters() if p.grad is None]
+
+
 def test_user_mistakes() -> None:
     made = bank(3, {"up_rank": 2, "down_rank": 2})
     routing = ROUTINGS["top-2"]()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import spawn
 from turnout.errors import ShapeError, UsageError
 from turnout.train import AGVM
+from turnout.train.agvm import over_halves
 
 
 def modules(sizes=(400, 400, 400)) -> list[nn.Parameter]:
@@ -90,3 +92,14 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ShapeError, match="the gradients"):
             agvm.look(first, second)
     assert agvm.look([g, None], [g, None])[0] == 1.0
+
+
+def one_rank(ranks) -> tuple[list, list]:
+    halves = over_halves([torch.full((2,), 10.0**ranks.rank), None])
+    return tuple([None if one is None else one.tolist() for one in half] for half in halves)
+
+
+@pytest.mark.slow
+def test_halves_of_ranks_are_summed_apart_and_alike_on_all():
+    """Of three ranks the first is a half, and the other two."""
+    assert spawn(3, one_rank) == [([[1.0, 1.0], None], [[110.0, 110.0], None])] * 3

@@ -82,10 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains, and says where everything is."""
     check_data(arguments.data, "turnout train")
-    if arguments.recipe is not None and "=" in arguments.recipe:
-        # `turnout train --resume steps=500`: the first override landed where a recipe's name goes.
-        arguments.overrides.insert(0, arguments.recipe)
-        arguments.recipe = None
+    _sort_out(arguments)
     _check_start(arguments)
     _check_spread(arguments)
     if arguments.resume is not None and arguments.recipe is None:
@@ -137,6 +134,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(done.table())
         print(f"report: {done.report}")
     return 0
+
+
+def _sort_out(arguments: argparse.Namespace) -> None:
+    """Puts the first override where it belongs: it lands in the place of a recipe's name, or of a checkpoint's."""
+    if arguments.recipe is not None and "=" in arguments.recipe:
+        arguments.overrides.insert(0, arguments.recipe)
+        arguments.recipe = None
+    if arguments.resume is not None and "=" in arguments.resume:
+        arguments.overrides.insert(0, arguments.resume)
+        arguments.resume = "latest"
 
 
 def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any]) -> "Done | None":

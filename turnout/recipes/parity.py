@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from turnout.decide.device import schedule_of
 from turnout.errors import UsageError, nearest, word
 from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
@@ -226,6 +227,8 @@ def parity(
 
     Source: none; a start of processes.
     """
+    if plan.layout.pp > 1:
+        schedule_of(plan)  # a name that there is not is said before any process starts
     if processes.launched():
         ranks = processes.start(device="cpu")
         found = _compare_folder(plan, model, dtype, plant, seed)

@@ -96,7 +96,7 @@ def place_trace(
     _check(by, traffic, devices, nodes, slots, before, bool(speed_G))
     speed = np.array(speed_G) if speed_G else None
     if before is not None:
-        limit = {"load": 1.002, "both": balance, "affinity": math.inf}[by]
+        limit = {"load": 1.004, "both": balance, "affinity": math.inf}[by]
         if by == "load":
             found = place.replan(before, traffic.load_LE, moves=moves, goal=limit, speed_G=speed)
         else:

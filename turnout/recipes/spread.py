@@ -75,6 +75,7 @@ def spread(
     out, stage = Path(out), ["the beginning"]
     check_size(run)
     _refuse(run, plan)
+    _refuse_parts(run, plan)
     ranks = start(timeout_s=timeout_s, device=run.train.device)
     one = _One(run, out, plan, ranks, stage)
     with answering(ranks, lambda: stage[-1]), resumable(out), warnings.catch_warnings():
@@ -204,6 +205,18 @@ def _node(plan: Plan) -> int | None:
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     count, shards = int(here) if here.isdigit() else 1, plan.layout.dp_shard
     return count if plan.layout.ep == 1 and 1 < count < shards and shards % count == 0 else None
+
+
+def _refuse_parts(run: Run, plan: Plan) -> None:
+    """Without a pipeline the parts of a step are those of ``accumulate``: a plan that fits by them needs them."""
+    train, parts = run.train, plan.microbatches
+    if plan.layout.pp > 1 or train.accumulate >= parts:
+        return
+    each = -(-train.batch * train.accumulate // parts)
+    each += -each % plan.layout.data_ranks
+    got, allowed = train.accumulate, f"be at least {parts}, the parts in which the plan has a step (microbatches)"
+    fix = f"pass batch={each} accumulate={parts}"
+    raise UsageError(word("accumulate", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _path(tokens: TokenSet | None) -> str | None:

@@ -112,6 +112,9 @@ def _factored(x_TD: Tensor, routing: Routing, weights: FactoredWeights) -> Tenso
     bound_E = routing.offset_E.tolist()
     up_border_E = _borders(weights.up_row_N, weights.num_experts, weights.parts * weights.hidden)
     down_border_E = _borders(weights.down_row_N, weights.num_experts, weights.width)
+    # Gradients of all that is trained are zeros, not missing, whatever the tokens took: processes that share a model
+    # reduce them together, and wait for each other.
+    y_TD = _touched(y_TD, x_TD, weights)
     for group in range(weights.groups):
         experts = range(group * weights.share, min((group + 1) * weights.share, weights.num_experts))
         start, end = bound_E[experts.start], bound_E[experts.stop]
@@ -140,6 +143,14 @@ def _factored(x_TD: Tensor, routing: Routing, weights: FactoredWeights) -> Tenso
             out_UD = out_UD + linear(out_Ur.to(x_TD.dtype), weights.down_out_GDr[group]).to(y_TD.dtype)
         y_TD = y_TD.index_add(0, token_U, out_UD)
     return y_TD
+
+
+def _touched(y_TD: Tensor, x_TD: Tensor, weights: FactoredWeights) -> Tensor:
+    """y, which no token of none adds anything to."""
+    floating = [getattr(weights, field.name) for field in dataclasses.fields(weights)]
+    floating = [x_TD, *(one for one in floating if isinstance(one, Tensor) and one.is_floating_point())]
+    none = torch.cat([one.flatten()[:0] for one in floating if one.requires_grad] or [y_TD.flatten()[:0]])
+    return y_TD.index_add(0, none.new_zeros(0, dtype=torch.int64), none.view(0, y_TD.shape[1]).to(y_TD.dtype))
 
 
 def _up(

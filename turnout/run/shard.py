@@ -217,11 +217,12 @@ def _refuse(model: nn.Module, layout: Layout, plan: Plan, travel: object) -> Non
     if travel is None and (plan.gather == "int8" or plan.reduce == "int4"):
         got, fix = f"gather={plan.gather} and reduce={plan.reduce}", "pass travel=..., or gather='bf16', reduce='bf16'"
         raise UsageError(word("the plan", got=got, allowed="have collectives for them", where=_WHERE, fix=fix))
-    for name, module in model.named_modules() if layout.data_ranks > 1 else ():
+    cut = layout.pp > 1 and plan.microbatches > 1
+    for name, module in model.named_modules() if layout.data_ranks > 1 or cut else ():
         if getattr(module, "capacity_factor", None) is not None:
             got = f"{name} ({type(module).__name__}, capacity_factor={module.capacity_factor})"
             allowed = (
-                "route each token by itself: it chooses among the tokens of its batch, and each process has others"
+                "route each token by itself: it chooses among the tokens of its batch, and each part of it has others"
             )
             fix = "build it with capacity_factor=None, or with a router that knows none (TopK, LossFree)"
             raise UsageError(word("a router", got=got, allowed=allowed, where=_WHERE, fix=fix))

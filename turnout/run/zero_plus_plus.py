@@ -112,9 +112,17 @@ class Int8Gather(_Travel):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: "ProcessGroup", async_op: bool = False
     ) -> None:
-        """Fills ``output_tensor`` with what all processes have in ``input_tensor``."""
+        """Fills ``output_tensor`` with what all processes have in ``input_tensor``.
+
+        Raises:
+            UsageError: bytes, which torch makes of parameters of several dtypes that it gathers together.
+        """
         import torch.distributed as dist
 
+        if not input_tensor.is_floating_point():
+            got, allowed = f"{input_tensor.dtype}", "be numbers of one dtype, to be rounded"
+            fix = "give all parameters of a unit one dtype: model.float(), or gather='full'"
+            raise UsageError(word("what is gathered", got=got, allowed=allowed, where=_WHERE, fix=fix))
         sent = pack(input_tensor.view(1, -1), 8, self.block)
         found = torch.empty(group.size() * sent.numel(), dtype=torch.uint8, device=sent.device)
         dist.all_gather_single(found, sent.view(-1), group=group)

@@ -16,6 +16,7 @@ from turnout.run.exchange import own_part
 from turnout.run.processes import Ranks, shared
 from turnout.run.shard import Meshes, accumulate
 from turnout.run.watch import answering, lead
+from turnout.run.whole import copies_of, of_experts
 from turnout.train import parts
 from turnout.train.balance import Whole, demand
 from turnout.train.team import Passed, Weights
@@ -43,6 +44,7 @@ class Sharded:
         spread = self.size > 1 or meshes.layout.pp == 1  # else there is nobody to share a stage with
         self._held = {id(p): _leaf(name, p, spread=spread) for name, p in model.named_parameters()}
         self._groups = {id(self._held[id(p)]): _sharing(p) for p in model.parameters()}
+        self._named = dict(model.named_parameters())
 
     @property
     def first(self) -> bool:
@@ -123,14 +125,21 @@ class Sharded:
 
     @torch.no_grad()
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Over all shards, each number once."""
+        """Over all shards, each number once, also those of an expert with copies."""
         return self.squares(parameters).sqrt()
 
     def squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The sum of the squares of these parameters' gradients, over those that share them."""
+        copies = {
+            id(self._held[id(self._named[name])]): copies_of(owners, self._named[name])  # pyrefly: ignore
+            for name, owners in of_experts(self.model)[1].items()
+            if owners.copied
+        }
         kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for leaf in parameters:
             grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            if (count := copies.get(id(leaf))) is not None:
+                grad = grad / count.to(grad).sqrt().view(-1, *[1] * (grad.ndim - 1))
             kinds.setdefault(self._groups[id(leaf)], []).append(grad)
         squares = []
         for groups, gradients in kinds.items():

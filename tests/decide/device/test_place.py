@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from turnout.decide.device import place
 from turnout.decide.device.place.by_affinity import by_affinity, crossing_weight
 from turnout.errors import UsageError
+from turnout.measure import placement_report
 from turnout.solve import kept_bound
 from turnout.types import Placement, Traffic
 
@@ -48,12 +50,12 @@ def test_affinity_is_the_best_of_all(experts, devices, seed):
     assert solved.crossing * told.steps == pytest.approx(best), f"seed {seed}"
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", range(3))
 def test_affinity_without_listing_every_way_is_near_the_best(seed, monkeypatch):
     told = traffic(4, 8, seed)
     exact = told.crossing(by_affinity(told.step_LEE, devices=4))
     monkeypatch.setattr(sys.modules[by_affinity.__module__], "_WAYS", 1)
-    assert exact <= told.crossing(by_affinity(told.step_LEE, devices=4, kicks=400)) <= exact * 1.03, f"seed {seed}"
+    assert exact <= told.crossing(by_affinity(told.step_LEE, devices=4, kicks=400)) <= exact * 1.01, f"seed {seed}"
 
 
 @pytest.mark.slow
@@ -94,6 +96,16 @@ def test_affinity_follows_nodes_before_devices():
     flat = Placement.of([flat.held(layer) for layer in range(4)], nodes=2)
     assert told.crossing(nested, "node") <= told.crossing(flat, "node")
     assert told.crossing(flat) <= told.crossing(nested)
+
+
+@pytest.mark.slow
+def test_a_large_model_is_placed_in_seconds_with_a_bound():
+    told = traffic(58, 256, 0, tokens=20_000)
+    began = time.process_time()
+    report = placement_report(told, by_affinity(told.step_LEE, devices=64))
+    seconds = time.process_time() - began
+    assert report["crossing_bound"] < report["crossing"] < 0.95 < report["crossing_contiguous"]
+    assert seconds < 15, "of processor time; 2 to 4 on an idle core, where 5 is the goal"
 
 
 # ---- load
@@ -165,7 +177,7 @@ def test_a_tenth_of_the_moves_is_enough(seed):
     before = place.by_load(load_LE, devices=32, slots=288)
     after = place.replan(before, drifted, moves=0.1)
     assert before.moved(after).share <= 0.1
-    assert 1 / told.imbalance(after) >= 0.994 > 0.98 > 1 / told.imbalance(before), f"seed {seed}"
+    assert 1 / told.imbalance(after) >= 0.995 > 0.98 > 1 / told.imbalance(before), f"seed {seed}"
     anew = [place.eplb(one, slots=288, devices=32).placement() for one in (load_LE, drifted)]
     assert anew[0].moved(anew[1]).share > 0.9
     assert place.replan(before, drifted, moves=0.0) == before

@@ -93,8 +93,9 @@ def search(
     check_counts("search", ranks, microbatches)
     _check(costs, ranks, memory)
     run = _Search(costs, ranks, microbatches, float("inf") if memory is None else memory, barrier, tries, seed)
-    for schedule in known_schedules(costs, ranks, microbatches, memory=memory):
-        run.take(schedule)
+    for schedule in run.published:
+        if run.fits(schedule):
+            run.take(schedule)
     known = None if run.best is None else (run.best[1].name, run.best[0])
     for holders in _holders(costs.stages, ranks):
         run.improve(holders)
@@ -178,6 +179,12 @@ class _Search:
         tasks = 3 * self.costs.stages * self.m
         self.plays = max(self.tries // 20, min(self.tries, int(self.tries * 1000 / tasks)))
         self.rng = random.Random(self.seed)
+        room = None if self.memory == float("inf") else self.memory
+        self.published = list(_published(self.costs, self.ranks, self.m, room))
+
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether no device ever holds more than it may."""
+        return float(pipeline(schedule, self.costs).peak_R.max()) <= self.memory + _SLACK
 
     def take(self, schedule: Schedule) -> float:
         """Keeps the schedule if it is better than what there is."""
@@ -193,7 +200,7 @@ class _Search:
         orders = Orders(self.costs, holders, self.m, self.memory, barrier=self.barrier)
         starts = [
             (orders.value(line)[0], line)
-            for schedule in known_schedules(self.costs, self.ranks, self.m, memory=self.memory)
+            for schedule in self.published
             if schedule.rank_of_stage == holders and orders.fits(line := self._split(schedule))
         ]
         starts += self._refilled(holders, orders)

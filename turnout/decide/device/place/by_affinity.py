@@ -30,8 +30,8 @@ def by_affinity(
     A layer is only tied to the one before and the one after. Where the ways to fill one layer's devices can be listed
     (up to 3,000: 8 experts on 4 devices) the best of all placements comes from dynamic programming over the layers.
     Else layers are placed in turn, each in the best way for its neighbours as they are, an exact assignment; then from
-    each layer on the devices are renamed to fit those before; until neither helps. Then a stretch of layers is
-    disturbed and the same done again, ``kicks`` times, keeping what is better.
+    each layer on the devices are renamed to fit those before; until neither helps. The best of up to 32 starts is kept.
+    Then a stretch of layers is disturbed and the same done again, ``kicks`` times, keeping what is better.
 
     Args:
         step_LEE: between each two layers (E, E') how much goes from expert to expert, at least 0.
@@ -104,9 +104,11 @@ def _solve(
 ) -> list[np.ndarray]:
     if max(map(ways, room)) <= _WAYS:
         return _best_of_all(steps, room)
-    best = _settle(steps, room, _forward(steps, room, rng), range(len(room)))
-    least = crossing_weight(steps, best)
     entries = sum(map(np.size, steps))
+    count = min(32, max(1, 4_000_000 // entries))
+    starts = [_settle(steps, room, _forward(steps, room, rng), range(len(room))) for _ in range(count)]
+    best = min(starts, key=lambda one: crossing_weight(steps, one))
+    least = crossing_weight(steps, best)
     for _ in range(min(2000, 40_000_000 // entries) if kicks is None else kicks):
         tried, first, stop = _disturbed(best, rng)
         tried = _settle(steps, room, tried, range(first, stop))

@@ -19,14 +19,15 @@ def replan(
     load_LE: Sequence[np.ndarray],
     *,
     moves: float = 0.1,
-    goal: float = 1.002,
+    goal: float = 1.004,
     speed_G: np.ndarray | None = None,
 ) -> Placement:
     """The placement that few moves from ``before`` lead to, and whose busiest devices are busy least.
 
     The layer whose busiest device is the furthest above the mean goes first. That device exchanges a copy with another
-    (two moves), or has one of its experts copied to where a spare copy gives way (one move): the cheaper one that
-    reaches a goal, else what helps most. It ends when nothing helps, when all layers are at the goal, or when no move
+    (two moves), or has one of its experts copied to where a spare copy gives way (one move), or three copies go round
+    between it, another busy device and an idle one (three moves for two devices): the cheapest that reaches a goal,
+    else what helps most. It ends when nothing helps, when all layers are at the goal, or when no move
     is left.
 
     Args:
@@ -78,6 +79,12 @@ def _step(layer: Slots, goal: float, budget: int, old_GE: np.ndarray) -> bool:
     """Does what helps the busiest device, if anything does and leaves no more than ``budget`` copies elsewhere."""
     device, held_GE = int(layer.time_G.argmax()), layer.held_GE.copy()
     worst = layer.worst
+    if (round_ := layer.best_cycle(device, goal)) is not None:
+        layer.cycle(device, *round_)
+        if int((layer.held_GE & ~old_GE).sum()) <= budget:
+            return True
+        layer.held_GE = held_GE.copy()
+        layer.refresh()
     found = []
     for kind, (after, come, other, gone) in (
         ("replace", layer.best_replacement(device)),

@@ -87,6 +87,46 @@ class Slots:
         a, b = np.unravel_index(after_AB.argmin(), after_AB.shape)
         return float(after_AB[a, b] / self.even), int(mine_A[a]), int(other_B[b]), int(theirs_B[b])
 
+    def best_cycle(self, device: int, goal: float) -> tuple[int, int, int, int, int] | None:
+        """Three copies that go round: from this device to an idle one, from that to another busy one, from there here.
+
+        Three moves then mend two devices, where exchanges take four.
+
+        Returns:
+            This device's expert, the idle device and its expert, the other busy device and its; of those after which
+            all three are at the goal, the one that mends the busiest. None where there is none.
+        """
+        limit = goal * self.even
+        busy_G = self.time_G > limit
+        busy_G[device] = False
+        mine_A = np.nonzero(self.held_GE[device])[0]
+        busy_C, from_C = np.nonzero(self.held_GE & busy_G[:, None] & ~self.held_GE[device])
+        idle_B, from_B = np.nonzero(self.held_GE & (self.time_G < self.even)[:, None])
+        if not len(busy_C) or not len(idle_B):
+            return None
+        a_A, b_B, c_C = self.share_E[mine_A], self.share_E[from_B], self.share_E[from_C]
+        here_AC = self.time_G[device] - (a_A[:, None] - c_C[None]) / self.speed_G[device] <= limit
+        idle_AB = self.time_G[idle_B] + (a_A[:, None] - b_B[None]) / self.speed_G[idle_B] <= limit
+        busy_CB = self.time_G[busy_C][:, None] - (c_C[:, None] - b_B[None]) / self.speed_G[busy_C][:, None] <= limit
+        idle_AB &= ~self.held_GE[idle_B][:, mine_A].T
+        busy_CB &= ~self.held_GE[busy_C][:, from_B]
+        fits_ACB = here_AC[:, :, None] & idle_AB[:, None] & busy_CB[None]
+        if not fits_ACB.any():
+            return None
+        # The busiest first; of idle ones, the one that is left with least room, so that the idlest wait for the worst.
+        worth_ACB = (
+            self.time_G[busy_C][None, :, None]
+            + 1e-3 * ((a_A[:, None] - b_B[None]) / self.speed_G[idle_B] + self.time_G[idle_B])[:, None]
+        )
+        a, c, b = np.unravel_index(np.where(fits_ACB, worth_ACB, -np.inf).argmax(), fits_ACB.shape)
+        return int(mine_A[a]), int(idle_B[b]), int(from_B[b]), int(busy_C[c]), int(from_C[c])
+
+    def cycle(self, device: int, expert: int, idle: int, second: int, busy: int, third: int) -> None:
+        """``expert`` goes to the idle device, its ``second`` to the busy one, whose ``third`` comes here."""
+        self.held_GE[[device, idle, busy], [expert, second, third]] = False
+        self.held_GE[[idle, busy, device], [expert, second, third]] = True
+        self.refresh()
+
     def replace(self, other: int, gone: int, come: int) -> None:
         """A device drops one copy and takes another."""
         self.held_GE[other, gone], self.held_GE[other, come] = False, True
