@@ -56,7 +56,8 @@ def spread(
     Args:
         run: what is trained; its batch is that of all processes together.
         out: the output folder, which all machines share.
-        plan: how the model is spread.
+        plan: how the model is spread. Through a pipeline each of the ``accumulate`` batches of a step goes in
+            ``microbatches`` parts of a process's rows; without one they are not cut.
         timeout_s: how long ranks wait for each other.
         resume: as for ``execute``; another number of ranks and another layout go on as well.
         tokens_folder: as for ``execute``.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from turnout.errors import TrainingError, UsageError, word
 from turnout.types.device import find_device
 
-__all__ = ["CALLED", "Ranks", "agree", "end", "launched", "named", "seen", "shared", "start"]
+__all__ = ["CALLED", "Ranks", "agree", "as_patient", "end", "launched", "named", "seen", "shared", "start"]
 
 _WHERE = "turnout.run.processes"
 _POLL_S, _LISTEN_S = 0.02, 1.0
@@ -125,6 +125,21 @@ def start(*, timeout_s: float = 300.0, backend: str | None = None, device: str =
         )
     threading.Thread(target=_answer, args=(store, rank), daemon=True).start()
     return Ranks(rank, world, local, found, timeout_s, attempt, store)
+
+
+def as_patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group that was made after the first one, told to wait as long as that: torch gives it half an hour of its own.
+
+    Args:
+        group: this process is in it.
+
+    Source: none; torch.distributed.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    for device in world._device_types:
+        group.set_timeout(world._get_backend(device).options._timeout)
+    return group
 
 
 def end() -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turnout.errors import UsageError, word
 from turnout.run.expert_parallel import Owners
+from turnout.run.processes import as_patient
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan
@@ -104,14 +105,16 @@ def mesh(layout: Layout, *, device: str = "cpu") -> Meshes:
     if layout.zero == 0:  # nothing is sharded: all are copies
         copies, shards, inner = copies * shards, 1, 1
     outer = layout.world // layout.pp // (inner * layout.ep)
-    return Meshes(
-        layout,
+    found = [
         init_device_mesh(device, (layout.pp, copies, shards), mesh_dim_names=("pp", "dp_replicate", "dp_shard")),
         init_device_mesh(
             device, (layout.pp, outer, inner, layout.ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
         ),
         init_device_mesh(device, (layout.pp, layout.data_ranks), mesh_dim_names=("pp", "dp")),
-    )
+    ]
+    for group in (group for each in found for group in each.get_all_groups()):
+        as_patient(group)
+    return Meshes(layout, *found)
 
 
 def shard(

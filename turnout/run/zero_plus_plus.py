@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.run.processes import as_patient
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -208,9 +209,8 @@ class Int4Reduce(_Travel):
             ranks, me = dist.get_process_group_ranks(group), group.rank()
             inside = ranks[me // node * node : (me // node + 1) * node]
             across = ranks[me % node :: node]
-            self._groups[group] = tuple(
-                dist.new_group(each, use_local_synchronization=True) for each in (inside, across)
-            )
+            made = [dist.new_group(each, use_local_synchronization=True) for each in (inside, across)]
+            self._groups[group] = tuple(map(as_patient, made))  # pyrefly: ignore[bad-argument-type]
         return self._groups[group]
 
 

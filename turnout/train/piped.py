@@ -179,7 +179,7 @@ class Pipelined(Sharded):
                         dist.send(whole.contiguous(), dst=0)
             elif self.first:
                 for name in self._names[stage]:
-                    room = torch.empty_like(places[name], memory_format=torch.contiguous_format)
+                    room = torch.empty(places[name].shape, dtype=places[name].dtype, device=self.ranks.device)
                     dist.recv(room, src=source)
                     places[name].copy_(room)
 
