@@ -1,9 +1,7 @@
 """A block that is run again for its backward pass gives the same numbers, and keeps less."""
 
-import pytest
 import torch
 
-from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.types import Routing
 
@@ -49,8 +47,16 @@ def test_without_gradients_nothing_is_run_again():
         assert torch.equal(lm(ids).logits_BSV, network()(ids).logits_BSV)
 
 
-def test_a_router_that_draws_is_refused():
-    lm = network("NoisyTopK")
-    lm.blocks[0].recompute = True
-    with pytest.raises(UsageError, match="recompute must be used with routers that draw nothing"):
-        lm.loss(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long), generator=torch.Generator())
+def test_a_router_that_draws_draws_the_same_again():
+    """To the bit, and the generator stands where it stood without."""
+    grads, drawn = [], []
+    for recompute in (False, True):
+        lm, generator = network("NoisyTopK"), torch.Generator().manual_seed(3)
+        for block in lm.blocks:
+            block.recompute = recompute
+        lm.loss(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16), generator=generator).nats.backward()
+        grads.append([p.grad for p in lm.parameters() if p.grad is not None])
+        drawn.append(torch.rand(1, generator=generator).item())
+    assert len(grads[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert drawn[0] == drawn[1]

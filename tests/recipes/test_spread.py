@@ -1,5 +1,6 @@
 """A run on many processes: what stops one rank is told by all, and a run that was killed goes on by itself."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,13 +11,16 @@ from processes import ROOT, outcomes
 
 from benchmarks.restarts import restarts
 from turnout.cli.main import main
+from turnout.decide.device import named_schedule
 from turnout.errors import UsageError
 from turnout.recipes import agreed, tiny
 from turnout.recipes import spread as spreading
 from turnout.recipes.parity import plan_of
 from turnout.recipes.run import Run
 from turnout.recipes.spread import spread
-from turnout.train import sharded
+from turnout.train import sharded, sides
+from turnout.types.layout import Layout
+from turnout.types.plan import Plan
 
 FIELDS = ["width=16", "layers=2", "heads=2", "kv_heads=1", "vocab_size=300", "seq=16", "max_seq=16", "batch=4"]
 FIELDS += [
@@ -46,6 +50,8 @@ def small(text: Path, *fields: str) -> Run:
 def planted(rank: int, what: str, text: Path, out: Path) -> None:
     """A run of which rank 2 has something else, or comes to an end."""
     run, plan = small(text), plan_of("dp_shard=4,ep=2")
+    if what.endswith("in a pipeline"):
+        what, plan = what.partition(" ")[0], plan_of("pp=2,dp_shard=2,microbatches=2")
     if rank == 2 and what == "code":
         agreed.code_digest = lambda: "f" * 64
     if rank == 2 and what == "plan":
@@ -66,15 +72,21 @@ def _altered(lm: Any) -> Any:
 
 
 def _at_step_3(action: Any) -> None:
-    true, count = sharded.Sharded.wholes, [0]
+    for kind, name in ((sharded.Sharded, "wholes"), (sides.Sides, "begin")):
+        _on_the_fourth(kind, name, action)
 
-    def wholes(self: Any, routings: Any) -> Any:
+
+def _on_the_fourth(kind: type, name: str, action: Any) -> None:
+    """Three steps are done then."""
+    true, count = getattr(kind, name), [0]
+
+    def counted(*given: Any) -> Any:
         count[0] += 1
-        if count[0] == 4:  # three steps are done
+        if count[0] == 4:
             action()
-        return true(self, routings)
+        return true(*given)
 
-    sharded.Sharded.wholes = wholes
+    setattr(kind, name, counted)
 
 
 def _end(what: str) -> None:
@@ -105,7 +117,7 @@ def test_a_rank_with_something_else_stops_all_with_its_name(what: str, said: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["hung", "dead", "failed"])
+@pytest.mark.parametrize("what", ["hung", "dead", "failed", "hung in a pipeline", "dead in a pipeline"])
 def test_a_rank_that_is_gone_is_named_and_what_was_saved_stays(what: str, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = outcomes(4, planted, what, text, out, group=False, patience_s=15)
@@ -113,7 +125,7 @@ def test_a_rank_that_is_gone_is_named_and_what_was_saved_stays(what: str, text: 
         "failed": "rank 2 stopped with UsageError: this text was not expected",
         "hung": "rank 2 did not answer after 5 s: alive, and elsewhere",
         "dead": "rank 2 did not answer: dead, or stopped",
-    }[what]
+    }[what.partition(" ")[0]]
     for rank in (0, 1, 3):
         assert f"in step 4 of 4: {gone}. " in found[rank].error, found[rank]
         assert "Stopped at step 3 of 4; step-00000002 is saved; to go on from it" in found[rank].error
@@ -131,7 +143,51 @@ def test_a_killed_rank_is_brought_back_by_torchrun(tmp_path: Path) -> None:
     assert (found["recovered"], found["exit_code"], found["losses_equal"]) == (1, 0, True), f"{found}\n{log}"
 
 
-# ---- the command line
+# ---- the command line, and what it trains
+
+
+def by_command(rank: int, given: list[str]) -> int:
+    """As torchrun starts it."""
+    return main(["train", "tiny", *given, "--timeout", "60"])
+
+
+def _two_machines(rank: int) -> dict[str, str]:
+    return {"LOCAL_WORLD_SIZE": "2"}  # as far as it knows
+
+
+def trained(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_pipeline_and_zero_plus_plus_train_as_one_process(text: Path, tmp_path: Path) -> None:
+    """Under a plan from a file: a schedule in full through a pipeline; int8 and int4, in two hops, on four ranks."""
+    schedule = named_schedule("ZBVZeroBubble", 2, 2)
+    plans = {
+        "piped": Plan(Layout(pp=2, dp_shard=2), microbatches=2, actions=schedule, stages=(1, 1, 1, 1)),
+        "rounded": Plan(Layout(dp_shard=4), gather="int8", reduce="int4"),
+    }
+    fields = [*FIELDS, "layers=4", "batch=8"]
+    one = ["--data", f"text={text}", "--quiet", "--tokens", str(tmp_path / "tokens")]
+    assert main(["train", "tiny", *fields, *one, "--out", str(tmp_path / "one")]) == 0
+    for name, plan in plans.items():
+        plan.save(tmp_path / f"{name}.json")
+        given = [*fields, *one, "--plan", str(tmp_path / f"{name}.json"), "--out", str(tmp_path / name)]
+        found = outcomes(4, by_command, given, group=False, environment=_two_machines)
+        assert [outcome.error for outcome in found] == [""] * 4, found
+        assert [outcome.value for outcome in found] == [0] * 4
+    want, piped, rounded = (trained(tmp_path / name) for name in ("one", *plans))
+    assert len(want) == len(piped) == len(rounded) > 4
+    for ours, coarse, theirs in zip(piped, rounded, want, strict=True):
+        for what in ("loss", "grad_norm", "aux_loss", "z_loss", "max_vio", "bits_per_byte"):
+            if theirs.get(what) is not None:
+                assert ours[what] == pytest.approx(theirs[what], rel=1e-5, abs=1e-6), what
+        for what in ("loss", "bits_per_byte"):
+            assert coarse.get(what) == (None if what not in theirs else pytest.approx(theirs[what], rel=1e-2)), what
+    assert [line.get("loss") for line in rounded] != [line.get("loss") for line in want], "nothing was rounded"
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "piped")]
+    assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-5)
+    assert (tmp_path / "piped/model/model.safetensors").is_file()
 
 
 def test_a_layout_without_torchrun_prints_the_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -160,7 +216,9 @@ def test_torchrun_without_a_layout_is_told_of_it(
     ("layout", "fields", "said"),
     [
         ("dp_shard=3", ["batch=4"], "batch must be a multiple of dp_replicate x dp_shard = 3"),
-        ("pp=2", [], "pp must be 1 in turnout train"),
+        ("pp=2,dp_shard=2,microbatches=3", ["batch=8"], "batch must be a multiple of dp_replicate x dp_shard x microb"),
+        ("pp=2,schedule=1F1C", ["batch=8"], "1F1C"),
+        ("pp=8", ["batch=16"], "stages must have a block each"),
         ("dp_shard=2", ["only=router"], "only must be all where many processes train"),
     ],
 )

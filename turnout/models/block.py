@@ -77,18 +77,21 @@ class Block(nn.Module):
         generator: torch.Generator | None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go.
-
-        Raises:
-            UsageError: it is to be run again, and draws from a generator, which would draw something else.
-        """
+        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
         call = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator, "routing": routing}
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._run(x_BSD, angles, cache, places, **call)
-        if generator is not None:
-            allowed, fix = "be used with routers that draw nothing", "leave it out, or take another router"
-            raise UsageError(word("recompute", got=True, allowed=allowed, where="turnout.models.LM", fix=fix))
-        return checkpoint(self._run, x_BSD, angles, cache, places, use_reentrant=False, **call)
+        # The second time a router draws what it drew the first time.
+        state, run = None if generator is None else generator.get_state(), [False]
+
+        def again(*at: Any) -> tuple[Tensor, Routing | None]:
+            if run[0] and generator is not None:
+                drawn = torch.Generator(generator.device)
+                call["generator"] = drawn.set_state(state)  # pyrefly: ignore[bad-argument-type]
+            run[0] = True
+            return self._run(*at, **call)
+
+        return checkpoint(again, x_BSD, angles, cache, places, use_reentrant=False)
 
     def _run(
         self,

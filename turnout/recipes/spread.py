@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
+from turnout.decide.device import schedule_of
 from turnout.errors import UsageError, word
 from turnout.models import LM
+from turnout.models.piped import Piped
 from turnout.models.placed import placed
+from turnout.models.stages import even_stages
 from turnout.recipes.agreed import agree_on_run, agree_on_tokens, agree_on_weights
 from turnout.recipes.execute import Done, begun, beside, claim, finish, resumable, tell, tokens_for
 from turnout.recipes.run import Run
@@ -19,9 +21,11 @@ from turnout.recipes.start import begin, kept_tokenizer
 from turnout.run.processes import Ranks, end, shared, start
 from turnout.run.shard import mesh, shard
 from turnout.run.watch import answering, lead
-from turnout.train import TrainResult, parts
+from turnout.run.zero_plus_plus import travel
+from turnout.train import TrainResult
 from turnout.train.data import TokenSet
 from turnout.train.loop import train
+from turnout.train.piped import Pipelined
 from turnout.train.sharded import Sharded
 from turnout.types.plan import Plan
 
@@ -76,9 +80,9 @@ def spread(
         # It is told of every view that comes out of a model; none of them is written to.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         wanted = one.wanted(resume)
-        team, tokens = one.prepared(wanted, tokens_folder, quiet=quiet)
+        team, tokens, origin = one.prepared(wanted, tokens_folder, quiet=quiet)
         trained = one.train(team, tokens, wanted, tensorboard=tensorboard, quiet=quiet)
-        whole = one.gathered(team.model)
+        whole = one.gathered(team, origin)
     end()
     if whole is None:
         return None
@@ -103,8 +107,10 @@ class _One:
         go_on = lead(self.ranks, lambda: restarted and (self.out / "run.json").exists())
         return "latest" if go_on else resume
 
-    def prepared(self, wanted: str | None, folder: str | Path | None, *, quiet: bool) -> tuple[Sharded, TokenSet]:
-        """The ranks with the model spread over them, and the tokens, which the first rank makes."""
+    def prepared(
+        self, wanted: str | None, folder: str | Path | None, *, quiet: bool
+    ) -> tuple[Sharded, TokenSet, Path | None]:
+        """The ranks with the model spread over them, the tokens, which the first rank makes, and the model's origin."""
         run, out, ranks = self.run, self.out, self.ranks
         found = lead(ranks, lambda: _path(claim(run, out, wanted)))
         with begun(run, out) if ranks.is_first else contextlib.nullcontext():
@@ -113,8 +119,7 @@ class _One:
                 tell(run, model, out, quiet=quiet)
                 _tell_of_draws(model, quiet=quiet)
             agree_on_weights(model)
-            meshes = mesh(self.plan.layout, device=ranks.device.type)
-            shard(model, self.plan.layout, meshes, plan=self.plan)
+            team = self.team(model)
             tokenizer = None if run.start is None else kept_tokenizer(out)
 
             def make() -> str:
@@ -124,7 +129,19 @@ class _One:
             self.stage.append("preparing the text")
             tokens = TokenSet.open(Path(found or lead(ranks, make)))
             agree_on_tokens(tokens.digest)
-        return Sharded(ranks, meshes, model), tokens
+        return team, tokens, model.origin
+
+    def team(self, model: LM) -> Sharded:
+        """The ranks, with the model spread over them."""
+        plan, meshes = self.plan, mesh(self.plan.layout, device=self.ranks.device.type)
+        ways = travel(plan, node=_node(plan))
+        if plan.layout.pp > 1:
+            return Pipelined(self.ranks, meshes, Piped(model, plan, meshes, travel=ways), make=self.empty)
+        return Sharded(self.ranks, meshes, shard(model, plan.layout, meshes, plan=plan, travel=ways))
+
+    def empty(self) -> LM:
+        """A model for weights to be copied into."""
+        return LM(self.run.model, seed=self.run.train.seed)
 
     def train(
         self, team: Sharded, tokens: TokenSet, wanted: str | None, *, tensorboard: bool, quiet: bool
@@ -144,13 +161,13 @@ class _One:
             team=team,
         )
 
-    def gathered(self, model: Any) -> LM | None:
+    def gathered(self, team: Sharded, origin: Path | None) -> LM | None:
         """The trained model in one piece, on the first rank."""
         self.stage.append("gathering the model")
-        whole = LM(self.run.model, seed=self.run.train.seed) if self.ranks.is_first else None
-        parts.gather(parts.pieces(model, {}), whole)
+        whole = self.empty() if self.ranks.is_first else None
+        team.gather(whole)
         if whole is not None:
-            whole.origin = model.origin
+            whole.origin = origin
             placed(whole, self.ranks.device)
         return whole
 
@@ -162,19 +179,30 @@ def _refuse(run: Run, plan: Plan) -> None:
         return UsageError(word(what, got=got, allowed=allowed, where=_WHERE, fix=fix))
 
     layout, batch = plan.layout, run.train.batch
+    parts = layout.data_ranks * (plan.microbatches if layout.pp > 1 else 1)
     if run.train.only != "all":
         fix = "train it in one process, without torchrun and --layout"
         raise refuse("only", run.train.only, "be all where many processes train", fix)
     if layout.pp > 1:
-        fix = f"use dp_shard={layout.dp_shard * layout.pp} in its place; turnout parity runs pipelines"
-        raise refuse("pp", layout.pp, "be 1 in turnout train", fix)
+        schedule = schedule_of(plan)
+        sizes = even_stages(run.model.layers, schedule.stages) if plan.stages is None else plan.stages
+        if sum(sizes) != run.model.layers:
+            allowed = f"sum to the model's {run.model.layers} blocks"
+            raise refuse("the plan's stages", sizes, allowed, "leave stages out for even ones")
     for name in ("overlap", "placement"):
         if getattr(plan, name) is not None:
             raise refuse(f"the plan's {name}", "one", "be none in turnout train", "leave it out of the plan")
-    if batch % layout.data_ranks:
-        near = batch + -batch % layout.data_ranks
-        allowed = f"be a multiple of dp_replicate x dp_shard = {layout.data_ranks}, which share it"
-        raise refuse("batch", batch, allowed, f"pass batch={near}")
+    if batch % parts:
+        kinds = "dp_replicate x dp_shard" + (" x microbatches" if layout.pp > 1 else "")
+        allowed = f"be a multiple of {kinds} = {parts}, which share it"
+        raise refuse("batch", batch, allowed, f"pass batch={batch + -batch % parts}")
+
+
+def _node(plan: Plan) -> int | None:
+    """How many processes that share a shard are on one machine, in their order; None where they are not consecutive."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    count, shards = int(here) if here.isdigit() else 1, plan.layout.dp_shard
+    return count if plan.layout.ep == 1 and 1 < count < shards and shards % count == 0 else None
 
 
 def _path(tokens: TokenSet | None) -> str | None:

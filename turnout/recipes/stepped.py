@@ -9,20 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from turnout.decide.device.zero_bubble import zb_h1
-from turnout.errors import UsageError, word
 from turnout.models import LM
 from turnout.models.fused import IGNORE
-from turnout.models.stages import cut, even_stages, shared_parameters
-from turnout.run.pipeline import Pipeline, torch_schedule
+from turnout.models.piped import Piped
 from turnout.run.shard import Meshes, accumulate, shard
 from turnout.run.whole import gradient_norm, settle, whole, whole_gradients
 from turnout.types.plan import Plan
-from turnout.types.schedule import Schedule
 
 __all__ = ["Batch", "Stepped", "alone", "batch_for", "together"]
 
-_LR, _SEQ, _WHERE = 1.0, 12, "turnout.recipes.stepped"
+_LR, _SEQ = 1.0, 12
 Touch = Callable[[nn.Module, Meshes], None]
 
 
@@ -127,12 +123,18 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
     """
     own = batch.part(meshes.data_rank, plan.layout.data_ranks)
     parts = [own.part(number, plan.microbatches) for number in range(plan.microbatches)]
+    loss, again = torch.zeros((), dtype=torch.float64), set[str]()
     if plan.layout.pp > 1:
-        model, loss, skip = _piped(lm, parts, batch.tokens, plan, meshes, before)
-    else:
-        model, skip = nn.ModuleList([shard(lm, plan.layout, meshes, plan=plan)]), set[str]()
+        model = Piped(lm, plan, meshes)
+        stages, again = list(model.stages.values()), model.again
         before(model, meshes)
-        loss = torch.zeros((), dtype=torch.float64)
+        keywords = [{"id_BS": p.id_BS, "target_BS": p.target_BS, "predicted": batch.tokens} for p in parts]
+        for nats in model.step(keywords).values():
+            loss += nats.double()
+    else:
+        model = shard(lm, plan.layout, meshes, plan=plan)
+        stages = [model]
+        before(model, meshes)
         for number, part in enumerate(parts):
             accumulate(lm, plan.layout, last=number == len(parts) - 1)
             nats = lm.loss(part.id_BS, part.target_BS).nats / batch.tokens
@@ -140,11 +142,11 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
             loss += nats.detach().double()
     after(model, meshes)
     dist.all_reduce(loss)
-    numbers = {"loss": float(loss), "norm": float(gradient_norm(model, meshes, skip=skip))}
-    gradients = [pair for stage in model for pair in whole_gradients(stage)]
+    numbers = {"loss": float(loss), "norm": float(gradient_norm(model, meshes, skip=again))}
+    gradients = [pair for stage in stages for pair in whole_gradients(stage)]
     settle(model)
     torch.optim.SGD(model.parameters(), lr=_LR).step()
-    weights = [pair for stage in model for pair in whole(stage, dict(stage.named_parameters()))]
+    weights = [pair for stage in stages for pair in whole(stage, dict(stage.named_parameters()))]
     if plan.layout.pp > 1:  # what the first process has no part in
         kept = (gradients, weights) if meshes.data_rank == 0 else ([], [])
         found: list[Any] = [None] * dist.get_world_size()
@@ -152,40 +154,3 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
         if dist.get_rank() == 0:
             gradients, weights = ([pair for one in found for pair in one[kind]] for kind in (0, 1))
     return Stepped(numbers, gradients, weights)
-
-
-def _piped(
-    lm: LM, parts: Sequence[Batch], tokens: int, plan: Plan, meshes: Meshes, before: Touch
-) -> tuple[nn.ModuleList, Tensor, set[str]]:
-    """This process's stages after the backward pass, its part of the loss, and what other stages count in the norm."""
-    schedule, rank = _schedule(plan), meshes.dense["pp"].get_local_rank()
-    sizes = even_stages(lm.config.layers, schedule.stages) if plan.stages is None else plan.stages
-    if len(sizes) != schedule.stages:
-        got, allowed = f"{len(sizes)} of them", f"be the {schedule.stages} of the schedule {plan.schedule}"
-        raise UsageError(word("stages", got=got, allowed=allowed, where=_WHERE, fix="leave stages out for even ones"))
-    stages = cut(lm, sizes, only=[s for s, holder in enumerate(schedule.rank_of_stage) if holder == rank])
-    shared = shared_parameters(lm, sizes)
-    for stage in stages.values():
-        shard(stage, plan.layout, meshes, plan=plan)
-    model = nn.ModuleList(stages.values())
-    before(model, meshes)
-    group = meshes.dense["pp"].get_group()
-    pipeline = Pipeline(stages, schedule, device=torch.device("cpu"), group=group, shared=shared)
-    keywords = [{"id_BS": part.id_BS, "target_BS": part.target_BS, "predicted": tokens} for part in parts]
-    losses = pipeline.step(keywords)
-    loss = torch.stack([each.double() for each in losses.values()]).sum() if losses else torch.zeros(()).double()
-    skip = {
-        f"{place}.{name}"
-        for place, number in enumerate(stages)
-        for name, holders in shared.items()
-        if number in holders and number != holders[0]
-    }
-    return model, loss, skip
-
-
-def _schedule(plan: Plan) -> Schedule:
-    if plan.actions is not None:
-        return plan.actions
-    if plan.schedule == "ZB-H1":
-        return zb_h1(plan.layout.pp, plan.microbatches)
-    return torch_schedule(plan.schedule, ranks=plan.layout.pp, microbatches=plan.microbatches)

@@ -5,6 +5,7 @@ from turnout.solve.chain import chain
 from turnout.solve.kept_bound import kept_bound
 from turnout.solve.list_schedule import list_schedule
 from turnout.solve.milp import Program, milp
+from turnout.solve.paging import Turn, paging
 from turnout.solve.pipeline import PipelineTimes, pipeline
 from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
@@ -18,11 +19,13 @@ __all__ = [
     "Solution",
     "Surrogate",
     "Timeline",
+    "Turn",
     "assignment",
     "chain",
     "kept_bound",
     "list_schedule",
     "milp",
+    "paging",
     "pipeline",
     "slowed_timeline",
     "surrogate",

@@ -13,7 +13,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expects
 from turnout.types import Routing
 
-__all__ = ["Whole", "demand", "load_balance_loss", "router_z_loss"]
+__all__ = ["Whole", "demand", "load_balance_loss", "router_z_loss", "score_sum"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +40,25 @@ def demand(routing: Routing) -> Tensor:
     Source: none; plain bookkeeping.
     """
     return routing.load_E if routing.wanted_E is None else routing.wanted_E
+
+
+def score_sum(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
+    """(E,) the sum over the tokens that count of their scores, each token's scaled to sum to 1.
+
+    Args:
+        routing: of one layer, with ``score_TE``.
+        mask_T: as for ``load_balance_loss``.
+
+    Raises:
+        UsageError: the routing has no scores (``Hash``).
+
+    Source: as ``load_balance_loss``.
+    """
+    score_TE = _need(routing.score_TE, "scores", "turnout.train.balance.load_balance_loss")
+    tiny = torch.finfo(score_TE.dtype).tiny
+    share_TE = score_TE / score_TE.sum(1, keepdim=True).clamp_min(tiny)
+    mask_T = _counted(mask_T, routing)
+    return (share_TE if mask_T is None else share_TE.masked_fill(~mask_T.unsqueeze(1), 0)).sum(0)
 
 
 @expects(routing=Routing)
@@ -72,18 +91,13 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None, whole: 
     not sum to 1 (sigmoid) are scaled first, as DeepSeek-AI, 2024, "DeepSeek-V3", equation 19; unscaled, the router
     could lower the loss by lowering all of its scores.
     """
-    score_TE = _need(routing.score_TE, "scores", "turnout.train.balance.load_balance_loss")
     mask_T = _counted(mask_T, routing)
-    tiny = torch.finfo(score_TE.dtype).tiny
-    share_TE = score_TE / score_TE.sum(1, keepdim=True).clamp_min(tiny)
-    chosen_E = (_chosen(routing, mask_T) if whole is None else whole.chosen_E).to(share_TE.dtype)
+    score_E = score_sum(routing, mask_T=mask_T)
+    chosen_E = (_chosen(routing, mask_T) if whole is None else whole.chosen_E).to(score_E.dtype)
     if whole is not None:
-        counted_TE = share_TE if mask_T is None else share_TE.masked_fill(~mask_T.unsqueeze(1), 0)
-        mean_E = counted_TE.sum(0) / whole.tokens.clamp_min(1)
-    elif mask_T is None:
-        mean_E = share_TE.sum(0) / max(routing.num_tokens, 1)
+        mean_E = score_E / whole.tokens.clamp_min(1)
     else:
-        mean_E = share_TE.masked_fill(~mask_T.unsqueeze(1), 0).sum(0) / mask_T.sum().clamp_min(1)
+        mean_E = score_E / (max(routing.num_tokens, 1) if mask_T is None else mask_T.sum().clamp_min(1))
     return routing.num_experts * (chosen_E / chosen_E.sum().clamp_min(1) * mean_E).sum()
 
 

@@ -331,23 +331,20 @@ class _Run:
         self.lap_s, self.lap_steps = 0.0, 0
 
     def _evaluate(self) -> None:
-        config, device = self.config, self.work.device
         line = self._line("eval")  # the model stands as it did before it was measured
         self.model.eval()
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                found = bits_per_byte(
-                    self.model,
-                    self._held_out(),
-                    torch.as_tensor(self.tokens.byte_length_V),
-                    domains=self.tokens.domains,
-                )
+            record = line | self.team.measured(self.model, self._measured)
         finally:
             self.model.train()
-        record = line | found.to_json_dict()
         self._write(record)
         self.evaluations.append(record)
         self.teller.evaluated(record)
+
+    def _measured(self, model: nn.Module) -> dict[str, Any]:
+        length_V, domains = torch.as_tensor(self.tokens.byte_length_V), self.tokens.domains
+        with torch.autocast(self.work.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bf16"):
+            return bits_per_byte(model, self._held_out(), length_V, domains=domains).to_json_dict()
 
     def _held_out(self) -> Iterator[Batch]:
         config = self.config

@@ -228,35 +228,46 @@ def load(
     optimizer: torch.optim.Optimizer,
     *,
     check: Callable[[Mapping[str, Any]], None] = lambda body: None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
     """Puts a whole checkpoint, of any number of processes, into this process's parts; as ``turnout.train.state.load``.
+
+    Args:
+        path: of the checkpoint.
+        held: of this process; a name twice where it holds two copies.
+        optimizer: over their leaves.
+        check: as for ``turnout.train.state.load``.
+        shapes: of the whole model's tensors; None where this process has a part of each.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
     body = read_json(path / "state.json", finite=False)
     check(body)
-    known = {piece.name: piece for piece in held}
+    known: dict[str, list[Piece]] = {}
+    for piece in held:
+        known.setdefault(piece.name, []).append(piece)
+    shapes = {name: ones[0].shape for name, ones in known.items()} if shapes is None else shapes
 
     def plain(name: str) -> str:
-        return name if name in known else stripped(name)
+        return name if name in shapes else stripped(name)
 
     weights = {plain(name): place for name, place in checkpoints.places(path, "model").items()}
-    shapes = {name: shape for name, (_, _, shape) in weights.items()}
-    checkpoints.check_fit(path, shapes, {name: piece.shape for name, piece in known.items()})
+    checkpoints.check_fit(path, {name: shape for name, (_, _, shape) in weights.items()}, shapes)
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     states: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
-        for name, place in weights.items():
-            own_part(known[name].tensor.detach()).copy_(known[name].part(checkpoints.read(place)))
+        for name, ones in known.items():
+            whole = checkpoints.read(weights[name])
+            for piece in ones:
+                own_part(piece.tensor.detach()).copy_(piece.part(whole))
         for key, place in checkpoints.places(path, "optimizer").items():
             name, _, item = key.rpartition("|")
-            piece = known[plain(name)]
-            if piece.leaf is None:
-                continue
-            value = checkpoints.read(place)
-            if item != "step":
-                value = torch.empty_like(piece.leaf).copy_(piece.part(value))
-            states.setdefault(index[id(piece.leaf)], {})[item] = value.detach()
+            for piece in known.get(plain(name), ()):
+                if piece.leaf is not None:
+                    value = checkpoints.read(place)
+                    if item != "step":
+                        value = torch.empty_like(piece.leaf).copy_(piece.part(value))
+                    states.setdefault(index[id(piece.leaf)], {})[item] = value.detach()
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     return body

@@ -19,6 +19,7 @@ from turnout.run.watch import answering, lead
 from turnout.run.whole import copies_of, of_experts
 from turnout.train import parts
 from turnout.train.balance import Whole, demand
+from turnout.train.team import Passed, Weights
 from turnout.types import Routing
 
 __all__ = ["Sharded"]
@@ -40,7 +41,8 @@ class Sharded:
     def __init__(self, ranks: Ranks, meshes: Meshes, model: nn.Module) -> None:
         self.ranks, self.meshes, self.model = ranks, meshes, model
         self.size = meshes.layout.data_ranks
-        self._held = {id(p): _leaf(name, p) for name, p in model.named_parameters()}
+        spread = self.size > 1 or meshes.layout.pp == 1  # else there is nobody to share a stage with
+        self._held = {id(p): _leaf(name, p, spread=spread) for name, p in model.named_parameters()}
         self._groups = {id(self._held[id(p)]): _sharing(p) for p in model.parameters()}
         self._named = dict(model.named_parameters())
 
@@ -86,6 +88,19 @@ class Sharded:
         dist.all_reduce(total, group=self.meshes.data_group)
         return [Whole(row[:-1], row[-1]) for row in total.split([len(row) for row in rows])]
 
+    def passed(
+        self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights, *, tokens: int, seed: int
+    ) -> Passed | None:
+        """None: the model is called as it is."""
+
+    def own(self, load_L: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All of them: this process has a part of every layer."""
+        return load_L
+
+    def measured(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
+        """What is measured of it, on every process alike."""
+        return measure(model)
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the data ranks."""
         dist.all_reduce(tensor := tensor.clone(), group=self.meshes.data_group)
@@ -110,7 +125,11 @@ class Sharded:
 
     @torch.no_grad()
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Over all shards, each number once, also those of an expert with copies."""
+        """Over all shards, each number once."""
+        return self.squares(parameters).sqrt()
+
+    def squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The sum of the squares of these parameters' gradients, over those that share them; copies count once."""
         copies = {
             id(self._held[id(self._named[name])]): copies_of(owners, self._named[name])  # pyrefly: ignore
             for name, owners in of_experts(self.model)[1].items()
@@ -128,7 +147,7 @@ class Sharded:
             for group in groups:
                 dist.all_reduce(square, group=group)
             squares.append(square)
-        return torch.stack(squares).sum().sqrt()
+        return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def together(self, doing: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """As ``turnout.run.watch.answering``."""
@@ -147,6 +166,14 @@ class Sharded:
         some = torch.tensor([asked is not None], dtype=torch.int32)
         dist.all_reduce(some)
         return next(filter(None, shared(asked)), None) if int(some) else None
+
+    def gather(self, into: nn.Module | None) -> None:
+        """Copies every whole tensor into a model in one piece; all ranks call it.
+
+        Args:
+            into: the model; None for a rank that only lends its parts.
+        """
+        parts.gather(parts.pieces(self.model, {}), into)
 
     def save(
         self,
@@ -173,8 +200,8 @@ class Sharded:
         return parts.load(path, parts.pieces(model, self._held), optimizer, check=check)
 
 
-def _leaf(name: str, parameter: nn.Parameter) -> nn.Parameter:
-    if not isinstance(parameter, DTensor):
+def _leaf(name: str, parameter: nn.Parameter, *, spread: bool) -> nn.Parameter:
+    if spread and not isinstance(parameter, DTensor):
         got, allowed = f"{name}, of which nobody shares the gradients", "be spread over the ranks"
         fix = "call turnout.run.shard.shard(model, ...) first"
         raise UsageError(word("a parameter", got=got, allowed=allowed, where=_WHERE, fix=fix))
@@ -183,7 +210,8 @@ def _leaf(name: str, parameter: nn.Parameter) -> nn.Parameter:
 
 def _sharing(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which the parts of a parameter are different numbers."""
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        return ()
     mesh = parameter.device_mesh
     return tuple(mesh.get_group(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())
 

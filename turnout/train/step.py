@@ -14,7 +14,7 @@ from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
 from turnout.train.balance import Whole, demand, load_balance_loss, router_z_loss
 from turnout.train.place import sent
-from turnout.train.team import ALONE, Team
+from turnout.train.team import ALONE, Passed, Team, Weights
 from turnout.wrappers import routers_of, takes
 
 __all__ = ["Step", "Window", "adamw", "derived_seed"]
@@ -207,21 +207,34 @@ class Step:
             if self._generator is not None:
                 self._generator.manual_seed(seed)
             id_BS, target_BS = (sent(each, self.device) for each in (batch.id_BS, batch.target_BS))
-            real_BS = _real(batch)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else sent(real_BS, self.device))
-            wholes = self.team.wholes(routings)
-            loss, aux, z = self._objective(nats / predicted, routings, wholes)
-            loss.backward()
-            with torch.no_grad():
-                parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
-                sums.losses_3 += parts
-                # The demand, before capacity took its share: that is what a router has to balance.
-                wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
-                sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
+            tokens = int(real_BS.sum()) if (real_BS := _real(whole)) is not None else whole.id_BS.numel()
+            real_BS = None if (real_BS := _real(batch)) is None else sent(real_BS, self.device)
+            weights = Weights(config.aux_weight, config.z_weight, predicted, config.accumulate, config.dtype == "bf16")
+            done = self.team.passed(id_BS, target_BS, real_BS, weights, tokens=tokens, seed=seed)
+            done = self._passed(id_BS, target_BS, real_BS, predicted) if done is None else done
+            if not self._warned:
+                self._warn(len(done.load_L), done.scored, done.logged)
+            sums.losses_3 += done.losses_3
+            sums.load_L = [
+                a + b for a, b in zip(sums.load_L or map(torch.zeros_like, done.load_L), done.load_L, strict=True)
+            ]
         self.team.collect(self.parameters)
         sums.losses_3 = self.team.total(sums.losses_3)
         return sums
+
+    def _passed(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, predicted: int) -> Passed:
+        """Forward and backward pass of one micro-batch."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bf16"):
+            nats, routings = self._nats(id_BS, target_BS, real_BS)
+        wholes = self.team.wholes(routings)
+        loss, aux, z = self._objective(nats / predicted, routings, wholes)
+        loss.backward()
+        with torch.no_grad():
+            parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
+        # The demand, before capacity took its share: that is what a router has to balance.
+        wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
+        scored, logged = (sum(getattr(r, name) is not None for r in routings) for name in ("score_TE", "logit_TE"))
+        return Passed(parts, wanted, scored, logged)
 
     def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
         """The summed token loss and the routings."""
@@ -244,8 +257,6 @@ class Step:
         config, zero = self.config, torch.zeros((), device=self.device)
         scored = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.score_TE is not None]
         logged = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.logit_TE is not None]
-        if not self._warned:
-            self._warn(len(routings), len(scored), len(logged))
         aux, z = zero, zero
         if scored:
             with torch.set_grad_enabled(config.aux_weight > 0):
@@ -271,6 +282,7 @@ class Step:
                 )
 
     def _after_step(self, load_L: Sequence[Tensor]) -> None:
+        load_L = self.team.own(load_L)
         if not load_L or not self._routers:
             return
         if len(self._routers) != len(load_L):
@@ -287,9 +299,9 @@ class Step:
                     router.after_step(moved_E)  # pyrefly: ignore[not-callable]
 
     def _everywhere(self, names: list[str]) -> list[str]:
-        """The names that any process names, in the model's order."""
-        found = {name for said in self.team.said(names) for name in said}
-        return [name for name in self.held if name in found]
+        """The names that any process names, in the model's order, then those that are not of this process's part."""
+        found = dict.fromkeys(name for said in self.team.said(names) for name in said)
+        return [*(name for name in self.held if name in found), *(name for name in found if name not in self.held)]
 
     def _failure(self, step: int, lr: float, loss: float) -> TrainingError:
         weights = self._everywhere(_non_finite(self.held.items()))

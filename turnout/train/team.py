@@ -1,6 +1,7 @@
 """The processes that train one model together, as the loop sees them: one alone, or many that share each batch."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,47 @@ from turnout.train import state as checkpoints
 from turnout.train.balance import Whole
 from turnout.types import Routing
 
-__all__ = ["ALONE", "Alone", "Team"]
+__all__ = ["ALONE", "Alone", "Passed", "Team", "Weights"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What of a step one micro-batch's losses are.
+
+    Args:
+        aux: the weight of the load-balance loss.
+        z: the weight of the z-loss.
+        predicted: how many targets the step has.
+        accumulate: how many micro-batches.
+        bf16: whether forward passes are under autocast.
+
+    Source: none; plain bookkeeping.
+    """
+
+    aux: float
+    z: float
+    predicted: int
+    accumulate: int
+    bf16: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passed:
+    """What came out of the forward and backward passes of one micro-batch.
+
+    Args:
+        losses_3: this process's part of the token loss, the load-balance loss and the z-loss, as the step has them.
+        load_L: of each routed layer, how many tokens of all processes chose each expert, before capacity.
+        scored: how many of the layers gave scores.
+        logged: how many gave logits.
+
+    Source: none; plain bookkeeping.
+    """
+
+    losses_3: Tensor
+    load_L: Sequence[Tensor]
+    scored: int
+    logged: int
 
 
 class Team(Protocol):
@@ -34,6 +75,19 @@ class Team(Protocol):
 
     def wholes(self, routings: Sequence[Routing]) -> Sequence[Whole | None]:
         """Of each layer's routing, what all processes' rows together chose; None where this process has all rows."""
+
+    def passed(
+        self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights, *, tokens: int, seed: int
+    ) -> Passed | None:
+        """Forward and backward passes of this process's rows, of which all have ``tokens`` that are no padding; None
+        where the model is called as it is.
+        """
+
+    def own(self, load_L: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of all layers' loads those of the layers that this process has."""
+
+    def measured(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
+        """What is measured of the whole model, plain JSON."""
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -104,6 +158,19 @@ class Alone:
     def wholes(self, routings: Sequence[Routing]) -> Sequence[Whole | None]:
         """Nothing: each routing is of all rows."""
         return [None] * len(routings)
+
+    def passed(
+        self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights, *, tokens: int, seed: int
+    ) -> Passed | None:
+        """None: the model is called as it is."""
+
+    def own(self, load_L: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All of them."""
+        return load_L
+
+    def measured(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
+        """What is measured of it."""
+        return measure(model)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The tensor."""

@@ -16,6 +16,7 @@ from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
+from turnout.types.offload_plan import OffloadPlan
 from turnout.types.padding import spread
 from turnout.types.placement import Moves, Placement
 from turnout.types.plan import Plan
@@ -45,6 +46,7 @@ __all__ = [
     "Line",
     "LowRankWeights",
     "Moves",
+    "OffloadPlan",
     "Placement",
     "Plan",
     "Report",

@@ -10,4 +10,8 @@ def only_the_experts(monkeypatch):
     monkeypatch.setitem(planner.PUBLISHED, "flowmoe", planner.PUBLISHED["tutel"])
 
 
-CASE = Case(only_the_experts, pairs={"flowmoe": "tutel", "ratio": "ratio off"}, small={"_PROFILES": 2, "_BLOCKS": 2, "_DRAWS": 12})
+CASE = Case(
+    only_the_experts,
+    pairs={"flowmoe": "tutel", "ratio": "ratio off"},
+    small={"_PROFILES": 2, "_BLOCKS": 2, "_DRAWS": 12},
+)

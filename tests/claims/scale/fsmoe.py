@@ -10,4 +10,4 @@ def no_pieces(monkeypatch):
     monkeypatch.setattr(planner, "best", lambda costs, blocks, shapes: planner.tutel(costs, blocks))
 
 
-CASE = Case(no_pieces, pairs={"fsmoe": "last"}, small={"_PROFILES": 2, "_BLOCKS": 2})
+CASE = Case(no_pieces, pairs={"fsmoe": "last"}, small={"_PROFILES": 8, "_BLOCKS": 2})

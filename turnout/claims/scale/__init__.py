@@ -10,6 +10,8 @@ from turnout.claims.scale.exflow import exflow
 from turnout.claims.scale.flowmoe import flowmoe
 from turnout.claims.scale.flows import flows
 from turnout.claims.scale.fsmoe import fsmoe
+from turnout.claims.scale.fuyou import fuyou
+from turnout.claims.scale.fzoos import fzoos
 from turnout.claims.scale.gpipe import gpipe
 from turnout.claims.scale.hecate import hecate
 from turnout.claims.scale.interleaved import interleaved
@@ -20,6 +22,7 @@ from turnout.claims.scale.replan import replan
 from turnout.claims.scale.schedule_search import schedule_search
 from turnout.claims.scale.shuffle_private import shuffle_private
 from turnout.claims.scale.sparse_zo import sparse_zo
+from turnout.claims.scale.superpipeline import superpipeline
 from turnout.claims.scale.surco import surco
 from turnout.claims.scale.tutel import tutel
 from turnout.claims.scale.zero import zero
@@ -38,6 +41,8 @@ __all__ = [
     "flowmoe",
     "flows",
     "fsmoe",
+    "fuyou",
+    "fzoos",
     "gpipe",
     "hecate",
     "interleaved",
@@ -48,6 +53,7 @@ __all__ = [
     "schedule_search",
     "shuffle_private",
     "sparse_zo",
+    "superpipeline",
     "surco",
     "tutel",
     "zero",

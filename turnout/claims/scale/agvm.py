@@ -9,11 +9,11 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.train import AGVM
 
 _SIZE, _STEPS, _NOISES = 2000, 60, (2.0, 0.5, 0.1)  # anchor, neck, head: standard deviations of an entry
-_RATES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+_RATES = tuple(0.01 * 2 ** (step / 4) for step in range(21))  # to 0.32; coarser steps pass a best rate by
 
 
 def agvm() -> Claim:
-    """Three modules with gradients of unlike variance, each drawn to its target; the best of six rates on either side.
+    """Three modules with gradients of unlike variance, each drawn to its target; the best of 21 rates on either side.
 
     The modules stand for backbone, neck and head; the off arm steps all at the same rate.
 
@@ -25,21 +25,22 @@ def agvm() -> Claim:
     error = "mean squared distance to the target after sixty steps"
     return Claim(
         name="agvm",
-        statement="The ratio of modules' gradient variances is measured from two halves of a batch, and steps scaled "
+        statement="The ratio of modules' gradient variances is measured from two halves of a batch, and SGD's steps scaled "
         "by it get nearer to the target in as many steps than steps at one rate.",
         source="Xue et al., 2022, Large-batch Optimization for Dense Visual Predictions (AGVM)",
         off="one rate for all modules",
         switched={"AGVM": "one rate", "AGVM, Adam": "one rate, Adam", "misjudged": "misjudged, alike"},
         rows=(
             Row(f"{error}, SGD", "below", "AGVM", "one rate", "the best single rate"),
-            Row(f"{error}, AdamW", "below", "AGVM, Adam", "one rate, Adam", "the best single rate"),
+            Row(f"{error}, AdamW", "below", "AGVM, Adam", "one rate, Adam", "the best single rate", headline=True),
             Row("relative error of the planted ratios of phi", "within", "misjudged", "misjudged, alike",
                 "all modules taken to be alike", bound=0.1),
         ),
         measure=_measure,
-        seconds=3,
+        seconds=7,
         note=f"modules of {_SIZE} numbers, noise {_NOISES} on a gradient that is the distance, {_STEPS} steps, looks "
-        "every five. No detector is trained: the paper's results on COCO are not measured here",
+        "every five; each arm has the best of 21 rates, and with rates twice one another AdamW's best single one is "
+        "passed by. No detector is trained: the paper's results on COCO are not measured here",
         limits=(0.0, 20.0),
     )  # fmt: skip
 

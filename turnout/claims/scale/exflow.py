@@ -8,6 +8,8 @@ from turnout.types import Placement
 
 __all__ = ["exflow"]
 
+_REPORTED = 0.33  # of the routing between devices is left at best: "up to 67 %" less
+
 
 def _measure(seed: int) -> Values:
     small, large = walks(4, 8, seed, alpha=0.1), walks(12, 64, seed, alpha=0.1)
@@ -54,8 +56,8 @@ def exflow() -> Claim:
                 bound=1e-6),
             Row("share of steps to another device, 12 layers of 64", "below", "affinity, 64", "contiguous, 64",
                 against),
-            Row("of what crossed before, 0.33 in the paper", "below", "left", "left of all", "all of it",
-                headline=True),
+            Row("of what crossed before, 0.33 in the paper", "within", "left", "left of all", "all of it",
+                bound=_REPORTED, headline=True),
         ),
         measure=_measure,
         seconds=8,

@@ -8,6 +8,8 @@ from turnout.types import Placement
 
 __all__ = ["moetuner"]
 
+_REPORTED = 1 / 1.093  # of the time on one node
+
 
 def _measure(seed: int) -> Values:
     told = walks(8, 16, seed, alpha=0.2)
@@ -15,7 +17,7 @@ def _measure(seed: int) -> Values:
     tuned = programs(told.load_LE, told.step_LEE, devices=4, seconds=2)
     load = by_load(told.load_LE, devices=4)
     joint = both(told.load_LE, told.step_LEE, devices=4, balance=1.05)
-    return {
+    found = {
         "busiest": told.imbalance(tuned) - 1,
         "busiest, contiguous": told.imbalance(plain) - 1,
         "crossing": told.crossing(tuned),
@@ -25,6 +27,7 @@ def _measure(seed: int) -> Values:
         "time": told.imbalance(tuned) * (1 + told.crossing(tuned)),
         "time, contiguous": told.imbalance(plain) * (1 + told.crossing(plain)),
     }
+    return found | {"time over": found["time"] / found["time, contiguous"], "time over, contiguous": 1.0}
 
 
 def moetuner() -> Claim:
@@ -54,8 +57,8 @@ def moetuner() -> Claim:
                 "clusters first"),
             Row("busiest device above the mean, both at once", "below", "joint busiest", "busiest, contiguous",
                 "experts in their order"),
-            Row("time of a layer, busiest device x (1 + crossing share)", "below", "time", "time, contiguous",
-                "experts in their order", headline=True),
+            Row("time of a layer, busiest device x (1 + crossing share), over that of experts in their order", "within",
+                "time over", "time over, contiguous", "experts in their order", bound=_REPORTED, headline=True),
         ),
         measure=_measure,
         seconds=15,

@@ -1,5 +1,6 @@
 """Claim: a byte a step and machine is enough to learn from everybody's data, with replicas alike to the bit."""
 
+import array
 import copy
 from collections.abc import Callable
 
@@ -55,7 +56,7 @@ def one_byte() -> Claim:
 
 def _measure(seed: int) -> Values:
     world = _World(seed)
-    together = world.together()
+    together, sent = world.together()
     alone = [world.alone(name) for name in _MACHINES[:2]]
     whole = copy.deepcopy(world.start)
     mezo(whole, world.all_data, steps=_STEPS, rate=_RATE, eps=_EPS, seed=seed)
@@ -66,7 +67,7 @@ def _measure(seed: int) -> Values:
         "whole": world.loss(whole),
         "apart": max(_apart(together[0], one) for one in together[1:]),
         "apart alone": _apart(*alone),
-        "sent": 1 / (4 * _COUNT),
+        "sent": sent / (4 * _COUNT),
         "dense": 1.0,
     }
 
@@ -109,8 +110,8 @@ class _World:
         pick_B = torch.randint(len(x), (_BATCH,), generator=chance)
         return x[pick_B], label[pick_B]
 
-    def together(self) -> list[nn.Module]:
-        """The models of all machines that are there at the end."""
+    def together(self) -> tuple[list[nn.Module], float]:
+        """The models of all machines that are there at the end, and the bytes that each has sent a step."""
         there, record = {name: self._machine(name) for name in _MACHINES}, list[Sent]()
         for step in range(_STEPS):
             if step == _STEPS // 2:  # the last leaves; who comes has its data, and another name
@@ -120,7 +121,10 @@ class _World:
                 there[new.machine] = new
             sent = {name: one.measure(_loss_on(self.batch(name, step))) for name, one in there.items()}
             record.append([one.apply(sent) for one in there.values()].pop())
-        return [one.model for one in there.values()]
+        # What is no whole number of one signed byte does not go into this array.
+        travelled = [len(array.array("b", one.bytes_by_machine.values()).tobytes()) for one in record]
+        machines = [len(one.bytes_by_machine) for one in record]
+        return [one.model for one in there.values()], sum(travelled) / sum(machines)
 
     def alone(self, name: str) -> nn.Module:
         """The model of a machine that hears nobody."""

@@ -9,7 +9,8 @@ from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
 from turnout.decide.device.layouts import Choice, layouts
 from turnout.decide.device.memory import Held, held, stage_blocks
-from turnout.decide.device.named_schedule import named_schedule
+from turnout.decide.device.named_schedule import named_schedule, schedule_of
+from turnout.decide.device.offload import BlockLoad, Foreseen, block_loads, foresee, offload
 from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import Pace, Wire, pace
 from turnout.decide.device.partition import Partition, partition
@@ -22,18 +23,22 @@ from turnout.decide.device.zero_bubble import interleaved_zero_bubble, zb_h1, zb
 from turnout.decide.device.zeropp import zeropp
 
 __all__ = [
+    "BlockLoad",
     "Choice",
     "Flows",
+    "Foreseen",
     "Found",
     "Held",
     "Pace",
     "Partition",
     "Wire",
+    "block_loads",
     "block_schedule",
     "dual_pipe_v",
     "ecmp",
     "exact_schedule",
     "flows",
+    "foresee",
     "gpipe",
     "held",
     "interleaved",
@@ -42,11 +47,13 @@ __all__ = [
     "layouts",
     "looped_breadth_first",
     "named_schedule",
+    "offload",
     "one_f_one_b",
     "pace",
     "partition",
     "place",
     "refined",
+    "schedule_of",
     "search",
     "stage_blocks",
     "v_half",

@@ -62,7 +62,8 @@ class _Search:
     def __init__(self, graph: Graph, shortest: float, most_nodes: int) -> None:
         self.graph, self.shortest, self.most_nodes = graph, shortest, most_nodes
         self.machines = max(graph.resource) + 1
-        self.nodes, self.given_up, self.sequence = 0, False, None
+        self.nodes, self.given_up = 0, False
+        self.sequence: list[int] | None = None
         self.tail = [-rank - seconds for rank, seconds in zip(graph.rank("chain"), graph.seconds, strict=True)]
         kinds: dict[tuple[str, int], list[int]] = {}
         for at, task in enumerate(graph.tasks):

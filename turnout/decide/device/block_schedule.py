@@ -75,19 +75,16 @@ def block_schedule(
     Source: Gao et al., 2025, "FlowMoE"; Hwang et al., 2023, "Tutel"; Pan et al., 2025, "FSMoE". What begins with theirs
         and goes on is ours.
     """
-    if method not in METHODS:
-        raise nearest(method, METHODS, kind="method", where=_WHERE)
-    for name in without:
-        if name not in CHOICES:
-            raise nearest(name, CHOICES, kind="choice", where=_WHERE)
-    if not isinstance(blocks, int) or blocks < 1:
-        raise UsageError(
-            word("blocks", got=blocks, allowed="be a whole number of at least 1", where=_WHERE, fix="pass blocks=1")
-        )
+    for kind, names, known in (("method", (method,), METHODS), ("choice", without, CHOICES)):
+        for name in names:
+            if name not in known:
+                raise nearest(name, known, kind=kind, where=_WHERE)
     alive = blocks if memory_blocks is None else memory_blocks
     _check_fits(costs, blocks, alive, method, without)
     if method == "turnout":
-        found = _search(costs, blocks, alive, carry, without, random.Random(seed))
+        # Without carrying too, so that being allowed to never makes it longer.
+        ways = (False, True) if carry else (False,)
+        found = min((_search(costs, blocks, alive, way, without, random.Random(seed)) for way in ways), key=_seconds)
     else:
         found = _published(costs, blocks, method)
     made = found.graph.schedule(found.orders, method)
@@ -95,7 +92,14 @@ def block_schedule(
     return made
 
 
+def _seconds(found: Found) -> float:
+    return found.seconds
+
+
 def _check_fits(costs: BlockCosts, blocks: int, alive: float, method: str, without: Collection[str]) -> None:
+    if not isinstance(blocks, int) or blocks < 1:
+        allowed = "be a whole number of at least 1"
+        raise UsageError(word("blocks", got=blocks, allowed=allowed, where=_WHERE, fix="pass blocks=1"))
     if alive >= blocks:
         return
     if "turn" in without:
