@@ -15,7 +15,7 @@ from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.recipes import parity, spread
 from turnout.recipes.layouts import Planned, plan_model, run_of
-from turnout.run.shard import shard
+from turnout.run.ranks.shard import shard
 from turnout.types import Cluster, Layout, Plan
 
 

@@ -103,7 +103,10 @@ def _end(what: str) -> None:
     [
         ("code", "turnout's code must be the same on every rank"),
         ("plan", "the plan must be the same on every rank"),
-        ("seed", "train.lr must be the same on every rank in turnout.run.processes; got 0.001 on rank 2; 0.004 on"),
+        (
+            "seed",
+            "train.lr must be the same on every rank in turnout.run.ranks; got 0.001 on rank 2; 0.004 on",
+        ),
         ("weights", "the initial weights must be the same on every rank"),
     ],
 )

@@ -10,9 +10,9 @@ from processes import spawn
 
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
-from turnout.run.zero_plus_plus import Int4Reduce, Int8Gather, pack, travel, unpack
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.zero_plus_plus import Int4Reduce, Int8Gather, pack, travel, unpack
 from turnout.types import Layout, Plan
 
 

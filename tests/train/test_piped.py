@@ -14,8 +14,8 @@ from turnout.decide.device import schedule_of, search
 from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.piped import Piped
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
 from turnout.train import TrainConfig, train
 from turnout.train.piped import Pipelined, _refuse_idle
 from turnout.train.sharded import Sharded

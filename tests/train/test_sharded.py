@@ -13,9 +13,9 @@ from torch import Tensor
 
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.run.exchange import own_part
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
 from turnout.train import TrainConfig, load_balance_loss, parts, router_z_loss, train
 from turnout.train.balance import Whole, demand
 from turnout.train.data import Batch

@@ -151,7 +151,7 @@ def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any
     from turnout.recipes.execute import execute
     from turnout.recipes.parity import plan_of
     from turnout.recipes.spread import spread
-    from turnout.run.processes import launched
+    from turnout.run.ranks.processes import launched
     from turnout.types.plan import Plan
 
     plan = plan_of(arguments.layout, "--layout") if arguments.layout else Plan.open(arguments.plan)

@@ -18,8 +18,8 @@ from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.planted import Fault
 from turnout.recipes.spawned import spawned
 from turnout.recipes.stepped import Stepped, alone, batch_for, together
-from turnout.run import processes
-from turnout.run.shard import Meshes, mesh
+from turnout.run.ranks import processes
+from turnout.run.ranks.shard import Meshes, mesh
 from turnout.types.layout import Layout
 from turnout.types.plan import Plan
 

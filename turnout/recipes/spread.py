@@ -18,10 +18,10 @@ from turnout.recipes.execute import Done, begun, beside, claim, finish, resumabl
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import begin, kept_tokenizer
-from turnout.run.processes import Ranks, end, shared, start
-from turnout.run.shard import mesh, shard
-from turnout.run.watch import answering, lead
-from turnout.run.zero_plus_plus import travel
+from turnout.run.ranks.processes import Ranks, end, shared, start
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.watch import answering, lead
+from turnout.run.ranks.zero_plus_plus import travel
 from turnout.train import TrainResult
 from turnout.train.data import TokenSet
 from turnout.train.loop import train

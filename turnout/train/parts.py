@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from turnout import errors
 from turnout.errors import TurnoutError
 from turnout.reading import read_json
-from turnout.run.exchange import own_part
-from turnout.run.expert_parallel import Owners
-from turnout.run.whole import of_experts, picked, quiet
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.whole import of_experts, picked, quiet
 from turnout.storage import digest, read_error, write_whole
 from turnout.train import state as checkpoints
 from turnout.wrappers import stripped

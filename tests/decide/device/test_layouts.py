@@ -15,7 +15,7 @@ from turnout.measure import count_flops
 from turnout.models import LM, LMConfig, MLAConfig, MoEConfig
 from turnout.models.checkpoint.own import outline
 from turnout.recipes.workload import workload_of
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.shard import mesh, shard
 from turnout.types import BlockSize, Cluster, Layout, Plan, Workload
 
 BLOCK = BlockSize(params=40_000, flops=80_000.0, kept=500.0, experts=16, top_k=2, expert_params=9_000, expert_kept=90.0)

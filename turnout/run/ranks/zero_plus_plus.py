@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
-from turnout.run.processes import as_patient
+from turnout.run.ranks.processes import as_patient
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Int4Reduce", "Int8Gather", "pack", "travel", "unpack"]
 
-_WHERE = "turnout.run.zero_plus_plus"
+_WHERE = "turnout.run.ranks.zero_plus_plus"
 
 
 def pack(x_MN: Tensor, bits: int, block: int) -> Tensor:
@@ -167,7 +167,7 @@ class Int4Reduce(_Travel):
         import torch.distributed as dist
 
         if op != dist.ReduceOp.SUM:
-            got, fix = f"{op}", "shard the model with turnout.run.shard, which sums"
+            got, fix = f"{op}", "shard the model with turnout.run.ranks.shard, which sums"
             raise UsageError(word("the reduction", got=got, allowed="be a sum", where=_WHERE, fix=fix))
         n = group.size()
         parts_NM = input_tensor.view(n, -1)
@@ -215,7 +215,7 @@ class Int4Reduce(_Travel):
 
 
 def travel(plan: Plan, *, node: int | None = None) -> Callable[["FSDPModule"], None] | None:
-    """What ``turnout.run.shard`` is given for a plan's ``gather`` and ``reduce``; None where torch's own will do.
+    """What ``turnout.run.ranks.shard`` is given for a plan's ``gather`` and ``reduce``; None where torch's own will do.
 
     Args:
         plan: int8 gathers get ``Int8Gather``, int4 reductions ``Int4Reduce``.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from turnout.run.expert_parallel import Owners
-from turnout.run.shard import Meshes, experts_in
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.shard import Meshes, experts_in
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -22,7 +22,7 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
     choice.
 
     Args:
-        model: what ``turnout.run.shard`` gave.
+        model: what ``turnout.run.ranks.shard`` gave.
         tensors: of its parameters, by their names: ``dict(model.named_parameters())``, or states of an optimizer.
 
     Yields:
@@ -42,7 +42,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """The gradient of each parameter as one process has it, or None where there is none; as ``whole``.
 
     Args:
-        model: what ``turnout.run.shard`` gave, after a backward pass.
+        model: what ``turnout.run.ranks.shard`` gave, after a backward pass.
 
     Source: none; as ``whole``.
     """
@@ -61,7 +61,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = (
     What several processes hold counts once: copies of a shard, and copies of an expert.
 
     Args:
-        model: what ``turnout.run.shard`` gave; of a pipeline, this process's part.
+        model: what ``turnout.run.ranks.shard`` gave; of a pipeline, this process's part.
         meshes: that it was spread over.
         skip: names of parameters that another stage counts, which holds a copy of them.
 
@@ -98,7 +98,7 @@ def clip(model: nn.Module, norm: Tensor, most: float) -> None:
     """Scales all gradients so that their norm, which is given, is at most ``most``.
 
     Args:
-        model: what ``turnout.run.shard`` gave.
+        model: what ``turnout.run.ranks.shard`` gave.
         norm: as ``gradient_norm`` says.
         most: as torch.nn.utils.clip_grad_norm_ has it.
 
@@ -118,7 +118,7 @@ def settle(model: nn.Module) -> None:
     gradients, and that an optimizer moves.
 
     Args:
-        model: what ``turnout.run.shard`` gave; any other is left alone.
+        model: what ``turnout.run.ranks.shard`` gave; any other is left alone.
 
     Source: none; FSDP2 keeps the parameters of the outermost module until the next backward pass.
     """
@@ -147,7 +147,7 @@ def of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
     """The parameters that are turned, and who holds which experts of those that are spread.
 
     Args:
-        model: what ``turnout.run.shard`` gave.
+        model: what ``turnout.run.ranks.shard`` gave.
 
     Source: none; plain bookkeeping.
     """
