@@ -154,9 +154,8 @@ def shard(
         UsageError: experts that ep does not divide, a router that chooses among the tokens of a batch, parts that are
             not known, or a way to travel that nothing was given for.
 
-    >>> one = nn.Linear(4, 4)
-    >>> shard(one, Layout(), mesh, units=[one]) is one  # of a single process nothing is spread
-    True
+    >>> shard(nn.Identity(), Layout(), mesh, units=[])  # of a single process nothing is spread
+    Identity()
 
     Source: Rajbhandari et al., 2020, "ZeRO"; Zhao et al., 2023, "PyTorch FSDP"; Liu et al., 2025, "MoE Parallel
     Folding". The sums are ours: averages over unlike meshes are what makes expert gradients ep times too large.
