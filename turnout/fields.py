@@ -13,6 +13,7 @@ __all__ = ["build", "fit", "plain"]
 
 # Types, for people.
 _WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_DIGITS = re.compile(r"[-+\d.e]*\d")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _DEVICES = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
 # What people write for "whatever accelerator this machine has".
@@ -59,7 +60,7 @@ def build(kind: type, values: object, where: str) -> typing.Any:
     names = {field.name for field in dataclasses.fields(kind)}
     unknown = [name for name in values if name not in names]
     if unknown:
-        raise nearest(unknown[0], names, kind="field", where=f"{where}, written by another version of turnout?")
+        raise nearest(unknown[0], names, kind="field", where=f"{where} (misspelt, or of another version)")
     needed = [
         field.name
         for field in dataclasses.fields(kind)
@@ -117,7 +118,8 @@ def fit(value: object, kind: typing.Any, where: str) -> typing.Any:
     wanted = _WORDS.get(kind, str(kind)) if origin is not typing.Literal else " or ".join(map(str, parts))
     close = difflib.get_close_matches(str(value), map(str, parts), n=1, cutoff=0.5) if origin is typing.Literal else ()
     fix = f"write {close[0]}" if close else f"write {wanted}"
-    raise UsageError(word("the value", got=value, allowed=f"be {wanted}", where=repr(where), fix=fix))
+    got = repr(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value  # "4" is not 4
+    raise UsageError(word("the value", got=got, allowed=f"be {wanted}", where=repr(where), fix=fix))
 
 
 def device_name(name: object, where: str) -> str:

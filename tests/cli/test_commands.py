@@ -232,7 +232,7 @@ def test_a_run_goes_on_when_its_text_has_gone(text, tmp_path):
     shutil.copytree(text, source)
     assert main(["train", "tiny", *SMALL, "steps=2", "--data", str(source), "--out", str(out), "--quiet"]) == 0
     shutil.rmtree(source)
-    assert main(["train", "--resume", "--out", str(out), "steps=4", "--quiet"]) == 0
+    assert main(["train", "--resume", "steps=4", "--out", str(out), "--quiet"]) == 0
     assert [step for step, _ in _losses(out)] == [1, 2, 3, 4]
 
 

@@ -11,7 +11,7 @@ from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, FactoredConfig, LMConfig, MoEConfig
 from turnout.recipes.parity import Gap, Parity, compare, plan_of, small_model
 from turnout.recipes.planted import FAULTS, Fault
-from turnout.run.processes import Ranks
+from turnout.run.ranks.processes import Ranks
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan
@@ -151,6 +151,10 @@ def test_what_cannot_be_compared_is_named() -> None:
         Fault("factr")
     with pytest.raises(UnknownNameError, match="fp64"):
         compare(Plan(), dtype="fp46")  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(UsageError, match="gather=int8, reduce=full"):
+        compare(Plan(Layout(dp_shard=2), gather="int8"))
+    with pytest.raises(UsageError, match="gather=full, reduce=int4"):
+        compare(Plan(Layout(dp_shard=2), reduce="int4"))
     with pytest.raises(UsageError, match="dp_shrd=2"):
         plan_of("dp_shrd=2")
     assert plan_of("dp_shard=4, ep=2, secondary=2") == Plan(Layout(dp_shard=4, ep=2), secondary=2)

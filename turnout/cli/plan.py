@@ -69,6 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         top=arguments.top,
     )
     print(found.to_json() if arguments.json else found.table())
+    if arguments.html:
+        from turnout.storage import write_whole
+
+        write_whole(arguments.html, found.page())
+        if not arguments.json:
+            print(f"\npage: {arguments.html}")
     runs = [number for number, choice in enumerate(found.choices) if choice.runs]
     if arguments.out:
         number = _first(runs)

@@ -9,9 +9,13 @@ from pathlib import Path
 from turnout import recipes
 from turnout.decide.device import Choice, layouts, refined
 from turnout.decide.device.pace import degrees
+from turnout.decide.device.refined import played_by
+from turnout.errors import UsageError, word
 from turnout.measure import quantity
+from turnout.models.checkpoint.own import outline
 from turnout.recipes.run import Run
 from turnout.recipes.workload import as_text, config_of, workload_of
+from turnout.show.plan import plan_html
 from turnout.storage import write_whole
 from turnout.types import Cluster, Workload
 
@@ -84,16 +88,38 @@ class Planned:
         return lines
 
     def command(self, number: int = 0, *, plan: str | Path = "plan.json") -> str:
-        """The line that trains by a choice, on each node."""
-        choice = self.choices[number]
-        each = min(self.cluster.devices_per_node, choice.plan.layout.world)
-        nodes = -(-choice.plan.layout.world // self.cluster.devices_per_node)
-        launch = f"torchrun --nproc-per-node {each}"
+        """The line that trains by a choice, on each node: as many processes as the layout has, and its step."""
+        layout = self.choices[number].plan.layout
+        each = min(self.cluster.devices_per_node, layout.world)
+        nodes = -(-layout.world // self.cluster.devices_per_node)
+        left = layout.world - each * (nodes - 1)  # on the last node
+        count = str(each) if left == each else f"$([ $RANK = {nodes - 1} ] && echo {left} || echo {each})"
+        launch = f"torchrun --nproc-per-node {count}"
         if nodes > 1:
             launch += f" --nnodes {nodes} --node-rank $RANK --master-addr $HOST"
-        what = self.model if self.model in recipes.__all__ else f"--from {shlex.quote(self.model)}"
-        fields = " ".join(map(shlex.quote, self.overrides)) + " " if self.overrides else ""
+        named = self.model in recipes.__all__
+        what = self.model if named else f"--from {shlex.quote(_folder(self.model))}"
+        fields = "".join(f"{shlex.quote(field)} " for field in self._fields(number, named=named))
         return f"{launch} -m turnout train {what} {fields}--plan {shlex.quote(str(plan))} --data DATA --out OUT"
+
+    def _fields(self, number: int, *, named: bool) -> list[str]:
+        """The run's fields that make its step the one that was planned: the user's, and what they leave open."""
+        plan, train = self.choices[number].plan, self.run.train
+        # A pipeline cuts the batch by itself; without one the parts of a step are those that add up gradients.
+        parts = plan.microbatches if plan.layout.pp == 1 else 1
+        exact: dict[str, object] = {"batch": train.batch * train.accumulate // parts, "accumulate": parts}
+        if named and exact == {"batch": train.batch, "accumulate": train.accumulate}:
+            return list(self.overrides)
+        if not named:  # a model that exists is trained with other fields than a recipe's
+            exact |= {"seq": train.seq, "dtype": train.dtype}
+        kept = [text for text in self.overrides if text.partition("=")[0].removeprefix("train.") not in exact]
+        return [*kept, *(f"{name}={value}" for name, value in exact.items())]
+
+    def page(self) -> str:
+        """A page with the numbers of the first choice, and a picture of its pipeline where it has one."""
+        best = self.choices[0]
+        played = played_by(self.workload, best)
+        return plan_html(self.model, self.table(), best.pace.seconds, played)
 
     def to_json(self) -> str:
         """Every choice with what is foreseen, as JSON."""
@@ -121,6 +147,11 @@ def seconds(value: float) -> str:
 
 def _parts(microbatches: int) -> str:
     return "whole batch" if microbatches == 1 else f"in {microbatches} parts"
+
+
+def _folder(model: str) -> str:
+    """What ``turnout train --from`` takes of a model, which may have been named by its config.json."""
+    return str(Path(model).parent) if Path(model).is_file() else model
 
 
 def run_of(model: str, overrides: Sequence[str] = ()) -> Run:
@@ -164,7 +195,8 @@ def plan_model(
         top: how many to keep.
 
     Raises:
-        TurnoutError: no such model; or nothing fits, with what is too large and the smallest change that fits.
+        TurnoutError: no such model; one that many devices do not train as one does; or nothing fits, with what is too
+            large and the smallest change that fits.
 
     >>> found = plan_model("tiny", Cluster(devices_per_node=4, memory_bytes=4e9), top=2)
     >>> found.choices[0].plan.layout.world
@@ -174,7 +206,24 @@ def plan_model(
     """
     run = run_of(model, overrides)
     workload = workload_of(run)
+    if (cluster.devices if devices is None else devices) > 1:
+        _check_shared(run)
     # More than are shown are played by the simulator: it may order them otherwise than arithmetic does.
     found = layouts(workload, cluster, devices=devices, foreign=foreign, top=2 * top)
     played = sorted((refined(workload, choice) for choice in found), key=lambda choice: choice.pace.step_s)
     return Planned(model, run, workload, cluster, tuple(played[:top]), tuple(overrides))
+
+
+def _check_shared(run: Run) -> None:
+    """Refuses what ``turnout train`` does not do on many processes, before it is planned."""
+
+    def refuse(what: str, got: object, allowed: str, fix: str) -> UsageError:
+        return UsageError(word(what, got=got, allowed=allowed, where="turnout plan", fix=fix))
+
+    if run.train.only != "all":
+        raise refuse("only", run.train.only, "be all where many devices train", "pass only=all, or --devices 1")
+    for router in outline(run.model).routers:
+        if getattr(router, "capacity_factor", None) is not None:
+            got = f"{type(router).__name__}, which chooses among the tokens of its batch"
+            fix = "pass router=TopK, or --devices 1"
+            raise refuse("router", got, "route each token by itself where many devices train", fix)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
-from turnout.run.shard import Meshes, experts_in
+from turnout.run.ranks.shard import Meshes, experts_in
 from turnout.types import Routing
 
 __all__ = ["FAULTS", "Fault"]

@@ -18,10 +18,10 @@ from turnout.recipes.execute import Done, begun, beside, claim, finish, resumabl
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import begin, kept_tokenizer
-from turnout.run.processes import Ranks, end, shared, start
-from turnout.run.shard import mesh, shard
-from turnout.run.watch import answering, lead
-from turnout.run.zero_plus_plus import travel
+from turnout.run.ranks.processes import Ranks, end, shared, start
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.watch import answering, lead
+from turnout.run.ranks.zero_plus_plus import travel
 from turnout.train import TrainResult
 from turnout.train.data import TokenSet
 from turnout.train.loop import train
@@ -56,7 +56,8 @@ def spread(
     Args:
         run: what is trained; its batch is that of all processes together.
         out: the output folder, which all machines share.
-        plan: how the model is spread.
+        plan: how the model is spread. Through a pipeline each of the ``accumulate`` batches of a step goes in
+            ``microbatches`` parts of a process's rows; without one they are not cut.
         timeout_s: how long ranks wait for each other.
         resume: as for ``execute``; another number of ranks and another layout go on as well.
         tokens_folder: as for ``execute``.
@@ -74,6 +75,7 @@ def spread(
     out, stage = Path(out), ["the beginning"]
     check_size(run)
     _refuse(run, plan)
+    _refuse_parts(run, plan)
     ranks = start(timeout_s=timeout_s, device=run.train.device)
     one = _One(run, out, plan, ranks, stage)
     with answering(ranks, lambda: stage[-1]), resumable(out), warnings.catch_warnings():
@@ -203,6 +205,18 @@ def _node(plan: Plan) -> int | None:
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     count, shards = int(here) if here.isdigit() else 1, plan.layout.dp_shard
     return count if plan.layout.ep == 1 and 1 < count < shards and shards % count == 0 else None
+
+
+def _refuse_parts(run: Run, plan: Plan) -> None:
+    """Without a pipeline the parts of a step are those of ``accumulate``: a plan that fits by them needs them."""
+    train, parts = run.train, plan.microbatches
+    if plan.layout.pp > 1 or train.accumulate >= parts:
+        return
+    each = -(-train.batch * train.accumulate // parts)
+    each += -each % plan.layout.data_ranks
+    got, allowed = train.accumulate, f"be at least {parts}, the parts in which the plan has a step (microbatches)"
+    fix = f"pass batch={each} accumulate={parts}"
+    raise UsageError(word("accumulate", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _path(tokens: TokenSet | None) -> str | None:

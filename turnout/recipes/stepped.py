@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from turnout.models import LM
 from turnout.models.fused import IGNORE
 from turnout.models.piped import Piped
-from turnout.run.shard import Meshes, accumulate, shard
-from turnout.run.whole import gradient_norm, settle, whole, whole_gradients
+from turnout.run.ranks.shard import Meshes, accumulate, shard
+from turnout.run.ranks.whole import gradient_norm, settle, whole, whole_gradients
 from turnout.types.plan import Plan
 
 __all__ = ["Batch", "Stepped", "alone", "batch_for", "together"]

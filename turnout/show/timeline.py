@@ -137,8 +137,6 @@ def timeline_html(schedule: Schedule, times: PipelineTimes, *, unit: str = "", m
 
     Source: none; plain bookkeeping.
     """
-    kinds = [kind for kind in _KINDS if any(a.kind == kind for order in schedule.actions for a in order)]
-    legend = "".join(f'<li><i class="dot" style="--c:{_COLOR[kind]}"></i>{escape(_KINDS[kind])}</li>' for kind in kinds)
     how = "measured" if measured else "simulated"
     rows = [
         ("makespan", f"{times.makespan:.6g} {unit}".strip()),
@@ -151,10 +149,16 @@ def timeline_html(schedule: Schedule, times: PipelineTimes, *, unit: str = "", m
     drawing = card(schedule.name, how, f"{timeline_svg(schedule, times)}")
     head = (
         f'<header><div class="inner"><p class="eyebrow">a step of a pipeline, {how}</p>'
-        f'<h1>{escape(schedule.name)}</h1><ul class="lead">{legend}</ul></div></header>'
+        f'<h1>{escape(schedule.name)}</h1><ul class="lead">{timeline_legend(schedule)}</ul></div></header>'
     )
     sections = [f"<section>{drawing}</section>", f"<section><h2>Numbers</h2>{table(rows)}</section>"]
     return frame(f"{schedule.name}, {how}", head, sections, experts=0, payload={})
+
+
+def timeline_legend(schedule: Schedule) -> str:
+    """What the colours of its drawing mean, as items of a list."""
+    kinds = [kind for kind in _KINDS if any(a.kind == kind for order in schedule.actions for a in order)]
+    return "".join(f'<li><i class="dot" style="--c:{_COLOR[kind]}"></i>{escape(_KINDS[kind])}</li>' for kind in kinds)
 
 
 def _bar(schedule: Schedule, action: Action, start: float, end: float, scale: float, top: int) -> str:

@@ -11,6 +11,7 @@ from turnout.claims.scale.flowmoe import flowmoe
 from turnout.claims.scale.flows import flows
 from turnout.claims.scale.fsmoe import fsmoe
 from turnout.claims.scale.fuyou import fuyou
+from turnout.claims.scale.fzoos import fzoos
 from turnout.claims.scale.gpipe import gpipe
 from turnout.claims.scale.hecate import hecate
 from turnout.claims.scale.interleaved import interleaved
@@ -41,6 +42,7 @@ __all__ = [
     "flows",
     "fsmoe",
     "fuyou",
+    "fzoos",
     "gpipe",
     "hecate",
     "interleaved",

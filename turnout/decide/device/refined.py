@@ -7,14 +7,15 @@ from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved
 from turnout.decide.device.layouts import ROOM, Choice
 from turnout.decide.device.memory import chunks, shares
+from turnout.decide.device.named_schedule import named_schedule
 from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import pace_of, wire
 from turnout.decide.device.search import known_schedules, search
 from turnout.decide.device.zbv import zbv
-from turnout.solve.pipeline import pipeline
+from turnout.solve.pipeline import PipelineTimes, pipeline
 from turnout.types import Plan, Schedule, StageCosts, Workload
 
-__all__ = ["refined", "stage_costs"]
+__all__ = ["played_by", "refined", "stage_costs"]
 
 # Of each name, how torch's runtime has it; anything else goes along in full.
 _MANY = 512  # tasks of a direction that are not searched through
@@ -114,6 +115,22 @@ def refined(workload: Workload, choice: Choice, *, tries: int = 40, action_s: fl
     within = sum(v for k, v in seconds.items() if k not in ("reducing", "optimizer"))
     seconds |= {"bubble": max(0.0, makespan - within)}
     return dataclasses.replace(choice, plan=plan, pace=dataclasses.replace(choice.pace, seconds=seconds))
+
+
+def played_by(workload: Workload, choice: Choice) -> tuple[Schedule, PipelineTimes] | None:
+    """The choice's pipeline and when each of its tasks runs, as the simulator has it; None without a pipeline.
+
+    Args:
+        workload: the network and its step.
+        choice: as ``refined`` gave it.
+
+    Source: none; ``turnout.solve.pipeline``.
+    """
+    plan = choice.plan
+    if plan.layout.pp == 1:
+        return None
+    schedule = plan.actions or named_schedule(plan.schedule, plan.layout.pp, plan.microbatches)
+    return schedule, pipeline(schedule, stage_costs(workload, choice, each=schedule.stages // plan.layout.pp))
 
 
 def _sizes(workload: Workload, schedule: Schedule) -> tuple[int, ...]:
