@@ -21,7 +21,7 @@ _TEXT = re.compile(r"(\d+)(UNSHARD|RESHARD|F|I|W|B)(\d*)")
 class Action(NamedTuple):
     """One thing that a device does for one stage.
 
-    Args:
+    Attributes:
         stage: the stage, in [0, stages); -1 for two actions at a time.
         kind: ``F`` forward, ``I`` the gradient of the input, ``W`` that of the weights, ``B`` both of these in one,
             ``UNSHARD`` and ``RESHARD`` gather and drop a stage's parameters, ``OVERLAP_F_B`` does ``parts`` together.
