@@ -13,6 +13,7 @@ from turnout.models import LM
 from turnout.models.placed import placed
 from turnout.recipes.agreed import agree_on_run, agree_on_tokens, agree_on_weights
 from turnout.recipes.execute import Done, begun, beside, claim, finish, resumable, tell, tokens_for
+from turnout.recipes.overlaps import check_played, told
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import begin, kept_tokenizer
@@ -22,6 +23,7 @@ from turnout.run.watch import answering, lead
 from turnout.train import TrainResult, parts
 from turnout.train.data import TokenSet
 from turnout.train.loop import train
+from turnout.train.overlapping import Overlapping
 from turnout.train.sharded import Sharded
 from turnout.types.plan import Plan
 
@@ -78,6 +80,10 @@ def spread(
         wanted = one.wanted(resume)
         team, tokens = one.prepared(wanted, tokens_folder, quiet=quiet)
         trained = one.train(team, tokens, wanted, tensorboard=tensorboard, quiet=quiet)
+        if isinstance(team, Overlapping):
+            team.close()
+            if ranks.is_first and not quiet and team.means is not None:
+                print(told(plan, *team.means), file=sys.stderr)
         whole = one.gathered(team.model)
     end()
     if whole is None:
@@ -124,6 +130,8 @@ class _One:
             self.stage.append("preparing the text")
             tokens = TokenSet.open(Path(found or lead(ranks, make)))
             agree_on_tokens(tokens.digest)
+            if self.plan.overlap is not None:
+                return Overlapping(ranks, meshes, model, self.plan.overlap), tokens
         return Sharded(ranks, meshes, model), tokens
 
     def train(
@@ -168,9 +176,10 @@ def _refuse(run: Run, plan: Plan) -> None:
     if layout.pp > 1:
         fix = f"use dp_shard={layout.dp_shard * layout.pp} in its place; turnout parity runs pipelines"
         raise refuse("pp", layout.pp, "be 1 in turnout train", fix)
-    for name in ("overlap", "placement"):
-        if getattr(plan, name) is not None:
-            raise refuse(f"the plan's {name}", "one", "be none in turnout train", "leave it out of the plan")
+    if plan.placement is not None:
+        raise refuse("the plan's placement", "one", "be none in turnout train", "leave it out of the plan")
+    if plan.overlap is not None:
+        check_played(plan)
     if batch % layout.data_ranks:
         near = batch + -batch % layout.data_ranks
         allowed = f"be a multiple of dp_replicate x dp_shard = {layout.data_ranks}, which share it"

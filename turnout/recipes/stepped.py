@@ -13,7 +13,9 @@ from turnout.decide.device.zero_bubble import zb_h1
 from turnout.errors import UsageError, word
 from turnout.models import LM
 from turnout.models.fused import IGNORE
+from turnout.models.overlapped import Overlapped
 from turnout.models.stages import cut, even_stages, shared_parameters
+from turnout.recipes.played import played
 from turnout.run.pipeline import Pipeline, torch_schedule
 from turnout.run.shard import Meshes, accumulate, shard
 from turnout.run.whole import gradient_norm, settle, whole, whole_gradients
@@ -24,6 +26,7 @@ __all__ = ["Batch", "Stepped", "alone", "batch_for", "together"]
 
 _LR, _SEQ, _WHERE = 1.0, 12, "turnout.recipes.stepped"
 Touch = Callable[[nn.Module, Meshes], None]
+Play = Callable[[Overlapped], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +80,9 @@ def batch_for(lm: LM, plan: Plan, seed: int) -> Batch:
 
     Source: none; a test's input.
     """
-    rows = 2 * plan.layout.data_ranks * plan.microbatches
+    # Of what a schedule cuts into chunks, so many rows that they do not come out even.
+    each = 2 if plan.overlap is None else 1 + max(plan.overlap.attention_chunks, plan.overlap.expert_chunks)
+    rows = each * plan.layout.data_ranks * plan.microbatches
     chance = torch.Generator().manual_seed(seed + 1)
     length = min(_SEQ, lm.config.max_seq)
     id_BS = torch.randint(lm.config.vocab_size, (rows, length + 1), generator=chance)
@@ -109,7 +114,7 @@ def alone(lm: LM, batch: Batch, plan: Plan) -> Stepped:
     return Stepped({"loss": float(loss.detach()), "norm": norm}, list(grads.items()), list(stepped.items()))
 
 
-def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch, after: Touch) -> Stepped:
+def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch, play: Play, after: Touch) -> Stepped:
     """The step under the plan; all its processes call it, and the first gets everything.
 
     Args:
@@ -118,6 +123,7 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
         plan: the plan.
         meshes: of its layout.
         before: what happens to the model once it is spread.
+        play: what happens in its place to the player of the plan's block schedule, where it has one.
         after: what happens to it after the backward pass.
 
     Raises:
@@ -129,6 +135,9 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
     parts = [own.part(number, plan.microbatches) for number in range(plan.microbatches)]
     if plan.layout.pp > 1:
         model, loss, skip = _piped(lm, parts, batch.tokens, plan, meshes, before)
+    elif plan.overlap is not None:
+        loss, skip = played(lm, parts, batch.tokens, plan, meshes, play), set[str]()
+        model = nn.ModuleList([lm])
     else:
         model, skip = nn.ModuleList([shard(lm, plan.layout, meshes, plan=plan)]), set[str]()
         before(model, meshes)

@@ -18,6 +18,7 @@ from turnout.run.shard import Meshes, accumulate
 from turnout.run.watch import answering, lead
 from turnout.train import parts
 from turnout.train.balance import Whole, demand
+from turnout.train.team import Player
 from turnout.types import Routing
 
 __all__ = ["Sharded"]
@@ -39,8 +40,12 @@ class Sharded:
     def __init__(self, ranks: Ranks, meshes: Meshes, model: nn.Module) -> None:
         self.ranks, self.meshes, self.model = ranks, meshes, model
         self.size = meshes.layout.data_ranks
-        self._held = {id(p): _leaf(name, p) for name, p in model.named_parameters()}
+        self._held = {id(p): self.leaf(name, p) for name, p in model.named_parameters()}
         self._groups = {id(self._held[id(p)]): _sharing(p) for p in model.parameters()}
+
+    def leaf(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """What of a parameter this process updates, in the same memory."""
+        return _leaf(name, parameter)
 
     @property
     def first(self) -> bool:
@@ -93,6 +98,11 @@ class Sharded:
         """Its part of it, in the same memory."""
         return self._held[id(parameter)]
 
+    @property
+    def player(self) -> Player | None:
+        """None: the model is called."""
+        return None
+
     def passing(self, *, last: bool) -> None:
         """Gradients travel when the layout says."""
         accumulate(self.model, self.meshes.layout, last=last)
@@ -139,6 +149,10 @@ class Sharded:
         dist.all_reduce(some)
         return next(filter(None, shared(asked)), None) if int(some) else None
 
+    def measured(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
+
     def save(
         self,
         folder: Path,
@@ -174,7 +188,8 @@ def _leaf(name: str, parameter: nn.Parameter) -> nn.Parameter:
 
 def _sharing(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which the parts of a parameter are different numbers."""
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):  # the same everywhere
+        return ()
     mesh = parameter.device_mesh
     return tuple(mesh.get_group(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())
 

@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, balance losses, clipping, the update, and what routers learn from the load."""
 
 import dataclasses
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -208,20 +209,29 @@ class Step:
                 self._generator.manual_seed(seed)
             id_BS, target_BS = (sent(each, self.device) for each in (batch.id_BS, batch.target_BS))
             real_BS = _real(batch)
+            real_BS = None if real_BS is None else sent(real_BS, self.device)
+            counted = functools.partial(self._counted, sums)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16"):
-                nats, routings = self._nats(id_BS, target_BS, None if real_BS is None else sent(real_BS, self.device))
-            wholes = self.team.wholes(routings)
-            loss, aux, z = self._objective(nats / predicted, routings, wholes)
-            loss.backward()
-            with torch.no_grad():
-                parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
-                sums.losses_3 += parts
-                # The demand, before capacity took its share: that is what a router has to balance.
-                wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
-                sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
+                if self.team.player is not None:
+                    how = {"tokens": predicted, "attention_mask": real_BS, "objective": counted}
+                    self.team.player.step(id_BS, target_BS, **how)
+                    continue
+                nats, routings = self._nats(id_BS, target_BS, real_BS)
+            counted(nats / predicted, routings).backward()
         self.team.collect(self.parameters)
         sums.losses_3 = self.team.total(sums.losses_3)
         return sums
+
+    def _counted(self, sums: _Sums, nats: Tensor, routings: Sequence[Any]) -> Tensor:
+        """The loss to differentiate, from a micro-batch's share of the token loss; what it is made of is summed up."""
+        wholes = self.team.wholes(routings)
+        loss, aux, z = self._objective(nats, routings, wholes)
+        with torch.no_grad():
+            sums.losses_3 += torch.stack([nats.detach(), aux.detach(), z.detach()])
+            # The demand, before capacity took its share: that is what a router has to balance.
+            wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
+            sums.load_L = [a + b for a, b in zip(sums.load_L, wanted, strict=True)] if sums.load_L else wanted
+        return loss
 
     def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
         """The summed token loss and the routings."""

@@ -12,7 +12,21 @@ from turnout.train import state as checkpoints
 from turnout.train.balance import Whole
 from turnout.types import Routing
 
-__all__ = ["ALONE", "Alone", "Team"]
+__all__ = ["ALONE", "Alone", "Objective", "Player", "Team"]
+
+Objective = Callable[[Tensor, Sequence[Routing]], Tensor]
+
+
+class Player(Protocol):
+    """What takes forward and backward passes in the model's place.
+
+    Source: none; plain bookkeeping.
+    """
+
+    def step(
+        self, id_BS: Tensor, target_BS: Tensor, *, tokens: int, attention_mask: Tensor | None, objective: Objective
+    ) -> Any:
+        """Adds to what is updated here its gradient of ``objective(nats / tokens, routings)``, all processes' sum."""
 
 
 class Team(Protocol):
@@ -41,6 +55,10 @@ class Team(Protocol):
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
         """What of a parameter this process updates."""
 
+    @property
+    def player(self) -> Player | None:
+        """What takes the passes in the model's place; None where the model itself is called."""
+
     def passing(self, *, last: bool) -> None:
         """A forward and backward pass is next; ``last`` where the optimizer steps after it."""
 
@@ -61,6 +79,9 @@ class Team(Protocol):
 
     def heard(self, asked: str | None) -> str | None:
         """The signal that this process or another was sent."""
+
+    def measured(self) -> Mapping[str, float]:
+        """What it has to say of the steps since it was asked last, for a line of metrics.jsonl."""
 
     def save(
         self,
@@ -96,6 +117,7 @@ class Alone:
 
     first = True
     salt: tuple[int, ...] = ()
+    player = None
 
     def part(self, batch: Any) -> Any:
         """All of it."""
@@ -138,6 +160,10 @@ class Alone:
     def heard(self, asked: str | None) -> str | None:
         """The signal that this process was sent."""
         return asked
+
+    def measured(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
 
     def save(
         self,
