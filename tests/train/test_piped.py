@@ -90,7 +90,7 @@ def test_every_pipeline_trains_as_one_process(tmp_path: Path) -> None:
         lm = make()
         train(lm, tiny_tokens(), configured(**fields), tmp_path / f"one-{name}", run_json={}, quiet=True)
         ones[name] = whole(lm)
-    assert gap(ones["one"], whole(make())) > 5e-3  # it moved
+    assert gap(ones["one"], whole(make())) > 4e-3  # it moved: no further than the two rates, 1.5e-3 and 3e-3
     found = spawn(4, every_plan, tmp_path)[0]
     names = [*map(str, range(len(PLANS))), "quiet", "bf16"]
     for name, weights in zip(names, found, strict=True):
