@@ -28,10 +28,10 @@ from turnout.measure import fit_block_costs, fit_slowed, simulate_block
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.block_tasks import BlockTasks
 from turnout.models.overlapped import Overlapped, own_experts
-from turnout.run import processes
-from turnout.run.block import Played
-from turnout.run.block_profile import profile_blocks
-from turnout.run.wire import Slow
+from turnout.run.blocks.block import Played
+from turnout.run.blocks.block_profile import profile_blocks
+from turnout.run.blocks.wire import Slow
+from turnout.run.ranks import processes
 from turnout.types import BlockCosts, BlockSchedule
 
 NAMES = {"none": "no overlap", "tutel": "Tutel, best r", "fsmoe": "FSMoE", "flowmoe": "FlowMoE", "turnout": "turnout"}

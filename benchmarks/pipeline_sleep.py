@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.tables import heading, provenance, write
 from turnout.decide.device import dual_pipe_v, gpipe, interleaved, looped_breadth_first, one_f_one_b, zb_h1, zbv
 from turnout.recipes.spawned import spawned
-from turnout.run.pipeline import Carried, Pipeline
+from turnout.run.ranks.pipeline import Carried, Pipeline
 from turnout.solve.pipeline import pipeline
 from turnout.types import Schedule
 from turnout.types.stage_costs import StageCosts

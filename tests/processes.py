@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # where ``tests.run.test_processes`` is found, by which a function pickles
     sys.path.append(str(ROOT))
 _KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_PRELOAD = ["turnout.run.processes", "turnout.recipes.spread"]  # loaded once, for all that are forked
+_PRELOAD = ["turnout.run.ranks.processes", "turnout.recipes.spread"]  # loaded once, for all that are forked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def outcomes(
         function: as for ``spawn``; without a ``group`` it is called as ``function(rank, *arguments)``.
         arguments: what else it takes.
         timeout_s: after that long all that are left are killed.
-        group: whether ``turnout.run.processes.start`` is called first.
+        group: whether ``turnout.run.ranks.processes.start`` is called first.
         wait_s: what ``start`` is told to wait for other ranks.
         patience_s: once a rank has come to its end, the others have so long to come to theirs.
         environment: rank -> variables to set beside those of torchrun.
@@ -141,7 +141,7 @@ def _inside(
     os.environ.update(variables)
     sys.path[:] = path
     torch.set_num_threads(1)
-    from turnout.run import processes
+    from turnout.run.ranks import processes
 
     def send(body: dict[str, Any]) -> None:
         pipe.send_bytes(pickle.dumps(body))  # tensors by value: their memory goes with this process

@@ -4,7 +4,7 @@ import pytest
 from processes import spawn
 
 from benchmarks.block_overlap import Trial, compare
-from turnout.run.processes import Ranks
+from turnout.run.ranks.processes import Ranks
 
 METHODS = ("none", "tutel", "turnout")
 

@@ -7,7 +7,7 @@ import pytest
 
 from turnout.errors import UsageError
 from turnout.measure import fit_block_costs, fit_slowed
-from turnout.run.block_profile import serial
+from turnout.run.blocks.block_profile import serial
 from turnout.types import BlockCosts, Line
 
 TRUTH = BlockCosts.even(attention=1.0, experts=2.0, dispatch=0.5, reduce=0.4, gate=0.1, start=0.02, rows=96)

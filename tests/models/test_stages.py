@@ -6,7 +6,7 @@ import torch
 from turnout.errors import ShapeError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.stages import cut, even_stages, shared_parameters
-from turnout.run.pipeline import Carried
+from turnout.run.ranks.pipeline import Carried
 
 
 def lm_of(**more) -> LM:

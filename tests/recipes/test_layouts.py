@@ -13,9 +13,9 @@ import transformers
 from turnout.cli import main
 from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.recipes import spread
+from turnout.recipes import parity, spread
 from turnout.recipes.layouts import Planned, plan_model, run_of
-from turnout.run.shard import shard
+from turnout.run.ranks.shard import shard
 from turnout.types import Cluster, Layout, Plan
 
 
@@ -125,3 +125,9 @@ def test_a_router_that_chooses_among_tokens_meets_no_part_of_a_batch() -> None:
     lm, layout = LM(LMConfig(vocab_size=8, width=4, layers=2, heads=1, moe=moe)), Layout(pp=2)
     with pytest.raises(UsageError, match="each part of it has others"):
         shard(lm, layout, None, plan=Plan(layout, microbatches=2))  # pyrefly: ignore[bad-argument-type]
+
+
+def test_a_schedule_that_there_is_not_is_refused_before_processes_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnout.recipes.parity.spawned", lambda *_: pytest.fail("started"))
+    with pytest.raises(UnknownNameError, match="Did you mean '1F1B'"):
+        parity.parity(Plan(Layout(pp=2), schedule="1f1b", microbatches=2))

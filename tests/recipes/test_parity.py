@@ -11,7 +11,7 @@ from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, FactoredConfig, LMConfig, MoEConfig
 from turnout.recipes.parity import Gap, Parity, compare, plan_of, small_model
 from turnout.recipes.planted import FAULTS, Fault
-from turnout.run.processes import Ranks
+from turnout.run.ranks.processes import Ranks
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan

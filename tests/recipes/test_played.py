@@ -12,7 +12,7 @@ from turnout.recipes.overlaps import check_played, told
 from turnout.recipes.parity import Parity, compare
 from turnout.recipes.planted import FAULTS, PLAYED, Fault
 from turnout.recipes.played import fitted
-from turnout.run.processes import Ranks
+from turnout.run.ranks.processes import Ranks
 from turnout.types import BlockCosts, BlockSchedule
 from turnout.types.layout import Layout
 from turnout.types.plan import Plan

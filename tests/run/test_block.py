@@ -15,9 +15,9 @@ from turnout.decide.device.block_schedule import METHODS, block_schedule
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.block_tasks import BlockTasks
 from turnout.models.overlapped import Overlapped, own_experts
-from turnout.run.block import BlockPlayer, Played
-from turnout.run.block_pass import BlockPass
-from turnout.run.processes import Ranks
+from turnout.run.blocks.block import BlockPlayer, Played
+from turnout.run.blocks.block_pass import BlockPass
+from turnout.run.ranks.processes import Ranks
 from turnout.types import BlockCosts, BlockSchedule, BlockTask, Routing
 
 SEQ, EXPERTS = 6, 4

@@ -9,9 +9,9 @@ from torch import nn
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.block_tasks import BlockTasks
-from turnout.run.block import BlockPlayer
-from turnout.run.block_gradients import BlockGradients
-from turnout.run.block_profile import serial
+from turnout.run.blocks.block import BlockPlayer
+from turnout.run.blocks.block_gradients import BlockGradients
+from turnout.run.blocks.block_profile import serial
 from turnout.types import BlockTask
 
 

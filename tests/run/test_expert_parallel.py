@@ -8,8 +8,8 @@ from torch import Tensor
 from turnout.errors import ShapeError, UsageError
 from turnout.paths import Bank
 from turnout.run import execute
-from turnout.run.expert_parallel import Owners, expert_parallel
-from turnout.run.processes import Ranks
+from turnout.run.ranks.expert_parallel import Owners, expert_parallel
+from turnout.run.ranks.processes import Ranks
 from turnout.types import ExpertWeights, Routing
 
 E, D, F, K = 6, 8, 6, 2

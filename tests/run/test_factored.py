@@ -116,7 +116,8 @@ def test_what_no_token_takes_has_a_gradient_of_zeros(sizes, tokens) -> None:
     routing = Routing.from_topk(torch.full((tokens, 1), 5), torch.ones(tokens, 1).double(), num_experts=6)
     x_TD = torch.zeros(tokens, 8, dtype=torch.float64, requires_grad=True)
     factored(x_TD, routing, made.weights()).sum().backward()
-    assert x_TD.grad is not None and not [name for name, p in made.named_parameters() if p.grad is None]
+    # What has no numbers has no gradient either: FSDP2 takes none of an empty tensor.
+    assert not [name for name, p in made.named_parameters() if (p.grad is None) != (p.numel() == 0)]
 
 
 def test_user_mistakes() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from turnout.run.block_parts import Graph
-from turnout.run.halves import Owed
+from turnout.run.blocks.block_parts import Graph
+from turnout.run.blocks.halves import Owed
 from turnout.run.product import linear
 
 

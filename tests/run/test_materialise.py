@@ -10,9 +10,9 @@ from torch import Tensor
 from turnout.decide.device.place import hecate
 from turnout.errors import ShapeError, UsageError
 from turnout.run import execute
-from turnout.run.expert_parallel import Owners
-from turnout.run.materialise import Materialise
-from turnout.run.processes import Ranks
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.materialise import Materialise
+from turnout.run.ranks.processes import Ranks
 from turnout.types import ExpertWeights, Placement, Routing
 
 E, D, F, T = 8, 6, 5, 400

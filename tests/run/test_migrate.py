@@ -9,10 +9,10 @@ from processes import spawn
 
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.run.migrate import Moved, migrate
-from turnout.run.processes import Ranks
-from turnout.run.shard import experts_in, mesh, shard
-from turnout.run.whole import settle, whole
+from turnout.run.ranks.migrate import Moved, migrate
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import experts_in, mesh, shard
+from turnout.run.ranks.whole import settle, whole
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan
@@ -84,7 +84,7 @@ def left_behind(ranks: Ranks) -> dict[str, bool]:
     """Whether a run is another when the optimizer's moments stay where they were, and what is refused."""
     layout = Layout(dp_shard=2, ep=2)
     stays, _, _ = _run(layout, FIRST, None)
-    module: Any = sys.modules["turnout.run.migrate"]
+    module: Any = sys.modules["turnout.run.ranks.migrate"]
     send = module._send
     module._send = lambda parameter, tensors, *rest: send(parameter, tensors[:1], *rest)
     try:

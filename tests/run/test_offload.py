@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from turnout.errors import StorageError, TrainingError, UsageError
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.lm import LM
-from turnout.run.offload import Offloaded
-from turnout.run.offload_ways import Slowed
-from turnout.run.wire import Slow
+from turnout.run.blocks.wire import Slow
+from turnout.run.swap.offload import Offloaded
+from turnout.run.swap.offload_ways import Slowed
 from turnout.types import OffloadPlan
 
 D, BLOCKS = 8, 5

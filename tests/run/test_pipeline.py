@@ -20,11 +20,11 @@ from turnout.decide.device.zero_bubble import zb_h1, zb_h2
 from turnout.errors import MissingExtraError, TrainingError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.stages import cut, even_stages, shared_parameters
-from turnout.run import torch_pipeline
-from turnout.run.pipeline import Carried, Pipeline, torch_schedule
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
-from turnout.run.watch import answering
+from turnout.run.ranks import torch_pipeline
+from turnout.run.ranks.pipeline import Carried, Pipeline, torch_schedule
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.watch import answering
 from turnout.train import load_balance_loss
 from turnout.types import Action, Layout, Plan, Schedule
 

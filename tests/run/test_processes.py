@@ -10,9 +10,9 @@ import torch.distributed as dist
 from processes import outcomes, spawn
 
 from turnout.errors import DataError, UsageError
-from turnout.run import processes
-from turnout.run.processes import Ranks, agree
-from turnout.run.watch import answering, lead
+from turnout.run.ranks import processes
+from turnout.run.ranks.processes import Ranks, agree
+from turnout.run.ranks.watch import answering, lead
 
 
 def summed(ranks: Ranks, factor: float) -> tuple[int, float]:
@@ -37,7 +37,7 @@ def test_who_differs_is_named_on_every_rank() -> None:
     found = outcomes(4, disagreeing)
     assert len({outcome.error for outcome in found}) == 1, [outcome.trace for outcome in found]
     assert found[0].error.startswith(
-        "UsageError: the weights must be the same on every rank in turnout.run.processes; got other on rank 2; xxx"
+        "UsageError: the weights must be the same on every rank in turnout.run.ranks; got other on rank 2; xxx"
     ), found[0].error
     assert found[0].error.endswith("x on ranks 0, 1 and 3. Nearest fix: start from one file.")
 

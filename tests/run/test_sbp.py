@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from turnout.run.processes import Ranks
+from turnout.run.ranks.processes import Ranks
 
 S0, S1, B, P = Shard(0), Shard(1), Replicate(), Partial()
 # What OneFlow boxes with, per change, as docs/guides/scale.md has it: nothing where it is local. On a CPU torch puts an

@@ -11,10 +11,10 @@ from processes import spawn
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
-from turnout.run import shard as sharding
-from turnout.run.processes import Ranks
-from turnout.run.shard import Meshes, mesh, shard
-from turnout.run.whole import clip, gradient_norm, settle, whole
+from turnout.run.ranks import shard as sharding
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import Meshes, mesh, shard
+from turnout.run.ranks.whole import clip, gradient_norm, settle, whole
 from turnout.types import Routing
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement

@@ -9,10 +9,10 @@ from processes import spawn
 from torch import Tensor, nn
 
 from turnout.errors import UsageError
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
-from turnout.run.subnet import agreed, subnet
-from turnout.run.whole import settle, whole_gradients
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.subnet import agreed, subnet
+from turnout.run.ranks.whole import settle, whole_gradients
 from turnout.types.layout import Layout
 
 # What each of two processes runs: other blocks, other numbers of them, another order.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError
 from turnout.run import execute
-from turnout.run.exchange import counts_from, exchange
-from turnout.run.nodes import Nodes
-from turnout.run.processes import Ranks
-from turnout.run.switch import Switch
+from turnout.run.ranks.exchange import counts_from, exchange
+from turnout.run.ranks.nodes import Nodes
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.switch import Switch
 from turnout.types import ExpertWeights, Routing
 
 D, F, K = 6, 8, 2

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from turnout.errors import UsageError
-from turnout.run.wire import Board, Slow, Wire
+from turnout.run.blocks.wire import Board, Slow, Wire
 
 
 def test_tasks_go_in_the_given_order_each_once_what_it_needs_is_there() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from turnout.decide.device import block_schedule
 from turnout.models.block_tasks import BlockTasks
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
 from turnout.train import parts, train
 from turnout.train.overlapping import Overlapping
 from turnout.types import BlockCosts, BlockSchedule

@@ -14,8 +14,8 @@ from turnout.decide.device import schedule_of, search
 from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.piped import Piped
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
 from turnout.train import TrainConfig, train
 from turnout.train.piped import Pipelined, _refuse_idle
 from turnout.train.sharded import Sharded
@@ -90,7 +90,7 @@ def test_every_pipeline_trains_as_one_process(tmp_path: Path) -> None:
         lm = make()
         train(lm, tiny_tokens(), configured(**fields), tmp_path / f"one-{name}", run_json={}, quiet=True)
         ones[name] = whole(lm)
-    assert gap(ones["one"], whole(make())) > 4e-3  # it moved: no further than the two rates, 1.5e-3 and 3e-3
+    assert gap(ones["one"], whole(make())) > 1e-3  # it moved, a hundred times the bound
     found = spawn(4, every_plan, tmp_path)[0]
     names = [*map(str, range(len(PLANS))), "quiet", "bf16"]
     for name, weights in zip(names, found, strict=True):

@@ -13,8 +13,8 @@ from turnout.decide.device.zero_bubble import zb_h2
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig
 from turnout.models.stages import cut, even_stages, shared_parameters
-from turnout.run.pipeline import Pipeline
-from turnout.run.processes import Ranks
+from turnout.run.ranks.pipeline import Pipeline
+from turnout.run.ranks.processes import Ranks
 from turnout.train.post_validation import PostValidation
 
 CLIP = 0.8

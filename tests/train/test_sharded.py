@@ -13,14 +13,16 @@ from torch import Tensor
 
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.run.processes import Ranks
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import mesh, shard
 from turnout.train import TrainConfig, load_balance_loss, parts, router_z_loss, train
 from turnout.train.balance import Whole, demand
 from turnout.train.data import Batch
 from turnout.train.sharded import Sharded
 from turnout.types import Routing
 from turnout.types.layout import Layout
+from turnout.types.placement import Placement
 from turnout.types.plan import Plan
 
 LAYOUTS = [
@@ -186,3 +188,35 @@ def one_part(ranks: Ranks) -> str:
 @pytest.mark.slow
 def test_what_is_a_rank_s_own() -> None:
     assert spawn(2, one_part) == ["SIGTERM"] * 2
+
+
+PLACED = [
+    Placement(2, (4, 4), ((2, 0, 3, 1), (0, 1, 2, 3)), ((0, 0, 1, 1),) * 2),
+    Placement(2, (4, 4), ((0, 1, 2, 0, 2, 3),) * 2, ((0, 0, 0, 1, 1, 1),) * 2),
+]
+
+
+def placed_elsewhere(ranks: Ranks) -> list[tuple[float, float, float]]:
+    """Under each placement: two norms, and how far the gathered weights are from those that were spread."""
+    found, layout, ids = [], Layout(dp_shard=2, ep=2), torch.randint(VOCAB, (4, 9), generator=torch.manual_seed(3))
+    meshes = mesh(layout)
+    for placement in PLACED:
+        lm, one, made = make("TopK"), make("TopK"), LM(make("TopK").config, seed=9)
+        (one.loss(ids[:, :-1], ids[:, 1:]).nats / 32).backward()
+        shard(lm, layout, meshes, plan=Plan(layout, placement=placement))
+        team, parameters = Sharded(ranks, meshes, lm), list(lm.parameters())
+        own = ids.chunk(2)[meshes.data_rank]
+        (lm.loss(own[:, :-1], own[:, 1:]).nats / 32).backward()
+        team.collect(parameters)
+        norm = team.norm([team.held(p) for p in parameters])
+        want = torch.nn.utils.get_total_norm([p.grad for p in one.parameters() if p.grad is not None])
+        held = parts.pieces(lm, {})
+        parts.gather(held, made)
+        off = [float(p.part(p.whole()).ne(own_part(p.tensor.detach())).sum()) for p in held]
+        found.append((float(norm), float(want), gap(whole(made), whole(one)) + sum(off)))
+    return found
+
+
+def test_experts_placed_elsewhere_count_once_and_are_saved_in_their_order() -> None:
+    for norm, want, off in spawn(2, placed_elsewhere)[0]:
+        assert norm == pytest.approx(want, rel=1e-5) and not off

@@ -14,6 +14,8 @@ examples:
   torchrun --nproc-per-node 4 --max-restarts 3 -m turnout train tiny --layout dp_shard=4,ep=2 --out runs/p
                                                    on four processes, with the losses of one; after a crash they go on
                                                    from the last checkpoint by themselves
+  torchrun --nproc-per-node 4 -m turnout train tiny --layout pp=2,dp_shard=2,microbatches=4 --out runs/q
+                                                   the same through a pipeline of two; schedule=NAME takes another
 """
 
 import argparse
@@ -65,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="DEGREES",
-        help="under torchrun: how the model is spread over the processes, as dp_shard=4,ep=2,zero=3",
+        help="under torchrun: how the model is spread over the processes, as dp_shard=4,ep=2,zero=3 or "
+        "pp=2,dp_shard=2,microbatches=4,schedule=ZBVZeroBubble",
     )
     parser.add_argument("--plan", metavar="FILE", help="under torchrun: the same from a plan that turnout plan wrote")
     parser.add_argument(
@@ -148,7 +151,7 @@ def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any
     from turnout.recipes.execute import execute
     from turnout.recipes.parity import plan_of
     from turnout.recipes.spread import spread
-    from turnout.run.processes import launched
+    from turnout.run.ranks.processes import launched
     from turnout.types.plan import Plan
 
     plan = plan_of(arguments.layout, "--layout") if arguments.layout else Plan.open(arguments.plan)

@@ -14,7 +14,7 @@ from turnout.models.block import Block
 from turnout.models.padding import Places
 from turnout.paths import Bank
 from turnout.run import activate
-from turnout.run.block_parts import Gated
+from turnout.run.blocks.block_parts import Gated
 from turnout.types import Routing
 from turnout.wrappers import unwrapped
 

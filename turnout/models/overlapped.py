@@ -11,9 +11,9 @@ from turnout.errors import UsageError, word
 from turnout.models.block_tasks import BlockTasks
 from turnout.models.lm import LM
 from turnout.paths import Bank
-from turnout.run.block import BlockPlayer, Played
-from turnout.run.block_parts import Gated
-from turnout.run.wire import Slow
+from turnout.run.blocks.block import BlockPlayer, Played
+from turnout.run.blocks.block_parts import Gated
+from turnout.run.blocks.wire import Slow
 from turnout.types import BlockSchedule, Routing
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Overlapped:
         group: the ranks that share the experts.
         data: all ranks that work on parts of one batch; None where there is one.
         copies: the ranks that hold the same experts; None where each is with one.
-        slow: as ``turnout.run.block.BlockPlayer``.
+        slow: as ``turnout.run.blocks.block.BlockPlayer``.
         held: as ``turnout.models.block_tasks.BlockTasks``; what it gives gets the gradients.
 
     Raises:

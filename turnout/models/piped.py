@@ -9,8 +9,8 @@ from turnout.decide.device import schedule_of
 from turnout.errors import UsageError, word
 from turnout.models.lm import LM
 from turnout.models.stages import LMStage, cut, even_stages, shared_parameters
-from turnout.run.pipeline import Pipeline
-from turnout.run.shard import Meshes, shard
+from turnout.run.ranks.pipeline import Pipeline
+from turnout.run.ranks.shard import Meshes, shard
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Piped(nn.Module):
         lm: the whole model, the same on every process; used up.
         plan: with the schedule, the microbatches, and how many blocks each stage has.
         meshes: of the plan's layout.
-        travel: as for ``turnout.run.shard``.
+        travel: as for ``turnout.run.ranks.shard``.
 
     Attributes:
         stages: by their number, as text.
@@ -38,7 +38,7 @@ class Piped(nn.Module):
         UsageError: a schedule that is not for this plan or this model, or a router that chooses among the tokens of a
             batch, which comes in parts here.
 
-    Source: Huang et al., 2019, "GPipe", over stages that are spread by ``turnout.run.shard``.
+    Source: Huang et al., 2019, "GPipe", over stages that are spread by ``turnout.run.ranks.shard``.
     """
 
     def __init__(

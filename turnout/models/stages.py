@@ -15,8 +15,8 @@ from turnout.models.fused import IGNORE, capped
 from turnout.models.head import head_loss
 from turnout.models.lm import LM
 from turnout.models.padding import Places, new_places, real_tokens
-from turnout.run.pipeline import Carried
 from turnout.run.product import linear
+from turnout.run.ranks.pipeline import Carried
 from turnout.types import Routing
 from turnout.wrappers import unwrapped
 
@@ -47,7 +47,7 @@ def even_stages(layers: int, stages: int) -> tuple[int, ...]:
 def shared_parameters(lm: LM, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Name of a parameter that several stages need -> those stages: a tied embedding, a router of all layers.
 
-    Each of them holds a copy; ``turnout.run.pipeline.Pipeline(shared=...)`` keeps the copies' gradients one.
+    Each of them holds a copy; ``turnout.run.ranks.pipeline.Pipeline(shared=...)`` keeps the copies' gradients one.
 
     >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=2, heads=2, tie_embeddings=True))
     >>> shared_parameters(lm, (1, 1))
@@ -211,7 +211,7 @@ class LMStage(nn.Module):
         if self.first:
             x_BSD = self._embedded(id_BS, places)
         if x_BSD is None:
-            fix = "hand it the output of the stage before, as turnout.run.pipeline.Pipeline does"
+            fix = "hand it the output of the stage before, as turnout.run.ranks.pipeline.Pipeline does"
             got, allowed = "nothing", f"be there for stage {self.stage}, which does not embed,"
             raise UsageError(word("x_BSD", got=got, allowed=allowed, where="LMStage", fix=fix))
         generator = None

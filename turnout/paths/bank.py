@@ -9,9 +9,9 @@ from turnout.errors import UsageError, word
 from turnout.paths.layout import align_fused_optimizers
 from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
-from turnout.run.exchange import own_part
-from turnout.run.expert_parallel import Owners, expert_parallel
 from turnout.run.product import linear
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.expert_parallel import Owners, expert_parallel
 from turnout.types import Cost, ExpertWeights, Routing
 from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
 from turnout.run import activate, factored, factored_reference, written_out
-from turnout.run.exchange import own_part
-from turnout.run.expert_parallel import Owners, spread_rows
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.expert_parallel import Owners, spread_rows
 from turnout.types import Cost, ExpertWeights, FactoredWeights, Routing
 from turnout.types.called import Called
 from turnout.types.weights import GATED, Activation

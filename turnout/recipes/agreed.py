@@ -9,7 +9,7 @@ from torch import nn
 
 from turnout import __version__
 from turnout.recipes.run import Run
-from turnout.run.processes import agree, shared
+from turnout.run.ranks.processes import agree, shared
 from turnout.types.plan import Plan
 
 __all__ = ["agree_on_run", "agree_on_tokens", "agree_on_weights", "code_digest", "weights_digest"]

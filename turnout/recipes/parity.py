@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from turnout.decide.device import schedule_of
 from turnout.errors import UsageError, nearest, word
 from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
@@ -17,8 +18,8 @@ from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.planted import Fault
 from turnout.recipes.spawned import spawned
 from turnout.recipes.stepped import Stepped, alone, batch_for, together
-from turnout.run import processes
-from turnout.run.shard import mesh
+from turnout.run.ranks import processes
+from turnout.run.ranks.shard import mesh
 from turnout.types.layout import Layout
 from turnout.types.plan import Plan
 
@@ -229,6 +230,8 @@ def parity(
 
     Source: none; a start of processes.
     """
+    if plan.layout.pp > 1:
+        schedule_of(plan)  # a name that there is not is said before any process starts
     if processes.launched():
         ranks = processes.start(device="cpu")
         found = _compare_folder(plan, model, dtype, plant, seed)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
 from turnout.models.overlapped import Overlapped
-from turnout.run.block_parts import Gated
-from turnout.run.shard import Meshes, experts_in
+from turnout.run.blocks.block_parts import Gated
+from turnout.run.ranks.shard import Meshes, experts_in
 from turnout.types import Routing
 
 __all__ = ["FAULTS", "PLAYED", "Fault"]

@@ -12,8 +12,8 @@ from turnout.models import LM
 from turnout.models.block_tasks import BlockTasks
 from turnout.models.overlapped import Overlapped
 from turnout.recipes.overlaps import check_played
-from turnout.run.exchange import own_part
-from turnout.run.shard import Meshes, shard
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.shard import Meshes, shard
 from turnout.types import BlockSchedule
 from turnout.types.plan import Plan
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from turnout import errors
 from turnout.errors import TrainingError, TurnoutError, word
-from turnout.run import processes
+from turnout.run.ranks import processes
 
 __all__ = ["spawned"]
 

@@ -19,10 +19,10 @@ from turnout.recipes.overlaps import check_played, told
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import begin, kept_tokenizer
-from turnout.run.processes import Ranks, end, shared, start
-from turnout.run.shard import mesh, shard
-from turnout.run.watch import answering, lead
-from turnout.run.zero_plus_plus import travel
+from turnout.run.ranks.processes import Ranks, end, shared, start
+from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.watch import answering, lead
+from turnout.run.ranks.zero_plus_plus import travel
 from turnout.train import TrainResult
 from turnout.train.data import TokenSet
 from turnout.train.loop import train
@@ -58,7 +58,8 @@ def spread(
     Args:
         run: what is trained; its batch is that of all processes together.
         out: the output folder, which all machines share.
-        plan: how the model is spread.
+        plan: how the model is spread. Through a pipeline each of the ``accumulate`` batches of a step goes in
+            ``microbatches`` parts of a process's rows; without one they are not cut.
         timeout_s: how long ranks wait for each other.
         resume: as for ``execute``; another number of ranks and another layout go on as well.
         tokens_folder: as for ``execute``.

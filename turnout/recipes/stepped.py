@@ -14,8 +14,8 @@ from turnout.models.fused import IGNORE
 from turnout.models.overlapped import Overlapped
 from turnout.models.piped import Piped
 from turnout.recipes.played import played
-from turnout.run.shard import Meshes, accumulate, shard
-from turnout.run.whole import gradient_norm, settle, whole, whole_gradients
+from turnout.run.ranks.shard import Meshes, accumulate, shard
+from turnout.run.ranks.whole import gradient_norm, settle, whole, whole_gradients
 from turnout.types.plan import Plan
 
 __all__ = ["Batch", "Stepped", "alone", "batch_for", "together"]
@@ -130,16 +130,16 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
     own = batch.part(meshes.data_rank, plan.layout.data_ranks)
     parts = [own.part(number, plan.microbatches) for number in range(plan.microbatches)]
     loss, again = torch.zeros((), dtype=torch.float64), set[str]()
-    if plan.layout.pp > 1:
+    if plan.overlap is not None:
+        model, stages = lm, [lm]
+        loss += played(lm, parts, batch.tokens, plan, meshes, play)
+    elif plan.layout.pp > 1:
         model = Piped(lm, plan, meshes)
         stages, again = list(model.stages.values()), model.again
         before(model, meshes)
         keywords = [{"id_BS": p.id_BS, "target_BS": p.target_BS, "predicted": batch.tokens} for p in parts]
         for nats in model.step(keywords).values():
             loss += nats.double()
-    elif plan.overlap is not None:
-        model, stages = lm, [lm]
-        loss += played(lm, parts, batch.tokens, plan, meshes, play)
     else:
         model = shard(lm, plan.layout, meshes, plan=plan)
         stages = [model]

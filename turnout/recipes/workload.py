@@ -94,14 +94,14 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
     sizes = {name: p.numel() for name, p in block.named_parameters()}
     bank = sum(size for name, size in sizes.items() if ".bank." in f".{name}")
     moe = config.moe if config.is_routed(layer) else None
-    held = 0 if moe is None else (moe.num_experts if moe.distinct is None else max(moe.distinct))
+    held = 0 if moe is None else config.experts_held(layer) or moe.num_experts
     params = sum(sizes.values()) - bank
     if config.mla is None:
         queries, keys, wide = config.heads * config.head_width, config.key_heads * config.head_width, config.head_width
+        value = wide
     else:
-        wide = config.mla.rope_dim + config.mla.nope_dim
+        wide, value = config.mla.rope_dim + config.mla.nope_dim, config.mla.v_dim
         queries, keys = config.heads * wide, config.heads * wide
-    looked = min(seq, config.window) if config.window else seq
     kept = _WIDTHS * config.width + _QUERIES * queries + _KEYS * keys
     kept += _AFTER * config.width if config.norm_place == "both" else 0
     kept += 0 if config.attention_softcap is None else _SCORES * config.heads * seq
@@ -114,13 +114,19 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
     more = _BF16 if half else 1.0
     return BlockSize(
         params=params,
-        flops=2.0 * params + 4.0 * config.heads * wide * looked / 2,  # causal: half of the pairs
+        flops=2.0 * params + 2.0 * config.heads * (wide + value) * _looked(seq, config.window_of(layer)),
         kept=kept * more,
         experts=held,
-        top_k=float(moe.top_k) if moe else 0.0,
+        top_k=float(min(moe.top_k, held)) if moe else 0.0,  # of merged experts a token takes one once
         expert_params=bank // held if held else 0,
         expert_kept=expert_kept * more,
     )
+
+
+def _looked(seq: int, window: int | None) -> float:
+    """Positions that a token of a sequence sees on average: half of all, or those of its window where it has them."""
+    near = min(seq, window or seq)
+    return near - near * near / (2 * seq)
 
 
 def _feed_forward(hidden: int, activation: str) -> float:

@@ -149,7 +149,9 @@ def _touched(y_TD: Tensor, x_TD: Tensor, weights: FactoredWeights) -> Tensor:
     """y, which no token of none adds anything to."""
     floating = [getattr(weights, field.name) for field in dataclasses.fields(weights)]
     floating = [x_TD, *(one for one in floating if isinstance(one, Tensor) and one.is_floating_point())]
-    none = torch.cat([one.flatten()[:0] for one in floating if one.requires_grad] or [y_TD.flatten()[:0]])
+    none = torch.cat(
+        [one.flatten()[:0] for one in floating if one.requires_grad and one.numel()] or [y_TD.flatten()[:0]]
+    )
     return y_TD.index_add(0, none.new_zeros(0, dtype=torch.int64), none.view(0, y_TD.shape[1]).to(y_TD.dtype))
 
 

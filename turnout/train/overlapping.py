@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from turnout.measure.simulate_block import BlockTimes
 from turnout.models.overlapped import Overlapped
-from turnout.run.exchange import own_part
-from turnout.run.processes import Ranks
-from turnout.run.shard import Meshes
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import Meshes
 from turnout.train.objective import objective
 from turnout.train.sharded import Sharded
 from turnout.train.team import Passed, Weights
@@ -26,9 +26,9 @@ class Overlapping(Sharded):
     group shares: so checkpoints and evaluations are those of ``Sharded``, and what is played and updated is that part.
 
     Args:
-        ranks: from ``turnout.run.processes.start``.
-        meshes: from ``turnout.run.shard.mesh``.
-        model: what ``turnout.run.shard.shard`` gave under a plan that has the schedule.
+        ranks: from ``turnout.run.ranks.processes.start``.
+        meshes: from ``turnout.run.ranks.shard.mesh``.
+        model: what ``turnout.run.ranks.shard.shard`` gave under a plan that has the schedule.
         schedule: of as many blocks.
 
     Raises:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from turnout import errors
 from turnout.errors import TurnoutError
 from turnout.reading import read_json
-from turnout.run.exchange import own_part
-from turnout.run.whole import quiet
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.whole import of_experts, picked, quiet
 from turnout.storage import digest, read_error, write_whole
 from turnout.train import state as checkpoints
 from turnout.wrappers import stripped
@@ -41,6 +42,7 @@ class Piece:
         tensor: what the model holds: a DTensor, or a plain tensor that is the same on every process.
         turned: whether the whole model has its last two axes the other way round.
         leaf: what of it an optimizer updates here; None for buffers and what is frozen.
+        owners: what its rows are of, where they are the slots of experts that processes share.
 
     Source: none; plain bookkeeping.
     """
@@ -49,11 +51,13 @@ class Piece:
     tensor: Tensor
     turned: bool = False
     leaf: nn.Parameter | None = None
+    owners: Owners | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole."""
         shape = tuple(self.tensor.shape)
+        shape = shape if self.owners is None or self.owners.in_order else (self.owners.num_experts, *shape[1:])
         return (shape[0], shape[2], shape[1]) if self.turned else shape
 
     def whole(self, part: Tensor | None = None) -> Tensor:
@@ -68,6 +72,7 @@ class Piece:
             held = quiet(held.full_tensor)
         elif part is not None:
             held = part
+        held = picked(held, self.owners)
         return held.transpose(1, 2) if self.turned else held
 
     def part(self, whole: Tensor) -> Tensor:
@@ -77,6 +82,8 @@ class Piece:
         whole, held = whole.transpose(1, 2) if self.turned else whole, self.tensor
         if not isinstance(held, DTensor):
             return whole
+        if self.owners is not None and not self.owners.in_order:
+            whole = whole[self.owners.expert_S.to(whole.device)]
         whole = whole.to(held.device).contiguous()
         return own_part(distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None))
 
@@ -123,7 +130,10 @@ def pieces(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> list[Piece]:
         for path, module in model.named_modules()
         for name in getattr(module, "turned", ())
     }
-    found = [Piece(name, p, name in turned, leaves.get(id(p))) for name, p in model.named_parameters()]
+    _, owners = of_experts(model)
+    found = [
+        Piece(name, p, name in turned, leaves.get(id(p)), owners.get(name)) for name, p in model.named_parameters()
+    ]
     lasting = model.state_dict().keys()
     return found + [Piece(name, buffer) for name, buffer in model.named_buffers() if name in lasting]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
 from turnout.models.piped import Piped
-from turnout.run.processes import Ranks
-from turnout.run.shard import Meshes
-from turnout.run.whole import settle
+from turnout.run.ranks.processes import Ranks
+from turnout.run.ranks.shard import Meshes
+from turnout.run.ranks.whole import settle
 from turnout.train import parts
 from turnout.train.sharded import Sharded
 from turnout.train.sides import Sides
@@ -31,7 +31,7 @@ class Pipelined(Sharded):
     routed: where it has a weight, all forward passes are run once more beforehand, without gradients.
 
     Args:
-        ranks: from ``turnout.run.processes.start``.
+        ranks: from ``turnout.run.ranks.processes.start``.
         meshes: of the plan's layout.
         model: this process's stages.
         make: gives, on the first process, a model that the whole weights are copied into: what is measured.
@@ -179,7 +179,7 @@ class Pipelined(Sharded):
                         dist.send(whole.contiguous(), dst=0)
             elif self.first:
                 for name in self._names[stage]:
-                    room = torch.empty_like(places[name], memory_format=torch.contiguous_format)
+                    room = torch.empty(places[name].shape, dtype=places[name].dtype, device=self.ranks.device)
                     dist.recv(room, src=source)
                     places[name].copy_(room)
 

@@ -1,4 +1,4 @@
-"""Processes that share every batch, and hold a model in shards: the team of ``turnout.run.shard`` in the loop."""
+"""Processes that share every batch, and hold a model in shards: the team of ``turnout.run.ranks.shard`` in the loop."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from turnout.errors import UsageError, word
-from turnout.run.exchange import own_part
-from turnout.run.processes import Ranks, shared
-from turnout.run.shard import Meshes, accumulate
-from turnout.run.watch import answering, lead
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.processes import Ranks, shared
+from turnout.run.ranks.shard import Meshes, accumulate
+from turnout.run.ranks.watch import answering, lead
+from turnout.run.ranks.whole import copies_of, of_experts
 from turnout.train import parts
 from turnout.train.balance import Whole, demand
 from turnout.train.team import Passed, Weights
@@ -30,9 +31,9 @@ class Sharded:
     """A ``Team`` of many processes.
 
     Args:
-        ranks: from ``turnout.run.processes.start``.
-        meshes: from ``turnout.run.shard.mesh``.
-        model: what ``turnout.run.shard.shard`` gave.
+        ranks: from ``turnout.run.ranks.processes.start``.
+        meshes: from ``turnout.run.ranks.shard.mesh``.
+        model: what ``turnout.run.ranks.shard.shard`` gave.
 
     Source: Rajbhandari et al., 2020, "ZeRO": each process updates what it holds, with its own part of the state.
     """
@@ -42,6 +43,7 @@ class Sharded:
         self.size = meshes.layout.data_ranks
         self._held = {id(p): self.leaf(name, p) for name, p in model.named_parameters()}
         self._groups = {id(self._held[id(p)]): _sharing(p) for p in model.parameters()}
+        self._named = dict(model.named_parameters())
 
     def leaf(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """What of a parameter this process updates, in the same memory."""
@@ -127,14 +129,21 @@ class Sharded:
 
     @torch.no_grad()
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Over all shards, each number once."""
+        """Over all shards, each number once, also those of an expert with copies."""
         return self.squares(parameters).sqrt()
 
     def squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The sum of the squares of these parameters' gradients, over those that share them."""
+        copies = {
+            id(self._held[id(self._named[name])]): copies_of(owners, self._named[name])  # pyrefly: ignore
+            for name, owners in of_experts(self.model)[1].items()
+            if owners.copied
+        }
         kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for leaf in parameters:
             grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            if (count := copies.get(id(leaf))) is not None:
+                grad = grad / count.to(grad).sqrt().view(-1, *[1] * (grad.ndim - 1))
             kinds.setdefault(self._groups[id(leaf)], []).append(grad)
         squares = []
         for groups, gradients in kinds.items():
@@ -145,15 +154,15 @@ class Sharded:
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def together(self, doing: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-        """As ``turnout.run.watch.answering``."""
+        """As ``turnout.run.ranks.watch.answering``."""
         return answering(self.ranks, doing)
 
     def lead(self, action: Callable[[], Any]) -> Any:
-        """As ``turnout.run.watch.lead``."""
+        """As ``turnout.run.ranks.watch.lead``."""
         return lead(self.ranks, action)
 
     def said(self, value: Any) -> list[Any]:
-        """As ``turnout.run.processes.shared``."""
+        """As ``turnout.run.ranks.processes.shared``."""
         return shared(value)
 
     def heard(self, asked: str | None) -> str | None:
@@ -202,7 +211,7 @@ class Sharded:
 def _leaf(name: str, parameter: nn.Parameter, *, spread: bool) -> nn.Parameter:
     if spread and not isinstance(parameter, DTensor):
         got, allowed = f"{name}, of which nobody shares the gradients", "be spread over the ranks"
-        fix = "call turnout.run.shard.shard(model, ...) first"
+        fix = "call turnout.run.ranks.shard.shard(model, ...) first"
         raise UsageError(word("a parameter", got=got, allowed=allowed, where=_WHERE, fix=fix))
     return nn.Parameter(own_part(parameter.detach()), requires_grad=parameter.requires_grad)
 

@@ -2,16 +2,20 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from turnout.decide.device import held, layouts, pace, stage_blocks
 from turnout.decide.device.pace import Wire
 from turnout.errors import UsageError
+from turnout.measure import count_flops
+from turnout.models import LM, LMConfig, MLAConfig, MoEConfig
 from turnout.models.checkpoint.own import outline
 from turnout.recipes.workload import workload_of
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.shard import mesh, shard
 from turnout.types import BlockSize, Cluster, Layout, Plan, Workload
 
 BLOCK = BlockSize(params=40_000, flops=80_000.0, kept=500.0, experts=16, top_k=2, expert_params=9_000, expert_kept=90.0)
@@ -107,6 +111,44 @@ def test_torch_holds_what_was_foreseen_on_one_of_1024_devices(layout, tiny_run):
         dist.destroy_process_group()
     # Rank 0 has the first rows of what does not divide; vectors of norms and routers are not whole on every rank.
     assert here == pytest.approx(foreseen, rel=0.05)
+
+
+_KINDS = {
+    "a window in one layer": {"window": 8, "window_layers": (0,)},
+    "a window": {"window": 8},
+    "latent, wide values": {"attention": "mla", "mla": MLAConfig(kv_rank=16, rope_dim=8, nope_dim=16, v_dim=64)},
+    "latent, thin values": {"attention": "mla", "mla": MLAConfig(kv_rank=16, rope_dim=8, nope_dim=56, v_dim=4)},
+    "merged experts": {"moe": MoEConfig(num_experts=8, top_k=1, hidden=32, distinct=(8, 4, 2, 1))},
+}
+
+
+@pytest.mark.parametrize("fields", _KINDS.values(), ids=_KINDS)
+def test_operations_are_those_that_are_counted(fields, tiny_run):
+    """Within 2 %: what attention does not look at counts nothing, what norms and biases do is counted as products."""
+    seq = 64
+    config = LMConfig(vocab_size=64, width=32, layers=4, heads=4, max_seq=seq, **fields)
+    run = dataclasses.replace(tiny_run, model=config, train=dataclasses.replace(tiny_run.train, seq=seq))
+    work, lm, ids = workload_of(run), LM(config, seed=0).eval(), torch.randint(64, (2, seq))
+    with torch.no_grad():
+        counted = count_flops(lambda: lm(ids)).flops / ids.numel()
+    wide = 2 * config.head_width if config.mla is None else config.head_width + config.mla.v_dim
+    for layer in range(config.layers):  # the counter takes all pairs
+        seen = sum(min(at + 1, config.window_of(layer) or seq) for at in range(seq)) / seq
+        counted -= 2 * config.heads * wide * (seq - seen)
+    assert sum(block.all_flops for block in work.blocks) + 2 * 64 * 32 == pytest.approx(counted, rel=0.02)
+    assert work.params == sum(p.numel() for p in lm.parameters())
+
+
+@pytest.mark.slow
+def test_1024_devices_are_planned_in_seconds(tiny_run):
+    """The guide's example: 24 blocks of 64 experts."""
+    large = tiny_run.override(["width=2048", "layers=24", "num_experts=64", "top_k=4", "seq=2048", "max_seq=2048"])
+    cluster = Cluster(nodes=128, devices_per_node=8, memory_bytes=80e9)
+    began = time.process_time()
+    found = layouts(workload_of(large, batch=1024), cluster, top=5)
+    seconds = time.process_time() - began
+    assert len(found) == 5 and {choice.plan.layout.world for choice in found} == {1024}
+    assert seconds < 15, "of processor time; 5 with seven others on the core, where 5 alone is the goal"
 
 
 @pytest.fixture

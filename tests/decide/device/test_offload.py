@@ -8,9 +8,9 @@ from torch import nn
 
 from turnout.decide.device import BlockLoad, foresee, offload
 from turnout.errors import UsageError
-from turnout.run.offload import Offloaded
-from turnout.run.offload_ways import Slowed
-from turnout.run.wire import Slow
+from turnout.run.blocks.wire import Slow
+from turnout.run.swap.offload import Offloaded
+from turnout.run.swap.offload_ways import Slowed
 from turnout.types import Cluster, OffloadPlan
 
 L = 6

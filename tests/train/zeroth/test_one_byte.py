@@ -164,3 +164,14 @@ def test_three_ranks_of_gloo_are_alike_to_the_bit_and_like_three_in_one_process(
     record = go(there, 200)
     assert {weights for weights, _ in found} == {flat(there["0"].model).numpy().tobytes()}
     assert all(theirs == record for _, theirs in found)
+
+
+def test_the_order_in_which_bytes_arrive_changes_no_bit():
+    found = []
+    for names in (("a", "b", "c"), ("c", "a", "b")):
+        torch.manual_seed(0)
+        one = OneByte(nn.Linear(40, 5), "a", rate=0.1)
+        for step in range(3):
+            one.apply({name: 40 * "abc".index(name) - 39 + step for name in names})
+        found.append(torch.cat([each.detach().flatten() for each in one.model.parameters()]))
+    assert torch.equal(*found)

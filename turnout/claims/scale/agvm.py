@@ -25,8 +25,8 @@ def agvm() -> Claim:
     error = "mean squared distance to the target after sixty steps"
     return Claim(
         name="agvm",
-        statement="The ratio of modules' gradient variances is measured from two halves of a batch, and SGD's steps scaled "
-        "by it get nearer to the target in as many steps than steps at one rate.",
+        statement="The ratio of modules' gradient variances is measured from two halves of a batch, and SGD's steps "
+        "scaled by it get nearer to the target in as many steps than steps at one rate.",
         source="Xue et al., 2022, Large-batch Optimization for Dense Visual Predictions (AGVM)",
         off="one rate for all modules",
         switched={"AGVM": "one rate", "AGVM, Adam": "one rate, Adam", "misjudged": "misjudged, alike"},

@@ -9,8 +9,8 @@ import torch
 from turnout.claims.claim import Claim, Row, Values
 from turnout.decide.device import block_loads, foresee, offload
 from turnout.models.lm import LM, LMConfig
-from turnout.run.homes import Build
-from turnout.run.offload import Offloaded
+from turnout.run.swap.homes import Build
+from turnout.run.swap.offload import Offloaded
 from turnout.types import BlockSize, Cluster, OffloadPlan, Workload
 
 _PROFILES, _BLOCKS, _STEPS = 8, 12, 6

@@ -7,7 +7,7 @@ import torch
 from turnout.claims.claim import Claim, Row, Values
 from turnout.decide.device import BlockLoad, foresee
 from turnout.models.lm import LM, LMConfig
-from turnout.run.offload import Offloaded
+from turnout.run.swap.offload import Offloaded
 from turnout.types import Cluster, OffloadPlan
 
 _BLOCKS, _RESIDENT, _AHEAD, _PROFILES = 10, 4, 1, 100

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from turnout.claims.claim import Claim, Row, Values
 from turnout.decide.device import held
 from turnout.models.lm import LM, LMConfig
-from turnout.run.shard import mesh, shard
+from turnout.run.ranks.shard import mesh, shard
 from turnout.types import BlockSize, Layout, Plan, Workload
 
 # Billions of parameters, devices -> GB a device with zero = 1, 2 and 3.

@@ -7,7 +7,7 @@ from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import score
 from turnout.claims.trial import SEQ, VOCAB, text
 from turnout.models.lm import LM, LMConfig
-from turnout.run.zero_plus_plus import pack, unpack
+from turnout.run.ranks.zero_plus_plus import pack, unpack
 from turnout.train.data import Stream
 from turnout.train.step import adamw
 

@@ -14,7 +14,7 @@ __all__ = ["BlockLoad", "Foreseen", "block_loads", "foresee", "offload"]
 _WHERE = "turnout.decide.device.offload"
 LANES = ("compute", "up", "down", "host", "read", "write")
 _AHEAD = 4  # blocks; what further ones would wait for is the way's width, not its length
-_UNDER_WAY = 2  # blocks whose gradients or steps are under way, as ``turnout.run.offload`` lets there be
+_UNDER_WAY = 2  # blocks whose gradients or steps are under way, as ``turnout.run.swap.offload`` lets there be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def block_loads(workload: Workload, cluster: Cluster, *, stepped_per_s: float = 
 
 
 def foresee(blocks: Sequence[BlockLoad], cluster: Cluster, plan: OffloadPlan, *, training: bool = True) -> Foreseen:
-    """Plays a step of a plan as ``turnout.run.offload`` does, on six ways: compute, up, down, host, read and write.
+    """Plays a step of a plan as ``turnout.run.swap`` does, on six ways: compute, up, down, host, read and write.
 
     Args:
         blocks: from the first to the last.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from turnout import errors
 from turnout.errors import TrainingError, TurnoutError, word
-from turnout.run.processes import CALLED, Ranks, named, seen
+from turnout.run.ranks.processes import CALLED, Ranks, named, seen
 
 __all__ = ["answering", "lead"]
 
@@ -158,4 +158,4 @@ def _roll_call(ranks: Ranks, at: str, said: str) -> TrainingError:
 def _lost(ranks: Ranks, got: str) -> TrainingError:
     _last_words(ranks, _HERE)
     fix = "look at what that rank said last; with torchrun --max-restarts 3 a run goes on by itself after this"
-    return TrainingError(word("every rank", got=got, allowed="stay in reach", where="turnout.run.watch", fix=fix))
+    return TrainingError(word("every rank", got=got, allowed="stay in reach", where="turnout.run.ranks.watch", fix=fix))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from turnout.run.swap_file import Meter, SwapFile, size_of
+from turnout.run.swap.swap_file import Meter, SwapFile, size_of
 
 __all__ = ["Build", "Home"]
 

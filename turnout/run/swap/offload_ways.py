@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turnout.run.homes import Home
-from turnout.run.swap_file import Meter, size_of
-from turnout.run.wire import Slow
+from turnout.run.blocks.wire import Slow
+from turnout.run.swap.homes import Home
+from turnout.run.swap.swap_file import Meter, size_of
 
 __all__ = ["Shape", "Slowed", "Ways"]
 

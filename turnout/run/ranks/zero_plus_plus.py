@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
+from turnout.run.ranks.processes import as_patient
 from turnout.types.plan import Plan
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Int4Reduce", "Int8Gather", "pack", "travel", "unpack"]
 
-_WHERE = "turnout.run.zero_plus_plus"
+_WHERE = "turnout.run.ranks.zero_plus_plus"
 
 
 def pack(x_MN: Tensor, bits: int, block: int) -> Tensor:
@@ -111,9 +112,17 @@ class Int8Gather(_Travel):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: "ProcessGroup", async_op: bool = False
     ) -> None:
-        """Fills ``output_tensor`` with what all processes have in ``input_tensor``."""
+        """Fills ``output_tensor`` with what all processes have in ``input_tensor``.
+
+        Raises:
+            UsageError: bytes, which torch makes of parameters of several dtypes that it gathers together.
+        """
         import torch.distributed as dist
 
+        if not input_tensor.is_floating_point():
+            got, allowed = f"{input_tensor.dtype}", "be numbers of one dtype, to be rounded"
+            fix = "give all parameters of a unit one dtype: model.float(), or gather='full'"
+            raise UsageError(word("what is gathered", got=got, allowed=allowed, where=_WHERE, fix=fix))
         sent = pack(input_tensor.view(1, -1), 8, self.block)
         found = torch.empty(group.size() * sent.numel(), dtype=torch.uint8, device=sent.device)
         dist.all_gather_single(found, sent.view(-1), group=group)
@@ -158,7 +167,7 @@ class Int4Reduce(_Travel):
         import torch.distributed as dist
 
         if op != dist.ReduceOp.SUM:
-            got, fix = f"{op}", "shard the model with turnout.run.shard, which sums"
+            got, fix = f"{op}", "shard the model with turnout.run.ranks.shard, which sums"
             raise UsageError(word("the reduction", got=got, allowed="be a sum", where=_WHERE, fix=fix))
         n = group.size()
         parts_NM = input_tensor.view(n, -1)
@@ -200,14 +209,13 @@ class Int4Reduce(_Travel):
             ranks, me = dist.get_process_group_ranks(group), group.rank()
             inside = ranks[me // node * node : (me // node + 1) * node]
             across = ranks[me % node :: node]
-            self._groups[group] = tuple(
-                dist.new_group(each, use_local_synchronization=True) for each in (inside, across)
-            )
+            made = [dist.new_group(each, use_local_synchronization=True) for each in (inside, across)]
+            self._groups[group] = tuple(map(as_patient, made))  # pyrefly: ignore[bad-argument-type]
         return self._groups[group]
 
 
 def travel(plan: Plan, *, node: int | None = None) -> Callable[["FSDPModule"], None] | None:
-    """What ``turnout.run.shard`` is given for a plan's ``gather`` and ``reduce``; None where torch's own will do.
+    """What ``turnout.run.ranks.shard`` is given for a plan's ``gather`` and ``reduce``; None where torch's own will do.
 
     Args:
         plan: int8 gathers get ``Int8Gather``, int4 reductions ``Int4Reduce``.

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from turnout.run.expert_parallel import Owners
-from turnout.run.shard import Meshes, experts_in
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.shard import Meshes, experts_in
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["clip", "gradient_norm", "settle", "whole", "whole_gradients"]
+__all__ = ["clip", "copies_of", "gradient_norm", "of_experts", "picked", "settle", "whole", "whole_gradients"]
 
 
 def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -22,7 +22,7 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
     choice.
 
     Args:
-        model: what ``turnout.run.shard`` gave.
+        model: what ``turnout.run.ranks.shard`` gave.
         tensors: of its parameters, by their names: ``dict(model.named_parameters())``, or states of an optimizer.
 
     Yields:
@@ -30,14 +30,11 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
     Source: none; torch's all-gathers.
     """
-    turned, owners = _of_experts(model)
+    turned, owners = of_experts(model)
     for name, tensor in tensors.items():
         full_tensor = getattr(tensor, "full_tensor", None)
         full = tensor.detach() if full_tensor is None else quiet(full_tensor).detach()
-        if (held := owners.get(name)) is not None and not held.in_order:
-            slot_E = torch.full((held.num_experts,), len(held.expert_S), dtype=torch.int64)
-            slot_E.scatter_reduce_(0, held.expert_S, torch.arange(len(held.expert_S)), "amin")
-            full = full[slot_E.to(full.device)]
+        full = picked(full, owners.get(name))
         yield name, full.transpose(1, 2) if name in turned else full
 
 
@@ -45,7 +42,7 @@ def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """The gradient of each parameter as one process has it, or None where there is none; as ``whole``.
 
     Args:
-        model: what ``turnout.run.shard`` gave, after a backward pass.
+        model: what ``turnout.run.ranks.shard`` gave, after a backward pass.
 
     Source: none; as ``whole``.
     """
@@ -64,7 +61,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = (
     What several processes hold counts once: copies of a shard, and copies of an expert.
 
     Args:
-        model: what ``turnout.run.shard`` gave; of a pipeline, this process's part.
+        model: what ``turnout.run.ranks.shard`` gave; of a pipeline, this process's part.
         meshes: that it was spread over.
         skip: names of parameters that another stage counts, which holds a copy of them.
 
@@ -73,7 +70,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = (
     import torch.distributed as dist
 
     settle(model)
-    _, owners = _of_experts(model)
+    _, owners = of_experts(model)
     total = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
         if parameter.grad is None or name in skip:
@@ -87,7 +84,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = (
                 copies *= size if placement.is_replicate() else 1
         square = here.double().square()
         if (held := owners.get(name)) is not None and held.copied:
-            square = square / _copies_of(held, grad).view(-1, *[1] * (square.ndim - 1))
+            square = square / copies_of(held, grad).view(-1, *[1] * (square.ndim - 1))
         total += (square.sum() / copies).to(total)
     device = meshes.dense.device_type
     total = total.to(device)
@@ -101,7 +98,7 @@ def clip(model: nn.Module, norm: Tensor, most: float) -> None:
     """Scales all gradients so that their norm, which is given, is at most ``most``.
 
     Args:
-        model: what ``turnout.run.shard`` gave.
+        model: what ``turnout.run.ranks.shard`` gave.
         norm: as ``gradient_norm`` says.
         most: as torch.nn.utils.clip_grad_norm_ has it.
 
@@ -121,7 +118,7 @@ def settle(model: nn.Module) -> None:
     gradients, and that an optimizer moves.
 
     Args:
-        model: what ``turnout.run.shard`` gave; any other is left alone.
+        model: what ``turnout.run.ranks.shard`` gave; any other is left alone.
 
     Source: none; FSDP2 keeps the parameters of the outermost module until the next backward pass.
     """
@@ -130,8 +127,30 @@ def settle(model: nn.Module) -> None:
             module.reshard()  # pyrefly: ignore[not-callable]
 
 
-def _of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
-    """The parameters that are turned, and who holds which experts of those that are spread."""
+def picked(full: Tensor, held: Owners | None) -> Tensor:
+    """Expert by expert what lies slot by slot, of an expert with copies the first.
+
+    Args:
+        full: of all slots.
+        held: what lies in them; None where nothing is spread.
+
+    Source: none; plain bookkeeping.
+    """
+    if held is None or held.in_order:
+        return full
+    slot_E = torch.full((held.num_experts,), len(held.expert_S), dtype=torch.int64)
+    slot_E.scatter_reduce_(0, held.expert_S, torch.arange(len(held.expert_S)), "amin")
+    return full[slot_E.to(full.device)]
+
+
+def of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
+    """The parameters that are turned, and who holds which experts of those that are spread.
+
+    Args:
+        model: what ``turnout.run.ranks.shard`` gave.
+
+    Source: none; plain bookkeeping.
+    """
     turned, owners = set(), {}
     for name, module in experts_in(model):
         start = f"{name}." if name else ""
@@ -141,8 +160,15 @@ def _of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
     return turned, owners
 
 
-def _copies_of(held: Owners, grad: "DTensor") -> Tensor:
-    """(N,) how many copies there are of the expert in each row that this process has of a tensor."""
+def copies_of(held: Owners, grad: "DTensor") -> Tensor:
+    """(N,) how many copies there are of the expert in each row that this process has of a tensor.
+
+    Args:
+        held: who holds which experts.
+        grad: the tensor, or another that is spread as it is.
+
+    Source: none; plain bookkeeping.
+    """
     count_E = torch.bincount(held.expert_S, minlength=held.num_experts)
     count = count_E[torch.tensor(held.own)]
     mesh = grad.device_mesh

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["agreed", "subnet"]
 
-_WHERE = "turnout.run.subnet"
+_WHERE = "turnout.run.ranks.subnet"
 
 
 def agreed(names: Sequence[str], *, group: "ProcessGroup | None" = None, device: str = "cpu") -> bool:
@@ -63,7 +63,7 @@ def subnet(
     sums its gradients then, those of a process that did not run it being zero. Parts that nobody runs have no gradient.
 
     Args:
-        model: what ``turnout.run.shard`` gave, or any module under ``fully_shard``.
+        model: what ``turnout.run.ranks.shard`` gave, or any module under ``fully_shard``.
         names: of the submodules that this process runs, as ``model.named_modules()`` has them, in its order of running.
             What every process runs in any case needs no name.
         how: what to do where processes differ.

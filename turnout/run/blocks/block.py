@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
-from turnout.run.block_gradients import BlockGradients
-from turnout.run.block_parts import BlockParts
-from turnout.run.block_pass import BlockPass, Loss
-from turnout.run.wire import Board, Job, Slow, Wire
+from turnout.run.blocks.block_gradients import BlockGradients
+from turnout.run.blocks.block_parts import BlockParts
+from turnout.run.blocks.block_pass import BlockPass, Loss
+from turnout.run.blocks.wire import Board, Job, Slow, Wire
 from turnout.types import BlockSchedule, BlockTask
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class BlockPlayer:
         copies: "ProcessGroup | None" = None,
         slow: Mapping[str, Slow] | None = None,
     ) -> None:
-        from turnout.run.processes import agree
+        from turnout.run.ranks.processes import agree
 
         agree("the schedule of blocks", schedule.digest, fix="plan on one rank, and give its schedule to all")
         self.schedule, self.parts, self.slow = schedule, tuple(parts), dict(slow or {})

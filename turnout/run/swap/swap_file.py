@@ -122,4 +122,4 @@ class SwapFile:
 
     def _wrong(self, got: str, allowed: str, fix: str) -> StorageError:
         what = f"the swap file {self.path}"
-        return StorageError(word(what, got=got, allowed=allowed, where="turnout.run.offload", fix=fix))
+        return StorageError(word(what, got=got, allowed=allowed, where="turnout.run.swap.offload", fix=fix))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.choose import execute
-from turnout.run.expert_parallel import Owners, spread_rows
+from turnout.run.ranks.expert_parallel import Owners, spread_rows
 from turnout.types import ExpertWeights, Routing
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turnout.run.block_gradients import BlockGradients
-from turnout.run.block_parts import BlockParts, Gated, Graph
+from turnout.run.blocks.block_gradients import BlockGradients
+from turnout.run.blocks.block_parts import BlockParts, Gated, Graph
 from turnout.types import BlockSchedule, BlockTask
 
 __all__ = ["BlockPass", "Loss", "Packed"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from turnout.run.block import Played
+from turnout.run.blocks.block import Played
 from turnout.types import BlockSchedule, BlockTask
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from turnout.errors import UsageError, word
-from turnout.run.expert_parallel import Owners
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.processes import as_patient
 from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Meshes", "accumulate", "experts_in", "mesh", "shard", "slots_of"]
 
-_WHERE = "turnout.run.shard"
+_WHERE = "turnout.run.ranks.shard"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +84,13 @@ def mesh(layout: Layout, *, device: str = "cpu") -> Meshes:
     Raises:
         UsageError: another number of processes, or a kind of parallelism that is not run here (cp, tp).
 
+    >>> from torch.testing._internal.distributed.fake_pg import FakeStore
+    >>> torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    >>> layout = Layout(dp_shard=4)
+    >>> mesh(layout).data_rank
+    0
+    >>> torch.distributed.destroy_process_group()
+
     Source: none; torch's own meshes.
     """
     import torch.distributed as dist
@@ -94,7 +102,7 @@ def mesh(layout: Layout, *, device: str = "cpu") -> Meshes:
         raise UsageError(word("the layout", got=got, allowed=allowed, where=_WHERE, fix=fix))
     if not dist.is_initialized():
         got, allowed = "no process group", "be started"
-        fix = "call turnout.run.processes.start() first, under torchrun"
+        fix = "call turnout.run.ranks.processes.start() first, under torchrun"
         raise UsageError(word("the processes", got=got, allowed=allowed, where=_WHERE, fix=fix))
     if dist.get_world_size() != layout.world:
         got, allowed = f"{dist.get_world_size()} of them", f"be the {layout.world} of the layout ({layout})"
@@ -104,14 +112,16 @@ def mesh(layout: Layout, *, device: str = "cpu") -> Meshes:
     if layout.zero == 0:  # nothing is sharded: all are copies
         copies, shards, inner = copies * shards, 1, 1
     outer = layout.world // layout.pp // (inner * layout.ep)
-    return Meshes(
-        layout,
+    found = [
         init_device_mesh(device, (layout.pp, copies, shards), mesh_dim_names=("pp", "dp_replicate", "dp_shard")),
         init_device_mesh(
             device, (layout.pp, outer, inner, layout.ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
         ),
         init_device_mesh(device, (layout.pp, layout.data_ranks), mesh_dim_names=("pp", "dp")),
-    )
+    ]
+    for group in (group for each in found for group in each.get_all_groups()):
+        as_patient(group)
+    return Meshes(layout, *found)
 
 
 def shard(
@@ -144,17 +154,15 @@ def shard(
         UsageError: experts that ep does not divide, a router that chooses among the tokens of a batch, parts that are
             not known, or a way to travel that nothing was given for.
 
+    >>> shard(nn.Identity(), Layout(), mesh, units=[])  # of a single process nothing is spread
+    Identity()
+
     Source: Rajbhandari et al., 2020, "ZeRO"; Zhao et al., 2023, "PyTorch FSDP"; Liu et al., 2025, "MoE Parallel
-    Folding". The sums in place of averages are ours: averages over meshes of different sizes are what makes expert
-    gradients ep times too large.
+    Folding". The sums are ours: averages over unlike meshes are what makes expert gradients ep times too large.
     """
     plan = Plan(layout) if plan is None else plan
     _refuse(model, layout, plan, travel)
-    if units is None and not hasattr(model, "blocks"):
-        got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
-        fix = "pass units=[...], such as its layers"
-        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    units = list(model.blocks) if units is None else units  # pyrefly: ignore[bad-argument-type]
+    units = _blocks(model) if units is None else units
     if plan.overlap is not None:  # nothing but experts is in parts; who plays the schedule sums gradients himself
         _spread_all(model, meshes, plan)
         return model
@@ -172,6 +180,14 @@ def shard(
         if travel is not None:
             travel(part)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    if not hasattr(model, "blocks"):
+        got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
+        fix = "pass units=[...], such as its layers"
+        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    return list(model.blocks)  # pyrefly: ignore[bad-argument-type]
 
 
 def _recompute(unit: Any) -> None:

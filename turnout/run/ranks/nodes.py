@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import UsageError, word
-from turnout.run.exchange import counts_from, exchange
+from turnout.run.ranks.exchange import counts_from, exchange
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.choose import execute
-from turnout.run.exchange import counts_from, exchange
+from turnout.run.ranks.exchange import counts_from, exchange
 from turnout.types import ExpertWeights, Routing
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Owners", "expert_parallel", "spread_rows"]
 
-_WHERE = "turnout.run.expert_parallel"
+_WHERE = "turnout.run.ranks.expert_parallel"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import TrainingError, UsageError, word
-from turnout.run.homes import Build, Home
-from turnout.run.offload_ways import Slowed, Ways
-from turnout.run.swap_file import Meter
+from turnout.run.swap.homes import Build, Home
+from turnout.run.swap.offload_ways import Slowed, Ways
+from turnout.run.swap.swap_file import Meter
 from turnout.solve.paging import Turn, paging
 from turnout.types import OffloadPlan
 
 __all__ = ["Offloaded"]
 
-_WHERE = "turnout.run.offload"
+_WHERE = "turnout.run.swap.offload"
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from turnout.errors import MissingExtraError, ShapeError, UsageError, word
 from turnout.types.schedule import Action, Schedule
 
-_WHERE = "turnout.run.torch_pipeline"
+_WHERE = "turnout.run.ranks.torch_pipeline"
 
 
 def _moved(name: str) -> MissingExtraError:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.choose import execute
-from turnout.run.exchange import exchange
-from turnout.run.expert_parallel import Owners, spread_rows
+from turnout.run.ranks.exchange import exchange
+from turnout.run.ranks.expert_parallel import Owners, spread_rows
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["Materialise"]

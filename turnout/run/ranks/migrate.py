@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
-from turnout.run.exchange import own_part
-from turnout.run.expert_parallel import Owners
-from turnout.run.shard import Meshes, experts_in, slots_of
-from turnout.run.whole import settle
+from turnout.run.ranks.exchange import own_part
+from turnout.run.ranks.expert_parallel import Owners
+from turnout.run.ranks.shard import Meshes, experts_in, slots_of
+from turnout.run.ranks.whole import settle
 from turnout.types.placement import Placement
 
 __all__ = ["Moved", "migrate"]
 
-_WHERE = "turnout.run.migrate"
+_WHERE = "turnout.run.ranks.migrate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def migrate(
     travels is what ``Placement.moved`` says.
 
     Args:
-        model: what ``turnout.run.shard.shard`` gave, with ep > 1.
+        model: what ``turnout.run.ranks.shard.shard`` gave, with ep > 1.
         placement: of as many experts on each process as there are.
         meshes: that it was spread over.
         optimizer: what it keeps of each expert travels along.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, TurnoutError, UsageError, word
-from turnout.run.torch_pipeline import (
+from turnout.run.ranks.torch_pipeline import (
     Carried,
     Runtime,
     Stage,
@@ -31,7 +31,7 @@ from turnout.types.schedule import Schedule
 
 __all__ = ["Carried", "Pipeline", "StageModule", "torch_schedule"]
 
-_WHERE = "turnout.run.pipeline"
+_WHERE = "turnout.run.ranks.pipeline"
 
 
 class StageModule(Protocol):

@@ -1,4 +1,4 @@
-"""What a sparse transformer block computes, cut where a schedule may cut it: the interface of ``turnout.run.block``."""
+"""What a sparse transformer block computes, cut where a schedule may cut it: the interface of its player."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from turnout.run.halves import Owed
+from turnout.run.blocks.halves import Owed
 
 __all__ = ["BlockParts", "Gated", "Graph"]
 

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from turnout.errors import TrainingError, UsageError, word
 from turnout.types.device import find_device
 
-__all__ = ["CALLED", "Ranks", "agree", "end", "launched", "named", "seen", "shared", "start"]
+__all__ = ["CALLED", "Ranks", "agree", "as_patient", "end", "launched", "named", "seen", "shared", "start"]
 
-_WHERE = "turnout.run.processes"
+_WHERE = "turnout.run.ranks"
 _POLL_S, _LISTEN_S = 0.02, 1.0
 # The key under which a rank that has missed another calls all of them.
 CALLED = "called"
@@ -96,7 +96,7 @@ def start(*, timeout_s: float = 300.0, backend: str | None = None, device: str =
 
     >>> start()
     Traceback (most recent call last):
-    turnout.errors.UsageError: RANK must be set by a launcher in turnout.run.processes; got nothing. Nearest fix: ...
+    turnout.errors.UsageError: RANK must be set by a launcher in turnout.run.ranks; got nothing. Nearest fix: ...
 
     Source: none; https://github.com/pytorch/pytorch/issues/135712 tells what goes wrong without.
     """
@@ -127,8 +127,27 @@ def start(*, timeout_s: float = 300.0, backend: str | None = None, device: str =
     return Ranks(rank, world, local, found, timeout_s, attempt, store)
 
 
+def as_patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group that was made after the first one, told to wait as long as that: torch gives it half an hour of its own.
+
+    Args:
+        group: this process is in it.
+
+    Source: none; torch.distributed.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    for device in world._device_types:
+        options = world._get_backend(device).options
+        if options is not None:  # torch's fake processes have none, and wait for nobody
+            group.set_timeout(options._timeout)
+    return group
+
+
 def end() -> None:
     """Takes the process group down; for a start that went well.
+
+    >>> end()  # nothing was started, nothing happens
 
     Source: none; torch.distributed.
     """
