@@ -18,7 +18,7 @@ from turnout.types import Routing
 
 VOCAB, WIDTH, EXPERTS = 32, 16, 4
 # What a line says of the machine and its clock: the same run says something else each time.
-CLOCKED = ("tokens_per_s", "seconds", "peak_memory_bytes")
+CLOCKED = ("tokens_per_s", "seconds", "peak_memory_bytes", "pass_s", "hidden")
 
 
 class Router(nn.Module):

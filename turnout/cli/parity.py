@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="fp32", metavar="D", help="fp32 (bound 1e-6, or fp64 decides) or fp64 (1e-12)"
     )
-    parser.add_argument("--plant", metavar="FAULT", help="plant a fault: factor, average, skip, drop or lose")
+    parser.add_argument(
+        "--plant", metavar="FAULT", help="plant a fault: factor, average, skip, drop or lose; twice or chunk"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batch (0)")
     parser.add_argument("--rows", type=int, default=12, metavar="N", help="how many of the worst to show (12)")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")

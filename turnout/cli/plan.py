@@ -14,6 +14,7 @@ examples:
   turnout plan tiny --here 4 --out cluster.toml    measure this machine as 4 processes that train this model
   turnout plan tiny --cluster cluster.toml --out plan.json
   torchrun --nproc-per-node 4 -m turnout train tiny --plan plan.json --out runs/x
+  turnout plan tiny --cluster cluster.toml --overlap --out plan.json    with a block schedule
   turnout plan mixtral batch=512 seq=4096 --cluster cluster.toml --top 10 --foreign
 """
 
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many layouts to show (5)")
     parser.add_argument(
         "--foreign", action="store_true", help="look at tensor and context parallelism too, which turnout does not run"
+    )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="make a block schedule too: experts' exchanges and sums of gradients under what is computed",
     )
     parser.add_argument(
         "--here", type=int, metavar="N", help="measure this machine instead, shared by N processes that train MODEL"
@@ -66,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         devices=arguments.devices,
         foreign=arguments.foreign,
+        overlap=arguments.overlap,
         top=arguments.top,
     )
     print(found.to_json() if arguments.json else found.table())
@@ -76,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"\npage: {arguments.html}")
     runs = [number for number, choice in enumerate(found.choices) if choice.runs]
+    if found.overlap is not None:  # asked for, so that is what is written
+        runs = [found.choices.index(found.overlap.choice)]
     if arguments.out:
         number = _first(runs)
         found.save(arguments.out, number)

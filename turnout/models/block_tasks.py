@@ -25,12 +25,17 @@ _WHERE = "turnout.models.BlockTasks"
 _ALONE = (TopK, LossFree, GroupLimited, Hash)
 
 
+def _whole(parameter: nn.Parameter) -> nn.Parameter:
+    return parameter
+
+
 class BlockTasks:
     """One routed block of an ``LM`` as ``turnout.run.BlockPlayer`` plays it, on a rank that holds some of its experts.
 
     Args:
         block: its bank holds this rank's experts alone; its router knows all.
         layer: which of the model's it is.
+        held: what of an expert's parameter is this rank's, as a plain one; the parameter itself by default.
 
     Raises:
         UsageError: a block without experts, or of a sort whose parts of a batch do not add up to the whole.
@@ -38,7 +43,7 @@ class BlockTasks:
     Source: none; ``turnout.models.block.Block`` in pieces.
     """
 
-    def __init__(self, block: Block, layer: int) -> None:
+    def __init__(self, block: Block, layer: int, *, held: Callable[[nn.Parameter], nn.Parameter] = _whole) -> None:
         self._block, self._layer = block, layer
         moe = unwrapped(block.ff)
         if not isinstance(moe, MoE):
@@ -54,10 +59,16 @@ class BlockTasks:
         if not isinstance(bank, Bank) or moe.label_E is not None:
             got = "factored experts" if not isinstance(bank, Bank) else "experts that share weights"
             raise _refuse(layer, got, "have experts with weights of their own", "train without overlap")
-        self._bank, self.num_experts = bank, router.num_experts
+        if bank.turned:
+            got, fix = "experts as FSDP2 holds them", "shard the model with a plan that has the schedule"
+            raise _refuse(layer, got, "have experts that nothing else shards", fix)
+        self._activation, self.num_experts = bank.activation, router.num_experts
         own = {id(each) for each in bank.parameters()}
         self.dense: Sequence[Tensor] = [each for each in block.parameters() if id(each) not in own]
-        self.expert: Sequence[Tensor] = list(bank.parameters())
+        known = {name: held(each) for name, each in bank.named_parameters()}
+        self.expert: Sequence[Tensor] = list(known.values())
+        self._up, self._down = known["up"], known["down"]
+        self._up_bias, self._down_bias = known.get("up_bias"), known.get("down_bias")
         drops = [name for name, each in block.named_modules() if isinstance(each, nn.Dropout) and each.p > 0]
         if drops:
             raise _refuse(layer, f"dropout in {drops[0]}", "draw nothing", "set its p to 0")
@@ -113,10 +124,10 @@ class BlockTasks:
 
     def experts(self, row_ND: Tensor, load: Sequence[int], linear: Callable[..., Tensor]) -> Tensor:
         """Each expert's rows through it, one expert after another."""
-        bank, found = self._bank, []
+        found = []
         for expert, row_MD in enumerate(row_ND.split(list(load))):
-            wide = linear(row_MD, bank.up, bank.up_bias, expert)
-            found.append(linear(activate(wide, bank.activation), bank.down, bank.down_bias, expert))
+            wide = linear(row_MD, self._up, self._up_bias, expert)
+            found.append(linear(activate(wide, self._activation), self._down, self._down_bias, expert))
         return torch.cat(found)
 
     def combine(self, sum_TD: Tensor, *kept: Tensor) -> Tensor:

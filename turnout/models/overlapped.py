@@ -69,6 +69,7 @@ class Overlapped:
         data: all ranks that work on parts of one batch; None where there is one.
         copies: the ranks that hold the same experts; None where each is with one.
         slow: as ``turnout.run.blocks.block.BlockPlayer``.
+        held: as ``turnout.models.block_tasks.BlockTasks``; what it gives gets the gradients.
 
     Raises:
         UsageError: a model or a schedule that is not played.
@@ -85,12 +86,13 @@ class Overlapped:
         data: "ProcessGroup | None" = None,
         copies: "ProcessGroup | None" = None,
         slow: Mapping[str, Slow] | None = None,
+        held: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
     ) -> None:
         if lm.pre_gate is not None:
             got, fix = "a model whose layers are all routed at once (PreGate)", "train without overlap"
             raise UsageError(word("the model", got=got, allowed="route in each layer", where=_WHERE, fix=fix))
         blocks = list(lm.blocks)
-        self.parts = [BlockTasks(block, layer) for layer, block in enumerate(blocks)]  # pyrefly: ignore[bad-argument-type]
+        self.parts = [BlockTasks(block, layer, held=held) for layer, block in enumerate(blocks)]  # pyrefly: ignore[bad-argument-type]
         self.lm, self._data = lm, data
         self.player = BlockPlayer(schedule, self.parts, group=group, data=data, copies=copies, slow=slow)
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}

@@ -13,6 +13,7 @@ from turnout.decide.device.refined import played_by
 from turnout.errors import UsageError, word
 from turnout.measure import quantity
 from turnout.models.checkpoint.own import outline
+from turnout.recipes.overlaps import Overlap, overlapped
 from turnout.recipes.run import Run
 from turnout.recipes.workload import as_text, config_of, workload_of
 from turnout.show.plan import plan_html
@@ -20,6 +21,8 @@ from turnout.storage import write_whole
 from turnout.types import Cluster, Workload
 
 __all__ = ["Planned", "plan_model", "run_of"]
+
+_EVERY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Planned:
         cluster: the devices.
         choices: the fastest first.
         overrides: fields of the run that the user set.
+        overlap: the choice with a block schedule, which is among the choices; None where none was asked for.
 
     Source: none; plain bookkeeping.
     """
@@ -43,6 +47,7 @@ class Planned:
     cluster: Cluster
     choices: tuple[Choice, ...]
     overrides: tuple[str, ...] = ()
+    overlap: Overlap | None = None
 
     def table(self) -> str:
         """A line for each choice, and under it what its step waits for."""
@@ -59,11 +64,15 @@ class Planned:
             piped = f"{plan.schedule}, {plan.microbatches} parts" if plan.layout.pp > 1 else _parts(plan.microbatches)
             piped += ", recompute" if plan.recompute else ""
             mark = "" if choice.runs else "  (foreseen only)"
+            mark += "  (with the block schedule)" if plan.overlap else ""
             memory = f"{quantity(taken.total)}B"
             lines.append(
                 f"{number:>3}. {degrees(plan.layout) or 'one device':<44} {piped:<22} {seconds(step.step_s):>9} "
                 f"{step.bubble:>6.1%} {memory:>9}  {step.binds}{mark}"
             )
+        if self.overlap is not None:
+            number = self.choices.index(self.overlap.choice) + 1
+            lines += ["", f"the block schedule of {number}.:", *(f"  {line}" for line in self.overlap.lines())]
         return "\n".join([*lines, "", *self._best()])
 
     def _best(self) -> list[str]:
@@ -127,10 +136,11 @@ class Planned:
             {"plan": choice.plan.to_json_dict(), "step_s": choice.pace.step_s, "seconds": dict(choice.pace.seconds)}
             | {"bubble": choice.pace.bubble, "binds": choice.pace.binds, "link_bytes": dict(choice.pace.link_bytes)}
             | {"memory_bytes": dict(choice.held.by_kind), "stage": choice.held.stage, "price": choice.price}
-            | {"runs": choice.runs}
+            | {"runs": choice.runs, "overlapped": choice.plan.overlap is not None}
             for choice in self.choices
         ]
         body = {"model": self.model, "params": self.workload.params, "tokens": self.workload.tokens}
+        body |= {} if self.overlap is None else {"makespans": dict(self.overlap.makespans)}
         return json.dumps(body | {"cluster": dataclasses.asdict(self.cluster), "choices": rows}, indent=2)
 
     def save(self, path: str | Path, number: int = 0) -> None:
@@ -182,6 +192,7 @@ def plan_model(
     overrides: Sequence[str] = (),
     devices: int | None = None,
     foreign: bool = False,
+    overlap: bool = False,
     top: int = 5,
 ) -> Planned:
     """The fastest layouts of a model's training that fit a cluster.
@@ -192,11 +203,12 @@ def plan_model(
         overrides: fields of the run, as ``turnout train`` takes them.
         devices: how many to use; None for all.
         foreign: whether to look at tensor and context parallelism too, which turnout foresees and does not run.
+        overlap: whether to make a block schedule for the layout that gains most by one; it is kept whatever its rank.
         top: how many to keep.
 
     Raises:
-        TurnoutError: no such model; one that many devices do not train as one does; or nothing fits, with what is too
-            large and the smallest change that fits.
+        TurnoutError: no such model; one that many devices do not train as one does; nothing fits, with what is too
+            large and the smallest change that fits; or a model whose blocks no schedule is played for.
 
     >>> found = plan_model("tiny", Cluster(devices_per_node=4, memory_bytes=4e9), top=2)
     >>> found.choices[0].plan.layout.world
@@ -211,7 +223,13 @@ def plan_model(
     # More than are shown are played by the simulator: it may order them otherwise than arithmetic does.
     found = layouts(workload, cluster, devices=devices, foreign=foreign, top=2 * top)
     played = sorted((refined(workload, choice) for choice in found), key=lambda choice: choice.pace.step_s)
-    return Planned(model, run, workload, cluster, tuple(played[:top]), tuple(overrides))
+    if not overlap:
+        return Planned(model, run, workload, cluster, tuple(played[:top]), tuple(overrides))
+    every = layouts(workload, cluster, devices=devices, top=_EVERY)
+    found_one = overlapped(run, workload, every)
+    kept = [choice for choice in played if choice.plan.layout != found_one.choice.plan.layout][: top - 1]
+    kept = sorted([*kept, found_one.choice], key=lambda choice: choice.pace.step_s)
+    return Planned(model, run, workload, cluster, tuple(kept), tuple(overrides), found_one)
 
 
 def _check_shared(run: Run) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.decide.device import schedule_of
 from turnout.errors import UsageError, nearest, word
@@ -19,7 +19,7 @@ from turnout.recipes.planted import Fault
 from turnout.recipes.spawned import spawned
 from turnout.recipes.stepped import Stepped, alone, batch_for, together
 from turnout.run.ranks import processes
-from turnout.run.ranks.shard import Meshes, mesh
+from turnout.run.ranks.shard import mesh
 from turnout.types.layout import Layout
 from turnout.types.plan import Plan
 
@@ -134,6 +134,7 @@ def small_model(plan: Plan, *, seed: int = 0) -> LM:
     Source: none; a test's input.
     """
     blocks = sum(plan.stages) if plan.stages else max(2, 2 * plan.layout.pp)
+    blocks = blocks if plan.overlap is None else plan.overlap.blocks
     count = 4 * plan.layout.ep // math.gcd(4, plan.layout.ep)
     moe = MoEConfig(num_experts=count, top_k=2, hidden=24, shared_hidden=16, router="LossFree", bias=True)
     config = LMConfig(vocab_size=61, width=32, layers=blocks, heads=4, kv_heads=2, qk_norm="head",
@@ -194,8 +195,10 @@ def _compared(plan: Plan, lm: LM, dtype: str, plant: str | None, seed: int) -> P
     meshes, batch = mesh(plan.layout), batch_for(lm, plan, seed)
     want = alone(copy.deepcopy(lm), batch, plan) if dist.get_rank() == 0 else None
     start = {name: p.detach().clone() for name, p in lm.named_parameters()} if want else {}
-    before, after = (_nothing, _nothing) if fault is None else (fault.plant, fault.spoil)
-    got = together(lm, batch, plan, meshes, before=before, after=after)
+    if fault is None:
+        got = together(lm, batch, plan, meshes, before=_nothing, play=_nothing, after=_nothing)
+    else:
+        got = together(lm, batch, plan, meshes, before=fault.plant, play=fault.play, after=fault.spoil)
     bound = _COARSE if "bf16" in (plan.gather, plan.reduce) else _BOUNDS[dtype]
     found = [None if want is None else Parity(plan, dtype, bound, gaps(want, got, start), plant)]
     dist.broadcast_object_list(found, src=0)
@@ -203,7 +206,7 @@ def _compared(plan: Plan, lm: LM, dtype: str, plant: str | None, seed: int) -> P
     return found[0]
 
 
-def _nothing(model: nn.Module, meshes: Meshes) -> None:
+def _nothing(*touched: object) -> None:
     pass
 
 

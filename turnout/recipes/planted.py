@@ -1,5 +1,7 @@
 """Faults of training on many processes, planted on purpose: what a comparison of gradients must not let pass."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, nearest, word
+from turnout.models.overlapped import Overlapped
+from turnout.run.blocks.block_parts import Gated
 from turnout.run.ranks.shard import Meshes, experts_in
 from turnout.types import Routing
 
-__all__ = ["FAULTS", "Fault"]
+__all__ = ["FAULTS", "PLAYED", "Fault"]
 
 _WHERE = "turnout.recipes.planted"
 
@@ -19,7 +23,7 @@ class Fault:
     """Something that goes wrong: before the forward pass, in what is spread, or after the backward pass.
 
     Args:
-        name: one of ``FAULTS``.
+        name: one of ``FAULTS``; or of ``PLAYED``, where the plan has a block schedule.
 
     Raises:
         UnknownNameError: another name.
@@ -31,12 +35,15 @@ class Fault:
     """
 
     def __init__(self, name: str) -> None:
-        if name not in FAULTS:
-            raise nearest(name, FAULTS, kind="fault", where=_WHERE)
+        if name not in FAULTS and name not in PLAYED:
+            raise nearest(name, [*FAULTS, *PLAYED], kind="fault", where=_WHERE)
         self.name = name
 
     def plant(self, model: nn.Module, meshes: Meshes) -> None:
         """Changes the model that is spread, before it is used."""
+        if self.name in PLAYED:
+            got, fix = "a plan without a block schedule", "take a plan of turnout plan --overlap"
+            raise UsageError(word(f"the fault {self.name!r}", got=got, allowed="have one", where=_WHERE, fix=fix))
         experts = [module for _, module in experts_in(model)]
         if self.name in ("factor", "drop") and (not experts or (self.name == "factor" and meshes.layout.ep == 1)):
             got = f"a model with {len(experts)} routed layers, ep={meshes.layout.ep}"
@@ -48,9 +55,22 @@ class Fault:
         if self.name == "skip":
             _skip(model)
 
+    def play(self, player: Overlapped) -> None:
+        """Changes the player of a block schedule, in the place of ``plant``."""
+        if self.name == "drop":
+            _drop_rows(player.parts[0])
+        if self.name == "chunk":
+            _drop_chunk(player.parts[0])
+        if self.name in ("skip", "twice"):
+            _sum_often(player.player, {"skip": 0, "twice": 2}[self.name])
+
     def spoil(self, model: nn.Module, meshes: Meshes) -> None:
         """Changes the gradients that came out."""
         if self.name == "factor":
+            if meshes.layout.ep == 1:
+                got, fix = "ep=1", "plant 'skip', or take a layout with ep=2"
+                allowed = "have experts on several processes"
+                raise UsageError(word("the fault 'factor'", got=got, allowed=allowed, where=_WHERE, fix=fix))
             self._scale((p for _, module in experts_in(model) for p in module.parameters()), meshes.layout.ep)
         if self.name == "average":
             self._scale(model.parameters(), 1 / meshes.layout.data_ranks)
@@ -71,6 +91,42 @@ FAULTS: Mapping[str, str] = {
     "drop": "the tokens of one expert are lost",
     "lose": "one parameter gets no gradient",
 }
+# Of a block schedule alone.
+PLAYED: Mapping[str, str] = {
+    "twice": "the pieces of one block's gradient are summed twice",
+    "chunk": "what the experts made of one chunk of the rows is lost",
+}
+
+
+def _drop_rows(part: Any) -> None:
+    gate: Callable[..., Gated] = part.gate
+
+    def without(*given: Any) -> Gated:
+        gated = gate(*given)
+        lost_R = gated.expert_R == gated.expert_R.mode().values if len(gated.expert_R) else gated.expert_R > 0
+        return dataclasses.replace(gated, weight_R=gated.weight_R.masked_fill(lost_R, 0.0))
+
+    part.gate = without
+
+
+def _drop_chunk(part: Any) -> None:
+    combine: Callable[..., Tensor] = part.combine
+    chunks = itertools.count()
+
+    def without(sum_TD: Tensor, *kept: Tensor) -> Tensor:
+        return combine(sum_TD * 0 if next(chunks) == 0 else sum_TD, *kept)
+
+    part.combine = without
+
+
+def _sum_often(player: Any, times: int) -> None:
+    """The dense gradient of the first block is summed over the processes so many times."""
+    reduce: Callable[..., int] = player._reduce_dense
+
+    def often(done: Any, at: tuple[int, int]) -> int:
+        return sum(reduce(done, at) for _ in range(1 if at[0] else times))
+
+    player._reduce_dense = often
 
 
 def _drop(experts: Any) -> None:

@@ -15,6 +15,7 @@ from turnout.models.placed import placed
 from turnout.models.stages import even_stages
 from turnout.recipes.agreed import agree_on_run, agree_on_tokens, agree_on_weights
 from turnout.recipes.execute import Done, begun, beside, claim, finish, resumable, tell, tokens_for
+from turnout.recipes.overlaps import check_played, told
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import begin, kept_tokenizer
@@ -25,6 +26,7 @@ from turnout.run.ranks.zero_plus_plus import travel
 from turnout.train import TrainResult
 from turnout.train.data import TokenSet
 from turnout.train.loop import train
+from turnout.train.overlapping import Overlapping
 from turnout.train.piped import Pipelined
 from turnout.train.sharded import Sharded
 from turnout.types.plan import Plan
@@ -84,6 +86,10 @@ def spread(
         wanted = one.wanted(resume)
         team, tokens, origin = one.prepared(wanted, tokens_folder, quiet=quiet)
         trained = one.train(team, tokens, wanted, tensorboard=tensorboard, quiet=quiet)
+        if isinstance(team, Overlapping):
+            team.close()
+            if ranks.is_first and not quiet and team.means is not None:
+                print(told(plan, *team.means), file=sys.stderr)
         whole = one.gathered(team, origin)
     end()
     if whole is None:
@@ -139,7 +145,10 @@ class _One:
         ways = travel(plan, node=_node(plan))
         if plan.layout.pp > 1:
             return Pipelined(self.ranks, meshes, Piped(model, plan, meshes, travel=ways), make=self.empty)
-        return Sharded(self.ranks, meshes, shard(model, plan.layout, meshes, plan=plan, travel=ways))
+        spread = shard(model, plan.layout, meshes, plan=plan, travel=ways)
+        if plan.overlap is not None:
+            return Overlapping(self.ranks, meshes, spread, plan.overlap)
+        return Sharded(self.ranks, meshes, spread)
 
     def empty(self) -> LM:
         """A model for weights to be copied into."""
@@ -191,9 +200,10 @@ def _refuse(run: Run, plan: Plan) -> None:
         if sum(sizes) != run.model.layers:
             allowed = f"sum to the model's {run.model.layers} blocks"
             raise refuse("the plan's stages", sizes, allowed, "leave stages out for even ones")
-    for name in ("overlap", "placement"):
-        if getattr(plan, name) is not None:
-            raise refuse(f"the plan's {name}", "one", "be none in turnout train", "leave it out of the plan")
+    if plan.placement is not None:
+        raise refuse("the plan's placement", "one", "be none in turnout train", "leave it out of the plan")
+    if plan.overlap is not None:
+        check_played(plan)
     if batch % parts:
         kinds = "dp_replicate x dp_shard" + (" x microbatches" if layout.pp > 1 else "")
         allowed = f"be a multiple of {kinds} = {parts}, which share it"

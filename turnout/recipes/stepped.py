@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from turnout.models import LM
 from turnout.models.fused import IGNORE
+from turnout.models.overlapped import Overlapped
 from turnout.models.piped import Piped
+from turnout.recipes.played import played
 from turnout.run.ranks.shard import Meshes, accumulate, shard
 from turnout.run.ranks.whole import gradient_norm, settle, whole, whole_gradients
 from turnout.types.plan import Plan
@@ -20,6 +22,7 @@ __all__ = ["Batch", "Stepped", "alone", "batch_for", "together"]
 
 _LR, _SEQ = 1.0, 12
 Touch = Callable[[nn.Module, Meshes], None]
+Play = Callable[[Overlapped], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +76,9 @@ def batch_for(lm: LM, plan: Plan, seed: int) -> Batch:
 
     Source: none; a test's input.
     """
-    rows = 2 * plan.layout.data_ranks * plan.microbatches
+    # Of what a schedule cuts into chunks, so many rows that they do not come out even.
+    each = 2 if plan.overlap is None else 1 + max(plan.overlap.attention_chunks, plan.overlap.expert_chunks)
+    rows = each * plan.layout.data_ranks * plan.microbatches
     chance = torch.Generator().manual_seed(seed + 1)
     length = min(_SEQ, lm.config.max_seq)
     id_BS = torch.randint(lm.config.vocab_size, (rows, length + 1), generator=chance)
@@ -105,7 +110,7 @@ def alone(lm: LM, batch: Batch, plan: Plan) -> Stepped:
     return Stepped({"loss": float(loss.detach()), "norm": norm}, list(grads.items()), list(stepped.items()))
 
 
-def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch, after: Touch) -> Stepped:
+def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch, play: Play, after: Touch) -> Stepped:
     """The step under the plan; all its processes call it, and the first gets everything.
 
     Args:
@@ -114,6 +119,7 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
         plan: the plan.
         meshes: of its layout.
         before: what happens to the model once it is spread.
+        play: what happens in its place to the player of the plan's block schedule, where it has one.
         after: what happens to it after the backward pass.
 
     Raises:
@@ -124,7 +130,10 @@ def together(lm: LM, batch: Batch, plan: Plan, meshes: Meshes, *, before: Touch,
     own = batch.part(meshes.data_rank, plan.layout.data_ranks)
     parts = [own.part(number, plan.microbatches) for number in range(plan.microbatches)]
     loss, again = torch.zeros((), dtype=torch.float64), set[str]()
-    if plan.layout.pp > 1:
+    if plan.overlap is not None:
+        model, stages = lm, [lm]
+        loss += played(lm, parts, batch.tokens, plan, meshes, play)
+    elif plan.layout.pp > 1:
         model = Piped(lm, plan, meshes)
         stages, again = list(model.stages.values()), model.again
         before(model, meshes)

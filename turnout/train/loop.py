@@ -297,8 +297,7 @@ class _Run:
 
     def _log(self, lr: float) -> None:
         window, config = self.work.window, self.config
-        loss, aux, z = window.means()
-        routed = bool(window.load_L)
+        (loss, aux, z), routed = window.means(), bool(window.load_L)
         vio = [max_vio(load_E) for load_E in window.load_L]
         record = {
             **self._line("train"),
@@ -309,6 +308,7 @@ class _Run:
             "aux_loss": aux if routed else None,
             "z_loss": z if routed else None,
             "max_vio": sum(vio) / len(vio) if vio else None,
+            **self.team.pace(),
         }
         self._lap()
         window.clear()

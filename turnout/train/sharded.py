@@ -41,10 +41,14 @@ class Sharded:
     def __init__(self, ranks: Ranks, meshes: Meshes, model: nn.Module) -> None:
         self.ranks, self.meshes, self.model = ranks, meshes, model
         self.size = meshes.layout.data_ranks
-        spread = self.size > 1 or meshes.layout.pp == 1  # else there is nobody to share a stage with
-        self._held = {id(p): _leaf(name, p, spread=spread) for name, p in model.named_parameters()}
+        self._held = {id(p): self.leaf(name, p) for name, p in model.named_parameters()}
         self._groups = {id(self._held[id(p)]): _sharing(p) for p in model.parameters()}
         self._named = dict(model.named_parameters())
+
+    def leaf(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """What of a parameter this process updates, in the same memory."""
+        spread = self.size > 1 or self.meshes.layout.pp == 1  # else there is nobody to share a stage with
+        return _leaf(name, parameter, spread=spread)
 
     @property
     def first(self) -> bool:
@@ -175,6 +179,10 @@ class Sharded:
         """
         parts.gather(parts.pieces(self.model, {}), into)
 
+    def pace(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
+
     def save(
         self,
         folder: Path,
@@ -210,7 +218,7 @@ def _leaf(name: str, parameter: nn.Parameter, *, spread: bool) -> nn.Parameter:
 
 def _sharing(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which the parts of a parameter are different numbers."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor):  # the same everywhere
         return ()
     mesh = parameter.device_mesh
     return tuple(mesh.get_group(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from turnout.decide.token import NoisyTopK
 from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
-from turnout.train.balance import Whole, demand, load_balance_loss, router_z_loss
+from turnout.train.objective import objective
 from turnout.train.place import sent
 from turnout.train.team import ALONE, Passed, Team, Weights
 from turnout.wrappers import routers_of, takes
@@ -211,7 +211,7 @@ class Step:
             real_BS = None if (real_BS := _real(batch)) is None else sent(real_BS, self.device)
             weights = Weights(config.aux_weight, config.z_weight, predicted, config.accumulate, config.dtype == "bf16")
             done = self.team.passed(id_BS, target_BS, real_BS, weights, tokens=tokens, seed=seed)
-            done = self._passed(id_BS, target_BS, real_BS, predicted) if done is None else done
+            done = self._passed(id_BS, target_BS, real_BS, weights) if done is None else done
             if not self._warned:
                 self._warn(len(done.load_L), done.scored, done.logged)
             sums.losses_3 += done.losses_3
@@ -222,19 +222,13 @@ class Step:
         sums.losses_3 = self.team.total(sums.losses_3)
         return sums
 
-    def _passed(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, predicted: int) -> Passed:
+    def _passed(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights) -> Passed:
         """Forward and backward pass of one micro-batch."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bf16"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=weights.bf16):
             nats, routings = self._nats(id_BS, target_BS, real_BS)
-        wholes = self.team.wholes(routings)
-        loss, aux, z = self._objective(nats / predicted, routings, wholes)
+        loss, done = objective(nats / weights.predicted, routings, self.team.wholes(routings), weights)
         loss.backward()
-        with torch.no_grad():
-            parts = torch.stack([nats.detach() / predicted, aux.detach(), z.detach()])
-        # The demand, before capacity took its share: that is what a router has to balance.
-        wanted = [demand(r) if w is None else w.chosen_E for r, w in zip(routings, wholes, strict=True)]
-        scored, logged = (sum(getattr(r, name) is not None for r in routings) for name in ("score_TE", "logit_TE"))
-        return Passed(parts, wanted, scored, logged)
+        return done
 
     def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
         """The summed token loss and the routings."""
@@ -249,26 +243,6 @@ class Step:
             allowed, fix = "be known to a model that routes", "give its forward a keyword attention_mask, as LM has it"
             raise UsageError(word("padding", got="a padded batch", allowed=allowed, where="turnout.train", fix=fix))
         return token_loss(output.logits_BSV, target_BS), output.routings
-
-    def _objective(
-        self, loss: Tensor, routings: Sequence[Any], wholes: Sequence[Whole | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to differentiate, and the two balance losses, unweighted, as this micro-batch's part of the step."""
-        config, zero = self.config, torch.zeros((), device=self.device)
-        scored = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.score_TE is not None]
-        logged = [(r, w) for r, w in zip(routings, wholes, strict=True) if r.logit_TE is not None]
-        aux, z = zero, zero
-        if scored:
-            with torch.set_grad_enabled(config.aux_weight > 0):
-                aux = torch.stack([load_balance_loss(r, whole=w) for r, w in scored]).mean() / config.accumulate
-        if logged:
-            with torch.set_grad_enabled(config.z_weight > 0):
-                z = torch.stack([router_z_loss(r, whole=w) for r, w in logged]).mean() / config.accumulate
-        if scored and config.aux_weight > 0:
-            loss = loss + config.aux_weight * aux
-        if logged and config.z_weight > 0:
-            loss = loss + config.z_weight * z
-        return loss, aux, z
 
     def _warn(self, routed: int, scored: int, logged: int) -> None:
         self._warned = True

@@ -116,6 +116,9 @@ class Team(Protocol):
     def heard(self, asked: str | None) -> str | None:
         """The signal that this process or another was sent."""
 
+    def pace(self) -> Mapping[str, float]:
+        """What it has to say of the steps since it was asked last, for a line of metrics.jsonl."""
+
     def save(
         self,
         folder: Path,
@@ -205,6 +208,10 @@ class Alone:
     def heard(self, asked: str | None) -> str | None:
         """The signal that this process was sent."""
         return asked
+
+    def pace(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
 
     def save(
         self,

@@ -41,6 +41,8 @@ class Plan:
         placement: which device of an ep group holds which experts; None for equal parts in their order.
         secondary: over how many devices parameters stay gathered between forward and backward pass; None for all or
             none, as ``layout.zero`` says.
+        foreseen_s: the seconds that the planner foresaw for what ``overlap`` orders, once through and back; None where
+            nobody did.
 
     Raises:
         UsageError: what does not go together.
@@ -59,6 +61,7 @@ class Plan:
     gather: Literal["full", "bf16", "int8"] = "full"
     reduce: Literal["full", "bf16", "int4"] = "full"
     secondary: int | None = None
+    foreseen_s: float | None = None
     recompute: bool = False
     actions: Schedule | None = None
     overlap: BlockSchedule | None = None

@@ -137,7 +137,7 @@ def shard(
 
     What a process adds to the loss must be its own tokens' sum divided by the number of tokens of all processes: no
     gradient is averaged anywhere. After ``loss.backward()`` the gradient of every parameter is then what one process
-    with the whole batch has.
+    with the whole batch has; where the plan has an ``overlap``, after a step of ``turnout.models.Overlapped``.
 
     Args:
         model: the same weights on every process; here, or on the meta device. A pipeline stage is one too.
@@ -162,11 +162,10 @@ def shard(
     """
     plan = Plan(layout) if plan is None else plan
     _refuse(model, layout, plan, travel)
-    if units is None and not hasattr(model, "blocks"):
-        got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
-        fix = "pass units=[...], such as its layers"
-        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    units = list(model.blocks) if units is None else units  # pyrefly: ignore[bad-argument-type]
+    units = _blocks(model) if units is None else units
+    if plan.overlap is not None:  # nothing but experts is in parts; who plays the schedule sums gradients himself
+        _spread_all(model, meshes, plan)
+        return model
     for _, experts in experts_in(model):
         if getattr(experts, "turned", None) == ():
             experts.turn()  # pyrefly: ignore[not-callable]
@@ -174,15 +173,21 @@ def shard(
         _recompute(unit)
     if layout.world // layout.pp == 1:
         return model
-    if layout.ep > 1:
-        for number, (name, experts) in enumerate(experts_in(model)):
-            _spread(name, experts, meshes, None if plan.placement is None else slots_of(plan.placement, number, name))
+    _spread_all(model, meshes, plan)
     for part in _wrapped(model, units, meshes, plan):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # else the factor is a kind of sum that gloo has not
         if travel is not None:
             travel(part)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    if not hasattr(model, "blocks"):
+        got, allowed = f"a {type(model).__name__} without blocks", "have parts that are gathered one at a time"
+        fix = "pass units=[...], such as its layers"
+        raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    return list(model.blocks)  # pyrefly: ignore[bad-argument-type]
 
 
 def _recompute(unit: Any) -> None:
@@ -253,9 +258,17 @@ def slots_of(placement: Placement, number: int, name: str) -> torch.Tensor:
     return torch.tensor(placement.phy2log[at])
 
 
-def _spread(name: str, experts: Any, meshes: Meshes, expert_S: torch.Tensor | None) -> None:
+def _spread_all(model: nn.Module, meshes: Meshes, plan: Plan) -> None:
+    for number, (name, experts) in enumerate(experts_in(model) if meshes.layout.ep > 1 else ()):
+        slots = None if plan.placement is None else slots_of(plan.placement, number, name)
+        # FSDP2 adds the axis of copies where it holds them.
+        copied = plan.overlap is not None
+        _spread(name, experts, meshes, slots, copied=copied)
+
+
+def _spread(name: str, experts: Any, meshes: Meshes, expert_S: torch.Tensor | None, *, copied: bool) -> None:
     """Leaves a process with its own experts, as its part of tensors that the group shares."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     count, ep, share = experts.num_experts, meshes.layout.ep, getattr(experts, "share", 1)
 
@@ -276,14 +289,15 @@ def _spread(name: str, experts: Any, meshes: Meshes, expert_S: torch.Tensor | No
         owners = Owners.even(count, meshes.expert_group)
     else:
         owners = Owners(expert_S, count, meshes.expert_group)
-    group = meshes.experts["ep"]
+    group = meshes.experts["dp_replicate", "ep"] if copied else meshes.experts["ep"]
+    places = [Replicate(), Shard(0)] if copied else [Shard(0)]
     for part, parameter in list(experts.named_parameters(recurse=False)):
         if not len(parameter):  # rows that it has not
             continue
         each = len(parameter) // ep  # where several share a factor, fewer than the experts
         own = range(owners.rank * each, (owners.rank + 1) * each) if share > 1 else owners.own
         own = parameter.detach()[torch.tensor(own, device=parameter.device)]
-        spread = DTensor.from_local(own, group, [Shard(0)], run_check=False)
+        spread = DTensor.from_local(own, group, places, run_check=False)
         setattr(experts, part, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     experts.owners = owners
 
