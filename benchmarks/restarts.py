@@ -123,7 +123,7 @@ def main() -> int:
     """Prints the result as JSON; exit code 1 when a restart failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "turnout" / "claims")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--layout", default="dp_shard=4,ep=2")

@@ -141,7 +141,7 @@ def test_a_rank_that_is_gone_is_named_and_what_was_saved_stays(what: str, text: 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_brought_back_by_torchrun(tmp_path: Path) -> None:
-    found = restarts(tmp_path / "runs", ROOT / "benchmarks", kills=1, ranks=2, layout="dp_shard=2")
+    found = restarts(tmp_path / "runs", ROOT / "turnout" / "claims", kills=1, ranks=2, layout="dp_shard=2")
     log = (tmp_path / "runs/killed.log").read_text()
     assert (found["recovered"], found["exit_code"], found["losses_equal"]) == (1, 0, True), f"{found}\n{log}"
 
