@@ -142,7 +142,8 @@ def _skip(model: nn.Module) -> None:
     """The first block's gradients stay what this process alone has."""
     from torch.distributed.fsdp import FSDPModule
 
-    blocks = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    held = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    blocks = held[1:] or held  # the outermost, which holds what is left of the model, comes first
     if not blocks:
         got, allowed, fix = "one process", "have several processes", "take a layout of two or more"
         raise UsageError(word("the fault 'skip'", got=got, allowed=allowed, where=_WHERE, fix=fix))
