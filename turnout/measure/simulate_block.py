@@ -100,7 +100,8 @@ def simulate_block(schedule: BlockSchedule, costs: BlockCosts) -> BlockTimes:
     >>> times.makespan_s, times.bound_s, times.exposed_s
     (8.5, 6.0, 2.5)
 
-    Source: Kelley and Walker, 1959, "Critical-Path Planning and Scheduling".
+    Source: Kelley and Walker, 1959, "Critical-Path Planning and Scheduling". Finer than by
+    chunks, by tiles, is Zhang et al., 2025, "Comet": its claim has a simulator of its own.
     """
     schedule.check()
     spans = _play(schedule, costs, steps=1)
