@@ -6,12 +6,23 @@ from typing import Any
 import numpy as np
 
 from turnout.errors import UsageError, word
+from turnout.expects import Kind, expects
 from turnout.types import BlockCosts, BlockSchedule, BlockTask, Line
 
 __all__ = ["fit_block_costs", "fit_slowed"]
 
 _WHERE = "turnout.measure.fit_block_costs"
 Steps = Sequence[tuple[BlockSchedule, Mapping[BlockTask, float]]]
+
+
+def _are_steps(value: object) -> bool:
+    whole = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return whole and all(
+        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], BlockSchedule) for one in value
+    )
+
+
+_STEPS = Kind(_are_steps, "a list of schedules, each with its tasks' seconds", "pass what profile_blocks gave")
 _NAMES = {
     "A": "attention",
     "G": "gate",
@@ -31,6 +42,7 @@ _NAMES = {
 _SAME = {"C'": "C", "D'": "D", "Ra": "R", "Re": "R"}
 
 
+@expects(steps=_STEPS)
 def fit_block_costs(
     steps: Steps, *, rows: int, dense_bytes: int, expert_bytes: int = 0, most_chunks: int = 16, sums: bool = True
 ) -> BlockCosts:
@@ -97,6 +109,7 @@ def _line(name: str, sizes: Mapping[float, Sequence[float]]) -> Line:
     return Line(float(start), float(each))
 
 
+@expects(steps=_STEPS, costs=BlockCosts)
 def fit_slowed(
     steps: Sequence[tuple[BlockSchedule, Mapping[BlockTask, tuple[float, float]]]], costs: BlockCosts
 ) -> tuple[float, float]:

@@ -4,12 +4,14 @@ import heapq
 
 import numpy as np
 
+from turnout.expects import expects
 from turnout.solve import kept_bound
 from turnout.types import Placement, Report, Traffic
 
 __all__ = ["placement_report"]
 
 
+@expects(traffic=Traffic, placement=Placement)
 def placement_report(
     traffic: Traffic,
     placement: Placement,

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 
+from turnout.expects import expects
 from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.timeline import timeline
 from turnout.types import BlockCosts, BlockSchedule, BlockTask
@@ -78,6 +79,7 @@ class BlockTimes:
         )
 
 
+@expects(schedule=BlockSchedule, costs=BlockCosts)
 def simulate_block(schedule: BlockSchedule, costs: BlockCosts) -> BlockTimes:
     """Plays a schedule at these costs: every resource its tasks in order, each as soon as what it needs is done.
 
