@@ -231,7 +231,7 @@ class LM(Called):
         at = (start, id_BS.shape[1], x_BSD.dtype, places)
         angles = self.rope(*at)
         local = angles if self.local_rope is None else self.local_rope(*at)
-        windows = [self.config.window_of(layer) for layer in range(self.config.layers)]
+        windows = [self.config.window_of(layer) for layer in range(len(self.blocks))]  # which may have been added to
         return Batch(id_BS, x_BSD, tuple(angles if window is None else local for window in windows), places)
 
     def _embedded(self, id_BS: Tensor, start: int, places: Places | None) -> Tensor:
