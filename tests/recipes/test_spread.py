@@ -197,7 +197,7 @@ def test_a_layout_without_torchrun_prints_the_line(capsys: pytest.CaptureFixture
     assert main(["train", "tiny", "--layout", "dp_shard=4,ep=2", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "the layout must be run by as many as it takes in turnout train; got dp_shard=4 ep=2 zero=3, for 4" in said
-    assert "Nearest fix: start it with: torchrun --nproc-per-node 4 -m turnout " in said
+    assert "Nearest fix: start it with: torchrun --nproc-per-node 4 -m turnout" in said
     assert not (tmp_path / "x").exists()
 
 

@@ -1,6 +1,7 @@
 """A model spread over processes: what is refused, banks that are turned, steps of an optimizer, whole tensors."""
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -11,7 +12,6 @@ from processes import spawn
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.paths import Bank
-from turnout.run.ranks import shard as sharding
 from turnout.run.ranks.processes import Ranks
 from turnout.run.ranks.shard import Meshes, mesh, shard
 from turnout.run.ranks.whole import clip, gradient_norm, settle, whole
@@ -20,6 +20,8 @@ from turnout.types.layout import Layout
 from turnout.types.placement import Placement
 from turnout.types.plan import Plan
 
+# The room has a function of this name.
+sharding = importlib.import_module("turnout.run.ranks.shard")
 SIZES: dict[str, Any] = {"vocab_size": 31, "width": 16, "layers": 2, "heads": 2, "max_seq": 32, "init_std": 0.2}
 MOE = MoEConfig(num_experts=4, top_k=2, hidden=8, bias=True)
 COPIES = Placement(2, (4, 4), ((0, 3, 1, 3, 2, 1), (0, 1, 2, 3, 0, 1)), ((0, 0, 0, 1, 1, 1), (0, 0, 0, 1, 1, 1)))

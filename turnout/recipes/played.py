@@ -85,7 +85,7 @@ def fitted(schedule: BlockSchedule, dense: int, expert: int, *, each: int = 8) -
         each: bytes of a number, or a multiple; ends of pieces are multiples of it.
 
     >>> fitted(BlockSchedule(1, 1, 1, (), (), dense_bytes=(300, 100)), 64, 8).dense_bytes
-    (48, 16)
+    (40, 24)
 
     Source: none; arithmetic.
     """

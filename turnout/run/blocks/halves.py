@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.run.product import instead_of_linear, linear, product
+from turnout.run.ranks.exchange import refuse_second
 
 __all__ = ["Owed"]
 
@@ -110,8 +111,8 @@ class _PutOff(torch.autograd.Function):
         return linear(x_MI, weight_OI, bias_O)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope_MO: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
+        refuse_second(slope_MO)
         (x_MI,) = ctx.saved_tensors
         ctx.owed.write(_Bill(*ctx.of, x_MI=x_MI, slope_MO=slope_MO))
         return product(slope_MO, ctx.weight_OI), None, None, None, None

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from turnout.errors import UsageError, word
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["counts_from", "exchange", "own_part"]
+__all__ = ["counts_from", "exchange", "own_part", "refuse_second"]
 
 
 def counts_from(sent_GN: Tensor, group: "ProcessGroup") -> Tensor:
@@ -56,3 +58,15 @@ def own_part(tensor: Tensor) -> Tensor:
     """
     to_local = getattr(tensor, "to_local", None)  # of a DTensor, whose module takes long to import
     return tensor if to_local is None else to_local()
+
+
+def refuse_second(grad: Tensor) -> None:
+    """Refuses to be differentiated once more: sums over processes are not followed twice.
+
+    Raises:
+        UsageError: the backward pass is to be differentiated.
+    """
+    if torch.is_grad_enabled() and grad.requires_grad:
+        allowed, fix = "be taken once", "leave create_graph out, or run in one process"
+        got = "a second derivative"
+        raise UsageError(word("gradients over processes", got=got, allowed=allowed, where="turnout.run.ranks", fix=fix))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.choose import execute
-from turnout.run.ranks.exchange import counts_from, exchange
+from turnout.run.ranks.exchange import counts_from, exchange, refuse_second
 from turnout.types import ExpertWeights, Routing
 
 if TYPE_CHECKING:
@@ -215,10 +215,10 @@ class _CopiesSummed(torch.autograd.Function):
         return stack.view_as(stack)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         import torch.distributed as dist
 
+        refuse_second(grad)
         owners: Owners = ctx.owners
         place = {expert: place for place, expert in enumerate(owners.copied)}
         slots = [slot for slot, expert in enumerate(owners.own) if expert in place]

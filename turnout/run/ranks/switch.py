@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.choose import execute
+from turnout.run.ranks.exchange import refuse_second
 from turnout.run.ranks.expert_parallel import Owners, spread_rows
 from turnout.types import ExpertWeights, Routing
 
@@ -177,10 +178,10 @@ class _Gathered(torch.autograd.Function):
         return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyrefly: ignore[bad-override] - torch declares *grads
         import torch.distributed as dist
 
+        refuse_second(grad)
         own = grad.new_empty(grad.shape[1:])
         dist.reduce_scatter(own, list(grad.contiguous().unbind()), group=ctx.group)
         return own, None
