@@ -134,8 +134,9 @@ def test_branch_and_bound_finds_what_mixed_integer_programming_finds(shape):
 @pytest.mark.slow
 def test_the_gap_to_the_exact_one_at_small_size():
     """Over every equal degree up to 3, halves, turn and pieces up to 2: ours is no longer than the best of them all."""
-    gaps, tried, proved = [], 0, 0
-    for seed, blocks in itertools.product((20, 21), (1, 2)):  # some of seed 22 end at their limit of nodes, unproved
+    gaps = []
+    # Two blocks of seed 22 end at the limit of nodes, unproved: nothing is known of their gap.
+    for seed, blocks in ((20, 1), (20, 2), (21, 1), (21, 2), (22, 1), (23, 1)):
         costs, _ = of_the_card(seed)
         costs = dataclasses.replace(costs, most_chunks=3)
         shapes = itertools.product((1, 2, 3), (1, 2), *[(False, True)] * 3)
@@ -143,11 +144,10 @@ def test_the_gap_to_the_exact_one_at_small_size():
         for degree, count, *flags in shapes:
             shape = Shape(degree, degree, count, *flags)
             found = exact(best(costs, blocks, [shape], tuple(RULES)), below=shortest)
+            assert found.proved, (seed, blocks, shape)
             shortest = min(shortest, found.found.seconds)
-            tried, proved = tried + 1, proved + found.proved
         ours = simulate_block(block_schedule(costs, blocks=blocks), costs).makespan_s
         gaps.append(ours / shortest - 1)
-    assert proved >= 0.99 * tried, f"{tried - proved} of {tried} searches ended at their limit of nodes"
     print("gaps to the exact:", [f"{gap:.4f}" for gap in gaps])
     assert max(gaps) <= 0.01 and float(np.median(gaps)) <= 0.001
 
