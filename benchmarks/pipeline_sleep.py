@@ -4,9 +4,10 @@
 
 A stage sleeps so long forward, so long for the gradient of its input and so long for that of its weights, each where
 autograd does it; so two cores can run the pipeline of four devices in time. What an action takes beside that (torch's
-engine, gloo, a loaded machine) is one number, calibrated in the same run on GPipe with two microbatches, which is not
-among the schedules that are judged. Measured is a step of all ranks, from the first start to the last end; medians of
-several. The first stage of torch's runtime does the gradient of its input together with that of its weights.
+engine, gloo, a loaded machine) is one number, calibrated before and after each schedule on GPipe with two
+microbatches, which is not among the schedules that are judged. Measured is a step of all ranks, from the first start
+to the last end; medians of several. The first stage of torch's runtime does the gradient of its input together with
+that of its weights.
 """
 
 import argparse
@@ -161,14 +162,15 @@ def compare(names: Sequence[str], milliseconds: float, steps: int) -> Report:
     """All of it, on each of the ranks together."""
     torch.set_num_threads(1)
     times = (milliseconds / 1e3,) * 3
-    overhead = [calibrated(times, steps)]
-    dist.broadcast_object_list(overhead)
-    rows = []
+    rows, overheads = [], [calibrated(times, steps)]
     for name in names:
         schedule = SCHEDULES[name](RANKS, MICROBATCHES)
-        simulated = pipeline(schedule, costs(schedule.stages, times, overhead[0])).makespan
-        rows.append(Row(name, schedule.stages // RANKS, step_s(schedule, times, steps), simulated))
-    return Report(tuple(rows), overhead[0], os.getloadavg()[0])
+        measured = step_s(schedule, times, steps)
+        overheads.append(calibrated(times, steps))
+        # What else the machine does changes from one schedule to the next: before and after count alike.
+        simulated = pipeline(schedule, costs(schedule.stages, times, statistics.fmean(overheads[-2:]))).makespan
+        rows.append(Row(name, schedule.stages // RANKS, measured, simulated))
+    return Report(tuple(rows), statistics.fmean(overheads), os.getloadavg()[0])
 
 
 def table(report: Report) -> str:

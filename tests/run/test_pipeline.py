@@ -222,7 +222,11 @@ def test_shapes_change_and_what_cannot_be_is_refused_by_every_rank():
     for name in both:
         assert one[name] == [] and two[name] == [], name
     assert [two[f"forward {step}"] for step in range(5)] == [[]] * 5
-    refused = {"count": "microbatches must be 3", "shapes": "same shapes", "gradients": "on ranks 0, 1 of the pipeline"}
+    refused = {
+        "count": "microbatches must be 3",
+        "shapes": "same shapes",
+        "gradients": "on ranks 0 and 1 of the pipeline",
+    }
     for name, word in (refused | {"other data": "be the same", "an id": "be from 0 to 31"}).items():
         assert word in one[name], name
         assert one[name] == two[name], name

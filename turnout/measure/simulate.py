@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from turnout.errors import UsageError, word
 from turnout.expects import expects
@@ -39,7 +40,7 @@ def simulate(schedule: Schedule, costs: StageCosts) -> Report:
     Source: Qi et al., 2024, "Zero Bubble Pipeline Parallelism", section 4, for the bubble rate (our ``span_bubble``).
     """
     times = pipeline(schedule, costs)
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "makespan": times.makespan,
         "span": times.span,
         "bubble": times.bubble,
@@ -52,7 +53,7 @@ def simulate(schedule: Schedule, costs: StageCosts) -> Report:
     context = {"schedule": schedule.name, "digest": schedule.digest, "stages": schedule.stages}
     return Report(
         f"{schedule.name}, simulated",
-        values,  # type: ignore[arg-type]
+        values,
         notes=("simulated, not measured",),
         context=context | {"ranks": schedule.ranks, "microbatches": schedule.microbatches},
     )

@@ -107,7 +107,8 @@ def ends(order_R: Order, duration: Sequence[float], needs: Needs) -> list[float]
                 todo += waiting.pop(task)
         # What raised ``now`` before it was blocked is needed by the same task when it is taken up again.
         free[r] = now
-    return None if left else end  # type: ignore[return-value]
+    # pyrefly: ignore[bad-return] - once nothing is left, None stands for tasks that no order has
+    return None if left else end
 
 
 def _checked(duration_N: Sequence[float] | np.ndarray, order_R: Order, needs_N: Needs) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,15 +114,15 @@ class AGVM:
                 group["lr"] = rate
         self.step_number += 1
 
-    def _vector(self, group: Mapping[str, object], gradients: Sequence[Tensor | None]) -> Tensor:
+    def _vector(self, group: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> Tensor:
         """A module's gradient as one vector, scaled as an Adam would."""
         parts = [torch.zeros(0, dtype=torch.float64)]
-        for one, gradient in zip(group["params"], gradients, strict=True):  # type: ignore[call-overload]
+        for one, gradient in zip(group["params"], gradients, strict=True):
             if gradient is None:
                 continue
             value, state = gradient.double().cpu(), self.optimizer.state.get(one, {})
             if "betas" in group:
-                beta = group["betas"][1]  # type: ignore[index]
+                beta = group["betas"][1]
                 square = state["exp_avg_sq"].double().cpu() * beta if "exp_avg_sq" in state else torch.zeros_like(value)
                 value = value / ((square + (1 - beta) * value.square()).sqrt() + group["eps"])
             parts.append(value.flatten())

@@ -1,6 +1,7 @@
 """Claim: averages that are a round old hide behind local steps; a penalty on the gap and a clip keep them in hand."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,11 +78,11 @@ def _measure(seed: int) -> Values:
     }
 
 
-def _loss(fleet: Fleet, settings: dict[str, object] | None, steps: int) -> float:
+def _loss(fleet: Fleet, settings: dict[str, Any] | None, steps: int) -> float:
     if settings is None:
         models, _ = fleet.train(_adam, lambda m, o: contextlib.nullcontext(), steps=steps, batch=_BATCH, together=True)
     else:
-        models, _ = fleet.train(_adam, lambda m, o: CO2(m, o, every=_EVERY, **settings), steps=steps, batch=_BATCH)  # type: ignore[arg-type]
+        models, _ = fleet.train(_adam, lambda m, o: CO2(m, o, every=_EVERY, **settings), steps=steps, batch=_BATCH)
     return fleet.loss(models)
 
 

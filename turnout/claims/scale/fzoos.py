@@ -1,6 +1,7 @@
 """Claim: with surrogates of all they asked, and of each other, unlike clients need fewer queries and rounds."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -87,10 +88,11 @@ def _measure(seed: int) -> Values:
     problem = _Problem(seed)
     run = _surrogates(problem, seed)
     left, found = problem.left(run), {}
-    for kind, name in (("none", "fedzo"), ("scaffold", "scaffold")):
+    kinds: tuple[tuple[Literal["none", "scaffold"], str], ...] = (("none", "fedzo"), ("scaffold", "scaffold"))
+    for kind, name in kinds:
         runs = [
             fedzo(problem.functions, problem.start_D, rounds=_FEDZO_ROUNDS, rate=rate, local_steps=_STEPS,
-                  directions=_DIRECTIONS, correction=kind, seed=seed)  # type: ignore[arg-type]
+                  directions=_DIRECTIONS, correction=kind, seed=seed)
             for rate in _FEDZO_RATES
         ]  # fmt: skip
         costs = [_cost(one, problem.left(one)) for one in runs]

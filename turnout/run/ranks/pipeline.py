@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from turnout.errors import ShapeError, TurnoutError, UsageError, word
+from turnout.run.ranks.processes import named, shared
 from turnout.run.ranks.torch_pipeline import (
     Carried,
     Runtime,
@@ -235,10 +236,10 @@ class Pipeline:
         agreed, contents = zip(*(each.tolist() for each in words), strict=True)
         if agreed == self._agreed and len(set(contents)) == 1:
             return
-        said: list[Any] = [None] * self.schedule.ranks
-        dist.all_gather_object(said, (problem, mine, [_sizes(each) for each in microbatches]), group=self.group)
+        plain = {str(index): [[list(one.shape), str(one.dtype)] for one in row] for index, row in mine.items()}
+        said = shared([problem, plain, [_sizes(each) for each in microbatches]], self.group)
         _refuse(said, contents)
-        handed = {index: row for _, rows, _ in said for index, row in rows.items()}
+        handed = {int(index): [_carried(*one) for one in row] for _, rows, _ in said for index, row in rows.items()}
         if self._agreed is None:
             self._runtime._warmup_p2p(cast(Any, self._stages), True, False)
         for stage in self._stages:
@@ -290,6 +291,11 @@ def _local(gradient: Any) -> Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
+def _carried(shape: Sequence[int], dtype: str) -> Carried:
+    """What another rank hands on, as it said."""
+    return Carried(tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
+
+
 def _sizes(microbatch: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in sorted(microbatch.items()) if isinstance(value, Tensor)}
 
@@ -318,7 +324,7 @@ def _refuse(said: Sequence[tuple[str, Any, Any]], contents: Sequence[int]) -> No
         if problem:
             problems[problem].append(rank)
     if problems:
-        where = "; ".join(f"on {_ranks(ranks)} of the pipeline: {text}" for text, ranks in problems.items())
+        where = "; ".join(f"on {named(ranks)} of the pipeline: {text}" for text, ranks in problems.items())
         raise UsageError(where)
     first = said[0][2]
     for rank, (_, _, sizes) in enumerate(said):
@@ -329,9 +335,5 @@ def _refuse(said: Sequence[tuple[str, Any, Any]], contents: Sequence[int]) -> No
                 raise ShapeError(word("microbatches", got=got, allowed=allowed, where=_WHERE, fix=fix))
     others = [rank for rank, content in enumerate(contents) if content != contents[0]]
     if others:
-        got, allowed = f"others on {_ranks(others)} of the pipeline than on rank 0", "be the same on all its ranks"
+        got, allowed = f"others on {named(others)} of the pipeline than on rank 0", "be the same on all its ranks"
         raise UsageError(word("microbatches", got=got, allowed=allowed, where=_WHERE, fix="read the same batch on all"))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from turnout.errors import UsageError, nearest, word
+from turnout.run.ranks.processes import named, shared
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +87,7 @@ def subnet(
             raise nearest(strange[0], known, kind="submodule", where=_WHERE)
         yield
         return
-    parts = _gathered(names, group)
+    parts: list[list[str]] = shared(list(names), group)
     absent = [name for row in parts for name in row if name not in known]
     if absent:
         raise nearest(absent[0], known, kind="submodule", where=_WHERE)
@@ -96,24 +97,12 @@ def subnet(
         yield
 
 
-def _gathered(names: Sequence[str], group: "ProcessGroup | None") -> list[list[str]]:
-    import torch.distributed as dist
-
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, list(names), group=group)
-    return parts
-
-
 def _differ(parts: Sequence[Sequence[str]], fix: str, allowed: str = "run the same on each process") -> UsageError:
     ranks: dict[tuple[str, ...], list[int]] = {}
     for rank, row in enumerate(parts):
         ranks.setdefault(tuple(row), []).append(rank)
-    got = "; ".join(f"{', '.join(row) or 'nothing'} on {_ranks(those)}" for row, those in ranks.items())
+    got = "; ".join(f"{', '.join(row) or 'nothing'} on {named(those)}" for row, those in ranks.items())
     return UsageError(word("the sub-networks", got=got, allowed=allowed, where=_WHERE, fix=fix))
-
-
-def _ranks(those: Sequence[int]) -> str:
-    return f"rank {those[0]}" if len(those) == 1 else f"ranks {', '.join(map(str, those))}"
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ class Federation:
     sent_R: tuple[int, ...]
 
 
-@expects(functions=several(Callable))  # type: ignore[arg-type]
+@expects(functions=several(Callable))  # pyrefly: ignore[bad-argument-type] - a form, not a class, to checkers
 def fedzo(
     functions: Sequence[Callable[[Tensor], Tensor | float]], start_D: Tensor, *, rounds: int, rate: float,
     local_steps: int = 10, directions: int = 20, radius: float = 0.01,

@@ -70,7 +70,7 @@ class FZooS:
             raise UsageError(word("the settings", got=got, allowed=allowed, where=f"{_WHERE}.FZooS", fix=fix))
 
 
-@expects(functions=several(Callable), how=FZooS)  # type: ignore[arg-type]
+@expects(functions=several(Callable), how=FZooS)  # pyrefly: ignore[bad-argument-type] - a form, not a class, to checkers
 def fzoos(
     functions: Sequence[Callable[[Tensor], Tensor | float]], start_D: Tensor, how: FZooS, *, rounds: int, seed: int = 0
 ) -> Federation:
