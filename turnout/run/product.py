@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 
-__all__ = ["instead_of_linear", "linear", "onednn_is_faster", "product"]
+__all__ = ["instead_of_linear", "linear", "onednn_is_faster", "product", "replaced"]
 
 # Below this many multiply-adds the fixed 10 microseconds of a oneDNN call outweigh what it saves.
 _LEAST = 1 << 20
@@ -36,6 +36,17 @@ def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
         yield
     finally:
         _HERE.other = before
+
+
+def replaced() -> bool:
+    """Whether something takes the place of ``linear`` in this thread.
+
+    >>> replaced()
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    return getattr(_HERE, "other", None) is not None
 
 
 @functools.cache
