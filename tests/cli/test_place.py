@@ -128,6 +128,11 @@ def test_the_bounds_are_of_the_slots_that_there_are_not_of_those_that_were_used(
         assert found["imbalance_bound"] == bound["imbalance_bound"], slots
         assert main(["certify", out, traces[0]]) == 0
         capsys.readouterr()
+    words = ["place", traces[0], "--devices", "2", "--slots", "8", "--balance", "4"]
+    assert main(words) == 0
+    used = Placement.open(out).slots
+    assert used < 24  # room that helps nobody
+    assert f"12 experts in {used} of 24 slots on 2 devices in 1 node\n" in capsys.readouterr().out
 
 
 def test_a_trace_of_one_layer_has_load_alone(tmp_path, capsys):

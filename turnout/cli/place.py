@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.out:
         placed.save(arguments.out)
-    print(placed.report.to_json() if arguments.json else table(placed.report))
+    print(placed.report.to_json() if arguments.json else table(placed.report, placed.room))
     if arguments.out and not arguments.json:
         print(f"placement: {arguments.out}")
         before = f" --from {arguments.before}" if arguments.before else ""
@@ -101,20 +101,21 @@ def _speeds(text: str | None) -> list[float]:
         raise UsageError(word("--speeds", got=text, allowed=allowed, where="turnout place", fix=fix)) from error
 
 
-def table(report: "Report") -> str:
-    """The report as a few lines: here, contiguous, and what no placement is below."""
-    experts, slots = report["experts"], report["slots"]
+def table(report: "Report", room: int | None = None) -> str:
+    """The report as a few lines: here, contiguous, and what no placement is below; ``room`` is all slots there are."""
+    experts, slots, nodes = report["experts"], report["slots"], report["nodes"]
+    slots = slots if room in (None, slots) else f"{slots} of {room}"
     lines = [
-        f"{experts} experts in {slots} slots on {report['devices']} devices in {report['nodes']} nodes",
+        f"{experts} experts in {slots} slots on {report['devices']} devices in {nodes} node{'s' if nodes > 1 else ''}",
         f"{'':34}{'placed':>10}{'contiguous':>12}{'at least':>10}",
         f"{'busiest device over the mean':34}{report['imbalance']:>10.3f}{report['imbalance_contiguous']:>12.3f}"
         f"{report['imbalance_bound']:>10.3f}",
         f"{'steps that change the device':34}{report['crossing']:>10.1%}{report['crossing_contiguous']:>12.1%}"
         f"{report['crossing_bound']:>10.1%}",
     ]
-    if report["nodes"] > 1:
-        nodes = report["crossing_nodes"], report["crossing_nodes_contiguous"]
-        lines.append(f"{'steps that change the node':34}{nodes[0]:>10.1%}{nodes[1]:>12.1%}")
+    if nodes > 1:
+        shares = report["crossing_nodes"], report["crossing_nodes_contiguous"]
+        lines.append(f"{'steps that change the node':34}{shares[0]:>10.1%}{shares[1]:>12.1%}")
     chance, bound = report["crossing_chance"], report["crossing_bound"]
     possible = chance - bound
     if possible > 0:
