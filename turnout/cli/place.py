@@ -17,7 +17,7 @@ examples:
 import argparse
 from typing import TYPE_CHECKING
 
-from turnout.cli.early import check_there
+from turnout.cli.early import check_there, check_writable
 
 if TYPE_CHECKING:
     from turnout.types import Report
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balance",
         type=float,
-        default=1.05,
         metavar="X",
         help="for both: how busy the busiest device of a layer may be, over the mean (default 1.05)",
     )
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--moves", type=float, metavar="X", help="with --from: the share of copies that may travel (default 0.1)"
     )
-    parser.add_argument("--expert-bytes", type=float, default=0.0, metavar="B", help="what travels with each copy")
+    parser.add_argument("--expert-bytes", type=float, metavar="B", help="with --from: what travels with each copy")
     parser.add_argument("--speeds", metavar="X,X,...", help="how fast each device is, relative (default all alike)")
     parser.add_argument("--out", metavar="FILE", help="write the placement here, as JSON")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -62,9 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_there("TRACE", [arguments.trace], "turnout place")
     check_there("--from", [arguments.before], "turnout place")
-    if arguments.moves is not None and arguments.before is None:
-        allowed, fix = "stand beside --from FILE, whose copies it counts,", "add --from FILE, or leave it out"
-        raise UsageError(word("--moves", got="no --from", allowed=allowed, where="turnout place", fix=fix))
+    check_writable("turnout place", out=arguments.out)
+    for name in ("moves", "expert_bytes"):
+        if getattr(arguments, name) is not None and arguments.before is None:
+            what, fix = f"--{name.replace('_', '-')}", "add --from FILE, or leave it out"
+            allowed = "stand beside --from FILE, whose copies it counts,"
+            raise UsageError(word(what, got="no --from", allowed=allowed, where="turnout place", fix=fix))
+    if arguments.balance is not None and arguments.by != "both":
+        got, fix = f"--by {arguments.by}", "leave --balance out, or use --by both"
+        raise UsageError(word("--balance", got=got, allowed="stand beside --by both", where="turnout place", fix=fix))
+    bytes_ = arguments.expert_bytes or 0.0
+    if not 0 <= bytes_ < float("inf"):
+        allowed, fix = "be a number of at least 0", "pass the bytes of an expert's weights"
+        raise UsageError(word("--expert-bytes", got=bytes_, allowed=allowed, where="turnout place", fix=fix))
     from turnout.recipes.place import place_trace
     from turnout.types import Placement
 
@@ -74,10 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
         nodes=arguments.nodes,
         slots=arguments.slots,
         by=arguments.by,
-        balance=arguments.balance,
+        balance=1.05 if arguments.balance is None else arguments.balance,
         before=Placement.open(arguments.before) if arguments.before else None,
         moves=0.1 if arguments.moves is None else arguments.moves,
-        expert_bytes=arguments.expert_bytes,
+        expert_bytes=bytes_,
         speed_G=_speeds(arguments.speeds),
     )
     if arguments.out:
@@ -94,7 +103,7 @@ def _speeds(text: str | None) -> list[float]:
     from turnout.errors import UsageError, word
 
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        return [float(part) for part in text.split(",")] if text is not None else []
     except ValueError as error:
         fix = "write --speeds 1,1,0.5,1"
         allowed = "be numbers with commas between"
