@@ -12,7 +12,7 @@ import torch.distributed as dist
 from turnout.measure.memory import free_memory
 from turnout.models import LM
 from turnout.recipes.run import Run
-from turnout.recipes.spawned import spawned
+from turnout.recipes.spawned import check_bears, spawned
 from turnout.recipes.workload import workload_of
 from turnout.types import Cluster
 
@@ -36,10 +36,13 @@ def measured_cluster(ranks: int, run: Run) -> Cluster:
         One node with ``ranks`` devices: medians over a few rounds, the slowest rank's.
 
     Raises:
+        UsageError: more processes than this machine bears.
         TrainingError: the processes did not come together.
 
     Source: none; least squares through two sizes.
     """
+    fix = "pass --here {most}, or measure on a machine that is as large as yours"
+    check_bears(ranks, "--here", where="turnout plan", fix=fix)
     worst = spawned(ranks, _slowest, run)
     free = free_memory()
     return Cluster(
