@@ -25,9 +25,8 @@ def placement_report(
 
     ``imbalance``: how long the layers' busiest devices take, over how long it would be if all were busy alike.
     ``crossing``: the share of steps from layer to layer that change the device. Both are of tokens dealt evenly to the
-    copies of an expert. No placement with these slots is below the bounds. ``crossing_chance`` is what an even
-    placement at random gives: what lies between it and the bound belongs to the trace, and how far down one gets to
-    the method.
+    copies of an expert. No placement with these slots is below the bounds; ``crossing_chance`` is what an even one at
+    random gives, so that what lies between the two belongs to the trace.
 
     Args:
         traffic: of the trace.
