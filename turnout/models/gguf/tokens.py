@@ -25,7 +25,7 @@ _CASED = (
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How a text is cut into words: what tokenizer.json says, whether whole words are looked up first -> llama.cpp's name.
-CUTS = {
+CUTS: dict[tuple[tuple[str, ...], bool], str] = {
     (("gpt2",), False): "gpt-2",
     (("digits", "gpt2"), False): "smollm",
     ((_SHORT + r"\p{N}" + _TAIL, "bytes"), False): "qwen2",

@@ -51,6 +51,10 @@ class GGUFFile:
     size_bytes: int
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.tensors.items()))
+        return "\n".join([f"{self.architecture}, {self.size_bytes:,} bytes, tensors: {kinds}", *self.notes])
+
 
 @expects(path=PATH)
 def to_gguf(
