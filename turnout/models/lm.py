@@ -157,11 +157,15 @@ class LM(Called):
             UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
                 keys no longer hold (longrope), or an unknown backend.
         """
-        hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
+        hidden_BSD, routings, _ = self.hidden(id_BS, attention_mask, cache, backend, generator)
+        return LMOutput(self.scores(hidden_BSD), routings, hidden_BSD)
+
+    def scores(self, hidden_BSD: Tensor) -> Tensor:
+        """(..., V) what the output layer makes of what it reads."""
         logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
-        return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
+        return capped(logits_BSV, self.config.logit_softcap)
 
     def loss(
         self,
@@ -185,7 +189,7 @@ class LM(Called):
             ShapeError: as ``forward``, or the two differ in shape.
             UsageError: as ``forward``.
         """
-        hidden_BSD, routings, places = self._hidden(id_BS, attention_mask, None, backend, generator)
+        hidden_BSD, routings, places = self.hidden(id_BS, attention_mask, None, backend, generator)
         return LMLoss(self._nats(hidden_BSD, target_BS, places), routings)
 
     def nats(self, x_BSD: Tensor, target_BS: Tensor, *, places: Places | None = None) -> Tensor:
@@ -200,13 +204,13 @@ class LM(Called):
         weight_VD = self.embedding if self.head is None else self.head.weight
         return head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
 
-    def _hidden(
+    def hidden(
         self,
         id_BS: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        backend: str,
-        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
         """What the output layer reads, the decisions, and where there is padding."""
         batch = self.begin(id_BS, attention_mask=attention_mask, cache=cache)
@@ -230,9 +234,7 @@ class LM(Called):
         places = find_places(id_BS, attention_mask, cache)
         x_BSD = self._embedded(id_BS, start, places)
         if self.rope.changes(start, id_BS.shape[1], places):
-            allowed = (
-                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
-            )
+            allowed = "end where its keys still hold: in longer texts this model's RoPE is another (longrope)"
             fix = "start a new Cache with all the tokens, as LM.generate does"
             got = f"{start} positions and {id_BS.shape[1]} more"
             raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
@@ -276,10 +278,8 @@ class LM(Called):
             raise ShapeError(word("id_BS", got=got, allowed="be whole numbers (B, S), S > 0", where="LM", fix=fix))
         if start + id_BS.shape[1] > self.config.max_seq:
             fix = f"pass at most {self.config.max_seq} tokens, cached ones included, or build it with a longer max_seq"
-            allowed = f"end within max_seq={self.config.max_seq}"
-            raise ShapeError(
-                word("id_BS", got=f"{start + id_BS.shape[1]} tokens", allowed=allowed, where="LM", fix=fix)
-            )
+            got, allowed = f"{start + id_BS.shape[1]} tokens", f"end within max_seq={self.config.max_seq}"
+            raise ShapeError(word("id_BS", got=got, allowed=allowed, where="LM", fix=fix))
         if id_BS.device != self.embedding.device:
             allowed, fix = f"be on the model's {self.embedding.device}", f"pass id_BS.to('{self.embedding.device}')"
             raise UsageError(word("id_BS", got=f"them on {id_BS.device}", allowed=allowed, where="LM", fix=fix))
