@@ -52,7 +52,7 @@ def test_scores_are_processed_as_transformers_does(vocab_size: int) -> None:
     prompt_BS = torch.randint(vocab_size, (6, 9), generator=generator)
     for settings in SETTINGS:
         got = Drawing(*settings).processed(score_BV, seen(prompt_BS, vocab_size))
-        torch.testing.assert_close(got, theirs(settings, prompt_BS, score_BV), msg=lambda text: f"{settings}: {text}")
+        torch.testing.assert_close(got, theirs(settings, prompt_BS, score_BV))
 
 
 def test_ties_at_the_border_of_top_k_stay_as_there() -> None:

@@ -1,5 +1,6 @@
 """Going on from prompts with a model of ours, or one of transformers that is one of ours."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from turnout.expects import expects
 from turnout.models.checkpoint.live import lm_or_itself
+from turnout.models.decoding import Decoder
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
 from turnout.models.generated import Asked, Generated, Piece
-from turnout.models.going_on import Cached, Scores, go_on
+from turnout.models.going_on import go_on
 from turnout.models.lm import LM
 from turnout.models.prompts import Given
 from turnout.wrappers import unwrapped
@@ -70,28 +72,40 @@ def generate(
     inside = unwrapped(model)
     own = own_ends(inside) if eos == "model" else ()
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    return go_on(run, _scores(run), prompts, asked, attention_mask=attention_mask, own=own)
-
-
-def _scores(model: nn.Module) -> Scores:
-    return Cached(model) if isinstance(model, LM) else _Foreign(model)
+    steps = functools.partial(Decoder if isinstance(run, LM) else _Foreign, run)
+    return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
 
 
 class _Foreign:
-    """The scores of a model of transformers, as it is."""
+    """The steps of a model of transformers, as it is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._cache, self._seen = model, None, 0
+    def __init__(self, model: nn.Module, batch: int, room: int) -> None:
+        self._model, self._cache = model, None
+        self._real_BT = torch.empty(batch, 0, dtype=torch.bool)
 
-    def __call__(self, id_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-        real_BT = torch.ones_like(id_BT, dtype=torch.bool) if real_BT is None else real_BT
-        place_BT = (real_BT.long().cumsum(1) - 1).clamp(min=0)
-        out = self._model(
-            input_ids=id_BT[:, self._seen :],
-            attention_mask=real_BT.long(),
-            position_ids=place_BT[:, self._seen :],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache, self._seen = out.past_key_values, id_BT.shape[1]
+    def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As ``Steps``; the padding goes before the prompts, where transformers wants it."""
+        new = id_BS.shape[1]
+        real_BS = torch.ones_like(id_BS, dtype=torch.bool)
+        if lengths is not None:
+            before_BS = torch.arange(new, device=id_BS.device) - (new - lengths.to(id_BS.device))[:, None]
+            real_BS, id_BS = before_BS >= 0, id_BS.gather(1, before_BS.clamp(min=0))
+        self._real_BT = real_BS
+        return self._scores(id_BS)
+
+    def step(self, id_B: Tensor) -> Tensor:
+        """As ``Steps``."""
+        self._real_BT = nn.functional.pad(self._real_BT, (0, 1), value=True)
+        return self._scores(id_B[:, None])
+
+    def keep(self, row_N: Tensor) -> None:
+        """As ``Steps``."""
+        self._real_BT = self._real_BT[row_N]
+        self._cache.batch_select_indices(row_N)
+
+    def _scores(self, id_BS: Tensor) -> Tensor:
+        place_BT = (self._real_BT.long().cumsum(1) - 1).clamp(min=0)
+        told = {"attention_mask": self._real_BT.long(), "position_ids": place_BT[:, -id_BS.shape[1] :]}
+        out = self._model(input_ids=id_BS, past_key_values=self._cache, use_cache=True, **told)
+        self._cache = out.past_key_values
         return out.logits[:, -1]

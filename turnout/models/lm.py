@@ -1,6 +1,7 @@
 """A decoder language model: dense or with experts in any layer, exactly expressible in the published architectures."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,7 @@ from turnout.models.attention import Cache, Projection, attended
 from turnout.models.batch import Batch
 from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
-from turnout.models.draw import Drawing
-from turnout.models.ends import own_ends
 from turnout.models.fused import IGNORE, capped
-from turnout.models.generated import Asked
-from turnout.models.going_on import Cached, go_on
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.norm import build_norm
 from turnout.models.padding import Places, find_places, new_places
@@ -324,10 +321,12 @@ class LM(Called):
             ShapeError: a prompt without a token, or a result that would be longer than ``config.max_seq``.
             UsageError: a setting out of its range, or padding after a prompt.
         """
-        drawing = Drawing(temperature, top_k, top_p, min_p, repetition_penalty)
-        asked = Asked(tokens, drawing, eos=eos, pad=pad, seed=seed, generator=generator)
-        own = own_ends(self) if eos == "model" else ()
-        return go_on(self, Cached(self), id_BS, asked, attention_mask=attention_mask, own=own).id_BT
+        # By the package's list of names: what decodes an LM imports this module, which therefore imports none of that.
+        generate = sys.modules["turnout"].generate
+        sizes = {"tokens": tokens, "attention_mask": attention_mask, "pad": pad, "eos": eos}
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        drawn |= {"repetition_penalty": repetition_penalty, "seed": seed, "generator": generator}
+        return generate(self, id_BS, **sizes, **drawn).id_BT
 
     def cost(self, *, seq: int | None = None) -> Cost:
         """What one token's forward pass takes, the mean over the positions of a sequence.

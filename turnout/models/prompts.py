@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.models.padding import real_tokens
@@ -35,17 +35,12 @@ class Prompts:
             return self.id_BS.tolist()
         return [id_S[real_S].tolist() for id_S, real_S in zip(self.id_BS, self.real_BS, strict=True)]
 
-    @property
-    def padding(self) -> int:
-        """How many positions are padding in every row: those at the front."""
-        return 0 if self.real_BS is None else int(self.real_BS.any(0).int().argmax())
-
-    def longest(self) -> tuple[int, int]:
-        """Which row is the longest, and how many tokens it has."""
+    def packed(self, pad: int) -> tuple[Tensor, Tensor | None]:
+        """(B, S) the tokens of each prompt, with padding after shorter ones, and (B,) how many; None for S each."""
         if self.real_BS is None:
-            return 0, self.id_BS.shape[1]
-        length_B = self.real_BS.sum(1)
-        return int(length_B.argmax()), int(length_B.max())
+            return self.id_BS, None
+        texts = [id_S[real_S] for id_S, real_S in zip(self.id_BS, self.real_BS, strict=True)]
+        return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad), self.real_BS.sum(1)
 
 
 def read_prompts(
