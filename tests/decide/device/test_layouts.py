@@ -14,6 +14,7 @@ from turnout.errors import UsageError
 from turnout.measure import count_flops
 from turnout.models import LM, LMConfig, MLAConfig, MoEConfig
 from turnout.models.checkpoint.own import outline
+from turnout.models.config import FactoredConfig
 from turnout.recipes.workload import workload_of
 from turnout.run.ranks.shard import mesh, shard
 from turnout.types import BlockSize, Cluster, Layout, Plan, Workload
@@ -118,6 +119,18 @@ _KINDS = {
     "a window": {"window": 8},
     "latent, wide values": {"attention": "mla", "mla": MLAConfig(kv_rank=16, rope_dim=8, nope_dim=16, v_dim=64)},
     "latent, thin values": {"attention": "mla", "mla": MLAConfig(kv_rank=16, rope_dim=8, nope_dim=56, v_dim=4)},
+    "a router of all layers": {"moe": MoEConfig(num_experts=4, top_k=2, hidden=32, router="PreGate")},
+    "a router that grows sparse": {"moe": MoEConfig(num_experts=4, top_k=1, hidden=32, router="DenseToSparse")},
+    "experts that choose": {
+        "moe": MoEConfig(
+            num_experts=4, top_k=1, hidden=32, router="ExpertChoice", router_options={"capacity_factor": 2.0}
+        )
+    },
+    "factored experts": {
+        "moe": MoEConfig(
+            num_experts=8, top_k=1, hidden=32, bias=True, factored=FactoredConfig(up_rank=6, down_rank=6, share=4)
+        )
+    },
     "merged experts": {"moe": MoEConfig(num_experts=8, top_k=1, hidden=32, distinct=(8, 4, 2, 1))},
 }
 
@@ -135,7 +148,10 @@ def test_operations_are_those_that_are_counted(fields, tiny_run):
     for layer in range(config.layers):  # the counter takes all pairs
         seen = sum(min(at + 1, config.window_of(layer) or seq) for at in range(seq)) / seq
         counted -= 2 * config.heads * wide * (seq - seen)
-    assert sum(block.all_flops for block in work.blocks) + 2 * 64 * 32 == pytest.approx(counted, rel=0.02)
+    if lm.pre_gate is not None:
+        counted -= 2 * (lm.pre_gate.products(seq) - lm.pre_gate.products(seq // 2))
+    foreseen = sum(block.all_flops for block in work.blocks) + work.first_flops + 2 * 64 * 32
+    assert foreseen == pytest.approx(counted, rel=0.02)
     assert work.params == sum(p.numel() for p in lm.parameters())
 
 
