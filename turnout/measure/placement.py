@@ -19,6 +19,7 @@ def placement_report(
     before: Placement | None = None,
     expert_bytes: float = 0.0,
     speed_G: np.ndarray | None = None,
+    slots: int | None = None,
 ) -> Report:
     """How even a placement is and how many steps cross, beside the contiguous one, chance, and bounds on all.
 
@@ -34,6 +35,7 @@ def placement_report(
         before: what was there before; its moves are counted.
         expert_bytes: what travels with each copy.
         speed_G: of each device, relative.
+        slots: room for copies in a layer, where the placement leaves some of it empty; None where it does not.
 
     Returns:
         The report; ``moves`` and ``bytes`` are None without ``before``.
@@ -58,11 +60,11 @@ def placement_report(
         "experts": sum(placement.num_experts_L),
         "imbalance": traffic.imbalance(placement, speed_G),
         "imbalance_contiguous": traffic.imbalance(plain, speed_G),
-        "imbalance_bound": _imbalance_bound(traffic, placement, speed_G),
+        "imbalance_bound": _imbalance_bound(traffic, placement, speed_G, slots or 0),
         "crossing": traffic.crossing(placement),
         "crossing_contiguous": traffic.crossing(plain),
         "crossing_chance": 1 - 1 / placement.devices,
-        "crossing_bound": _crossing_bound(traffic, placement),
+        "crossing_bound": _crossing_bound(traffic, placement, slots or 0),
         "crossing_nodes": traffic.crossing(placement, "node"),
         "crossing_nodes_contiguous": traffic.crossing(plain, "node"),
         "moves": len(moves.copies) if moves else None,
@@ -72,12 +74,13 @@ def placement_report(
     return Report("placement", values, context={"placement": placement.digest, "trace": traffic.source})
 
 
-def _crossing_bound(traffic: Traffic, placement: Placement) -> float:
+def _crossing_bound(traffic: Traffic, placement: Placement, slots: int) -> float:
     """No placement with as many slots on each device has a lower share."""
     if not traffic.steps:
         return 0.0
-    most_L = [int(placement.held(layer).sum(1).max()) for layer in range(placement.num_layers)]
-    single = placement.slots == sum(placement.num_experts_L)
+    room = -(-slots // placement.devices)
+    most_L = [max(room, int(placement.held(layer).sum(1).max())) for layer in range(placement.num_layers)]
+    single = placement.slots == sum(placement.num_experts_L) and slots <= min(placement.num_experts_L)
     kept = sum(
         kept_bound(step_EE, placement.devices, most_L[layer], most_L[layer + 1], single=single)
         for layer, step_EE in enumerate(traffic.step_LEE)
@@ -85,13 +88,13 @@ def _crossing_bound(traffic: Traffic, placement: Placement) -> float:
     return max(0.0, 1 - kept / traffic.steps)
 
 
-def _imbalance_bound(traffic: Traffic, placement: Placement, speed_G: np.ndarray | None) -> float:
+def _imbalance_bound(traffic: Traffic, placement: Placement, speed_G: np.ndarray | None, slots: int) -> float:
     """No placement with as many copies is less uneven: someone holds the largest copy, and no less than the mean."""
     speed_G = np.ones(placement.devices) if speed_G is None else speed_G
     least = total = 0.0
     for layer, load_E in enumerate(traffic.load_LE):
         even = float(load_E.sum() / speed_G.sum())
-        copies, each = len(placement.phy2log[layer]), int(placement.held(layer).sum(1).min())
+        copies, each = max(slots, len(placement.phy2log[layer])), int(placement.held(layer).sum(1).min())
         largest = _largest_copy(load_E, copies, placement.devices)
         if copies == len(load_E):  # the busiest expert has company: at best of the idlest ones
             largest += float(np.sort(load_E)[: max(each - 1, 0)].sum())

@@ -31,6 +31,7 @@ class Placed:
         expert_bytes: what travels with each copy that moves.
         speed_G: of each device; empty for like ones.
         before: the placement that it came from.
+        slots: room for copies in a layer that was asked for, of which some may be empty; None for none.
 
     >>> import numpy as np
     >>> told = Traffic((np.ones(2), np.ones(2)), (np.eye(2),))
@@ -47,10 +48,11 @@ class Placed:
     expert_bytes: float = 0.0
     speed_G: tuple[float, ...] = ()
     before: Placement | None = None
+    slots: int | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes the placement with all that is said of it."""
-        how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G}
+        how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G, "room": self.slots}
         before = {"before": self.before.digest} if self.before is not None else {}
         self.placement.save(path, stated={**how, **before, **self.report.context, "values": dict(self.report.values)})
 
@@ -104,8 +106,8 @@ def place_trace(
     else:
         found = _new(by, traffic, devices, nodes, slots, balance, speed)
     found = dataclasses.replace(found, layers=traffic.layers, nodes=nodes)
-    report = placement_report(traffic, found, before=before, expert_bytes=expert_bytes, speed_G=speed)
-    return Placed(found, report, by, float(expert_bytes), tuple(map(float, speed_G)), before)
+    report = placement_report(traffic, found, before=before, expert_bytes=expert_bytes, speed_G=speed, slots=slots)
+    return Placed(found, report, by, float(expert_bytes), tuple(map(float, speed_G)), before, slots)
 
 
 def _new(
@@ -192,13 +194,12 @@ def check_placement(
     if stated.get("before") != (older.digest if older is not None else None):
         got = "another placement before it" if older is not None else "moves from a placement that was not given"
         raise refuse(got, "pass --from the placement that it came from")
-    bytes_, speeds = stated.get("expert_bytes", 0.0), stated.get("speed_G", [])
-    if not isinstance(bytes_, int | float) or not isinstance(speeds, list):
-        raise refuse("bytes or speeds that are no numbers", "write it again with turnout place")
+    bytes_, speeds, room = stated.get("expert_bytes", 0.0), stated.get("speed_G", []), stated.get("room")
+    if not isinstance(bytes_, int | float) or not isinstance(speeds, list) or not isinstance(room, int | None):
+        raise refuse("bytes, speeds or room that are no numbers", "write it again with turnout place")
     traffic = Traffic.of(Trace.open(trace))
-    now = placement_report(
-        traffic, placement, before=older, expert_bytes=bytes_, speed_G=np.array(speeds) if speeds else None
-    )
+    speed_G = np.array(speeds) if speeds else None
+    now = placement_report(traffic, placement, before=older, expert_bytes=bytes_, speed_G=speed_G, slots=room)
     broken = [
         f"it says {name} is {values.get(name)}, and it is {value}"
         for name, value in now.values.items()

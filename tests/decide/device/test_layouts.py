@@ -1,6 +1,7 @@
 """Layouts: what fits is found, what does not is told with a change that does; and torch holds what was foreseen."""
 
 import dataclasses
+import itertools
 import re
 import time
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from turnout.decide.device import held, layouts, pace, stage_blocks
+from turnout.decide.device.memory import chunks, waiting
 from turnout.decide.device.pace import Wire
 from turnout.errors import UsageError
 from turnout.measure import count_flops
@@ -17,6 +19,7 @@ from turnout.models.checkpoint.own import outline
 from turnout.models.config import FactoredConfig
 from turnout.recipes.workload import workload_of
 from turnout.run.ranks.shard import mesh, shard
+from turnout.run.ranks.torch_pipeline import torch_schedule
 from turnout.types import BlockSize, Cluster, Layout, Plan, Workload
 
 BLOCK = BlockSize(params=40_000, flops=80_000.0, kept=500.0, experts=16, top_k=2, expert_params=9_000, expert_kept=90.0)
@@ -76,6 +79,19 @@ def test_stages_in_v_form_end_where_they_began():
     )
     with pytest.raises(UsageError, match="stages must hold the 8 blocks"):
         stage_blocks(NETWORK, Plan(Layout(pp=2), stages=(3, 3)))
+
+
+@pytest.mark.parametrize("microbatches", [3, 4, 5, 6, 8, 10])
+@pytest.mark.parametrize(("name", "ranks"), [("GPipe", 3), ("1F1B", 3), ("Interleaved1F1B", 2), ("Interleaved1F1B", 4)])
+def test_as_many_microbatches_wait_as_in_torch_s_own_orders(name, ranks, microbatches):
+    try:
+        orders = torch_schedule(name, ranks=ranks, microbatches=microbatches).actions
+    except UsageError:
+        return  # rounds that do not come out even
+    for rank, order in enumerate(orders):
+        alive = itertools.accumulate({"F": 1, "B": -1}[action.kind] for action in order)
+        plan = Plan(Layout(pp=ranks), schedule=name, microbatches=microbatches)
+        assert waiting(plan, rank) == max(alive) / chunks(name)
 
 
 def test_the_fuller_wire_is_the_one_between_nodes():

@@ -163,7 +163,8 @@ def waiting(plan: Plan, stage: int) -> float:
         return float(m)
     if plan.schedule == "Interleaved1F1B":
         each = chunks(plan.schedule)
-        return min(float(m), (2 * (pp - stage - 1) + (each - 1) * pp + 1) / each)
+        in_round = m / max(1, m // pp)  # where pp does not divide them, more go through a stage in turn
+        return min(float(m), (2 * (pp - stage - 1) + (each - 1) * in_round + 1) / each)
     if plan.schedule in ("ZBVZeroBubble", "DualPipeV"):
         return min(float(m), float(pp) + (0.5 if plan.schedule == "DualPipeV" else 0.0))
     return float(min(m, pp - stage))
