@@ -25,9 +25,8 @@ def placement_report(
 
     ``imbalance``: how long the layers' busiest devices take, over how long it would be if all were busy alike.
     ``crossing``: the share of steps from layer to layer that change the device. Both are of tokens dealt evenly to the
-    copies of an expert. No placement with these slots is below the bounds. ``crossing_chance`` is what an even
-    placement at random gives: what lies between it and the bound belongs to the trace, and how far down one gets to
-    the method.
+    copies of an expert. No placement with these slots is below the bounds. ``crossing_chance`` is what an even one at
+    random gives: what lies between it and the bound belongs to the trace, how far down one gets to the method.
 
     Args:
         traffic: of the trace.
@@ -35,7 +34,7 @@ def placement_report(
         before: what was there before; its moves are counted.
         expert_bytes: what travels with each copy.
         speed_G: of each device, relative.
-        slots: room for copies in a layer, where the placement leaves some of it empty; None where it does not.
+        slots: room for copies in a layer, where some of it is left empty.
 
     Returns:
         The report; ``moves`` and ``bytes`` are None without ``before``.
@@ -52,7 +51,7 @@ def placement_report(
     Source: Yao et al., 2024, "Exploiting Inter-Layer Expert Affinity", for the share; the bounds are our own.
     """
     plain = Placement.contiguous(placement.num_experts_L, devices=placement.devices, nodes=placement.nodes)
-    moves = before.moved(placement, expert_bytes=expert_bytes) if before is not None else None
+    moves = None if before is None else before.moved(placement, expert_bytes=expert_bytes)
     values = {
         "devices": placement.devices,
         "nodes": placement.nodes,
