@@ -96,6 +96,11 @@ class Cache:
         self.length, self.real_BP = self.length + count, real_BP
         return self
 
+    def keep(self, row_N: Tensor) -> None:
+        """Goes on with these rows alone, in this order."""
+        self.real_BP = None if self.real_BP is None else self.real_BP[row_N]
+        self._store = {layer: (a_BHSP[row_N], b_BHSP[row_N]) for layer, (a_BHSP, b_BHSP) in self._store.items()}
+
 
 def attend(
     q_BHSP: Tensor,

@@ -31,7 +31,7 @@ class Placed:
         expert_bytes: what travels with each copy that moves.
         speed_G: of each device; empty for like ones.
         before: the placement that it came from.
-        slots: room for copies in a layer that was asked for, of which some may be empty; None for none.
+        slots: copies that a layer had room for; None for as many as it has.
 
     >>> import numpy as np
     >>> told = Traffic((np.ones(2), np.ones(2)), (np.eye(2),))
@@ -52,7 +52,8 @@ class Placed:
 
     def save(self, path: str | Path) -> None:
         """Writes the placement with all that is said of it."""
-        how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G, "room": self.slots}
+        how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G}
+        how |= {} if self.slots is None else {"slots": self.slots}
         before = {"before": self.before.digest} if self.before is not None else {}
         self.placement.save(path, stated={**how, **before, **self.report.context, "values": dict(self.report.values)})
 
@@ -194,12 +195,21 @@ def check_placement(
     if stated.get("before") != (older.digest if older is not None else None):
         got = "another placement before it" if older is not None else "moves from a placement that was not given"
         raise refuse(got, "pass --from the placement that it came from")
-    bytes_, speeds, room = stated.get("expert_bytes", 0.0), stated.get("speed_G", []), stated.get("room")
-    if not isinstance(bytes_, int | float) or not isinstance(speeds, list) or not isinstance(room, int | None):
-        raise refuse("bytes, speeds or room that are no numbers", "write it again with turnout place")
+    bytes_, speeds = stated.get("expert_bytes", 0.0), stated.get("speed_G", [])
+    if not isinstance(bytes_, int | float) or not isinstance(speeds, list):
+        raise refuse("bytes or speeds that are no numbers", "write it again with turnout place")
+    slots = stated.get("slots")
+    if slots is not None and (not isinstance(slots, int) or isinstance(slots, bool)):
+        raise refuse(f"slots that are no number ({slots!r:.40})", "write it again with turnout place")
     traffic = Traffic.of(Trace.open(trace))
-    speed_G = np.array(speeds) if speeds else None
-    now = placement_report(traffic, placement, before=older, expert_bytes=bytes_, speed_G=speed_G, slots=room)
+    now = placement_report(
+        traffic,
+        placement,
+        before=older,
+        expert_bytes=bytes_,
+        speed_G=np.array(speeds) if speeds else None,
+        slots=slots,
+    )
     broken = [
         f"it says {name} is {values.get(name)}, and it is {value}"
         for name, value in now.values.items()

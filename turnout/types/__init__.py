@@ -17,6 +17,7 @@ from turnout.types.given import Given
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.offload_plan import OffloadPlan
+from turnout.types.packed import Packed
 from turnout.types.padding import spread
 from turnout.types.placement import Moves, Placement
 from turnout.types.plan import Plan
@@ -47,6 +48,7 @@ __all__ = [
     "LowRankWeights",
     "Moves",
     "OffloadPlan",
+    "Packed",
     "Placement",
     "Plan",
     "Report",

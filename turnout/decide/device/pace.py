@@ -39,14 +39,17 @@ class Wire:
     def _latency_s(self) -> float:
         return self.cluster.inter_latency_s if self.crosses else self.cluster.intra_latency_s
 
-    def gather(self, total_bytes: float) -> float:
-        """Seconds of an all-gather or a reduce-scatter of so many bytes: (n - 1) / n of them pass each device."""
+    def gather(self, total_bytes: float, parts: int = 1) -> float:
+        """Seconds of an all-gather or a reduce-scatter of so many bytes: (n - 1) / n of them pass each device.
+
+        In ``parts`` of them each waits for its own messages.
+        """
         if self.size == 1:
             return 0.0
         rate = self.cluster.intra_bytes_per_s
         if self.crosses:
             rate = min(rate, self.local * self.cluster.inter_bytes_per_s)
-        return (self.size - 1) / self.size * total_bytes / rate + (self.size - 1) * self._latency_s
+        return (self.size - 1) / self.size * total_bytes / rate + parts * (self.size - 1) * self._latency_s
 
     def exchange(self, bytes_each: float) -> float:
         """Seconds of an all-to-all where each device has so many bytes for all, its own part included."""
@@ -111,9 +114,9 @@ def pace(workload: Workload, cluster: Cluster, plan: Plan, *, action_s: float = 
     """The step of a plan, by arithmetic.
 
     A device computes flops / rate; forward counts once, backward twice, and recomputing once more. Experts' exchanges
-    are waited for whole,
-    gathers and reductions where they take longer than what is computed meanwhile; with zero=2 and 3 every micro-batch
-    has its own, but in a pipeline, which gathers and reduces once a step. The pipeline's bubble is
+    are waited for whole, gathers and reductions, one of each block and its experts, where they take longer than what is
+    computed meanwhile, as far as the cluster hides messages behind computing; with zero=2 and 3 every micro-batch has
+    its own, but in a pipeline, which gathers and reduces once a step. The pipeline's bubble is
     (P - 1)(F + B) for GPipe and 1F1B, divided by the chunks where they are interleaved, a third of it where weight
     gradients fill it (ZB-H1), and none for ZBV.
 
@@ -195,7 +198,7 @@ def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, token
         sent["tensor parallel"] = part.blocks * 8 * activation * (layout.tp - 1) / layout.tp
     if layout.cp > 1:
         ring = 3 * 2 * wires["sequence"].gather(activation * layout.cp)
-        waits["sequence"] = part.blocks * max(0.0, ring - compute / max(1, part.blocks))
+        waits["sequence"] = part.blocks * (ring - min(ring, compute / max(1, part.blocks)) * cluster.hides)
         sent["sequence"] = part.blocks * 6 * activation * (layout.cp - 1)
     once, sent_once = _state(workload, cluster, plan, part, waits, sent, wires, compute)
     crossing = tuple(name for name in {**sent, **sent_once} if name in wires and wires[name].crosses)
@@ -223,26 +226,28 @@ def _state(
     down = {"full": workload.grad_bytes, "bf16": 2.0, "int4": 0.5 + 4 / 128}[plan.reduce]
     often = layout.zero >= 2 and layout.pp == 1  # else once a step
     once, sent_once = dict[str, float](), dict[str, float]()
+    units, routed = part.blocks + 1, part.routed_blocks  # each travels by itself; the last has embedding and head
     where, also = (waits, sent) if often else (once, sent_once)
     if layout.zero and layout.folded > 1:
         twice = often and layout.zero == 3
-        flows = [(dense, shards, layout.tp), (experts, inner, layout.ep)]
-        flows += [(again, near, layout.tp), (experts, enear, layout.ep)] if twice else []
-        each = sum(wire(cluster, n, stride).gather(count * size) for count, n, stride in flows)
-        where["gathering"] = max(0.0, each - (1.0 if twice else 1 / 3) * compute)
-        also["gathering"] = size * sum(count * (1 - 1 / n) for count, n, _ in flows)
+        flows = [(dense, shards, layout.tp, units), (experts, inner, layout.ep, routed)]
+        flows += [(again, near, layout.tp, part.blocks), (experts, enear, layout.ep, routed)] if twice else []
+        each = sum(wire(cluster, n, stride).gather(count * size, times) for count, n, stride, times in flows)
+        where["gathering"] = each - min(each, (1.0 if twice else 1 / 3) * compute) * cluster.hides
+        also["gathering"] = size * sum(count * (1 - 1 / n) for count, n, *_ in flows)
     if (ranks := wires["reducing"].size) > 1:
         # A reduce-scatter over the shards, then an all-reduce of what is left over their copies.
         wide = 2.0 if plan.reduce == "bf16" else workload.grad_bytes
         each = total = 0.0
-        for count, n, stride, all_ranks in (
-            (dense, shards, layout.tp, ranks),
-            (experts, inner, layout.ep, layout.efsdp * layout.dp_replicate),
+        for count, n, stride, all_ranks, times in (
+            (dense, shards, layout.tp, ranks, units),
+            (experts, inner, layout.ep, layout.efsdp * layout.dp_replicate, routed),
         ):
             copies = wire(cluster, all_ranks // n, stride * n)
-            each += wire(cluster, n, stride).gather(count * down) + 2 * copies.gather(count / n * wide)
+            each += wire(cluster, n, stride).gather(count * down, times)
+            each += 2 * copies.gather(count / n * wide, times)
             total += count * down * (1 - 1 / n) + 2 * count / n * wide * (1 - 1 / copies.size)
-        where["reducing"], also["reducing"] = max(0.0, each - 2 / 3 * compute), total
+        where["reducing"], also["reducing"] = each - min(each, 2 / 3 * compute) * cluster.hides, total
     if part.copied:  # both ends add up its gradients
         size = part.copied * workload.grad_bytes / layout.tp / shards
         sent_once["stages"] = size
