@@ -178,6 +178,11 @@ class Kernel:
         """The sources that it and all it is made of come from."""
         return {self._function.__code__.co_filename}.union(*(one.files for one in self.uses.values()))
 
+    @functools.cached_property
+    def spreads(self) -> bool:
+        """Whether several threads can do it, or part of it."""
+        return self._threaded or any(isinstance(one, Kernel) and one.spreads for one in self.uses.values())
+
     def made(self, *, threaded: bool = False) -> Any:
         """Numba's own dispatcher, for one thread or for several.
 
@@ -196,16 +201,21 @@ class Kernel:
             raise MissingExtraError(word("numba", got=why, allowed="be there and be wanted", where=where, fix=fix))
         numba = importlib.import_module("numba")
         function = self._function
-        known = function.__globals__ | {name: one.made() for name, one in self.uses.items()}
+        known = function.__globals__ | {
+            name: one.made(threaded=threaded and one.spreads) if isinstance(one, Kernel) else one.made()
+            for name, one in self.uses.items()
+        }
         own = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
         own.__module__, own.__qualname__ = function.__module__, function.__qualname__
-        dispatcher = numba.njit(nogil=True, fastmath=set(_FREE), parallel=threaded, error_model="numpy")(own)
+        dispatcher = numba.njit(
+            nogil=True, fastmath=set(_FREE), parallel=threaded and self._threaded, error_model="numpy"
+        )(own)
         keep(dispatcher, self.files, threaded)
         return dispatcher
 
     def __call__(self, *given: Any) -> Any:
         """Its result for these arrays and numbers; by several threads where it can and torch may."""
-        if self._threaded and (count := threads()) > 1 and _TURN.acquire(blocking=False):
+        if self.spreads and (count := threads()) > 1 and _TURN.acquire(blocking=False):
             try:
                 return self._spread(count, given)
             finally:
