@@ -25,9 +25,8 @@ def placement_report(
 
     ``imbalance``: how long the layers' busiest devices take, over how long it would be if all were busy alike.
     ``crossing``: the share of steps from layer to layer that change the device. Both are of tokens dealt evenly to the
-    copies of an expert. No placement with these slots is below the bounds. ``crossing_chance`` is what an even
-    placement at random gives: what lies between it and the bound belongs to the trace, and how far down one gets to
-    the method.
+    copies of an expert. No placement with these slots is below the bounds; ``crossing_chance`` is what an even one at
+    random gives, so that what lies between the two belongs to the trace.
 
     Args:
         traffic: of the trace.
@@ -35,10 +34,10 @@ def placement_report(
         before: what was there before; its moves are counted.
         expert_bytes: what travels with each copy.
         speed_G: of each device, relative.
-        slots: copies that a layer has room for, where the placement need not fill them; None for those that it has.
+        slots: copies that a layer has room for; None for those that it has.
 
     Returns:
-        The report; ``moves`` and ``bytes`` are None without ``before``.
+        ``moves`` and ``bytes`` are None without ``before``.
 
     Raises:
         ShapeError: a placement of another model.
@@ -55,9 +54,7 @@ def placement_report(
     room_L = [max(len(copies), slots or 0) for copies in placement.phy2log]
     moves = before.moved(placement, expert_bytes=expert_bytes) if before is not None else None
     values = {
-        "devices": placement.devices,
-        "nodes": placement.nodes,
-        "slots": placement.slots,
+        **{name: getattr(placement, name) for name in ("devices", "nodes", "slots")},
         "experts": sum(placement.num_experts_L),
         "imbalance": traffic.imbalance(placement, speed_G),
         "imbalance_contiguous": traffic.imbalance(plain, speed_G),
