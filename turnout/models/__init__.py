@@ -4,7 +4,7 @@ from turnout.models import checkpoint
 from turnout.models.fused import token_loss
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.jets import Jets
-from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig
+from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.pre_gate import PreGate
 from turnout.models.sentence import SentenceEncoder
 
@@ -19,6 +19,7 @@ __all__ = [
     "MLAConfig",
     "MoEConfig",
     "PreGate",
+    "QuantizedConfig",
     "SentenceEncoder",
     "checkpoint",
     "head_loss",
