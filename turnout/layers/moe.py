@@ -109,18 +109,13 @@ class MoE(Called):
         self.bank: Bank | FactoredBank | PackedBank
         if packs is not None:
             self.bank = PackedBank(held, width, hidden, packs=packs, **sizes)
-        elif factored is None:
-            self.bank = Bank(held, width, hidden, **sizes, **start)
         else:
-            self.bank = FactoredBank(held, width, hidden, **factored, **sizes, **start)
+            kind, more = (Bank, {}) if factored is None else (FactoredBank, factored)
+            self.bank = kind(held, width, hidden, **more, **sizes, **start)
         self.register_buffer("label_E", None if distinct is None else torch.arange(num_experts) % distinct)
         self.shared = self.shared_gate = None
         if shared_hidden is not None:
-            self.shared = (
-                FeedForward(width, shared_hidden, **sizes, **start)
-                if shared_packs is None
-                else PackedFeedForward(width, shared_hidden, packs=shared_packs, **sizes)
-            )
+            self.shared = feed_forward(width, shared_hidden, packs=shared_packs, **sizes, **start)
         if shared_gate:
             self.shared_gate = nn.Parameter(torch.empty(1, width).normal_(0, std, generator=generator))
 
@@ -186,3 +181,19 @@ class MoE(Called):
     def extra_repr(self) -> str:
         """The backend, for printing."""
         return f"backend={self.backend!r}"
+
+
+def feed_forward(
+    width: int,
+    hidden: int,
+    *,
+    packs: dict[str, Any] | None,
+    activation: Activation,
+    bias: bool,
+    std: float,
+    generator: torch.Generator | None,
+) -> FeedForward | PackedFeedForward:
+    """A dense feed-forward layer, in few bits where it is said how."""
+    if packs is not None:
+        return PackedFeedForward(width, hidden, packs=packs, activation=activation, bias=bias)
+    return FeedForward(width, hidden, activation=activation, bias=bias, std=std, generator=generator)

@@ -1,28 +1,26 @@
 """What a token's forward pass through a language model takes, counted from its parts."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import nn
 
 from turnout.layers import MoE
 from turnout.models.attention import Projection, attended
+from turnout.models.block import Block
 from turnout.models.config import LMConfig
+from turnout.models.pre_gate import PreGate
 from turnout.paths import FeedForward, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.types import Cost
 from turnout.wrappers import unwrapped
 
-if TYPE_CHECKING:
-    from turnout.models.lm import LM
-
 __all__ = ["cost"]
 
 
-def cost(lm: "LM", seq: int) -> Cost:
+def cost(lm: nn.Module, config: LMConfig, blocks: Iterable[Block], pre_gate: PreGate | None, seq: int) -> Cost:
     """As ``LM.cost``, of sequences of this length. A weight in few bits is one parameter."""
-    config = lm.config
     params = sum(parameter.numel() for parameter in lm.parameters()) + _packed(lm)
     active, products = params, float(config.width * config.vocab_size)
-    for layer, block in enumerate(lm.blocks):
+    for layer, block in enumerate(blocks):
         maps = (m for m in block.attention.modules() if isinstance(m, Projection | PackedLinear))
         products += sum(each.weight.numel() for each in maps)
         products += attended(config, layer, seq)
@@ -39,7 +37,7 @@ def cost(lm: "LM", seq: int) -> Cost:
         always = [None if moe.router is None else getattr(unwrapped(moe.router), "weight", None), moe.shared_gate]
         always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
         products += sum(p.numel() for p in always if p is not None)
-    products += 0 if lm.pre_gate is None else lm.pre_gate.products(seq)
+    products += 0 if pre_gate is None else pre_gate.products(seq)
     return Cost(params=params, params_active=active, flops=2.0 * products)
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from turnout.decide import token
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
+from turnout.layers.moe import feed_forward
 from turnout.models.attention import Angles, Attention, Cache, LatentAttention
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.norm import Norm, build_norm
@@ -47,12 +48,8 @@ class Block(nn.Module):
         self.ff: FeedForward | PackedFeedForward | MoE
         if config.moe is None or not config.is_routed(layer):
             hidden, activation = config.dense_hidden, config.activation
-            sizes = {"activation": activation, "bias": config.ff_bias}
-            packs = config.packs("dense")
-            if packs is None:
-                self.ff = FeedForward(config.width, hidden, **sizes, **start)
-            else:
-                self.ff = PackedFeedForward(config.width, hidden, packs=packs, **sizes)
+            sizes = {"activation": activation, "bias": config.ff_bias, "packs": config.packs("dense")}
+            self.ff = feed_forward(config.width, hidden, **sizes, **start)
         else:
             moe = config.moe
             self.ff = MoE(

@@ -12,8 +12,8 @@ from turnout.expects import expect
 from turnout.layers import MoE
 from turnout.models.attention import Cache, projection
 from turnout.models.batch import Batch
-from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.bill import cost
+from turnout.models.block import Block, build_pre_gate, build_router
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
@@ -355,7 +355,8 @@ class LM(Called):
         Returns:
             ``params`` (tied ones once), ``params_active`` (all, less E - K of E experts) and ``flops``.
         """
-        return cost(self, self.config.max_seq if seq is None else seq)
+        seq = self.config.max_seq if seq is None else seq
+        return cost(self, self.config, self._blocks(), self.pre_gate, seq)
 
 
 def _refuse_padding_after(places: Places | None) -> None:

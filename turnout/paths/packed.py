@@ -1,4 +1,4 @@
-"""Paths in few bits: one linear map, a dense feed-forward layer and a bank of experts, for models that are not trained."""
+"""Paths in few bits: a linear map, a dense feed-forward layer and a bank of experts, of models that are not trained."""
 
 from typing import Any, Self
 

@@ -1,7 +1,7 @@
 """Changing models that exist: every function takes a model and gives ``(model, Report)``, which says what changed.
 
-The floors say what is changed: ``live`` models in place, dense ``to_sparse``, sparse ``to_smaller``, weights to few bits
-(``quantize``), ``many_to_one``, and ``adapters``. Every name is here too.
+The floors say what is changed: ``live`` models in place, dense ``to_sparse``, sparse ``to_smaller``, weights to few
+bits (``quantize``), ``many_to_one``, and ``adapters``. Every name is here too.
 """
 
 from typing import TYPE_CHECKING

@@ -16,7 +16,7 @@ _ONCE = 1 << 24
 
 
 def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b with a matrix in few bits, in x's dtype; gradients go to x and the bias alone.
+    """The affine map x W^T + b of a matrix in few bits, in x's dtype; gradients go to x and the bias alone.
 
     Args:
         x: (..., I).
@@ -86,7 +86,9 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for some_N in used_N.split(each):
-        place_E = torch.full_like(routing.load_E, -1).index_copy(0, some_N, torch.arange(len(some_N), device=x_TD.device))
+        place_E = torch.full_like(routing.load_E, -1).index_copy(
+            0, some_N, torch.arange(len(some_N), device=x_TD.device)
+        )
         held = routing.keep(place_E[routing.expert_R] >= 0).relabel(place_E.clamp_min(0), len(some_N))
         y_TD = y_TD + execute(x_TD, held, weights.written_out(x_TD.dtype, some_N), backend=backend)
     return y_TD.to(x_TD.dtype)

@@ -58,11 +58,10 @@ class PackedWeights:
     def written_out(self, dtype: torch.dtype, expert_N: Tensor | None = None) -> ExpertWeights:
         """The same experts with every weight as a number of that dtype, or those of them that are named."""
         biases = [
-            bias if bias is None or expert_N is None else bias[expert_N] for bias in (self.up_bias_EH, self.down_bias_ED)
+            bias if bias is None or expert_N is None else bias[expert_N]
+            for bias in (self.up_bias_EH, self.down_bias_ED)
         ]
-        up, down = (
-            packed if expert_N is None else packed.chosen(expert_N) for packed in (self.up, self.down)
-        )
+        up, down = (packed if expert_N is None else packed.chosen(expert_N) for packed in (self.up, self.down))
         return ExpertWeights(
             up.dequantised(dtype).transpose(1, 2),
             down.dequantised(dtype).transpose(1, 2),

@@ -45,7 +45,7 @@ class Codebook:
 
     @property
     def bits(self) -> int:
-        """k."""
+        """How many bits a code has."""
         return len(self.level_N).bit_length() - 1
 
     @property
@@ -72,7 +72,7 @@ class Codebook:
         """The place of the level nearest to weight / scale, int64, for each weight with a scale of its own."""
         ratio = weight.float() / torch.where(scale == 0, 1.0, scale)
         between_N = (self.level_N[1:] + self.level_N[:-1]) / 2
-        return torch.bucketize(ratio, between_N.to(weight.device))
+        return torch.bucketize(ratio.contiguous(), between_N.to(weight.device))
 
     def value(self, index: Tensor, scale: Tensor) -> Tensor:
         """The weights again, fp32."""

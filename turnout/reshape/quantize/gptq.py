@@ -1,11 +1,13 @@
 """Rounding with its error made good: what one input's weights lose, those of the inputs after it take over."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.reshape.quantize.codebooks import Codebook
-from turnout.reshape.quantize.nearest import Coded, check_weight, nearest
+from turnout.reshape.quantize.nearest import Coded, check_weight
 
 __all__ = ["gptq"]
 
@@ -46,6 +48,7 @@ def gptq(
         UsageError: a damping that is not above 0, or weights or moments that are not finite.
 
     >>> from turnout.reshape.quantize.codebooks import codebook
+    >>> from turnout.reshape.quantize.nearest import nearest
     >>> generator = torch.Generator().manual_seed(0)
     >>> weight_NOI, x_TI = (torch.randn(size, generator=generator) for size in ((1, 8, 16), (64, 16)))
     >>> x_TI[:, 1:] += 2 * x_TI[:, :-1]
@@ -60,8 +63,6 @@ def gptq(
     """
     _check(weight_NOI, moment_NII, damping)
     check_weight(weight_NOI, group)
-    if not bool(moment_NII.any()):
-        return nearest(weight_NOI, book, group, dtype=dtype)
     inner = weight_NOI.shape[2]
     work_NOI, power_NI = weight_NOI.float().clone(), moment_NII.diagonal(dim1=1, dim2=2)
     order_NI = torch.arange(inner, device=work_NOI.device).expand(len(work_NOI), -1)
@@ -71,29 +72,46 @@ def gptq(
         fixed = book.scale(weight_NOI, group, dtype)
     upper_NII = _upper(moment_NII, order_NI, damping)
     work_NOI = _columns(work_NOI, order_NI)
-    index_NOI = torch.empty(work_NOI.shape, dtype=torch.int64, device=work_NOI.device)
     scale = torch.empty(*work_NOI.shape[:2], inner // group, device=work_NOI.device) if fixed is None else fixed
-    for start in range(0, inner, _BLOCK):
-        end = min(start + _BLOCK, inner)
-        block_NOB = work_NOI[:, :, start:end].clone()
-        error_NOB = torch.empty_like(block_NOB)
-        for i in range(start, end):
-            at = i - start
-            if fixed is None and i % group == 0:
-                # What lies beyond this block has not heard of the block's errors yet.
-                behind = work_NOI[:, :, end : i + group] - error_NOB[:, :, :at] @ upper_NII[:, start:i, end : i + group]
-                here = torch.cat((block_NOB[:, :, at : at + group], behind), 2) if i + group > end else None
-                here = block_NOB[:, :, at : at + group] if here is None else here
-                scale[:, :, i // group] = book.scale(here, group, dtype).squeeze(-1)
-            own_NO = _of(scale, order_NI[:, i] // group)
-            value_NO = block_NOB[:, :, at]
-            index_NO = book.index(value_NO, own_NO)
-            index_NOI[:, :, i] = index_NO
-            error_NO = (value_NO - book.value(index_NO, own_NO)) / upper_NII[:, i, i].unsqueeze(1)
-            error_NOB[:, :, at] = error_NO
-            block_NOB[:, :, at + 1 :] -= error_NO.unsqueeze(2) * upper_NII[:, i, None, i + 1 : end]
-        work_NOI[:, :, end:] -= error_NOB @ upper_NII[:, start:end, end:]
+    state = _State(work_NOI, upper_NII, scale, fixed is None, order_NI // group, book, group, dtype)
+    index_NOI = torch.cat([_block(state, at, min(at + _BLOCK, inner)) for at in range(0, inner, _BLOCK)], 2)
     return Coded(_columns(index_NOI, order_NI.argsort(dim=1)), scale, group, book)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _State:
+    """What blocks work on: weights, inputs in their order, with what was passed on to them; and scales as they come."""
+
+    work_NOI: Tensor
+    upper_NII: Tensor
+    scale_NOG: Tensor
+    scales_come: bool
+    group_NI: Tensor
+    book: Codebook
+    group: int
+    dtype: torch.dtype
+
+
+def _block(state: _State, start: int, end: int) -> Tensor:
+    """(N, O, B) the codes of the inputs from start to end; their errors are passed on to all inputs after them."""
+    work_NOI, upper_NII, group, book = state.work_NOI, state.upper_NII, state.group, state.book
+    block_NOB = work_NOI[:, :, start:end].clone()
+    error_NOB, index_NOB = torch.empty_like(block_NOB), torch.empty_like(block_NOB, dtype=torch.int64)
+    for i in range(start, end):
+        at = i - start
+        if state.scales_come and i % group == 0:
+            here = block_NOB[:, :, at : at + group]
+            if i + group > end:  # what lies beyond this block has not heard of its errors yet
+                behind = error_NOB[:, :, :at] @ upper_NII[:, start:i, end : i + group]
+                here = torch.cat((here, work_NOI[:, :, end : i + group] - behind), 2)
+            state.scale_NOG[:, :, i // group] = book.scale(here, group, state.dtype).squeeze(-1)
+        own_NO, value_NO = _of(state.scale_NOG, state.group_NI[:, i]), block_NOB[:, :, at]
+        index_NOB[:, :, at] = book.index(value_NO, own_NO)
+        error_NO = (value_NO - book.value(index_NOB[:, :, at], own_NO)) / upper_NII[:, i, i].unsqueeze(1)
+        error_NOB[:, :, at] = error_NO
+        block_NOB[:, :, at + 1 :] -= error_NO.unsqueeze(2) * upper_NII[:, i, None, i + 1 : end]
+    work_NOI[:, :, end:] -= error_NOB @ upper_NII[:, start:end, end:]
+    return index_NOB
 
 
 def _columns(matrix_NOI: Tensor, order_NI: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the inputs of each map are on text: their second moments, layer by layer, each layer behind those before it."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,7 @@ class Stream:
         self._x: list[Tensor] = [batch.x_BSD for batch in self._batches]
 
     def advance(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        """Goes through this layer, with these weights by name in the place of its own, and all before it that are left."""
+        """Goes on to behind this layer, in which these weights by name stand in the place of its own."""
         while self._layer < min(layer + 1, len(self._lm.blocks)):
             block = blocks(self._lm)[self._layer]
             if self._layer == layer:
@@ -114,7 +115,7 @@ def _look(bank: Bank, up_EDD: Tensor, down_EFF: Tensor) -> Callable[[nn.Module, 
         x_TD, routing = args[0], args[1]
         assert isinstance(routing, Routing)
         bounds, weights = routing.bounds(), bank.weights()
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (start, end) in enumerate(itertools.pairwise(bounds)):
             if start == end:
                 continue
             x_ND = x_TD[routing.token_R[start:end]]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from turnout.reshape.quantize.nearest import Coded
 from turnout.reshape.quantize.nearest import nearest as to_nearest
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.reshape.resumable import by_layer
-from turnout.types import Report
+from turnout.types import Packed, Report
 
 __all__ = ["PARTS", "quantize"]
 
@@ -51,18 +51,16 @@ def quantize(
 ) -> tuple[LM, Report]:
     """The model with its maps in few bits: each weight a level of [-1, 1] times the scale of its group of inputs.
 
-    Norms, routers, gates, biases and the embedding stay as they are, and so does the output layer unless "head" is
-    among the parts. What comes out runs, is saved and read as any model, and is not trained; ``densify`` writes its
-    weights out again.
+    Norms, routers, gates, biases and the embedding stay, and the output layer unless "head" is among the parts. What
+    comes out is run, saved and read as any model, and not trained; ``densify`` writes its weights out again.
 
     Args:
         lm: a model with whole weights; it is left as it is.
         bits: 4 or 8; with ``packed`` off 3 to 8.
         group: how many neighbouring inputs share a scale; None for one scale a row.
-        codes: what the codes stand for: "int", "float", "nf4" or "quantile"; with 8 bits held packed "int" alone.
+        codes: what the codes stand for: "int", "float", "nf4" or "quantile"; 8 bits are held packed as "int" alone.
         method: "nearest", or "gptq", which looks at text and lets later inputs make good what rounding lost.
-        parts: the kinds of maps, of "experts", "shared" (always on), "dense", "attention" and "head"; those that the
-            model does not have are passed over.
+        parts: kinds of maps, of "experts", "shared", "dense", "attention" and "head"; those not there are passed over.
         scale: the dtype of scales.
         packed: whether the weights are held in few bits; else they are rounded, and held as before.
         damping: of "gptq": what is added to the moments of inputs, over their mean.
@@ -71,13 +69,11 @@ def quantize(
         seed: of those tokens.
 
     Returns:
-        The model; and what it takes (``weight_bytes``), bits a weight with scales (``bits_per_weight``, of the maps),
-        each layer's relative error |W' - W| / |W|, the mean KL(before || after) in nats a token, how often the likeliest
-        token is the same (``top1``), the bill, and the difference on the text.
+        The model; and ``bits_per_weight`` of the maps, scales included, each layer's |W' - W| / |W|, ``kl_nats`` (the
+        mean KL(before || after) a token), ``top1`` (how often the likeliest token is the same), the bill, bytes too.
 
     Raises:
-        UsageError: bits that are not stored, a group that does not divide, no such codes, method or part, factored
-            experts, or no text where it is needed.
+        UsageError: bits that are not stored, a group that does not divide, an unknown word, or no text for "gptq".
 
     >>> from turnout.models import MoEConfig
     >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, moe=MoEConfig(4, 2, hidden=8)))
@@ -96,17 +92,24 @@ def quantize(
         refuse_no_text(text, "it rounds so that the maps of that text change little", _WHERE)
     held = planned_parts(config, parts)
     work = _Work(lm, bits, group, codes, held, getattr(torch, scale), packed, damping, act_order, text)
-    stream = Stream(lm, text) if method == "gptq" else None
-    found = by_layer(
-        f"rounding to {bits} bits",
-        work_layers(lm, held),
+    found = _rounded(work, method)
+    new = rebuild(
+        lm, config, {name: part for piece in found.values() for name, part in piece.items() if "|" not in name}
+    )
+    told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "parts": list(held)}
+    told |= {"packed": packed} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
+    return new, Report("quantize", told)
+
+
+def _rounded(work: "_Work", method: str) -> dict[int, Mapping[str, Tensor]]:
+    """What becomes of each layer, the text going through those before it as they have become."""
+    stream = Stream(work.lm, work.text) if method == "gptq" else None
+    return by_layer(
+        f"rounding to {work.bits} bits",
+        work_layers(work.lm, work.parts),
         lambda layer: work.layer(layer, stream),
         then=lambda layer, piece: work.advance(layer, piece, stream),
     )
-    new = rebuild(lm, config, {name: part for piece in found.values() for name, part in piece.items() if "|" not in name})
-    told = {"bits": bits, "group": group, "codes": codes, "method": method, "parts": list(held), "packed": packed}
-    values = told | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
-    return new, Report("quantize", values)
 
 
 def planned(
@@ -134,7 +137,7 @@ def planned(
         fix = f"pass bits={near}, or packed=False to round the weights and hold them as before"
         raise UsageError(word("bits", got=bits, allowed="be 4 or 8, which are stored", where=_WHERE, fix=fix))
     chosen = planned_parts(config, parts)
-    if not chosen or "head" in parts and "head" not in chosen:
+    if not chosen or ("head" in parts and "head" not in chosen):
         tied = "head" in parts and config.tie_embeddings
         got = "'head', of a model whose output layer is the embedding" if tied else f"{tuple(parts)}"
         raise UsageError(
@@ -210,15 +213,13 @@ class _Work:
         """A map's weights as they are now."""
         if not self.packed:
             return piece[one.name].transpose(1, 2) if one.is_stack else piece[one.name]
-        from turnout.types import Packed
-
         group = one.weight.shape[-1] if self.group is None else self.group
         code, scale, levels = (piece.get(f"{one.name}.{name}") for name in ("code", "scale", "levels"))
         assert code is not None and scale is not None
         return Packed(code, scale, group, self.bits, levels).dequantised(one.weight.dtype)
 
 
-def _sizes(before: LM, after: LM, found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, object]:
+def _sizes(before: LM, after: LM, found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
     """What the weights take, and each layer's error."""
     weights = sum(module.weight.numel() for layer in found for module in maps(before, layer, _parts(after)))
     held = [part for piece in found.values() for name, part in piece.items() if name.endswith((".code", ".scale"))]
@@ -244,7 +245,7 @@ def _bytes(lm: LM) -> int:
 
 
 @torch.no_grad()
-def _moved(before: LM, after: LM, text: tuple[Tensor, ...]) -> dict[str, object]:
+def _moved(before: LM, after: LM, text: tuple[Tensor, ...]) -> dict[str, Any]:
     """How far the outputs moved, on all of the text; in nats and likeliest tokens on its beginning."""
     nats, same, seen = 0.0, 0, 0
     with evaluating(before, after):
