@@ -9,6 +9,7 @@ import torch
 
 from turnout.cli import place
 from turnout.cli.main import main
+from turnout.measure import placement_report
 from turnout.recipes.place import WAYS
 from turnout.storage import sealed
 from turnout.types import Placement, Routing, Trace, TraceWriter, Traffic
@@ -107,6 +108,26 @@ def test_what_cannot_be_placed_is_one_line(words, says, traces, capsys):
     assert main(["place", traces[0], *words]) == 2
     error = capsys.readouterr().err
     assert says in error and "Nearest fix" in error and error.count("\n") == 1
+
+
+def test_the_bounds_are_of_the_slots_that_there_are_not_of_those_that_were_used(traces, tmp_path, capsys):
+    """Room that helps nobody stays empty; what a placement in all of it could reach is the bound all the same."""
+    traffic = Traffic.of(Trace.open(traces[0]))
+    plain = Placement.contiguous(traffic.num_experts_L, devices=2)
+    tight, roomy = placement_report(traffic, plain), placement_report(traffic, plain, slots=8)
+    assert roomy["slots"] == tight["slots"] == 12
+    assert roomy["imbalance_bound"] <= tight["imbalance_bound"]
+    assert roomy["crossing_bound"] == 0 < tight["crossing_bound"]  # every expert on both devices
+    out = str(tmp_path / "p.json")
+    for slots in ("5", "6", "8"):
+        words = ["place", traces[0], "--devices", "2", "--slots", slots, "--balance", "4", "--out", out, "--json"]
+        assert main(words) == 0
+        found = json.loads(capsys.readouterr().out)["values"]
+        bound = placement_report(traffic, Placement.open(out), slots=int(slots))
+        assert found["crossing_bound"] == bound["crossing_bound"], slots
+        assert found["imbalance_bound"] == bound["imbalance_bound"], slots
+        assert main(["certify", out, traces[0]]) == 0
+        capsys.readouterr()
 
 
 def test_a_trace_of_one_layer_has_load_alone(tmp_path, capsys):

@@ -192,8 +192,8 @@ def feed_forward(
     bias: bool,
     std: float,
     generator: torch.Generator | None,
-) -> FeedForward | PackedFeedForward:
-    """A dense feed-forward layer, in few bits where it is said how."""
+) -> Any:
+    """A ``FeedForward``, or a ``PackedFeedForward`` where it is said how; typed as neither, as ``projection``."""
     if packs is not None:
         return PackedFeedForward(width, hidden, packs=packs, activation=activation, bias=bias)
     return FeedForward(width, hidden, activation=activation, bias=bias, std=std, generator=generator)

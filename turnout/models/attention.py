@@ -1,7 +1,7 @@
 """Attention of a decoder: grouped-query and multi-head latent, and the cache of what they have seen."""
 
 import functools
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,11 @@ class Projection(nn.Module):
 
 def projection(
     config: LMConfig, part: str, inner: int, outer: int, *, bias: bool, generator: torch.Generator | None
-) -> Projection | PackedLinear:
-    """A map of the model, in few bits where the configuration says so of maps of its kind."""
+) -> Any:
+    """A map of the model: a ``Projection``, or a ``PackedLinear`` where the configuration says so of maps of its kind.
+
+    It is typed as neither: whoever reads ``weight`` as a tensor has refused models in few bits before.
+    """
     packs = config.packs(part)
     if packs is not None:
         return PackedLinear(inner, outer, packs=packs, bias=bias)
@@ -106,6 +109,11 @@ class Cache:
         """Counts the new positions as seen; the model calls it after its last layer, and says which are tokens."""
         self.length, self.real_BP = self.length + count, real_BP
         return self
+
+    def keep(self, row_N: Tensor) -> None:
+        """Goes on with these rows alone, in this order."""
+        self.real_BP = None if self.real_BP is None else self.real_BP[row_N]
+        self._store = {layer: (a_BHSP[row_N], b_BHSP[row_N]) for layer, (a_BHSP, b_BHSP) in self._store.items()}
 
 
 def attend(

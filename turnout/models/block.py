@@ -45,7 +45,7 @@ class Block(nn.Module):
         )
         self.attention_out_norm = _norm(config, after)
         self.ff_norm = _norm(config, before)
-        self.ff: FeedForward | PackedFeedForward | MoE
+        self.ff: FeedForward | MoE  # or a PackedFeedForward
         if config.moe is None or not config.is_routed(layer):
             hidden, activation = config.dense_hidden, config.activation
             sizes = {"activation": activation, "bias": config.ff_bias, "packs": config.packs("dense")}

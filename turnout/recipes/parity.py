@@ -16,7 +16,7 @@ from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.planted import Fault
-from turnout.recipes.spawned import spawned
+from turnout.recipes.spawned import check_bears, spawned
 from turnout.recipes.stepped import Stepped, alone, batch_for, together
 from turnout.run.ranks import processes
 from turnout.run.ranks.shard import mesh
@@ -226,7 +226,7 @@ def parity(
         What came out; under torchrun on the first process alone, and None on the others.
 
     Raises:
-        UsageError: as ``compare``.
+        UsageError: as ``compare``; or more processes than this machine bears.
 
     Source: none; a start of processes.
     """
@@ -237,7 +237,11 @@ def parity(
         found = _compare_folder(plan, model, dtype, plant, seed)
         processes.end()
         return found if ranks.is_first else None
-    return spawned(plan.layout.world, _compare_folder, plan, model, dtype, plant, seed)
+    world = plan.layout.world
+    fix = "compare a plan of the same kinds with smaller degrees, {most} processes at most; or start them yourself: "
+    fix += f"torchrun --nproc-per-node {world} -m turnout parity PLAN"
+    check_bears(world, "PLAN", where="turnout parity", fix=fix)
+    return spawned(world, _compare_folder, plan, model, dtype, plant, seed)
 
 
 def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | None, seed: int) -> Parity:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.models.placed import placed
+from turnout.run.tuned import tuning
 from turnout.train.config import TrainConfig
 from turnout.types.device import find_precision, shown
 
@@ -34,9 +35,10 @@ class Place:
     def __str__(self) -> str:
         return f"{self.device.type} ({self.dtype})"
 
-    def to_json_dict(self) -> dict[str, str]:
-        """What run.json and checkpoints hold of it."""
-        return {"device": str(self.device), "is": shown(self.device), "dtype": self.dtype}
+    def to_json_dict(self) -> dict[str, Any]:
+        """What run.json and checkpoints hold of it; on a CPU with all that its executors choose by."""
+        at = {"device": str(self.device), "is": shown(self.device), "dtype": self.dtype}
+        return at | ({"executors": tuning().to_json_dict()} if self.device.type == "cpu" else {})
 
 
 def settle(model: nn.Module, config: TrainConfig) -> Place:
@@ -64,9 +66,20 @@ def crossing(body: Mapping[str, Any], place: Place, here: str) -> Iterator[str]:
         yield f"began on {before[0]} ({before[1]}), goes on on {place}: not bit for bit."
     elif then != here:
         yield f"saved with {then}, going on with {here}: losses may differ in the last bits."
+    elif (kernels := _kernels(body.get("place"))) != _kernels(place.to_json_dict()):
+        now = tuning()
+        yield (
+            f"saved with kernels chosen as {kernels}, going on as {now}: losses may differ in the last bits. To choose "
+            "as then, put the tuning that run.json holds into the file of turnout doctor --calibrate."
+        )
     elif place.device.type != "cpu":
         # index_add and the gradient of an embedding add with atomics there.
         yield f"on {place.device.type} sums are added in no fixed order: losses agree to rounding, not bit for bit."
+
+
+def _kernels(place: Mapping[str, Any] | None) -> str:
+    """The digest of the tuning by which kernels were chosen; checkpoints of before say nothing of it."""
+    return ((place or {}).get("executors") or {}).get("digest", "unknown")
 
 
 def began(body: Mapping[str, Any]) -> tuple[str, str]:

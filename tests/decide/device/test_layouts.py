@@ -14,6 +14,8 @@ from turnout.errors import UsageError
 from turnout.measure import count_flops
 from turnout.models import LM, LMConfig, MLAConfig, MoEConfig
 from turnout.models.checkpoint.own import outline
+from turnout.recipes.cluster import measured_cluster
+from turnout.recipes.layouts import run_of
 from turnout.recipes.workload import workload_of
 from turnout.run.ranks.shard import mesh, shard
 from turnout.types import BlockSize, Cluster, Layout, Plan, Workload
@@ -157,3 +159,22 @@ def tiny_run():
 
     fields = ["width=1024", "layers=2", "hidden=2048", "vocab_size=8192", "num_experts=16", "moe.hidden=1024"]
     return recipes.find("tiny").override(fields)
+
+
+def test_where_the_same_cores_do_both_no_message_is_hidden_and_every_part_waits_for_its_own():
+    slow = Cluster(devices_per_node=4, flops_per_s=1e9, intra_bytes_per_s=1e8, intra_latency_s=1e-3)
+    plan = Plan(Layout(dp_shard=4))
+    hidden, half, bare = (pace(NETWORK, dataclasses.replace(slow, hides=share), plan) for share in (1.0, 0.5, 0.0))
+    at_once = pace(NETWORK, dataclasses.replace(slow, hides=0.0, intra_latency_s=0.0), plan)
+    assert hidden.step_s < half.step_s < bare.step_s
+    # 8 blocks, their experts and the rest: two gathers and a reduction of 17, each after three messages.
+    assert bare.step_s - at_once.step_s == pytest.approx(3 * (8 + 8 + 1) * 3e-3)
+    with pytest.raises(UsageError, match="hides must be from 0 to 1"):
+        dataclasses.replace(slow, hides=1.5)
+
+
+@pytest.mark.slow
+def test_a_measured_cluster_says_how_much_of_a_message_its_cores_hide():
+    run = run_of("tiny", ["width=32", "seq=32", "max_seq=32", "batch=4", "moe.hidden=32"])
+    found = measured_cluster(2, run)
+    assert 0 <= found.hides <= 1 and found.flops_per_s > 0 and found.devices == 2

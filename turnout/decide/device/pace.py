@@ -38,14 +38,17 @@ class Wire:
     def _latency_s(self) -> float:
         return self.cluster.inter_latency_s if self.crosses else self.cluster.intra_latency_s
 
-    def gather(self, total_bytes: float) -> float:
-        """Seconds of an all-gather or a reduce-scatter of so many bytes: (n - 1) / n of them pass each device."""
+    def gather(self, total_bytes: float, parts: int = 1) -> float:
+        """Seconds of an all-gather or a reduce-scatter of so many bytes: (n - 1) / n of them pass each device.
+
+        In ``parts`` of them each waits for its own messages.
+        """
         if self.size == 1:
             return 0.0
         rate = self.cluster.intra_bytes_per_s
         if self.crosses:
             rate = min(rate, self.local * self.cluster.inter_bytes_per_s)
-        return (self.size - 1) / self.size * total_bytes / rate + (self.size - 1) * self._latency_s
+        return (self.size - 1) / self.size * total_bytes / rate + parts * (self.size - 1) * self._latency_s
 
     def exchange(self, bytes_each: float) -> float:
         """Seconds of an all-to-all where each device has so many bytes for all, its own part included."""
@@ -110,8 +113,8 @@ def pace(workload: Workload, cluster: Cluster, plan: Plan, *, action_s: float = 
     """The step of a plan, by arithmetic.
 
     A device computes flops / rate; forward counts once, backward twice, and recomputing once more. Experts' exchanges
-    are waited for whole,
-    gathers and reductions where they take longer than what is computed meanwhile. The pipeline's bubble is
+    are waited for whole, gathers and reductions, one of each block and its experts, where they take longer than what is
+    computed meanwhile, as far as the cluster hides messages behind computing. The pipeline's bubble is
     (P - 1)(F + B) for GPipe and 1F1B, divided by the chunks where they are interleaved, a third of it where weight
     gradients fill it (ZB-H1), and none for ZBV.
 
@@ -190,7 +193,7 @@ def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, token
         sent["tensor parallel"] = part.blocks * 8 * activation * (layout.tp - 1) / layout.tp
     if layout.cp > 1:
         ring = 3 * 2 * wires["sequence"].gather(activation * layout.cp)
-        waits["sequence"] = part.blocks * max(0.0, ring - compute / max(1, part.blocks))
+        waits["sequence"] = part.blocks * (ring - min(ring, compute / max(1, part.blocks)) * cluster.hides)
         sent["sequence"] = part.blocks * 6 * activation * (layout.cp - 1)
     once, sent_once = _state(workload, cluster, plan, part, waits, sent, wires, compute)
     crossing = tuple(name for name in (*sent, *sent_once) if name in wires and wires[name].crosses)
@@ -215,16 +218,17 @@ def _state(
     eshard = wire(cluster, layout.efsdp, layout.ep)
     ereplica = wire(cluster, layout.efsdp * layout.dp_replicate, layout.ep)
     once, sent_once = {}, {}
+    units, routed = part.blocks + 1, part.routed_blocks  # each travels by itself; the last has embedding and head
     if layout.zero == 3 and layout.folded > 1:
         again = 1 if plan.secondary == 1 else 2  # forward, and once more for the backward pass
-        each = again * (wires["gathering"].gather(dense * size) + eshard.gather(experts * size))
-        waits["gathering"] = max(0.0, each - compute)
+        each = again * (wires["gathering"].gather(dense * size, units) + eshard.gather(experts * size, routed))
+        waits["gathering"] = each - min(each, compute) * cluster.hides
         passes = dense * (1 - 1 / wires["gathering"].size) + experts * (1 - 1 / layout.efsdp)
         sent["gathering"] = again * size * passes
     times = 1 if layout.zero == 3 else 2  # a reduce-scatter; else the all-gather behind it too
     if layout.data_ranks > 1:
-        each = times * (wires["reducing"].gather(dense * down) + ereplica.gather(experts * down))
-        once["reducing"] = max(0.0, each - 2 / 3 * compute)
+        each = times * (wires["reducing"].gather(dense * down, units) + ereplica.gather(experts * down, routed))
+        once["reducing"] = each - min(each, 2 / 3 * compute) * cluster.hides
         passes = dense * (1 - 1 / wires["reducing"].size) + experts * (1 - 1 / ereplica.size)
         sent_once["reducing"] = times * down * passes
     split = layout.zero >= 1

@@ -51,8 +51,8 @@ def quantize(
 ) -> tuple[LM, Report]:
     """The model with its maps in few bits: each weight a level of [-1, 1] times the scale of its group of inputs.
 
-    Norms, routers, gates, biases and the embedding stay, and the output layer unless "head" is among the parts. What
-    comes out is run, saved and read as any model, and not trained; ``densify`` writes its weights out again.
+    Norms, routers, biases and embeddings stay; the output layer does unless "head" is a part. What comes out is run,
+    saved and read as any model, and not trained; ``densify`` writes its weights out again.
 
     Args:
         lm: a model with whole weights; it is left as it is.
@@ -86,10 +86,7 @@ def quantize(
     """
     text = checked(batches, lm, _WHERE)
     config = planned(lm.config, bits=bits, group=group, codes=codes, parts=parts, scale=scale, packed=packed)
-    if method not in _METHODS:
-        raise nearest(method, _METHODS, kind="method", where=_WHERE)
-    if method == "gptq":
-        refuse_no_text(text, "it rounds so that the maps of that text change little", _WHERE)
+    _check_method(method, text)
     held = planned_parts(config, parts)
     work = _Work(lm, bits, group, codes, held, getattr(torch, scale), packed, damping, act_order, text)
     found = _rounded(work, method)
@@ -99,6 +96,13 @@ def quantize(
     told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "parts": list(held)}
     told |= {"packed": packed} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
     return new, Report("quantize", told)
+
+
+def _check_method(method: str, text: tuple[Tensor, ...]) -> None:
+    if method not in _METHODS:
+        raise nearest(method, _METHODS, kind="method", where=_WHERE)
+    if method == "gptq":
+        refuse_no_text(text, "it rounds so that what maps make of it changes little", _WHERE)
 
 
 def _rounded(work: "_Work", method: str) -> dict[int, Mapping[str, Tensor]]:

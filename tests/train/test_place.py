@@ -1,0 +1,26 @@
+"""What a run that goes on is told about the bits of its losses."""
+
+import dataclasses
+
+import torch
+
+from turnout.run.tuned import as_tuned, tuning
+from turnout.train.place import Place, crossing
+
+
+def test_kernels_chosen_otherwise_are_said_when_a_run_goes_on():
+    place, here = Place(torch.device("cpu"), "fp32"), "cpu, 1 threads, torch 2.13"
+    body = {"arithmetic": here, "place": place.to_json_dict(), "config": {"dtype": "fp32"}}
+    assert body["place"]["executors"] == tuning().to_json_dict()
+    assert not [*crossing(body, place, here)]
+    with as_tuned(dataclasses.replace(tuning(), onednn=12345, origin="measured")):
+        (said,) = crossing(body, place, here)
+        now = tuning()
+    assert body["place"]["executors"]["digest"] in said and now.digest in said and "last bits" in said
+
+
+def test_an_older_checkpoint_says_nothing_of_kernels():
+    place, here = Place(torch.device("cpu"), "fp32"), "cpu, 1 threads, torch 2.13"
+    (said,) = crossing({"arithmetic": here, "config": {"dtype": "fp32"}}, place, here)
+    assert "unknown" in said
+    assert "executors" not in Place(torch.device("meta"), "fp32").to_json_dict()
