@@ -81,6 +81,8 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
     used_N = routing.load_E.nonzero().flatten()
+    if not len(used_N):
+        return torch.zeros_like(x_TD)
     each = max(1, _ONCE // (weights.up[0].code.numel() * (8 // weights.up.bits)))
     if len(used_N) == weights.num_experts <= each:
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)

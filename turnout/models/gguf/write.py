@@ -88,8 +88,7 @@ def to_gguf(
     """
     if kind not in get_args(Kind):
         raise nearest(str(kind), get_args(Kind), kind="kind", where=_WHERE)
-    gguf, path, inside = _library(), Path(path), bare(lm)
-    refuse_packed(inside, "written as GGUF", where="turnout.models.gguf.to_gguf")
+    gguf, path, inside = _library(), Path(path), _whole(lm)
     if path.exists():
         fix = "choose a new name"
         raise StorageError(word("the file", got=str(path), allowed="be new", where=_WHERE, fix=fix))
@@ -118,6 +117,13 @@ def to_gguf(
     write_whole(path, lambda aside: _write(writer, parts, aside))
     count = Counter(chosen.name for _, chosen in parts)
     return GGUFFile(its.name, dict(count), path.stat().st_size, tuple(said))
+
+
+def _whole(lm: nn.Module) -> LM:
+    """The model, its weights not in few bits."""
+    inside = bare(lm)
+    refuse_packed(inside, "written as GGUF", where="turnout.models.gguf.to_gguf")
+    return inside
 
 
 def _kind_of(folder: Path | None) -> str | None:

@@ -63,8 +63,7 @@ def quantize(
         parts: kinds of maps, of "experts", "shared", "dense", "attention" and "head"; those not there are passed over.
         scale: the dtype of scales.
         packed: whether the weights are held in few bits; else they are rounded, and held as before.
-        damping: of "gptq": what is added to the moments of inputs, over their mean.
-        act_order: of "gptq": whether inputs are rounded in the order of their power.
+        damping, act_order: as ``gptq`` in ``turnout.reshape.quantize.gptq``.
         batches: (B, S) token ids, for "gptq", and to compare on; random tokens when None.
         seed: of those tokens.
 
@@ -90,12 +89,15 @@ def quantize(
     held = planned_parts(config, parts)
     work = _Work(lm, bits, group, codes, held, getattr(torch, scale), packed, damping, act_order, text)
     found = _rounded(work, method)
-    new = rebuild(
-        lm, config, {name: part for piece in found.values() for name, part in piece.items() if "|" not in name}
-    )
+    new = rebuild(lm, config, _tensors(found))
     told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "parts": list(held)}
     told |= {"packed": packed} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
     return new, Report("quantize", told)
+
+
+def _tensors(found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The new model's tensors by name."""
+    return {name: part for piece in found.values() for name, part in piece.items() if "|" not in name}
 
 
 def _check_method(method: str, text: tuple[Tensor, ...]) -> None:
