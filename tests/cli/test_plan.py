@@ -88,3 +88,48 @@ def test_a_plan_that_cannot_be_written_is_said_before_all_else(
     said = capsys.readouterr()
     assert "leave --foreign out, or raise --top" in said.err and not said.out
     assert not out.exists() and not page.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["dp_shard=2", "--dtype", "bf16"], "unknown dtype 'bf16'"),
+        (["dp_shard=2", "--plant", "facto"], "Did you mean 'factor'?"),
+        (["dp_shard=2", "--rows", "-1"], "--rows must be 0 or more"),
+        (["dp_shard=2,ep=2,ep=1"], "ep must be given once"),
+    ],
+)
+def test_what_parity_cannot_do_is_said_before_processes_start(
+    given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity, "spawned", not_started)
+    assert main(["parity", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--here", "2"]])
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "spawned", not_started)
+    (tmp_path / "file").write_text("x")
+    for path, why in ((tmp_path, "which is a folder"), (tmp_path / "file" / "x" / "y", "is a file")):
+        assert main(["plan", *TINY, *more, "--out", str(path)]) == 2
+        said = capsys.readouterr()
+        assert "--out must be a file of its own" in said.err and why in said.err and not said.out
+    assert main(["plan", *TINY, "--out", "same", "--html", "same"]) == 2
+    assert "--html must be a file of its own in turnout plan; got same, which --out is too" in capsys.readouterr().err
+
+
+def test_a_model_of_short_texts_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config alone: fewer positions than the recipe has whose training it is given."""
+    from turnout.models import LM, LMConfig, checkpoint
+
+    checkpoint.save(tmp_path / "m", LM(LMConfig(vocab_size=64, width=16, layers=1, heads=2, max_seq=32)))
+    assert main(["plan", str(tmp_path / "m"), "batch=4"]) == 0
+    assert "sequences of 32 tokens" in capsys.readouterr().out
+
+
+def test_an_empty_layout_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "tiny", "--layout", "", "--out", str(tmp_path / "x")]) == 2
+    assert "--layout must " in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -13,7 +13,10 @@ examples:
   turnout convert mixtral --drop-experts 25% --calibration text --out smaller
   turnout convert runs/x --merge-experts 4 --calibration text --out merged
   turnout convert runs/x --merge-experts 4 --compress-experts 16 --calibration text --out small
+  turnout convert runs/x --bits 4 --group 64 --out small4                    weights in 4 bits and a quarter
+  turnout convert runs/x --bits 4 --method gptq --calibration text --out small4
   turnout convert runs/x --as transformers --out exported
+  turnout convert runs/x --gguf q8_0 --out model.gguf                       a file for llama.cpp
   turnout convert llama --adapters math code --router arrow --out routed    adapters of PEFT, a router for every token
   turnout convert llama --adapters math code --router phatgoose --gate-text math=a.txt --gate-text code=b --out routed
 """
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 HELP = "reshape a model on disk, and write it in the format it came in"
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_GGUF = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # What each step's own options may be, the first being the step's argument.
 _TAKES = {
     "--to": ("--experts", "--top-k", "--granularity"),
@@ -41,6 +45,7 @@ _TAKES = {
     "--compress-experts": ("--rows", "--by"),
     "--latent": ("--share",),
     "--densify": (),
+    "--bits": ("--group", "--codes", "--method", "--act-order", "--head"),
 }
 
 _NEEDS = {"--to": ("--experts", "--top-k"), "--split": ("--top-k",)}
@@ -69,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--compress-experts", action=_InOrder, type=int, metavar="RANK", help="low rank, and a few rows")
     steps.add_argument("--latent", action=_InOrder, type=int, metavar="RANK", help="experts in a space that they share")
     steps.add_argument("--densify", action=_InOrder, nargs=0, help="write compressed and merged experts out again")
+    steps.add_argument("--bits", action=_InOrder, type=int, metavar="N", help="weights in 4 or 8 bits; comes last")
     of = parser.add_argument_group("of the step before")
     of.add_argument("--experts", action=_InOrder, type=int, metavar="E", help="of --to: how many")
     of.add_argument("--top-k", action=_InOrder, type=int, metavar="K", help="of --to and --split: experts per token")
@@ -82,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --drop-experts: reap (default), frequency, random; of --split: cluster (default), coactivation, "
         "gradient, random; of --compress-experts: sensitivity (default), magnitude, random",
     )
+    _add_bits(of)
     many = parser.add_argument_group("adapters, in the place of steps")
     many.add_argument(
         "--adapters", nargs="+", metavar="DIR", help="folders of PEFT or org/name, LoRA adapters of this very model"
@@ -103,14 +110,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens", type=int, default=65_536, metavar="N", help="how much of it (default 65536 tokens)"
     )
-    parser.add_argument("--as", dest="as_format", choices=["transformers", "model"], help="write another format")
-    parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
+    _add_formats(parser)
     parser.add_argument("--seed", type=int, default=0, help="of whatever a step draws (default 0)")
     add_device(parser)
     parser.add_argument("--out", metavar="DIR", help="the new folder")
     parser.add_argument("--dry-run", action="store_true", help="show the plan; load no weights, write nothing")
     parser.add_argument("--force", action="store_true", help="go on where the disk or the memory looks too small")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--as", dest="as_format", choices=["transformers", "model"], help="write another format")
+    parser.add_argument(
+        "--gguf", choices=_GGUF, help="write a file of llama.cpp instead, its weights stored so; no steps"
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="of --gguf: leave it out")
+    parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
+
+
+def _add_bits(of: Any) -> None:
+    """What --bits takes."""
+    of.add_argument("--group", action=_InOrder, metavar="N|row", help="of --bits: inputs a scale (64; 8 bits: a row)")
+    of.add_argument("--codes", action=_InOrder, metavar="TYPE", help="of --bits 4: int (default), float, nf4, quantile")
+    of.add_argument(
+        "--method", action=_InOrder, metavar="HOW", help="of --bits: nearest (default), or gptq, with --calibration"
+    )
+    of.add_argument("--act-order", action=_InOrder, nargs=0, help="of --method gptq: inputs of most power first")
+    of.add_argument("--head", action=_InOrder, nargs=0, help="of --bits: the output layer too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -131,6 +157,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     steps = [] if arguments.adapters else read_steps(arguments.given)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    if arguments.gguf:
+        return _gguf(arguments, dtype)
     if arguments.adapters:
         return _adapters(arguments, dtype)
     _refuse_without_adapters(arguments)
@@ -201,6 +229,29 @@ def _adapters(arguments: argparse.Namespace, dtype: Any) -> int:
     return 0
 
 
+def _gguf(arguments: argparse.Namespace, dtype: Any) -> int:
+    """Writes a file of llama.cpp, and says what is in it."""
+    from turnout.recipes.gguf import write_gguf
+    from turnout.recipes.progress import progress_for
+
+    also = [option for option, _ in arguments.given]
+    also += ["--adapters"] if arguments.adapters else []
+    also += ["--as"] if arguments.as_format else []
+    if also:
+        raise _refusal(
+            "--gguf", f"also {', '.join(also)}", "come without steps", "convert first, then write that as GGUF"
+        )
+    _need_out(arguments)
+    progress = progress_for(quiet=arguments.quiet)
+    try:
+        kind, tokenizer = arguments.gguf, not arguments.no_tokenizer
+        done = write_gguf(arguments.path, arguments.out, kind=kind, tokenizer=tokenizer, dtype=dtype, say=progress.say)
+    finally:
+        progress.stop()
+    print(f"{arguments.out}: {done}")
+    return 0
+
+
 def _refuse_without_adapters(arguments: argparse.Namespace) -> None:
     for option, value in (("--router", arguments.router), ("--gate-text", arguments.gate_text)):
         if value:
@@ -260,6 +311,8 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
         return steps.Compress(value, options.get("--rows", 0.1), **by)
     if name in ("--latent", "--densify"):
         return steps.Densify() if name == "--densify" else steps.Latent(value, options.get("--share"))
+    if name == "--bits":
+        return _quantize(value, options)
     number, is_share = value.removesuffix("%"), value.endswith("%")
     try:
         size = float(number) / 100 if is_share else int(number)
@@ -267,6 +320,17 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
         allowed, fix = "be a share or a whole number", "write --drop-experts 25% or --drop-experts 2"
         raise _refusal(name, value, allowed, fix) from error
     return steps.Drop(share=size, **by) if is_share else steps.Drop(count=int(size), **by)
+
+
+def _quantize(bits: int, options: Mapping[str, Any]) -> "Step":
+    from turnout.recipes import steps
+
+    given = options.get("--group", "row" if bits == 8 else "64")
+    if given != "row" and not (given.isdecimal() and int(given)):
+        raise _refusal("--group", given, "be a whole number of at least 1, or row", "write --group 64")
+    words = {name: options[f"--{name}"] for name in ("codes", "method") if f"--{name}" in options}
+    switches = {"act_order": "--act-order" in options, "head": "--head" in options}
+    return steps.Quantize(bits, None if given == "row" else int(given), **words, **switches)
 
 
 def _need(step: str, options: Mapping[str, Any], *names: str) -> None:

@@ -22,7 +22,7 @@ import argparse
 import dataclasses
 import json
 
-from turnout.cli.early import check_there
+from turnout.cli.early import check_there, check_writable
 from turnout.errors import UsageError, word
 
 HELP = "which layout trains a model fastest on a cluster, before it starts"
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         fix = "name a recipe (turnout train lists them) or a model's folder"
         raise UsageError(word("MODEL", got="nothing", allowed="be named", where="turnout plan", fix=fix))
+    check_writable("turnout plan", out=arguments.out, html=arguments.html)
     if arguments.here is not None:
         return _here(arguments)
     check_there("--cluster", [arguments.cluster], "turnout plan")

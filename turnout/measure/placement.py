@@ -34,10 +34,10 @@ def placement_report(
         before: what was there before; its moves are counted.
         expert_bytes: what travels with each copy.
         speed_G: of each device, relative.
-        slots: copies that a layer has room for, where the placement need not fill them; None for those that it has.
+        slots: copies that a layer has room for; None for those that it has.
 
     Returns:
-        The report; ``moves`` and ``bytes`` are None without ``before``.
+        ``moves`` and ``bytes`` are None without ``before``.
 
     Raises:
         ShapeError: a placement of another model.
@@ -54,9 +54,7 @@ def placement_report(
     room_L = [max(len(copies), slots or 0) for copies in placement.phy2log]
     moves = before.moved(placement, expert_bytes=expert_bytes) if before is not None else None
     values = {
-        "devices": placement.devices,
-        "nodes": placement.nodes,
-        "slots": placement.slots,
+        **{name: getattr(placement, name) for name in ("devices", "nodes", "slots")},
         "experts": sum(placement.num_experts_L),
         "imbalance": traffic.imbalance(placement, speed_G),
         "imbalance_contiguous": traffic.imbalance(plain, speed_G),

@@ -50,6 +50,11 @@ class Placed:
     before: Placement | None = None
     slots: int | None = None
 
+    @property
+    def room(self) -> int | None:
+        """The slots of all layers, those that stay empty too; None where as many were asked for as there are copies."""
+        return None if self.slots is None else self.slots * self.placement.num_layers
+
     def save(self, path: str | Path) -> None:
         """Writes the placement with all that is said of it."""
         how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G}

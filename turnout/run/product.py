@@ -19,7 +19,7 @@ from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 from turnout.run.tuned import tuning
 
-__all__ = ["instead_of_linear", "linear", "own_alone", "product"]
+__all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
 # What takes the place of ``linear`` in this thread, if anything.
 _HERE = threading.local()
@@ -34,6 +34,17 @@ def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
         yield
     finally:
         _HERE.other = before
+
+
+def replaced() -> bool:
+    """Whether something takes the place of ``linear`` in this thread.
+
+    >>> replaced()
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    return getattr(_HERE, "other", None) is not None
 
 
 def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) -> bool:

@@ -1,0 +1,198 @@
+"""Models as GGUF, the file of llama.cpp: its tensors by its names, in as many bits as asked, and its tokenizer."""
+
+import dataclasses
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from turnout.errors import StorageError, UsageError, nearest, word
+from turnout.expects import PATH, expects
+from turnout.models.checkpoint.own import bare, empty, read_json
+from turnout.models.config import LMConfig
+from turnout.models.gguf.architectures import architecture_for
+from turnout.models.gguf.tensors import Piece, pieces
+from turnout.models.gguf.tokens import add_no_tokenizer, add_tokenizer
+from turnout.models.gguf.values import describe, notes
+from turnout.models.lm import LM
+from turnout.models.packed import refuse_packed
+from turnout.storage import write_whole
+
+__all__ = ["GGUFFile", "Kind", "to_gguf"]
+
+Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+_WHERE = "turnout.models.gguf.to_gguf"
+# The largest number that fp16 holds.
+_HALF_MOST = 65504.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """What was written.
+
+    Args:
+        architecture: of llama.cpp.
+        tensors: how many are of each type.
+        size_bytes: of the file.
+        notes: what else is to be known of it.
+
+    >>> GGUFFile("llama", {"F32": 3}, 1000).tensors["F32"]
+    3
+
+    Source: none; plain bookkeeping.
+    """
+
+    architecture: str
+    tensors: Mapping[str, int]
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.tensors.items()))
+        return "\n".join([f"{self.architecture}, {self.size_bytes:,} bytes, tensors: {kinds}", *self.notes])
+
+
+@expects(path=PATH)
+def to_gguf(
+    lm: nn.Module, path: str | Path, *, kind: Kind = "q8_0", tokenizer: bool = True, like: str | Path | None = None
+) -> GGUFFile:
+    """Writes the model as one GGUF file, which llama.cpp and what builds on it loads.
+
+    The file appears whole or not at all. Matrices are stored in the type asked for; norms, biases and routers stay in
+    fp32. In "q8_0" and "q4_0" 32 neighbours share a scale; a matrix whose rows are no multiple of that stays in fp32,
+    and in "q4_0" the embedding and the output layer are stored as "q8_0".
+
+    Args:
+        lm: the model, on any device; also a wrapped one.
+        path: the file; must not exist.
+        kind: "f32", "f16", "bf16", "q8_0" (8.5 bits a weight) or "q4_0" (4.5).
+        tokenizer: whether the tokenizer goes along; without one the file takes and gives token ids alone.
+        like: the folder whose tokenizer to take; None for the one that the model came from.
+
+    Raises:
+        UsageError: llama.cpp has no architecture that computes what the model does, or no such tokenizer; the message
+            names why. Or weights that fp16 cannot hold. Or the package gguf is not installed.
+        StorageError: the file exists, or cannot be written.
+
+    >>> from turnout.models.lm import LM, LMConfig
+    >>> to_gguf(LM(LMConfig(vocab_size=8, width=8, layers=1, heads=2)), "unused", kind="q5_1")
+    Traceback (most recent call last):
+    turnout.errors.UnknownNameError: unknown kind 'q5_1' in turnout.models.gguf.to_gguf...
+
+    Source: Gerganov et al., the file format of ggml; compared with llama.cpp's own logits.
+    """
+    if kind not in get_args(Kind):
+        raise nearest(str(kind), get_args(Kind), kind="kind", where=_WHERE)
+    gguf, path, inside = _library(), Path(path), _whole(lm)
+    if path.exists():
+        fix = "choose a new name"
+        raise StorageError(word("the file", got=str(path), allowed="be new", where=_WHERE, fix=fix))
+    folder = inside.origin if like is None else Path(like)
+    its, config = architecture_for(inside.config, prefer=_kind_of(folder))
+    whole = inside if config == inside.config else _with_silent(inside, config)
+    writer = gguf.GGUFWriter(None, its.name)
+    writer.add_file_type(_file_type(gguf, kind))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    describe(writer, whole.config, its)
+    said = list(notes(whole.config, inside.embedding.dtype))
+    if tokenizer:
+        said += add_tokenizer(writer, folder, whole.config.vocab_size)
+    else:
+        add_no_tokenizer(writer)
+    parts = [(piece, _type_of(gguf, piece, kind)) for piece in pieces(whole, its)]
+    plain = [piece.name for piece, chosen in parts if not piece.exact and chosen.name == "F32" and kind != "f32"]
+    if plain:
+        block = "rows that are no multiple of 32"
+        said.append(f"{len(plain)} tensors have {block} and stay in fp32: {', '.join(plain[:2])}")
+    for piece, chosen in parts:
+        shape = gguf.quant_shape_to_byte_shape(piece.shape, chosen) if chosen.name != "F32" else piece.shape
+        size = int(np.prod(shape, dtype=np.int64)) * (4 if chosen.name == "F32" else 1)
+        kept = np.dtype(np.float32 if chosen.name == "F32" else np.uint8)
+        writer.add_tensor_info(piece.name, shape, kept, size, raw_dtype=chosen)
+    write_whole(path, lambda aside: _write(writer, parts, aside))
+    count = Counter(chosen.name for _, chosen in parts)
+    return GGUFFile(its.name, dict(count), path.stat().st_size, tuple(said))
+
+
+def _whole(lm: nn.Module) -> LM:
+    """The model, its weights not in few bits."""
+    inside = bare(lm)
+    refuse_packed(inside, "written as GGUF", where="turnout.models.gguf.to_gguf")
+    return inside
+
+
+def _kind_of(folder: Path | None) -> str | None:
+    """The model_type of the folder that a model came from."""
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return read_json(folder / "config.json", _WHERE).get("model_type")
+
+
+def _with_silent(lm: LM, config: LMConfig) -> LM:
+    """The model with the parts that its architecture cannot be without, all zero."""
+    whole = empty(config, lm.embedding.dtype)
+    with torch.no_grad():
+        for tensor in whole.state_dict().values():
+            tensor.zero_()
+        whole.load_state_dict(lm.state_dict(), strict=False)
+    return whole
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        fix = "pip install 'turnout[gguf]'"
+        raise UsageError(word("the package gguf", got="none", allowed="be installed", where=_WHERE, fix=fix)) from error
+
+
+def _file_type(gguf: Any, kind: Kind) -> int:
+    names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+    return int(gguf.LlamaFileType[names[kind]])
+
+
+def _type_of(gguf: Any, piece: Piece, kind: Kind) -> Any:
+    """The type that a tensor is stored in."""
+    types = gguf.GGMLQuantizationType
+    if piece.exact or kind == "f32":
+        return types.F32
+    if kind == "q4_0" and piece.name in ("token_embd.weight", "output.weight"):
+        kind = "q8_0"
+    block = gguf.GGML_QUANT_SIZES[types[kind.upper()]][0]
+    return types.F32 if piece.shape[-1] % block else types[kind.upper()]
+
+
+def _write(writer: Any, parts: list[tuple[Piece, Any]], path: Path) -> None:
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece, chosen in parts:
+            writer.write_tensor_data(_stored(piece, chosen))
+    finally:
+        writer.close()
+
+
+@torch.no_grad()
+def _stored(piece: Piece, chosen: Any) -> np.ndarray:
+    """The bytes of one tensor, made just before they are written."""
+    wide = piece.make().detach().to("cpu", torch.float32).contiguous().numpy()
+    assert wide.shape == piece.shape
+    if not np.isfinite(wide).all():
+        fix = "write a sound model: this one gives no finite logits"
+        raise UsageError(
+            word(piece.name, got="numbers that are not finite", allowed="be finite", where=_WHERE, fix=fix)
+        )
+    if chosen.name == "F32":
+        return wide
+    if chosen.name == "F16" and (most := float(np.abs(wide).max(initial=0))) > _HALF_MOST:
+        fix = "write it as bf16, or f32"
+        raise UsageError(word(piece.name, got=f"numbers up to {most:g}", allowed=f"be below {_HALF_MOST:g} in f16",
+                              where=_WHERE, fix=fix))  # fmt: skip
+    quantize = importlib.import_module("gguf.quants").quantize
+    return quantize(wide, chosen).view(np.uint8)
