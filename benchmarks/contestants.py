@@ -140,7 +140,7 @@ class Floor(Contestant):
     def prepare(self, inputs: Inputs) -> None:
         """Plans the products, and sees that there is memory for them."""
         routing = Routing.from_topk(inputs.index_TK, inputs.weight_TK.detach(), num_experts=self.case.E)
-        self.plan = sort._plan(routing, self.weights, inputs.x_TD.detach())
+        self.plan = sort.plan_rows(routing, self.weights, inputs.x_TD.detach())
         if self.plan.rows > self.rows:
             self.rows, dtype = self.plan.rows + self.plan.rows // 8, self.up.dtype
             self.x, self.y, self.dx = (torch.randn(self.rows, self.case.D).to(dtype) for _ in range(3))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from turnout.measure import Passage, ReportData, RunData
+from turnout.run.compiled import why_not_compiled
 from turnout.types import Cost
 
 DOMAINS = ("library", "manual", "headers")
@@ -162,3 +163,10 @@ def passage_of() -> Callable[..., Passage]:
 def sample() -> ReportData:
     """What the demo leaves: a dense and a sparse run."""
     return ReportData("turnout demo", (make_run("dense"), make_run("moe", experts=16, gain=0.35, seed=1)))
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Skips a test of compiled kernels where there are none: ``pytestmark = pytest.mark.usefixtures("compiled")``."""
+    if (why := why_not_compiled()) is not None:
+        pytest.skip(why)

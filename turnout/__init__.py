@@ -22,6 +22,7 @@ _HOME = {
     "Trace": "turnout.types",
     "TurnoutError": "turnout.errors",
     "adopt": "turnout.reshape",
+    "generate": "turnout.models",
     "release": "turnout.reshape",
 }
 # What is there as ``turnout.room`` too, after ``import turnout`` alone.
@@ -40,6 +41,7 @@ __all__ = [
     "TurnoutError",
     "__version__",
     "adopt",
+    "generate",
     "release",
 ]
 
@@ -71,6 +73,7 @@ if TYPE_CHECKING:  # the same, for editors and type checkers; tests/test_exports
     from turnout import types as types
     from turnout import wrappers as wrappers
     from turnout.errors import TurnoutError
+    from turnout.models import generate
     from turnout.reshape import adopt, release
     from turnout.types import Budget, Cost, ExpertWeights, Report, Routing, Trace
 else:

@@ -49,6 +49,14 @@ def test_a_part_is_looked_for_in_names_lines_and_papers(capsys):
     assert main(["methods", "lossfre", "--room", "run"]) == 2
 
 
+def test_what_a_listing_or_a_guide_calls_by_its_claim_or_its_file_is_found(capsys):
+    """A claim's name that the list prints itself was an unknown method, with an unlike one offered in its place."""
+    for claim in FOUND["claims"]:
+        text = said(capsys, claim)
+        assert claim in text or claim.replace("_", "") in text.lower().replace("_", ""), claim
+    assert "gather" in said(capsys, "zero_plus_plus") and "OneByte" in said(capsys, "train.zeroth.one_byte")
+
+
 @pytest.mark.parametrize("method", FOUND["methods"], ids=lambda method: method["name"])
 def test_one_in_full_is_what_python_says(method, capsys):
     item = getattr(importlib.import_module(method["import_from"]), method["name"])

@@ -9,6 +9,7 @@ import torch
 
 from turnout.cli import place
 from turnout.cli.main import main
+from turnout.measure import placement_report
 from turnout.recipes.place import WAYS
 from turnout.storage import sealed
 from turnout.types import Placement, Routing, Trace, TraceWriter, Traffic
@@ -101,12 +102,45 @@ def test_an_altered_file_is_refused(traces, tmp_path, capsys):
         (["--devices", "2", "--from", "none.json"], "exist"),
         (["--devices", "0"], "devices"),
         (["--devices", "2", "--balance", "0.5"], "balance"),
+        (["--devices", "2", "--balance", "1.1", "--by", "load"], "leave --balance out, or use --by both"),
+        (["--devices", "2", "--expert-bytes", "5"], "add --from FILE"),
+        (["--devices", "2", "--speeds", ""], "--speeds 1,1,0.5,1"),
     ],
 )
 def test_what_cannot_be_placed_is_one_line(words, says, traces, capsys):
     assert main(["place", traces[0], *words]) == 2
     error = capsys.readouterr().err
     assert says in error and "Nearest fix" in error and error.count("\n") == 1
+
+
+def test_the_bounds_are_of_the_slots_that_there_are_not_of_those_that_were_used(traces, tmp_path, capsys):
+    """Room that helps nobody stays empty; what a placement in all of it could reach is the bound all the same."""
+    traffic = Traffic.of(Trace.open(traces[0]))
+    plain = Placement.contiguous(traffic.num_experts_L, devices=2)
+    tight, roomy = placement_report(traffic, plain), placement_report(traffic, plain, slots=8)
+    assert roomy["slots"] == tight["slots"] == 12
+    assert roomy["imbalance_bound"] <= tight["imbalance_bound"]
+    assert roomy["crossing_bound"] == 0 < tight["crossing_bound"]  # every expert on both devices
+    out = str(tmp_path / "p.json")
+    for slots in ("5", "6", "8"):
+        words = ["place", traces[0], "--devices", "2", "--slots", slots, "--balance", "4", "--out", out, "--json"]
+        assert main(words) == 0
+        found = json.loads(capsys.readouterr().out)["values"]
+        bound = placement_report(traffic, Placement.open(out), slots=int(slots))
+        assert found["crossing_bound"] == bound["crossing_bound"], slots
+        assert found["imbalance_bound"] == bound["imbalance_bound"], slots
+        assert main(["certify", out, traces[0]]) == 0
+        capsys.readouterr()
+    assert place.table(roomy, 24).startswith("12 experts in 12 of 24 slots on 2 devices in 1 node\n")
+    assert place.table(tight).startswith("12 experts in 12 slots on 2 devices in 1 node\n")
+
+
+@pytest.mark.parametrize("size", ["-3", "nan", "inf"])
+def test_bytes_that_no_copy_has_are_refused(size, traces, tmp_path, capsys):
+    out = str(tmp_path / "p.json")
+    assert main(["place", traces[0], "--devices", "2", "--out", out]) == 0
+    assert main(["place", traces[0], "--devices", "2", "--from", out, "--expert-bytes", size]) == 2
+    assert "--expert-bytes must be a number of at least 0" in capsys.readouterr().err
 
 
 def test_a_trace_of_one_layer_has_load_alone(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What is differentiated twice, or by torch.func, is right: all executors, and everything whose gradient is our own."""
 
 import ast
+import dataclasses
 import functools
 import typing
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 import turnout
 from turnout.models import LM, LMConfig, MoEConfig, head_loss, token_loss
 from turnout.models.fused import rms_norm, turn
-from turnout.run import EXECUTORS, execute, product
+from turnout.run import EXECUTORS, execute
 from turnout.run.low_rank import low_rank, low_rank_reference
 from turnout.run.product import linear
+from turnout.run.shipped import has_onednn
+from turnout.run.tuned import as_tuned, tuning
 from turnout.types import ExpertWeights, Routing
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.weights import GATED, Activation
@@ -78,12 +81,11 @@ def test_every_gradient_of_our_own_is_here():
 
 
 @pytest.fixture(autouse=True)
-def every_product_by_onednn(monkeypatch):
+def every_product_by_onednn():
     """So that the gradient of our own is taken at any size, wherever torch carries oneDNN."""
-    carried = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    monkeypatch.setattr(product, "onednn_is_faster", lambda: carried, raising=False)
-    monkeypatch.setattr("turnout.run.product.onednn_is_faster", lambda: carried)
-    monkeypatch.setattr("turnout.run.product._LEAST", 1)
+    least = 1 if has_onednn() else None
+    with as_tuned(dataclasses.replace(tuning(), onednn=least, onednn_turned=least)):
+        yield
 
 
 def scalar(function, x, others):

@@ -162,4 +162,4 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         with pytest.raises(UsageError, match="attention_mask"):
             lm(id_BS, attention_mask=mask)
     with pytest.raises(UsageError, match="on the left"):
-        lm.generate(id_BS, tokens=1, attention_mask=torch.tensor([4, 5]))
+        lm.generate(id_BS, tokens=1, attention_mask=torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]))

@@ -66,6 +66,16 @@ def test_what_no_schedule_is_played_for_is_refused(fields: list[str], said: str)
         plan_model("tiny", CLUSTER, overrides=[*FIELDS, *fields], overlap=True)
 
 
+def test_a_run_in_bf16_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Also where the plan's file came from a run in fp32; no rank has met another by then."""
+    plan = plan_model("tiny", CLUSTER, overrides=FIELDS, overlap=True).overlap
+    assert plan is not None
+    run = tiny().scaled([*FIELDS, *MORE, "dtype=bf16"])
+    with pytest.raises(UsageError, match=r"dtype must be fp32 there in turnout train; got bf16, with a plan that has"):
+        spread(run, tmp_path / "x", plan=plan.choice.plan)
+    assert not (tmp_path / "x").exists()
+
+
 def test_one_device_has_nothing_to_overlap() -> None:
     with pytest.raises(UsageError, match="must hold a layout with ep > 1"):
         plan_model("tiny", Cluster(memory_bytes=1e9), overrides=FIELDS, overlap=True)

@@ -32,6 +32,8 @@ FIELDS += [
     "steps=4",
     "held_out=0.3",
 ]
+# On two cores that others share, ranks come to the same place seconds apart.
+_WAIT_S = 15.0
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def planted(rank: int, what: str, text: Path, out: Path) -> None:
         spreading.begin = lambda *given, **how: _altered(true(*given, **how))
     if rank == 2 and what in ("hung", "dead", "failed"):
         _at_step_3(lambda: _end(what))
-    spread(run, out, plan=plan, timeout_s=5, quiet=True)
+    spread(run, out, plan=plan, timeout_s=_WAIT_S, quiet=True)
 
 
 def _altered(lm: Any) -> Any:
@@ -126,7 +128,7 @@ def test_a_rank_that_is_gone_is_named_and_what_was_saved_stays(what: str, text: 
     found = outcomes(4, planted, what, text, out, group=False, patience_s=15)
     gone = {
         "failed": "rank 2 stopped with UsageError: this text was not expected",
-        "hung": "rank 2 did not answer after 5 s: alive, and elsewhere",
+        "hung": "rank 2 did not answer after 15 s: alive, and elsewhere",
         "dead": "rank 2 did not answer: dead, or stopped",
     }[what.partition(" ")[0]]
     for rank in (0, 1, 3):

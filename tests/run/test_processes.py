@@ -45,7 +45,7 @@ def test_who_differs_is_named_on_every_rank() -> None:
 def hanging(ranks: Ranks, how: str) -> str:
     for step in range(3):
         if ranks.rank == 2 and step == 1:
-            if how == "hung":
+            if how.startswith("hung"):
                 time.sleep(600)
             if how == "dead":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -54,6 +54,9 @@ def hanging(ranks: Ranks, how: str) -> str:
         with answering(ranks, lambda step=step: f"step {step}"):
             if ranks.rank == 2 and step == 1:
                 raise UsageError("no such thing")
+            if ranks.rank == 1 and step == 1 and how == "hung, told by another operation":
+                time.sleep(ranks.timeout_s)  # gloo says this to what waits beside an operation that was not answered
+                raise RuntimeError("Application timeout caused pair closure")
             dist.all_reduce(torch.ones(10))
     return "done"
 
@@ -63,6 +66,7 @@ def hanging(ranks: Ranks, how: str) -> str:
     ("how", "said"),
     [
         ("hung", "in step 1: rank 2 did not answer after 5 s: alive, and elsewhere."),
+        ("hung, told by another operation", "in step 1: rank 2 did not answer after 5 s: alive, and elsewhere."),
         ("dead", "in step 1: rank 2 did not answer: dead, or stopped."),
         ("stopped", "in step 1: rank 2 did not answer: dead, or stopped."),
         ("failed", "in step 1: rank 2 stopped with UsageError: no such thing."),

@@ -1,22 +1,28 @@
 """product and linear equal torch's own, values and gradients, whichever kernel the machine prefers."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from turnout.errors import UsageError
-from turnout.run import product as module
-from turnout.run.product import linear, onednn_is_faster, product
+from turnout.run.product import linear, product
+from turnout.run.tuned import as_tuned, tuning
 
 SIZES = [(1, 8, 8), (3, 5, 7), (130, 96, 257), (64, 256, 256), (33, 1024, 64)]
 CAN_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def least(number):
+    return dataclasses.replace(tuning(), onednn=number, onednn_turned=number)
+
+
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
-def kernel(request, monkeypatch):
+def kernel(request):
     if request.param and not CAN_ONEDNN:
         pytest.skip("this torch carries no oneDNN")
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: request.param)
-    monkeypatch.setattr(module, "_LEAST", 0)
+    with as_tuned(least(0 if request.param else None)):
+        yield
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -52,10 +58,6 @@ def test_linear_under_autocast_is_torchs(kernel):
     x, weight = torch.randn(64, 128), torch.randn(256, 128)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
-
-
-def test_the_choice_is_a_rule_of_the_machine():
-    assert onednn_is_faster() is onednn_is_faster()
 
 
 def test_linear_compiles_to_torchs_own(kernel):
@@ -136,10 +138,8 @@ def judge(x, weight, bias, name):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
-@pytest.mark.parametrize("least", [0, 1 << 20])
-def test_linear_takes_and_refuses_what_torchs_does(kernel, monkeypatch, least):
-    monkeypatch.setattr(module, "_LEAST", least)
-    m, k, n = 65, 128, 130  # beyond 2^20 multiply-adds
+def test_linear_takes_and_refuses_what_torchs_does(kernel):
+    m, k, n = 65, 128, 130
     for name, bias in BIASES.items():
         judge(TOKENS["plain"](m, k), WEIGHTS["plain"](n, k), bias(n), name)
     for name, weight in WEIGHTS.items():

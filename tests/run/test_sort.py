@@ -9,6 +9,9 @@ from turnout.paths import Bank, FeedForward
 from turnout.run import sort
 from turnout.run.plan import _batches, _neighbours, _rounded
 from turnout.types import ExpertWeights, Routing
+from turnout.types.tuning import Tuning
+
+USUAL = Tuning("any processor", "2", 1)
 
 
 def case(tokens=64, width=16, experts=8, k=2, hidden=8, dtype=torch.float32, seed=0):
@@ -129,8 +132,8 @@ def test_equals_reference_where_products_and_memory_are_large(dtype):
 def test_groups_hold_every_row_once(seed):
     g = torch.Generator().manual_seed(seed)
     load = (torch.rand(30, generator=g) * 200 * (torch.rand(30, generator=g) < 0.7)).long().tolist()
-    load = [_rounded(count, sum(load) / len(load), True) for count in load]
-    for groups in (_neighbours(load, 256), _batches(load, 4096, 256), _batches(load, 1, 10**9)):
+    load = [_rounded(count, sum(load) / len(load), True, USUAL) for count in load]
+    for groups in (_neighbours(load, 256), _batches(load, 4096, 256, 3_000_000), _batches(load, 1, 10**9, 3_000_000)):
         experts = [expert for group in groups for expert in group.experts]
         assert experts == [expert for expert, count in enumerate(load) if count]
         assert [group.bound[0] for group in groups[1:]] == [group.bound[-1] for group in groups[:-1]]
@@ -144,8 +147,8 @@ def test_groups_hold_every_row_once(seed):
 @pytest.mark.parametrize("mean", [1.0, 37.5, 512.0, 1000.0, 5000.0])
 @pytest.mark.parametrize("short", [False, True])
 def test_counts_are_rounded_to_few_values(short, mean):
-    assert _rounded(0, mean, short) == 0 and 8 <= _rounded(1, mean, short) <= max(8, mean / 16)
-    rounded = {count: _rounded(count, mean, short) for count in range(1, 1 << 14)}
+    assert _rounded(0, mean, short, USUAL) == 0 and 8 <= _rounded(1, mean, short, USUAL) <= max(8, mean / 16)
+    rounded = {count: _rounded(count, mean, short, USUAL) for count in range(1, 1 << 14)}
     step = {count: max(count if short else 2 * count, mean) / 16 for count in rounded}
     assert all(count <= value < count + max(8, step[count]) for count, value in rounded.items())
     assert len(set(rounded.values())) < (200 if short else 90)
@@ -154,8 +157,14 @@ def test_counts_are_rounded_to_few_values(short, mean):
 
 
 def test_neighbours_of_equal_load_share_a_product_when_that_is_cheap():
-    assert [len(group.experts) for group in _batches([64] * 8, 1024, 10**6)] == [8]
-    assert [len(group.experts) for group in _batches([64, 4096, *[64] * 6], 1 << 20, 10**6)] == [1, 1, 4, 1, 1]
+    assert [len(group.experts) for group in _batches([64] * 8, 1024, 10**6, 3_000_000)] == [8]
+    assert [len(group.experts) for group in _batches([64, 4096, *[64] * 6], 1 << 20, 10**6, 3_000_000)] == [
+        1,
+        1,
+        4,
+        1,
+        1,
+    ]
 
 
 def test_expert_weights_in_either_storage_give_the_same():

@@ -1,6 +1,7 @@
 """Schedule: torch's text form, and every way of not being a schedule refused by name."""
 
 import pytest
+from private import private
 
 from turnout.errors import CheckpointError, UsageError
 from turnout.types import Action, Schedule
@@ -31,7 +32,7 @@ def test_pairs_and_parameters_have_torchs_text() -> None:
 
 
 def test_the_text_is_what_torch_reads() -> None:
-    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+    schedules = private("torch.distributed.pipelining.schedules")
     for text in ("2F0", "0I11", "3W2", "1B0", "2UNSHARD", "2RESHARD", "(0F1;3B0)OVERLAP_F_B"):
         assert str(schedules._Action.from_str(text)) == text == str(Action.parse(text))
 

@@ -2,10 +2,11 @@
 
 examples:
   turnout doctor
-  turnout doctor --calibrate        refit the cost model of backends on this machine (about a minute)
+  turnout doctor --calibrate        measure which kernels this machine is fastest with (half a minute)
 """
 
 import argparse
+import sys
 
 HELP = "what is installed, which backend each device would use and why"
 
@@ -19,6 +20,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the findings."""
     from turnout.recipes.doctor import examine
 
-    for line in examine(calibrate=arguments.calibrate):
-        print(line)
+    terminal = sys.stderr.isatty()
+
+    def say(text: str) -> None:
+        print(f"\r\x1b[Kmeasuring {text} ..." if terminal else f"measuring {text}", end="" if terminal else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    try:
+        for line in examine(calibrate=arguments.calibrate, say=say):
+            print(line)
+    finally:
+        if terminal and arguments.calibrate:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from turnout.errors import UsageError, word
 from turnout.hub import is_hub_id, located, offline
 
-__all__ = ["check_data", "check_there"]
+__all__ = ["check_data", "check_there", "check_writable"]
 
 
 def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool = False) -> None:
@@ -48,6 +48,35 @@ def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool
             fix += "" if close else f"; a model of the hub has an owner before its name: ORG/{given}"
         got = f"{path}, which does not exist"
         raise UsageError(word(what, got=got, allowed="exist", where=where, fix=fix.rstrip("?") if close else fix))
+
+
+def check_writable(where: str, **paths: str | None) -> None:
+    """Refuses files that cannot be written, before the work whose result they are for, and two that are one.
+
+    Args:
+        where: the command.
+        paths: of each option (``out`` of ``--out``) what was given; None is passed over.
+
+    Raises:
+        UsageError: a folder is there, or a file where its folder should be; or both have one name.
+
+    >>> check_writable("turnout plan", out="new/plan.json", html=None)
+
+    Source: none; plain bookkeeping.
+    """
+    seen: dict[Path, str] = {}
+    for name, given in paths.items():
+        if given is None:
+            continue
+        path, fix = Path(given), "choose another path"
+        above = next((each for each in path.absolute().parents if each.exists()), None)
+        got = f"{path}, which is a folder" if path.is_dir() else ""
+        got = f"{path}, and {above} is a file" if above is not None and not above.is_dir() else got
+        if path.absolute() in seen:
+            got = f"{path}, which --{seen[path.absolute()]} is too"
+        if got:
+            raise UsageError(word(f"--{name}", got=got, allowed="be a file of its own", where=where, fix=fix))
+        seen[path.absolute()] = name
 
 
 def check_data(texts: Iterable[str], where: str) -> None:

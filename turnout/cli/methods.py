@@ -6,7 +6,7 @@ runs them again.
 examples:
   turnout methods
   turnout methods split                 one method in full: how it is called, its paper, its claims
-  turnout methods muqeeth               those whose name, room, line or paper contains this
+  turnout methods muqeeth               those whose name, file, room, line, paper or claim contains this
   turnout methods --room reshape        of one room, or of one floor (reshape.to_sparse)
   turnout methods --room decide --json
 """
@@ -73,7 +73,8 @@ def _named(methods: Sequence[dict], name: str) -> list[dict]:
 
 
 def _contains(method: Mapping[str, str], part: str) -> bool:
-    seen = (method["name"], method["room"], method["summary"], *method["papers"])
+    file = method["path"].removeprefix("turnout/").removesuffix(".py").replace("/", ".")
+    seen = (method["name"], file, method["room"], method["summary"], *method["papers"], *method["claims"])
     return any(part.lower() in text.lower() for text in seen)
 
 

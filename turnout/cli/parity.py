@@ -18,6 +18,7 @@ exit codes: 0 equal, 1 not equal, 2 a mistake in the input
 import argparse
 
 from turnout.cli.early import check_there
+from turnout.errors import UsageError, word
 
 HELP = "whether a plan for many processes has the gradients of one"
 
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     degrees = "=" in arguments.plan and not Path(arguments.plan).exists()
     if not degrees:
         check_there("PLAN", [arguments.plan], "turnout parity")
+    if arguments.rows < 0:
+        fix = "pass --rows 12"
+        raise UsageError(word("--rows", got=arguments.rows, allowed="be 0 or more", where="turnout parity", fix=fix))
     check_there("--model", [arguments.model], "turnout parity", hub=True)
     from turnout.recipes.parity import parity, plan_of
     from turnout.types.plan import Plan

@@ -19,8 +19,10 @@ examples:
 """
 
 import argparse
+import dataclasses
+import json
 
-from turnout.cli.early import check_there
+from turnout.cli.early import check_there, check_writable
 from turnout.errors import UsageError, word
 
 HELP = "which layout trains a model fastest on a cluster, before it starts"
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster", metavar="FILE", help="the devices, as TOML; without it, one device like an H100")
     parser.add_argument("--devices", type=int, metavar="N", help="use so many of them (all)")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many layouts to show (5)")
+    parser.add_argument("--top", type=int, metavar="N", help="how many layouts to show (5)")
     parser.add_argument(
         "--foreign", action="store_true", help="look at tensor and context parallelism too, which turnout does not run"
     )
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="write the best plan here; with --here, the cluster")
     parser.add_argument("--html", metavar="FILE", help="write a page with the pictures of the best plan's step")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything, or the cluster, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         fix = "name a recipe (turnout train lists them) or a model's folder"
         raise UsageError(word("MODEL", got="nothing", allowed="be named", where="turnout plan", fix=fix))
+    check_writable("turnout plan", out=arguments.out, html=arguments.html)
     if arguments.here is not None:
         return _here(arguments)
     check_there("--cluster", [arguments.cluster], "turnout plan")
-    if arguments.top < 1:
+    top = 5 if arguments.top is None else arguments.top
+    if top < 1:
         fix = "pass --top 5"
-        raise UsageError(word("--top", got=arguments.top, allowed="be at least 1", where="turnout plan", fix=fix))
+        raise UsageError(word("--top", got=top, allowed="be at least 1", where="turnout plan", fix=fix))
     from turnout.recipes.layouts import plan_model
     from turnout.types import Cluster
 
@@ -73,8 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
         devices=arguments.devices,
         foreign=arguments.foreign,
         overlap=arguments.overlap,
-        top=arguments.top,
+        top=top,
     )
+    runs = [number for number, choice in enumerate(found.choices) if choice.runs]
+    if found.overlap is not None:  # asked for, so that is what is written
+        runs = [found.choices.index(found.overlap.choice)]
+    number = _first(runs) if arguments.out else None  # what cannot be written is said before anything is
     print(found.to_json() if arguments.json else found.table())
     if arguments.html:
         from turnout.storage import write_whole
@@ -82,11 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.html, found.page())
         if not arguments.json:
             print(f"\npage: {arguments.html}")
-    runs = [number for number, choice in enumerate(found.choices) if choice.runs]
-    if found.overlap is not None:  # asked for, so that is what is written
-        runs = [found.choices.index(found.overlap.choice)]
-    if arguments.out:
-        number = _first(runs)
+    if number is not None:
         found.save(arguments.out, number)
         if not arguments.json:
             print(f"\nplan {number + 1} is in {arguments.out}; to train by it:")
@@ -113,12 +117,18 @@ def _here(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.here <= 64:
         allowed, fix = "be 1 to 64 processes", "pass --here 4"
         raise UsageError(word("--here", got=arguments.here, allowed=allowed, where="turnout plan", fix=fix))
+    for name in ("devices", "top", "foreign", "overlap", "html"):
+        if getattr(arguments, name) not in (None, False):
+            allowed, fix = f"stand without --{name}: it measures, and plans nothing,", f"leave --{name} out here"
+            got, fix = f"--{name} beside it", f"{fix}, and pass it where you plan with --cluster FILE"
+            raise UsageError(word("--here", got=got, allowed=allowed, where="turnout plan", fix=fix))
     from turnout.recipes.cluster import as_toml, measured_cluster
     from turnout.recipes.layouts import run_of
     from turnout.storage import write_whole
 
-    text = as_toml(measured_cluster(arguments.here, run_of(arguments.model, arguments.overrides)))
-    print(text, end="")
+    cluster = measured_cluster(arguments.here, run_of(arguments.model, arguments.overrides))
+    text = as_toml(cluster)
+    print(json.dumps(dataclasses.asdict(cluster), indent=2) + "\n" if arguments.json else text, end="")
     if arguments.out:
         write_whole(arguments.out, text)
     return 0

@@ -154,7 +154,7 @@ def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any
     from turnout.run.ranks.processes import launched
     from turnout.types.plan import Plan
 
-    plan = plan_of(arguments.layout, "--layout") if arguments.layout else Plan.open(arguments.plan)
+    plan = plan_of(arguments.layout, "--layout") if arguments.layout is not None else Plan.open(arguments.plan)
     world = plan.layout.world
     if not launched() and world == 1:
         return execute(run, arguments.out, **how, quiet=arguments.quiet)
@@ -173,6 +173,9 @@ def _check_spread(arguments: argparse.Namespace) -> None:
     if arguments.layout is not None and arguments.plan is not None:
         got, fix = "both", "leave one of them out"
         raise UsageError(word("--layout and --plan", got=got, allowed="be one", where=where, fix=fix))
+    if arguments.layout is not None and not arguments.layout.strip():
+        allowed, fix = "name degrees", "write --layout dp_shard=4,ep=2, or leave it out"
+        raise UsageError(word("--layout", got="nothing", allowed=allowed, where=where, fix=fix))
     if not arguments.timeout > 0:
         fix = "pass --timeout 300"
         raise UsageError(word("--timeout", got=arguments.timeout, allowed="be above 0 s", where=where, fix=fix))

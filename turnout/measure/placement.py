@@ -19,14 +19,14 @@ def placement_report(
     before: Placement | None = None,
     expert_bytes: float = 0.0,
     speed_G: np.ndarray | None = None,
+    slots: int | None = None,
 ) -> Report:
     """How even a placement is and how many steps cross, beside the contiguous one, chance, and bounds on all.
 
     ``imbalance``: how long the layers' busiest devices take, over how long it would be if all were busy alike.
     ``crossing``: the share of steps from layer to layer that change the device. Both are of tokens dealt evenly to the
-    copies of an expert. No placement with these slots is below the bounds. ``crossing_chance`` is what an even
-    placement at random gives: what lies between it and the bound belongs to the trace, and how far down one gets to
-    the method.
+    copies of an expert. No placement with these slots is below the bounds; ``crossing_chance`` is what an even one at
+    random gives, so that what lies between the two belongs to the trace.
 
     Args:
         traffic: of the trace.
@@ -34,9 +34,10 @@ def placement_report(
         before: what was there before; its moves are counted.
         expert_bytes: what travels with each copy.
         speed_G: of each device, relative.
+        slots: copies that a layer has room for; None for those that it has.
 
     Returns:
-        The report; ``moves`` and ``bytes`` are None without ``before``.
+        ``moves`` and ``bytes`` are None without ``before``.
 
     Raises:
         ShapeError: a placement of another model.
@@ -50,19 +51,18 @@ def placement_report(
     Source: Yao et al., 2024, "Exploiting Inter-Layer Expert Affinity", for the share; the bounds are our own.
     """
     plain = Placement.contiguous(placement.num_experts_L, devices=placement.devices, nodes=placement.nodes)
+    room_L = [max(len(copies), slots or 0) for copies in placement.phy2log]
     moves = before.moved(placement, expert_bytes=expert_bytes) if before is not None else None
     values = {
-        "devices": placement.devices,
-        "nodes": placement.nodes,
-        "slots": placement.slots,
+        **{name: getattr(placement, name) for name in ("devices", "nodes", "slots")},
         "experts": sum(placement.num_experts_L),
         "imbalance": traffic.imbalance(placement, speed_G),
         "imbalance_contiguous": traffic.imbalance(plain, speed_G),
-        "imbalance_bound": _imbalance_bound(traffic, placement, speed_G),
+        "imbalance_bound": _imbalance_bound(traffic, placement, room_L, speed_G),
         "crossing": traffic.crossing(placement),
         "crossing_contiguous": traffic.crossing(plain),
         "crossing_chance": 1 - 1 / placement.devices,
-        "crossing_bound": _crossing_bound(traffic, placement),
+        "crossing_bound": _crossing_bound(traffic, placement, room_L),
         "crossing_nodes": traffic.crossing(placement, "node"),
         "crossing_nodes_contiguous": traffic.crossing(plain, "node"),
         "moves": len(moves.copies) if moves else None,
@@ -72,12 +72,13 @@ def placement_report(
     return Report("placement", values, context={"placement": placement.digest, "trace": traffic.source})
 
 
-def _crossing_bound(traffic: Traffic, placement: Placement) -> float:
-    """No placement with as many slots on each device has a lower share."""
+def _crossing_bound(traffic: Traffic, placement: Placement, room_L: list[int]) -> float:
+    """No placement with room for as many copies has a lower share."""
     if not traffic.steps:
         return 0.0
-    most_L = [int(placement.held(layer).sum(1).max()) for layer in range(placement.num_layers)]
-    single = placement.slots == sum(placement.num_experts_L)
+    held_L = [int(placement.held(layer).sum(1).max()) for layer in range(placement.num_layers)]
+    most_L = [max(held, -(-room // placement.devices)) for held, room in zip(held_L, room_L, strict=True)]
+    single = sum(room_L) == sum(placement.num_experts_L)
     kept = sum(
         kept_bound(step_EE, placement.devices, most_L[layer], most_L[layer + 1], single=single)
         for layer, step_EE in enumerate(traffic.step_LEE)
@@ -85,13 +86,13 @@ def _crossing_bound(traffic: Traffic, placement: Placement) -> float:
     return max(0.0, 1 - kept / traffic.steps)
 
 
-def _imbalance_bound(traffic: Traffic, placement: Placement, speed_G: np.ndarray | None) -> float:
-    """No placement with as many copies is less uneven: someone holds the largest copy, and no less than the mean."""
+def _imbalance_bound(traffic: Traffic, placement: Placement, room_L: list[int], speed_G: np.ndarray | None) -> float:
+    """No placement with room for as many copies is less uneven: someone has the largest copy, and at least the mean."""
     speed_G = np.ones(placement.devices) if speed_G is None else speed_G
     least = total = 0.0
     for layer, load_E in enumerate(traffic.load_LE):
         even = float(load_E.sum() / speed_G.sum())
-        copies, each = len(placement.phy2log[layer]), int(placement.held(layer).sum(1).min())
+        copies, each = room_L[layer], int(placement.held(layer).sum(1).min())
         largest = _largest_copy(load_E, copies, placement.devices)
         if copies == len(load_E):  # the busiest expert has company: at best of the idlest ones
             largest += float(np.sort(load_E)[: max(each - 1, 0)].sum())

@@ -1,26 +1,35 @@
 """Whole networks: a decoder language model, dense or sparse, and its files on disk."""
 
 from turnout.models import checkpoint
+from turnout.models.draw import Drawing
 from turnout.models.fused import token_loss
+from turnout.models.generate import generate
+from turnout.models.generated import Asked, Generated, Piece
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.jets import Jets
-from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig
+from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.pre_gate import PreGate
 from turnout.models.sentence import SentenceEncoder
 
 __all__ = [
     "LM",
+    "Asked",
     "Cache",
+    "Drawing",
     "FactoredConfig",
+    "Generated",
     "Jets",
     "LMConfig",
     "LMLoss",
     "LMOutput",
     "MLAConfig",
     "MoEConfig",
+    "Piece",
     "PreGate",
+    "QuantizedConfig",
     "SentenceEncoder",
     "checkpoint",
+    "generate",
     "head_loss",
     "token_loss",
 ]

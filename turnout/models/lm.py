@@ -1,8 +1,10 @@
 """A decoder language model: dense or with experts in any layer, exactly expressible in the published architectures."""
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +12,18 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expect
 from turnout.layers import MoE
-from turnout.models.attention import Cache, Projection, attended
+from turnout.models.attention import Cache, projection
 from turnout.models.batch import Batch
+from turnout.models.bill import cost
 from turnout.models.block import Block, build_pre_gate, build_router
-from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
+from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.norm import build_norm
 from turnout.models.padding import Places, find_places, new_places
+from turnout.models.prompts import Given
 from turnout.models.rope import Rope
-from turnout.paths import FeedForward
+from turnout.paths import PackedLinear
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
 from turnout.types.called import Called
@@ -36,6 +40,7 @@ __all__ = [
     "LMOutput",
     "MLAConfig",
     "MoEConfig",
+    "QuantizedConfig",
     "build_pre_gate",
     "build_router",
 ]
@@ -86,6 +91,8 @@ class LM(Called):
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
+    # The tokens that end a text, where the model that this one was made of said so.
+    ends: tuple[int, ...] = ()
 
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -103,8 +110,8 @@ class LM(Called):
         self.norm = build_norm(config, config.width)
         self.head = None
         if not config.tie_embeddings:
-            start = {"std": config.init_std, "generator": generator}
-            self.head = Projection(config.width, config.vocab_size, bias=False, **start)
+            sizes = (config.width, config.vocab_size)
+            self.head = projection(config, "head", *sizes, bias=False, generator=generator)
         self.rope, self.local_rope = Rope(config), None
         if config.local_rope_theta is not None:
             self.local_rope = Rope(config, theta=config.local_rope_theta)
@@ -149,11 +156,17 @@ class LM(Called):
             UsageError: an id outside the vocabulary, a mask of other values, a cache together with gradients or whose
                 keys no longer hold (longrope), or an unknown backend.
         """
-        hidden_BSD, routings, _ = self._hidden(id_BS, attention_mask, cache, backend, generator)
-        logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
+        hidden_BSD, routings, _ = self.hidden(id_BS, attention_mask, cache, backend, generator)
+        return LMOutput(self.scores(hidden_BSD), routings, hidden_BSD)
+
+    def scores(self, hidden_BSD: Tensor) -> Tensor:
+        """(..., V) what the output layer makes of what it reads."""
+        head = self.head
+        packed = isinstance(head, PackedLinear)
+        logits_BSV = head(hidden_BSD) if packed else linear(hidden_BSD, self._head_VD(hidden_BSD.dtype))
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
-        return LMOutput(capped(logits_BSV, self.config.logit_softcap), routings, hidden_BSD)
+        return capped(logits_BSV, self.config.logit_softcap)
 
     def loss(
         self,
@@ -177,7 +190,7 @@ class LM(Called):
             ShapeError: as ``forward``, or the two differ in shape.
             UsageError: as ``forward``.
         """
-        hidden_BSD, routings, places = self._hidden(id_BS, attention_mask, None, backend, generator)
+        hidden_BSD, routings, places = self.hidden(id_BS, attention_mask, None, backend, generator)
         return LMLoss(self._nats(hidden_BSD, target_BS, places), routings)
 
     def nats(self, x_BSD: Tensor, target_BS: Tensor, *, places: Places | None = None) -> Tensor:
@@ -189,16 +202,22 @@ class LM(Called):
             target_BS = target_BS.masked_fill(~places.real_BS, IGNORE)
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
-        weight_VD = self.embedding if self.head is None else self.head.weight
-        return head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
+        return head_loss(hidden_BSD, self._head_VD(hidden_BSD.dtype), target_BS, softcap=self.config.logit_softcap)
 
-    def _hidden(
+    def _head_VD(self, dtype: torch.dtype) -> Tensor:
+        """The output layer's matrix; written out where it is in few bits."""
+        if self.head is None:
+            return self.embedding
+        weight = self.head.weight
+        return weight if isinstance(weight, Tensor) else weight.packed.dequantised(dtype)
+
+    def hidden(
         self,
         id_BS: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        backend: str,
-        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
         """What the output layer reads, the decisions, and where there is padding."""
         batch = self.begin(id_BS, attention_mask=attention_mask, cache=cache)
@@ -222,9 +241,7 @@ class LM(Called):
         places = find_places(id_BS, attention_mask, cache)
         x_BSD = self._embedded(id_BS, start, places)
         if self.rope.changes(start, id_BS.shape[1], places):
-            allowed = (
-                "end where its keys still hold: in longer texts this model's RoPE has other frequencies (longrope)"
-            )
+            allowed = "end where its keys still hold: in longer texts this model's RoPE is another (longrope)"
             fix = "start a new Cache with all the tokens, as LM.generate does"
             got = f"{start} positions and {id_BS.shape[1]} more"
             raise UsageError(word("cache", got=got, allowed=allowed, where="LM", fix=fix))
@@ -268,10 +285,8 @@ class LM(Called):
             raise ShapeError(word("id_BS", got=got, allowed="be whole numbers (B, S), S > 0", where="LM", fix=fix))
         if start + id_BS.shape[1] > self.config.max_seq:
             fix = f"pass at most {self.config.max_seq} tokens, cached ones included, or build it with a longer max_seq"
-            allowed = f"end within max_seq={self.config.max_seq}"
-            raise ShapeError(
-                word("id_BS", got=f"{start + id_BS.shape[1]} tokens", allowed=allowed, where="LM", fix=fix)
-            )
+            got, allowed = f"{start + id_BS.shape[1]} tokens", f"end within max_seq={self.config.max_seq}"
+            raise ShapeError(word("id_BS", got=got, allowed=allowed, where="LM", fix=fix))
         if id_BS.device != self.embedding.device:
             allowed, fix = f"be on the model's {self.embedding.device}", f"pass id_BS.to('{self.embedding.device}')"
             raise UsageError(word("id_BS", got=f"them on {id_BS.device}", allowed=allowed, where="LM", fix=fix))
@@ -282,57 +297,46 @@ class LM(Called):
                 fix = "use the tokenizer that the model was trained with"
                 raise UsageError(word("id_BS", got=f"{least} to {most}", allowed=allowed, where="LM", fix=fix))
 
-    @torch.no_grad()
     def generate(
         self,
-        id_BS: Tensor,
+        id_BS: Given,
         *,
         tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos: int | Sequence[int] | Literal["model"] | None = None,
         attention_mask: Tensor | None = None,
+        pad: int | None = None,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The prompt with ``tokens`` further tokens, each drawn from softmax(logits / temperature).
+        """The prompts with ``tokens`` further tokens, each drawn from softmax(logits / temperature).
+
+        ``turnout.generate`` gives more: why each row ended, text, stops, a stream, log-probabilities.
 
         Args:
-            id_BS: (B, S) the prompts; shorter ones with padding before them.
+            id_BS: (B, S) the prompts, or a list of them.
             tokens: how many to add.
-            temperature: 0 takes the most likely token; 1 draws as the model says.
-            top_k: draw among the k most likely only; None among all.
-            attention_mask: (B, S), 1 or true at tokens and 0 or false at padding, as in ``forward``; every row ends
-                with a token. Each prompt goes on as it does alone; with longrope, as beside one as long as the longest.
-                None for no padding.
-            generator: where the chance comes from, on any device; torch's default when None.
+            attention_mask: (B, S), 1 or true at tokens and 0 or false at padding before them; or (B,) lengths.
+
+        The others are as in ``turnout.models.Drawing`` and ``turnout.models.Asked``.
 
         Returns:
-            (B, S + tokens).
+            (B, S + tokens), or less where all rows have ended; padding before shorter prompts and after rows that did.
 
         Raises:
-            ShapeError: the result would be longer than ``config.max_seq``.
-            UsageError: a negative temperature, a top_k below 1, or padding after a prompt.
+            ShapeError: a prompt without a token, or a result that would be longer than ``config.max_seq``.
+            UsageError: a setting out of its range, or padding after a prompt.
         """
-        if tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            got, allowed = f"{tokens}, {temperature} and {top_k}", "be at least 0, at least 0, and at least 1 or None"
-            fix = "pass tokens=64, temperature=1.0, top_k=50"
-            raise UsageError(
-                word("tokens, temperature and top_k", got=got, allowed=allowed, where="LM.generate", fix=fix)
-            )
-        was_training, cache, new_BS, mask = self.training, Cache(), id_BS, attention_mask
-        self._check(id_BS, tokens)
-        _refuse_padding_after(find_places(id_BS, attention_mask, None))
-        self.eval()
-        try:
-            for _ in range(tokens):
-                if self.rope.changes(cache.length, new_BS.shape[1], find_places(new_BS, None, cache)):
-                    mask = None if cache.real_BP is None else nn.functional.pad(cache.real_BP, (0, 1), value=True)
-                    cache, new_BS = Cache(), id_BS
-                logits_BV, mask = self(new_BS, attention_mask=mask, cache=cache).logits_BSV[:, -1], None
-                new_BS = _draw(logits_BV.float(), temperature, top_k, generator)
-                id_BS = torch.cat((id_BS, new_BS), dim=1)
-        finally:
-            self.train(was_training)
-        return id_BS
+        # By the package's list of names: what decodes an LM imports this module, which therefore imports none of that.
+        generate = sys.modules["turnout"].generate
+        sizes = {"tokens": tokens, "attention_mask": attention_mask, "pad": pad, "eos": eos}
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        drawn |= {"repetition_penalty": repetition_penalty, "seed": seed, "generator": generator}
+        return generate(self, id_BS, **sizes, **drawn).id_BT
 
     def cost(self, *, seq: int | None = None) -> Cost:
         """What one token's forward pass takes, the mean over the positions of a sequence.
@@ -346,54 +350,5 @@ class LM(Called):
         Returns:
             ``params`` (tied ones once), ``params_active`` (all, less E - K of E experts) and ``flops``.
         """
-        config, seq = self.config, self.config.max_seq if seq is None else seq
-        params = sum(parameter.numel() for parameter in self.parameters())
-        active, products = params, float(config.width * config.vocab_size)
-        for layer, block in enumerate(self._blocks()):
-            products += sum(p.weight.numel() for p in block.attention.modules() if isinstance(p, Projection))
-            products += attended(config, layer, seq)
-            moe = unwrapped(block.ff)
-            if isinstance(moe, FeedForward):
-                products += moe.up.numel() + moe.down.numel()
-                continue
-            assert isinstance(moe, MoE)
-            bank = moe.bank
-            used = min(_experts_per_token(config), bank.num_experts)
-            spent = bank.cost(1, used)
-            active -= (spent.params or 0) - (spent.params_active or 0)
-            products += (spent.flops or 0.0) / 2
-            always = [None if moe.router is None else getattr(unwrapped(moe.router), "weight", None), moe.shared_gate]
-            always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
-            products += sum(p.numel() for p in always if p is not None)
-        products += 0 if self.pre_gate is None else self.pre_gate.products(seq)
-        return Cost(params=params, params_active=active, flops=2.0 * products)
-
-
-def _refuse_padding_after(places: Places | None) -> None:
-    if places is not None and not bool(places.real_BS[:, -1].all()):
-        allowed, fix = "end each row with a token", "pad on the left: tokenizer.padding_side = 'left'"
-        got = "padding after a prompt"
-        raise UsageError(word("attention_mask", got=got, allowed=allowed, where="LM.generate", fix=fix))
-
-
-def _experts_per_token(config: LMConfig) -> float:
-    """K, or for experts that choose their tokens the mean number that choose one."""
-    moe = config.moe
-    if moe is None:
-        return 0
-    factor = moe.router_options.get("capacity_factor")
-    if moe.router == "ExpertChoice" and isinstance(factor, int | float):
-        return factor
-    return moe.top_k
-
-
-def _draw(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits_BV.argmax(1, keepdim=True)
-    logits_BK, index_BK = logits_BV.topk(min(top_k or logits_BV.shape[1], logits_BV.shape[1]), dim=1)
-    share_BK = (logits_BK / temperature).softmax(1)
-    # Drawn where the generator is: so a seed draws the same on every device, up to the rounding of the shares.
-    place_B1 = torch.multinomial(
-        share_BK if generator is None else share_BK.to(generator.device), 1, generator=generator
-    )
-    return index_BK.gather(1, place_B1.to(index_BK.device))
+        seq = self.config.max_seq if seq is None else seq
+        return cost(self, self.config, self._blocks(), self.pre_gate, seq)

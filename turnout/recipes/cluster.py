@@ -4,7 +4,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from turnout.measure.memory import free_memory
 from turnout.models import LM
 from turnout.recipes.run import Run
-from turnout.recipes.spawned import spawned
+from turnout.recipes.spawned import check_bears, spawned
 from turnout.recipes.workload import workload_of
 from turnout.types import Cluster
 
@@ -36,10 +36,13 @@ def measured_cluster(ranks: int, run: Run) -> Cluster:
         One node with ``ranks`` devices: medians over a few rounds, the slowest rank's.
 
     Raises:
+        UsageError: more processes than this machine bears.
         TrainingError: the processes did not come together.
 
     Source: none; least squares through two sizes.
     """
+    fix = "pass --here {most}, or measure on a machine that is as large as yours"
+    check_bears(ranks, "--here", where="turnout plan", fix=fix)
     worst = spawned(ranks, _slowest, run)
     free = free_memory()
     return Cluster(
@@ -53,6 +56,7 @@ def measured_cluster(ranks: int, run: Run) -> Cluster:
         intra_latency_s=worst["latency_s_each"],
         inter_bytes_per_s=worst["rate"],
         inter_latency_s=worst["latency_s_each"],
+        hides=worst["hides"],
         name=f"{ranks} processes on {os.cpu_count()} cores",
     )
 
@@ -67,20 +71,55 @@ def _slowest(run: Run) -> dict[str, float]:
 
 
 def _measure(run: Run) -> dict[str, float]:
-    flops, block_s = _computing(run)
+    flops, block_s, passes = _computing(run)
     big = torch.empty(1 << 22)
     memory = 2 * big.numel() * 4 / _median(lambda: big.copy_(big + 1)) * 2
     n = dist.get_world_size()
     if n == 1:
-        return {"flops": flops, "block_s_each": block_s, "memory": memory, "rate": memory, "latency_s_each": 0.0}
+        return {
+            "flops": flops,
+            "block_s_each": block_s,
+            "memory": memory,
+            "rate": memory,
+            "hides": 1.0,
+            "latency_s_each": 0.0,
+        }
     times = [_median(lambda size=size: _exchange(size, n)) for size in (_SMALL, _LARGE)]
     rate = (_LARGE - _SMALL) * (n - 1) / n / max(times[1] - times[0], 1e-9)
-    found = {"flops": flops, "block_s_each": block_s, "memory": memory, "rate": rate}
+    found = {"flops": flops, "block_s_each": block_s, "memory": memory, "rate": rate, "hides": _hidden(passes, n)}
     return found | {"latency_s_each": times[0] / (n - 1)}
 
 
-def _computing(run: Run) -> tuple[float, float]:
-    """Operations a second of the model's passes, and the seconds that a block takes whatever its size."""
+def _hidden(passes: Callable[[], None], ranks: int) -> float:
+    """How much of a message's time computing hides: of both at once, against each alone."""
+    size = _LARGE // ranks * ranks
+    sent, got = torch.zeros(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    computing = _median(passes)
+    # As many messages as take about as long as the passes, by the slowest rank's count.
+    one = _median(lambda: dist.all_to_all_single(got, sent))
+    count = torch.tensor(max(1.0, computing / one))
+    dist.all_reduce(count, op=dist.ReduceOp.MIN)
+
+    def talk() -> list["dist.Work | None"]:
+        return [dist.all_to_all_single(got, sent, async_op=True) for _ in range(int(count))]
+
+    def both() -> None:
+        works = talk()
+        passes()
+        _finish(works)
+
+    talking, together = _median(lambda: _finish(talk())), _median(both)
+    return min(1.0, max(0.0, (computing + talking - together) / min(computing, talking)))
+
+
+def _finish(works: Sequence["dist.Work | None"]) -> None:
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def _computing(run: Run) -> tuple[float, float, Callable[[], None]]:
+    """Operations a second of the model's passes, the seconds that a block takes whatever its size, and the passes."""
     rows = max(2, run.train.batch * run.train.accumulate // dist.get_world_size())
     lm = LM(run.model).train()
     work = workload_of(run, batch=rows)
@@ -92,7 +131,7 @@ def _computing(run: Run) -> tuple[float, float]:
     token_s = (times[1] - times[0]) / ((parts[1] - parts[0]) * run.train.seq)
     token_s = min(max(token_s, 0.1 * times[1] / (rows * run.train.seq)), times[1] / (rows * run.train.seq))
     left = max(0.0, times[1] - token_s * rows * run.train.seq)
-    return 3 * each / token_s, left / (3 * len(work.blocks))
+    return 3 * each / token_s, left / (3 * len(work.blocks)), lambda: _passes(lm, ids)
 
 
 def _passes(lm: LM, id_BS: torch.Tensor) -> None:

@@ -1,15 +1,18 @@
 """What ``turnout doctor`` prints: what is installed, and which backend each device would use and why."""
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from turnout.errors import Interrupted
 from turnout.measure import hardware
 from turnout.run import calibrate as measure_backends
 from turnout.run import choose
+from turnout.run.tuned import tuning, tuning_path
 from turnout.types import ExpertWeights, Routing
 from turnout.types.device import find_device, find_precision, shown, there
+from turnout.types.tuning import Tuning
 
 # Distribution -> the extra that installs it (None: always needed), and its purpose.
 _PARTS = {
@@ -32,11 +35,15 @@ _PARTS = {
 _SHAPES = ((4096, 8, 2, 256, 512), (4096, 64, 8, 1024, 256), (1, 64, 8, 1024, 256))
 
 
-def examine(*, calibrate: bool = False) -> Iterator[str]:
+def examine(*, calibrate: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[str]:
     """The findings, line by line.
 
     Args:
         calibrate: first measure the backends on this machine and remember the result.
+        say: is told what is being measured.
+
+    Raises:
+        Interrupted: the user stopped the measurements; nothing was written.
 
     Source: none; plain bookkeeping.
     """
@@ -53,7 +60,8 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
                 found = f"missing: pip install 'turnout[{extra}]'"
         yield f"  {name:<15} {found:<40} {purpose}"
     if calibrate:
-        yield f"calibrated    the constants are in {measure_backends()}"
+        yield f"calibrated      {_calibrate(say)}, kept in {tuning_path()}"
+    yield from _chosen()
     yield "devices (--device, or device= in a run)"
     found = find_device()
     yield f"  {'auto':<12} {shown(found)}, training in {find_precision('auto', found)}"
@@ -64,6 +72,27 @@ def examine(*, calibrate: bool = False) -> Iterator[str]:
         for dtype in (torch.float32, torch.bfloat16):
             for shape in _SHAPES:
                 yield from _choice(device, dtype, *shape)
+
+
+def _calibrate(say: Callable[[str], None]) -> Tuning:
+    try:
+        return measure_backends(say=say)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing was written, what held before still does") from None
+
+
+def _chosen() -> Iterator[str]:
+    """What the CPU's executors choose by."""
+    here = tuning()
+    yield f"kernels of the CPU: {here}"
+    for what, limit in (("", here.onednn), (" that turn the first factor", here.onednn_turned)):
+        way = "always torch's own" if limit is None else f"oneDNN's from {limit:,} multiply-adds on"
+        yield f"  {'fp32 products' + what:<42} {way}"
+    yield f"  {'experts at once, in intermediate numbers':<42} {here.group:,}"
+    yield f"  {'rows of 16 bits rounded up to a part of':<42} 1/{here.steps}, near the mean 1/{here.steps_near}"
+    yield f"  {'few tokens, row by row':<42} {here.decode_tokens}, and {here.decode_rows} an expert"
+    if here.origin != "measured":
+        yield "  turnout doctor --calibrate measures this machine, in about half a minute"
 
 
 def _choice(

@@ -19,6 +19,7 @@ from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import KEPT, begin, folded_only, kept_tokenizer, write_adapters
 from turnout.reshape import fold_low_rank
+from turnout.run.tuned import tuning
 from turnout.show.headline import at_equal_time, headline
 from turnout.train.allocator import return_freed_memory
 from turnout.train.config import TrainResult
@@ -171,6 +172,13 @@ def tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
         print(f"note: {why}", file=sys.stderr)
     if not quiet and (why := unexportable(run)):
         print(f"note: {why}", file=sys.stderr)
+    if not quiet and model.embedding.device.type == "cpu" and tuning().origin == "assumed":
+        # Offered, not done: what a run computes must not hang on how busy the machine was just before it.
+        print(
+            f"note: turnout was never measured on {tuning().processor}: kernels are chosen by a rule. `turnout doctor "
+            "--calibrate` takes half a minute and may make training faster.",
+            file=sys.stderr,
+        )
     if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
         print(
             f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "

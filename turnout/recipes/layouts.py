@@ -179,9 +179,9 @@ def run_of(model: str, overrides: Sequence[str] = ()) -> Run:
     if model in recipes.__all__:
         run = recipes.find(model)
     else:
-        run = dataclasses.replace(recipes.find("tiny"), recipe="plan", model=config_of(model))
-        seq = min(run.model.max_seq, 4096)
-        run = dataclasses.replace(run, train=dataclasses.replace(run.train, seq=seq, dtype="bf16"))
+        tiny, config = recipes.find("tiny"), config_of(model)
+        train = dataclasses.replace(tiny.train, seq=min(config.max_seq, 4096), dtype="bf16")
+        run = dataclasses.replace(tiny, recipe="plan", model=config, train=train)
     return run.override(list(overrides)) if overrides else run
 
 

@@ -16,7 +16,7 @@ from turnout.hub import located
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.planted import Fault
-from turnout.recipes.spawned import spawned
+from turnout.recipes.spawned import check_bears, spawned
 from turnout.recipes.stepped import Stepped, alone, batch_for, together
 from turnout.run.ranks import processes
 from turnout.run.ranks.shard import mesh
@@ -171,8 +171,22 @@ def compare(
 
     Source: none; a comparison. Errors are of the largest number of a tensor, since small ones are all rounding.
     """
+    _check(plan, dtype, plant)
+    lm = small_model(plan, seed=seed) if lm is None else lm
+    again = copy.deepcopy(lm) if dtype == "fp32" else None
+    found = _compared(plan, lm.double() if dtype == "fp64" else lm.float(), dtype, plant, seed)
+    rounded = any(gap.error > found.bound for gap in found.gaps) and all(gap.error < _ROUNDED for gap in found.gaps)
+    if again is None or not rounded:
+        return found
+    return dataclasses.replace(found, exact=_compared(plan, again.double(), "fp64", plant, seed))
+
+
+def _check(plan: Plan, dtype: str, plant: str | None) -> None:
+    """Refuses what no process needs to be started for."""
     if dtype not in _BOUNDS:
         raise nearest(dtype, _BOUNDS, kind="dtype", where=_WHERE)
+    if plant is not None:
+        Fault(plant)
     if plan.gather == "int8" or plan.reduce == "int4":
         # Measured: 0.6 of a tensor's largest number where routers choose other experts. A factor of 2 is 0.5 off.
         got, allowed = (
@@ -181,13 +195,6 @@ def compare(
         )
         fix = "compare gather=full, reduce=full of this layout, and the losses of turnout train under the plan itself"
         raise UsageError(word("the plan", got=got, allowed=allowed, where=_WHERE, fix=fix))
-    lm = small_model(plan, seed=seed) if lm is None else lm
-    again = copy.deepcopy(lm) if dtype == "fp32" else None
-    found = _compared(plan, lm.double() if dtype == "fp64" else lm.float(), dtype, plant, seed)
-    rounded = any(gap.error > found.bound for gap in found.gaps) and all(gap.error < _ROUNDED for gap in found.gaps)
-    if again is None or not rounded:
-        return found
-    return dataclasses.replace(found, exact=_compared(plan, again.double(), "fp64", plant, seed))
 
 
 def _compared(plan: Plan, lm: LM, dtype: str, plant: str | None, seed: int) -> Parity:
@@ -226,10 +233,11 @@ def parity(
         What came out; under torchrun on the first process alone, and None on the others.
 
     Raises:
-        UsageError: as ``compare``.
+        UsageError: as ``compare``; or more processes than this machine bears.
 
     Source: none; a start of processes.
     """
+    _check(plan, dtype, plant)
     if plan.layout.pp > 1:
         schedule_of(plan)  # a name that there is not is said before any process starts
     if processes.launched():
@@ -237,7 +245,11 @@ def parity(
         found = _compare_folder(plan, model, dtype, plant, seed)
         processes.end()
         return found if ranks.is_first else None
-    return spawned(plan.layout.world, _compare_folder, plan, model, dtype, plant, seed)
+    world = plan.layout.world
+    fix = "compare a plan of the same kinds with smaller degrees, {most} processes at most; or start them yourself: "
+    fix += f"torchrun --nproc-per-node {world} -m turnout parity PLAN"
+    check_bears(world, "PLAN", where="turnout parity", fix=fix)
+    return spawned(world, _compare_folder, plan, model, dtype, plant, seed)
 
 
 def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | None, seed: int) -> Parity:
@@ -267,6 +279,9 @@ def plan_of(text: str, where: str = "turnout parity") -> Plan:
             allowed = f"be name=number of {', '.join(fields)}, microbatches or secondary, or schedule=NAME"
             fix = "write dp_shard=4,ep=2"
             raise UsageError(word("the layout", got=repr(part), allowed=allowed, where=where, fix=fix))
+        if name in degrees or name in rest:
+            fix = f"leave one {name} out"
+            raise UsageError(word(name, got=repr(text), allowed="be given once", where=where, fix=fix))
         (degrees if name in fields else rest)[name] = int(value) if known else value
     if degrees.get("pp", 1) > 1:
         rest.setdefault("microbatches", 2 * degrees["pp"])

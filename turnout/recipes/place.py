@@ -31,6 +31,7 @@ class Placed:
         expert_bytes: what travels with each copy that moves.
         speed_G: of each device; empty for like ones.
         before: the placement that it came from.
+        slots: copies that a layer had room for; None for as many as it has.
 
     >>> import numpy as np
     >>> told = Traffic((np.ones(2), np.ones(2)), (np.eye(2),))
@@ -47,10 +48,17 @@ class Placed:
     expert_bytes: float = 0.0
     speed_G: tuple[float, ...] = ()
     before: Placement | None = None
+    slots: int | None = None
+
+    @property
+    def room(self) -> int | None:
+        """The slots of all layers, those that stay empty too; None where as many were asked for as there are copies."""
+        return None if self.slots is None else self.slots * self.placement.num_layers
 
     def save(self, path: str | Path) -> None:
         """Writes the placement with all that is said of it."""
         how = {"by": self.by, "expert_bytes": self.expert_bytes, "speed_G": self.speed_G}
+        how |= {} if self.slots is None else {"slots": self.slots}
         before = {"before": self.before.digest} if self.before is not None else {}
         self.placement.save(path, stated={**how, **before, **self.report.context, "values": dict(self.report.values)})
 
@@ -104,8 +112,8 @@ def place_trace(
     else:
         found = _new(by, traffic, devices, nodes, slots, balance, speed)
     found = dataclasses.replace(found, layers=traffic.layers, nodes=nodes)
-    report = placement_report(traffic, found, before=before, expert_bytes=expert_bytes, speed_G=speed)
-    return Placed(found, report, by, float(expert_bytes), tuple(map(float, speed_G)), before)
+    report = placement_report(traffic, found, before=before, expert_bytes=expert_bytes, speed_G=speed, slots=slots)
+    return Placed(found, report, by, float(expert_bytes), tuple(map(float, speed_G)), before, slots)
 
 
 def _new(
@@ -195,9 +203,17 @@ def check_placement(
     bytes_, speeds = stated.get("expert_bytes", 0.0), stated.get("speed_G", [])
     if not isinstance(bytes_, int | float) or not isinstance(speeds, list):
         raise refuse("bytes or speeds that are no numbers", "write it again with turnout place")
+    slots = stated.get("slots")
+    if slots is not None and (not isinstance(slots, int) or isinstance(slots, bool)):
+        raise refuse(f"slots that are no number ({slots!r:.40})", "write it again with turnout place")
     traffic = Traffic.of(Trace.open(trace))
     now = placement_report(
-        traffic, placement, before=older, expert_bytes=bytes_, speed_G=np.array(speeds) if speeds else None
+        traffic,
+        placement,
+        before=older,
+        expert_bytes=bytes_,
+        speed_G=np.array(speeds) if speeds else None,
+        slots=slots,
     )
     broken = [
         f"it says {name} is {values.get(name)}, and it is {value}"

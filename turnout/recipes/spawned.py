@@ -12,12 +12,55 @@ import torch
 import torch.distributed as dist
 
 from turnout import errors
-from turnout.errors import TrainingError, TurnoutError, word
+from turnout.errors import TrainingError, TurnoutError, UsageError, word
+from turnout.measure import quantity
+from turnout.measure.memory import free_memory
 from turnout.run.ranks import processes
 
-__all__ = ["spawned"]
+__all__ = ["check_bears", "spawned"]
 
 _WHERE = "turnout.recipes.spawned"
+# Processes a core of those that take turns: with more, starting them alone takes minutes.
+_PER_CORE = 8
+_EACH_BYTES = 300_000_000  # that a process takes for itself once torch is loaded; measured 276 MB and more
+
+
+def check_bears(
+    world: int, what: str, *, where: str, fix: str, cores: int | None = None, free: int | None = None
+) -> None:
+    """Refuses more processes than this machine bears, before any is started.
+
+    Args:
+        world: how many.
+        what: what asks for them, as the user knows it: ``"--here"``.
+        where: for messages.
+        fix: what to do, with ``{most}`` where the most that it bears belongs.
+        cores: of this machine; None for those that this process may use.
+        free: bytes; None for what is said to be free, if anything says so.
+
+    Raises:
+        UsageError: too many; says how many this machine bears, and what of.
+
+    >>> check_bears(2, "PLAN", where="turnout parity", fix="use {most}", cores=1, free=10**9)
+    >>> check_bears(64, "PLAN", where="turnout parity", fix="use {most}", cores=2, free=10**11)
+    Traceback (most recent call last):
+    turnout.errors.UsageError: PLAN must be for 16 processes at most, which 2 cores bear, in turnout parity; got 64 ...
+
+    Source: none; plain arithmetic.
+    """
+    cores = _cores() if cores is None else cores
+    free = free_memory() if free is None else free
+    bounds = [(max(4, _PER_CORE * cores), f"{cores} core{'s' if cores > 1 else ''}")]
+    if free is not None:
+        bounds.append((max(1, free // _EACH_BYTES), f"{quantity(free)}B of free memory"))
+    most, by = min(bounds)
+    if world > most:
+        allowed = f"be for {most} processes at most, which {by} bear,"
+        raise UsageError(word(what, got=f"{world} processes", allowed=allowed, where=where, fix=fix.format(most=most)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spawned(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 600.0) -> Any:

@@ -29,6 +29,7 @@ from turnout.train.loop import train
 from turnout.train.overlapping import Overlapping
 from turnout.train.piped import Pipelined
 from turnout.train.sharded import Sharded
+from turnout.types.device import find_device, find_precision, shown
 from turnout.types.plan import Plan
 
 __all__ = ["spread"]
@@ -204,6 +205,19 @@ def _refuse(run: Run, plan: Plan) -> None:
         raise refuse("the plan's placement", "one", "be none in turnout train", "leave it out of the plan")
     if plan.overlap is not None:
         check_played(plan)
+        device = find_device(run.train.device)
+        if device.type != "cpu":
+            got, allowed = (
+                f"{shown(device)}, with a plan that has an overlap",
+                "be a cpu there: it was seen nowhere else",
+            )
+            raise refuse("device", got, allowed, "pass --device cpu, or leave overlap out of the plan")
+        if find_precision(run.train.dtype, device) != "fp32":
+            got, fix = (
+                f"{run.train.dtype}, with a plan that has an overlap",
+                "pass dtype=fp32, or plan without --overlap",
+            )
+            raise refuse("dtype", got, "be fp32 there", fix)
     if batch % parts:
         kinds = "dp_replicate x dp_shard" + (" x microbatches" if layout.pp > 1 else "")
         allowed = f"be a multiple of {kinds} = {parts}, which share it"

@@ -1,25 +1,20 @@
 """Which executor runs, and why."""
 
 import dataclasses
-import functools
-import os
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turnout.errors import CheckpointError, StorageError, nearest, word
-from turnout.reading import check_fields, read_json
+from turnout.errors import nearest
 from turnout.run.decode import suits_decoding
 from turnout.run.grouped import grouped
 from turnout.run.kernels import kernels
 from turnout.run.reference import Executor, reference, trains
 from turnout.run.sort import sort
+from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["EXECUTORS", "Choice", "choose", "constants_path", "execute", "features"]
+__all__ = ["EXECUTORS", "Choice", "choose", "execute", "features"]
 
 EXECUTORS: dict[str, Executor] = {
     "reference": reference,
@@ -29,26 +24,6 @@ EXECUTORS: dict[str, Executor] = {
 # By name alone, and not on a CPU. TODO: let "auto" take it on CUDA once benchmarks.gpu_layer has been run on a GPU.
 _ON_CUDA: dict[str, Executor] = {"kernels": kernels}
 
-# Seconds per unit of each feature, by device, dtype, pass and executor; turnout.run.calibrate fits them, these on one
-# thread of an AMD EPYC 9005 (AVX-512, no AMX) with torch 2.13.
-_CONSTANTS: dict[str, dict[str, list[float]]] = {
-    "cpu float32 forward": {
-        "sort": [8.3e-05, 1.6e-05, 9.7e-12, 7.4e-09],
-        "grouped": [6.6e-05, 1.4e-05, 4.3e-11, 0],
-    },
-    "cpu float32 training": {
-        "sort": [0.0003, 0.00032, 1.3e-10, 1.3e-08],
-        "grouped": [0.00049, 0.00019, 2.5e-10, 1.7e-09],
-    },
-    "cpu bfloat16 forward": {
-        "sort": [0.00018, 2.3e-05, 1.2e-11, 0],
-        "grouped": [9.4e-06, 6.7e-05, 0, 3.2e-09],
-    },
-    "cpu bfloat16 training": {
-        "sort": [0.00062, 0.00027, 1.1e-10, 0],
-        "grouped": [3.2e-05, 0.00039, 1.3e-10, 1.7e-08],
-    },
-}
 # sort keeps half the memory and copies no weights; another executor must be faster than it by this factor.
 _MARGIN = 1.25
 _RULE = f"sort is taken unless another is {_MARGIN} times as fast"
@@ -68,68 +43,6 @@ class Choice:
 
     name: str
     reasons: tuple[str, ...]
-
-
-def constants_path() -> Path:
-    """Where ``turnout.run.calibrate`` keeps this machine's constants: in $TURNOUT_CACHE, or ~/.cache/turnout.
-
-    Raises:
-        StorageError: neither is set, and this user has no home.
-    """
-    path = _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
-    if path is None:
-        fix = "set TURNOUT_CACHE to a folder that can be written"
-        where = "turnout.run.calibrate"
-        raise StorageError(word("the cache", got="a user without a home", allowed="have a place", where=where, fix=fix))
-    return path
-
-
-@functools.cache
-def _path(own: str | None, cache: str | None) -> Path | None:
-    # Kept, because every call of ``execute`` asks: making paths would take a tenth of a decoding step.
-    try:
-        return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "executors.json"
-    except RuntimeError:  # a container's user that no list of users has, without HOME
-        return None
-
-
-def _measured() -> Mapping[str, Mapping[str, list[float]]]:
-    """What is known of this machine, whatever its environment: a cache is never a reason not to run."""
-    path = _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
-    return _CONSTANTS if path is None else _constants(path)
-
-
-@functools.cache
-def _constants(path: Path) -> Mapping[str, Mapping[str, list[float]]]:
-    """The shipped constants, overlaid by this machine's own where it was calibrated with this version of torch.
-
-    What cannot be read is ignored, and said once; that there is no such file is the usual case, and is not.
-    """
-    try:
-        own = read_json(path, refuse=CheckpointError, any_link=True)
-        check_fields(own, {"torch": str}, CheckpointError)
-        if own["torch"] != torch.__version__:
-            return _CONSTANTS
-        check_fields(own, {"seconds": dict[str, dict[str, list[float]]]}, CheckpointError)
-        for situation, seconds in own["seconds"].items():
-            _check_seconds(situation, seconds)
-    except (FileNotFoundError, NotADirectoryError):
-        return _CONSTANTS
-    except (OSError, CheckpointError) as error:
-        fix = "remove it, or measure again with turnout.run.calibrate"
-        text = f"{path} is ignored, and the shipped measurements taken: {error}. Nearest fix: {fix}."
-        warnings.warn(text, UserWarning, stacklevel=2)
-        return _CONSTANTS
-    return {**_CONSTANTS, **own["seconds"]}
-
-
-def _check_seconds(situation: str, seconds: Mapping[str, list[float]]) -> None:
-    count = len(features(1, 1, 1, 1, True))
-    wrong = [name for name, each in seconds.items() if len(each) != count or min(each) < 0]
-    strange = [name for name in seconds if name not in EXECUTORS | _ON_CUDA]
-    if wrong or strange or "sort" not in seconds:
-        name = (strange or wrong or ["sort"])[0]
-        raise CheckpointError(f"{situation!r} has no {count} numbers of 0 or more for the executor {name!r}")
 
 
 def features(entries: int, experts: int, width: int, hidden: int, gated: bool) -> tuple[float, float, float, float]:
@@ -157,7 +70,7 @@ def _decodes(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
 def _predict(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[str, dict[str, float]]:
     """The situation, and the predicted seconds of each executor measured in it, the fastest first."""
     situation = _situation(x_TD, weights, routing)
-    measured = _measured().get(situation, {})
+    measured = tuning().seconds.get(situation, {})
     sizes = features(routing.num_entries, routing.num_experts, weights.width, weights.hidden, weights.gated)
     seconds = {name: sum(a * b for a, b in zip(each, sizes, strict=True)) for name, each in measured.items()}
     if weights.width % 8 or weights.hidden % 8:  # it would copy all weights to pad them

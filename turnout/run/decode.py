@@ -17,13 +17,11 @@ from torch import Tensor
 
 from turnout.run.product import product
 from turnout.run.reference import activate
+from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 
 __all__ = ["decode", "suits_decoding"]
 
-# From about this many tokens per expert on, products are faster; they read the weights once for all their rows.
-_ROWS_PER_EXPERT = 4
-_TOKENS = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,14 +34,14 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
     Source: none; measured, see docs/performance.md.
     """
-    up_EDH, entries = weights.up_EDH, routing.token_R.shape[0]
+    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
     return (
-        0 < routing.num_tokens <= _TOKENS
+        0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
         and x_TD.device.type == "cpu"
         and x_TD.dtype == up_EDH.dtype == weights.down_EFD.dtype
         and x_TD.dtype in _DTYPES
-        and (entries <= _ROWS_PER_EXPERT * up_EDH.shape[0] or not up_EDH.is_contiguous())
+        and (entries <= here.decode_rows * up_EDH.shape[0] or not up_EDH.is_contiguous())
     )
 
 

@@ -7,28 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from turnout.run.product import onednn_is_faster
+from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
+from turnout.types.tuning import Tuning
 from turnout.types.weights import Activation
 
 __all__ = ["Group", "Plan", "plan_rows"]
 
-# Numbers per intermediate tensor of a group of experts: 512 KiB in fp32, which leaves several of them in cache.
-_GROUP = 1 << 17
 # oneDNN compiles a kernel for every new row count, which in training is every one, and keeps it. Counts are rounded up
 # to 8, and so that there are few: in fp32, where six of half a MB are kept for each, to about an eighth of themselves
-# or a 16th of the mean, which costs nothing that shows. In 16 bits, where it would, loads near the mean, which have
-# most rows when they are even, are rounded to a 32nd of it, and the others, which differ most from step to step, to a
-# 16th of the mean or of themselves.
-_LEAST, _STEPS = 8, 16
-_NEAR, _STEPS_NEAR = (0.75, 1.5), 32
-# fp32 products of fewer multiply-adds go to MKL, which compiles nothing.
-_SMALL = 1 << 20
+# or a 16th of the mean (``Tuning.steps``), which costs nothing that shows. In 16 bits, where it would, loads near the
+# mean, which have most rows when they are even, are rounded to a 32nd of it (``steps_near``), and the others, which
+# differ most from step to step, to a 16th of the mean or of themselves. MKL compiles nothing: its counts stay.
+_LEAST = 8
+_NEAR = (0.75, 1.5)
 # Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
 _FEW = 16
-# A call of a 16-bit product costs as much as this many multiply-adds, so neighbours of about equal load share one.
-# Not two of them: that saves little, and is one more kernel for every row count.
-_CALL = 3_000_000
+# Neighbours of about equal load that share a call. Not two of them: that saves little, and is one more kernel for every
+# row count.
 _BATCHES = (8, 4)
 # Repeated rows are kept for the backward pass up to this many per entry; more are dropped and gathered again.
 _REPEATS = 1 / 16
@@ -84,6 +80,11 @@ class Plan:
         """Whether enough rows are repeats that the up products are kept for the backward pass without them."""
         return self.place_R is not None and self.rows > self.place_R.numel() * (1 + _REPEATS)
 
+    def entries(self, group: Group) -> slice:
+        """Which entries a group's rows are."""
+        bound = self.routing.bounds()
+        return slice(bound[group.experts[0]], bound[group.experts[-1] + 1])
+
     def spread(self, value_R: Tensor) -> Tensor:
         """(P,) the values of the entries, zero on the rows that only round up."""
         if self.place_R is None:
@@ -104,17 +105,16 @@ class Plan:
 
 def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     """The plan for these tokens: whose rows are next to each other, and how many each expert has."""
-    bound = routing.bounds()
+    here, bound = tuning(), routing.bounds()
     load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R, entry_P = routing.token_R, None, None
-    step = max(_GROUP // weights.hidden, 1)
+    step = max(here.group // weights.hidden, 1)
     short = x_TD.dtype.itemsize == 2
-    each = routing.num_entries * weights.width * weights.hidden // max(len(load) - load.count(0), 1)
-    compiled = short or (x_TD.dtype == torch.float32 and each >= _SMALL and onednn_is_faster())
-    if compiled and x_TD.device.type == "cpu" and routing.num_tokens > _FEW:
-        mean = routing.num_entries / max(len(load) - load.count(0), 1)
-        load = [_rounded(count, mean, short) for count in load]
-        groups = _batches(load, weights.width * weights.hidden, step) if short else _neighbours(load, step)
+    mean = routing.num_entries / max(len(load) - load.count(0), 1)
+    if routing.num_tokens > _FEW and _compiles(x_TD, mean * weights.width * weights.hidden, here):
+        load = [_rounded(count, mean, short, here) for count in load]
+        size = weights.width * weights.hidden
+        groups = _batches(load, size, step, here.call) if short else _neighbours(load, step)
         token_P, place_R, entry_P = _spread_rows(routing, groups)
     else:
         groups = _neighbours(load, step)
@@ -135,10 +135,18 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     )
 
 
-def _rounded(count: int, mean: float, short: bool) -> int:
+def _compiles(x_TD: Tensor, multiply_adds: float, here: Tuning) -> bool:
+    """Whether products of that size go to oneDNN, on a CPU."""
+    if x_TD.device.type != "cpu" or x_TD.dtype.itemsize == 2:
+        return x_TD.device.type == "cpu"
+    least = min((one for one in (here.onednn, here.onednn_turned) if one is not None), default=None)
+    return x_TD.dtype == torch.float32 and least is not None and multiply_adds >= least
+
+
+def _rounded(count: int, mean: float, short: bool, here: Tuning) -> int:
     """A count that is at least as high, for loads of this mean, of 16 bits if ``short``."""
     near = short and _NEAR[0] * mean <= count <= _NEAR[1] * mean
-    high = max(count if short else 2 * count, mean) / (_STEPS_NEAR if near else _STEPS)
+    high = max(count if short else 2 * count, mean) / (here.steps_near if near else here.steps)
     unit = max(_LEAST, 1 << int(high).bit_length() >> 1)
     return -(-count // unit) * unit
 
@@ -158,8 +166,8 @@ def _neighbours(load: list[int], step: int) -> list[Group]:
     return groups
 
 
-def _batches(load: list[int], size: int, step: int) -> list[Group]:
-    """Experts alone, or neighbours with the same count where the rows that adds cost less than a call each."""
+def _batches(load: list[int], size: int, step: int, call: int) -> list[Group]:
+    """Experts alone, or neighbours with the same count where the rows that adds cost less than ``call`` each."""
     groups: list[Group] = []
     expert, end = 0, 0
     while expert < len(load):
@@ -168,7 +176,7 @@ def _batches(load: list[int], size: int, step: int) -> list[Group]:
             run = load[expert : expert + many]
             most = max(run)
             if len(run) == many and min(run) > 0 and most * many <= step:
-                if (most * many - sum(run)) * size < _CALL * (many - 1):
+                if (most * many - sum(run)) * size < call * (many - 1):
                     count, taken = most, many
                     break
         if count:

@@ -1,16 +1,15 @@
 """The dense product under everything else: which of torch's own CPU kernels computes a fp32 matrix product.
 
 torch computes fp32 products with MKL. On processors that are not Intel's, MKL takes its AVX2 path; oneDNN, which
-the same torch carries for bf16 and convolutions, uses all of AVX-512 there and is 2.2 times as fast (AMD Zen 5:
-240 against 108 GFLOP/s a core; docs/performance.md). Both round in IEEE fp32; only the order of sums differs.
+the same torch carries for bf16 and convolutions, uses all of AVX-512 there and is 2.2 times as fast on an AMD Zen 5
+(240 against 108 GFLOP/s a core; docs/performance.md), and no faster on a Zen 4. Both round in IEEE fp32; only the order
+of sums differs.
 """
 
 import contextlib
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from torch.nn import Parameter
 
 from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
+from turnout.run.tuned import tuning
 
-__all__ = ["instead_of_linear", "linear", "onednn_is_faster", "product"]
+__all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
-# Below this many multiply-adds the fixed 10 microseconds of a oneDNN call outweigh what it saves.
-_LEAST = 1 << 20
 # What takes the place of ``linear`` in this thread, if anything.
 _HERE = threading.local()
 
@@ -38,34 +36,29 @@ def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
         _HERE.other = before
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether this machine's fp32 products should go to oneDNN: an AVX-512 processor that is not Intel's.
+def replaced() -> bool:
+    """Whether something takes the place of ``linear`` in this thread.
 
-    A rule, not a measurement, so that two processes on one machine always compute the same bits.
+    >>> replaced()
+    False
 
-    >>> isinstance(onednn_is_faster(), bool)
-    True
-
-    Source: none; measured, see docs/performance.md.
+    Source: none; plain bookkeeping.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or "BLAS_INFO=mkl" not in torch.__config__.show():
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(encoding="utf-8", errors="replace")
+    return getattr(_HERE, "other", None) is not None
 
 
-def _suits(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
-    return (
-        0 < multiply_adds >= _LEAST
-        and a.dtype == b.dtype == torch.float32
-        and a.is_cpu
-        and b.is_cpu
-        and onednn_is_faster()
-        and not torch.compiler.is_compiling()
-    )
+def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) -> bool:
+    """Whether oneDNN takes these; ``turned``: the first factor lies transposed, and oneDNN copies it first."""
+    if not (a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu) or torch.compiler.is_compiling():
+        return False
+    here = tuning()
+    least = here.onednn_turned if turned else here.onednn
+    return least is not None and 0 < multiply_adds >= least
+
+
+def own_alone(dtype: torch.dtype) -> bool:
+    """Whether ``product`` of this dtype is torch's own at every size here."""
+    return dtype != torch.float32 or (tuning().onednn is None and tuning().onednn_turned is None)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
@@ -103,7 +96,7 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
 
     Source: none; torch's own kernels.
     """
-    if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel()):
+    if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel(), turned=not a_MK.is_contiguous()):
         # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
         if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()

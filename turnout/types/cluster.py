@@ -31,6 +31,7 @@ class Cluster:
         intra_latency_s: of a message inside a node.
         inter_bytes_per_s: of one device's share of the wire between nodes, each way.
         inter_latency_s: of a message between nodes.
+        hides: how much of a message's time computing can hide, from 0, where the same cores do both, to 1.
         host_bytes: memory of a node's host, for what is moved off its devices; 0 for none.
         host_bytes_per_s: between a device and its host.
         disk_bytes: of a node; 0 for none.
@@ -57,6 +58,7 @@ class Cluster:
     intra_latency_s: float = 1e-5
     inter_bytes_per_s: float = 25e9
     inter_latency_s: float = 3e-5
+    hides: float = 1.0
     host_bytes: float = 0.0
     host_bytes_per_s: float = 25e9
     disk_bytes: float = 0.0
@@ -70,7 +72,7 @@ class Cluster:
             if field.name == "name":
                 continue
             may_be_none = (
-                field.name in ("host_bytes", "disk_bytes", "price_per_device_hour", "block_s")
+                field.name in ("host_bytes", "disk_bytes", "price_per_device_hour", "block_s", "hides")
                 or "latency" in field.name
             )
             whole = field.name in ("nodes", "devices_per_node")
@@ -79,6 +81,10 @@ class Cluster:
                 allowed = f"be a {'whole ' if whole else ''}number {'of at least' if may_be_none else 'above'} 0"
                 fix = f"write {field.name} = {field.default}, or what your machine has"
                 raise UsageError(word(field.name, got=value, allowed=allowed, where=_WHERE, fix=fix))
+
+        if self.hides > 1:
+            allowed, fix = "be from 0 to 1", "write hides = 1.0 where wires work beside the chip"
+            raise UsageError(word("hides", got=self.hides, allowed=allowed, where=_WHERE, fix=fix))
 
     @property
     def devices(self) -> int:

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from private import private
 
 from turnout.decide import device
 from turnout.errors import UsageError
@@ -37,7 +38,7 @@ def profile(model: str) -> tuple[int, StageCosts]:
 
 def torchs(name: str, p: int, m: int, chunks: int | None = None) -> str:
     """Torch's own order in its text form, without what only says when gradients are reduced."""
-    visualizer = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")
+    visualizer = private("torch.distributed.pipelining._schedule_visualizer")
     orders = visualizer.get_schedule_ops(name, p, m, chunks)
     kept = [[str(a) for a in order if a is not None and "REDUCE_GRAD" not in str(a)] for order in orders]
     return "".join(",".join(order) + "\n" for order in kept)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from private import private
 
 from turnout.decide import device
 from turnout.errors import UsageError
@@ -54,7 +55,7 @@ def uneven(rng: random.Random, stages: int) -> StageCosts:
 
 def from_torch(name: str, p: int, m: int, chunks: int | None) -> Schedule | None:
     """Torch's own order; None where it has none for these counts."""
-    visualizer = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")
+    visualizer = private("torch.distributed.pipelining._schedule_visualizer")
     try:
         orders = visualizer.get_schedule_ops(name, p, m, chunks)
     except (ValueError, AssertionError):

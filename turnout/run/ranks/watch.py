@@ -19,6 +19,9 @@ _POLL_S = 0.02
 # How long ranks wait for each other's last word once one of them has missed somebody.
 _GRACE_S = 5.0
 _HERE = "is here"
+# What gloo calls itself in its messages, and what it says to an operation when another one on the same wire was not
+# answered: that one comes without its name.
+_GLOO = ("gloo", "application timeout caused pair closure")
 
 
 @contextlib.contextmanager
@@ -119,7 +122,9 @@ def _follow(ranks: Ranks, store: dist.Store, key: str) -> dict[str, Any]:
 def _of_the_wire(error: BaseException) -> bool:
     """Whether torch says by this that the others could not be reached; gloo says so with a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, TurnoutError) and "gloo" in str(error).lower()
+        isinstance(error, RuntimeError)
+        and not isinstance(error, TurnoutError)
+        and any(words in str(error).lower() for words in _GLOO)
     )
 
 

@@ -1,0 +1,19 @@
+"""Parts of torch that tests compare with: their absence is a failure, never a test that is skipped."""
+
+import re
+from pathlib import Path
+
+import pytest
+from private import private
+
+
+def test_what_torch_has_no_more_is_a_failure_that_names_it():
+    assert private("torch.nn").__name__ == "torch.nn"
+    with pytest.raises(pytest.fail.Exception, match=r"torch [0-9.]+.* has no torch\._gone, with which this test"):
+        private("torch._gone")
+
+
+def test_no_test_is_skipped_where_a_part_of_torch_is_missing():
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    found = [f"{f}: {line}" for f in files for line in re.findall(r"importorskip\([\"']torch\b.*", f.read_text())]
+    assert len(files) > 100 and not found, found

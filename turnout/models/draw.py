@@ -1,0 +1,192 @@
+"""Which token comes next: scores filtered as transformers filters them, and one drawn from what is left."""
+
+import dataclasses
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turnout.errors import UsageError, word
+
+__all__ = ["Drawing", "chances"]
+
+# Of a large vocabulary, how many of the likeliest are sorted before all are.
+_LIKELY = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How a token is drawn from its scores, in the order of transformers: penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+        temperature: scores are divided by it; 0 takes the likeliest token, and nothing after the penalty counts.
+        top_k: only the k likeliest stay, and those that tie with the last of them; at least 1; None for all.
+        top_p: only the fewest likeliest stay that together have this share, from 0 (the likeliest alone) to 1 (all);
+            None for all.
+        min_p: only those stay that are at least this share, from 0 to 1, of the likeliest; None for all.
+        repetition_penalty: above 0; the scores of tokens that stand in the text, prompt included, are divided by it
+            where they are positive and multiplied where they are negative. 1 changes nothing.
+        where: the function that was given them, for errors.
+
+    Raises:
+        UsageError: a setting out of its range; the message names it.
+
+    >>> drawing, scores_BV = Drawing(temperature=0.5, top_k=2), torch.tensor([[1.0, 3.0, 2.0]])
+    >>> drawing.processed(scores_BV)
+    tensor([[-inf, 6., 4.]])
+    >>> drawing.pick(scores_BV, torch.tensor([0.9]))
+    tensor([2])
+
+    Source: Keskar et al., 2019, "CTRL" (the penalty); Fan et al., 2018, "Hierarchical Neural Story Generation" (top-k);
+    Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., 2025, "Turning Up the
+    Heat: Min-p Sampling"; each as transformers 5 has it. Of scores that tie at the border of top-p the lower ids stay.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    where: str = "turnout.generate"
+
+    def __post_init__(self) -> None:
+        whole = self.top_k is None or (isinstance(self.top_k, int) and not isinstance(self.top_k, bool))
+        if not whole or (self.top_k is not None and self.top_k < 1):
+            raise self._refusal("top_k", self.top_k, "be a whole number of at least 1, or None", "pass top_k=50")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise self._refusal("temperature", self.temperature, "be a number of at least 0", "pass temperature=1.0")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+                fix = "pass top_p=0.95" if name == "top_p" else "pass min_p=0.05"
+                raise self._refusal(name, value, "be a number from 0 to 1, or None", fix)
+        penalty = self.repetition_penalty
+        if not _is_number(penalty) or not 0 < penalty < math.inf:
+            raise self._refusal("repetition_penalty", penalty, "be a number above 0", "pass repetition_penalty=1.1")
+        idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature == 0 and idle and self.top_k != 1:
+            has = "have no effect" if len(idle) > 1 else "has no effect"
+            warnings.warn(f"{' and '.join(idle)} {has} at temperature 0, which takes the likeliest token", stacklevel=4)
+
+    def _refusal(self, name: str, got: object, allowed: str, fix: str) -> UsageError:
+        return UsageError(word(name, got=got, allowed=allowed, where=self.where, fix=fix))
+
+    def processed(self, score_BV: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+        """(B, V) the scores whose softmax a token is drawn from: -inf at tokens that were left out.
+
+        Args:
+            score_BV: (B, V) floating-point, of the model.
+            seen_BV: (B, V) bool, which tokens stand in the text; None for no penalty.
+        """
+        kept_BC, index_BC = self._kept(self._penalised(score_BV, seen_BV))
+        if index_BC is None:
+            return kept_BC
+        return torch.full_like(score_BV, -math.inf, dtype=kept_BC.dtype).scatter_(1, index_BC, kept_BC)
+
+    def pick(self, score_BV: Tensor, chance_B: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+        """(B,) the tokens drawn: in the order of their ids, the one within whose share ``chance_B`` falls.
+
+        Args:
+            score_BV: as in ``processed``.
+            chance_B: (B,) from 0 to below 1; does not count at temperature 0.
+            seen_BV: as in ``processed``.
+        """
+        score_BV = self._penalised(score_BV, seen_BV)
+        if self.temperature == 0:
+            return score_BV.argmax(1)
+        kept_BC, index_BC = self._kept(score_BV)
+        if kept_BC.device.type == "mps":  # which has no float64
+            kept_BC = kept_BC.cpu()
+        below_BC = kept_BC.double().softmax(1).cumsum(1)
+        most_B1 = below_BC[:, -1:]
+        # Below the sum, whatever rounding did: a token of no share is never drawn.
+        at_B1 = torch.minimum(chance_B.to(below_BC)[:, None] * most_B1, most_B1.nextafter(torch.zeros_like(most_B1)))
+        place_B1 = torch.searchsorted(below_BC, at_B1, right=True).to(score_BV.device)
+        return (place_B1 if index_BC is None else index_BC.gather(1, place_B1)).squeeze(1)
+
+    def _penalised(self, score_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
+        score_BV, by = score_BV.float() if score_BV.dtype != torch.float64 else score_BV, self.repetition_penalty
+        if by == 1 or seen_BV is None:
+            return score_BV
+        return torch.where(seen_BV, torch.where(score_BV < 0, score_BV * by, score_BV / by), score_BV)
+
+    def _kept(self, score_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C) scores after everything, and the tokens that they are of, by id; None where they are of all V."""
+        if self.temperature != 1 and self.temperature != 0:
+            score_BV = score_BV / self.temperature
+        kept_BC, index_BC = score_BV, None
+        if self.top_k is not None and self.top_k < score_BV.shape[1]:
+            kept_BC, index_BC = _likeliest(score_BV, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            if index_BC is None:
+                kept_BC, index_BC = _enough(score_BV, self.top_p)
+            kept_BC = _nucleus(kept_BC, self.top_p, None if self.top_k is not None else score_BV)
+        if self.min_p is not None:
+            share_BC = kept_BC.softmax(1)
+            kept_BC = kept_BC.masked_fill(share_BC < self.min_p * share_BC.amax(1, keepdim=True), -math.inf)
+        return kept_BC, index_BC
+
+
+def chances(prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> Tensor:
+    """(B, tokens) numbers from 0 to below 1, of each row those that it would have alone.
+
+    They depend on the seed, the prompt, and how many rows before it have the same prompt: so copies of a prompt go on
+    differently, and the first of them as the prompt does alone.
+
+    Args:
+        prompts: the token ids of each row.
+        tokens: how many numbers each needs.
+        seed: any whole number.
+
+    >>> together = chances([[1, 2], [3], [3]], 4, seed=0)
+    >>> torch.equal(together[1:], chances([[3], [3]], 4, seed=0)), torch.equal(together[1], together[2])
+    (True, False)
+
+    Source: none; a generator for each row, seeded with BLAKE2.
+    """
+    before: dict[tuple[int, ...], int] = {}
+    rows = []
+    for prompt in map(tuple, prompts):
+        copy = before[prompt] = before.get(prompt, -1) + 1
+        digest = hashlib.blake2b(repr((seed, copy, prompt)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _likeliest(score_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(B, C) the scores of at least the ``count``-th largest of each row, and whose they are, by id; -inf fills up."""
+    least_B1 = score_BV.topk(count, dim=1).values[:, -1:]
+    kept_BV = score_BV >= least_B1
+    most = max(1, int(kept_BV.sum(1).max()))
+    # Those of each row before all others, each in the order of the ids: which of equal scores come first is certain.
+    index_BC = torch.topk(kept_BV.to(torch.uint8), most, dim=1).indices.sort(1).values
+    kept_BC = score_BV.gather(1, index_BC)
+    return kept_BC.masked_fill(kept_BC < least_B1, -math.inf), index_BC
+
+
+def _enough(score_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """Scores of the likeliest that have ``top_p`` of the whole in every row, and whose they are; all where few do."""
+    if score_BV.shape[1] <= 2 * _LIKELY:
+        return score_BV, None
+    kept_BC, index_BC = _likeliest(score_BV, _LIKELY)
+    held_B = (kept_BC.logsumexp(1) - score_BV.logsumexp(1)).exp()
+    # Short of rounding; ties can have made the list as long as the vocabulary.
+    if index_BC.shape[1] > 4 * _LIKELY or not bool((held_B > top_p + 1e-4).all()):
+        return score_BV, None
+    return kept_BC, index_BC
+
+
+def _nucleus(kept_BC: Tensor, top_p: float, whole_BV: Tensor | None) -> Tensor:
+    """The scores without those above which ``top_p`` of the whole lies already; the likeliest always stays."""
+    sorted_BC, order_BC = kept_BC.sort(dim=1, descending=True, stable=True)
+    share_BC = (sorted_BC - (kept_BC if whole_BV is None else whole_BV).logsumexp(1, keepdim=True)).exp()
+    gone_BC = share_BC.cumsum(1) - share_BC >= top_p
+    gone_BC[:, 0] = False
+    return kept_BC.masked_fill(torch.zeros_like(gone_BC).scatter_(1, order_BC, gone_BC), -math.inf)

@@ -1,0 +1,112 @@
+"""Going on from prompts with a model of ours, or one of transformers that is one of ours."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from turnout.expects import expects
+from turnout.models.checkpoint.live import lm_or_itself
+from turnout.models.decoding import Decoder
+from turnout.models.draw import Drawing
+from turnout.models.ends import own_ends
+from turnout.models.generated import Asked, Generated, Piece
+from turnout.models.going_on import go_on
+from turnout.models.lm import LM
+from turnout.models.prompts import Given
+from turnout.wrappers import unwrapped
+
+__all__ = ["generate"]
+
+
+@expects(model=nn.Module)
+def generate(
+    model: nn.Module,
+    prompts: Given,
+    *,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos: int | Sequence[int] | Literal["model"] | None = "model",
+    stop: str | Sequence[str] | None = None,
+    keep_stop: bool = False,
+    tokenizer: Any = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    attention_mask: Tensor | None = None,
+    pad: int | None = None,
+    stream: Callable[[Piece], object] | None = None,
+    logprobs: bool = False,
+    fallback: bool = False,
+) -> Generated:
+    """What a model makes of prompts, each as it would alone; at temperature 0, token for token what transformers makes.
+
+    Args:
+        model: an ``LM``, or a causal language model of transformers, which is computed as the LM that it is exactly
+            (to generate often, make that once: ``turnout.models.checkpoint.from_live``); wrapped or not.
+        prompts: token ids: (B, S), or a list of B prompts of any lengths, each a list or a tensor (S,).
+        attention_mask: of prompts (B, S): (B, S), 1 or true at tokens, padding before them; or (B,) how many tokens
+            each row begins with, which come out moved to its end. None for no padding.
+        fallback: whether a model of transformers that is no LM exactly is run as it is, with a warning.
+
+    The other arguments are those of ``turnout.models.Drawing`` and ``turnout.models.Asked``.
+
+    Raises:
+        ShapeError: no prompt, one without a token, or prompts and tokens longer than the model takes.
+        UsageError: a setting out of its range, padding after a prompt, a model that is no LM (with the reasons).
+
+    >>> from turnout.models.lm import LMConfig
+    >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2))
+    >>> generate(lm, [[3, 1, 4], [1]], tokens=3, seed=0).rows[1] == generate(lm, [[1]], tokens=3, seed=0).rows[0]
+    True
+
+    Source: none; ``generate`` of transformers.
+    """
+    drawing = Drawing(temperature, top_k, top_p, min_p, repetition_penalty)
+    asked = Asked(tokens, drawing, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
+    inside = unwrapped(model)
+    own = own_ends(inside) if eos == "model" else ()
+    run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
+    steps = functools.partial(Decoder if isinstance(run, LM) else _Foreign, run)
+    return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+
+
+class _Foreign:
+    """The steps of a model of transformers, as it is."""
+
+    def __init__(self, model: nn.Module, batch: int, room: int) -> None:
+        self._model: Any = model
+        self._cache: Any = None
+        self._real_BT = torch.empty(batch, 0, dtype=torch.bool)
+
+    def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As ``Steps``; the padding goes before the prompts, where transformers wants it."""
+        new = id_BS.shape[1]
+        real_BS = torch.ones_like(id_BS, dtype=torch.bool)
+        if lengths is not None:
+            before_BS = torch.arange(new, device=id_BS.device) - (new - lengths.to(id_BS.device))[:, None]
+            real_BS, id_BS = before_BS >= 0, id_BS.gather(1, before_BS.clamp(min=0))
+        self._real_BT = real_BS
+        return self._scores(id_BS)
+
+    def step(self, id_B: Tensor) -> Tensor:
+        """As ``Steps``."""
+        self._real_BT = nn.functional.pad(self._real_BT, (0, 1), value=True)
+        return self._scores(id_B[:, None])
+
+    def keep(self, row_N: Tensor) -> None:
+        """As ``Steps``."""
+        self._real_BT = self._real_BT[row_N]
+        self._cache.batch_select_indices(row_N)
+
+    def _scores(self, id_BS: Tensor) -> Tensor:
+        place_BT = (self._real_BT.long().cumsum(1) - 1).clamp(min=0)
+        told = {"attention_mask": self._real_BT.long(), "position_ids": place_BT[:, -id_BS.shape[1] :]}
+        out = self._model(input_ids=id_BS, past_key_values=self._cache, use_cache=True, **told)
+        self._cache = out.past_key_values
+        return out.logits[:, -1]

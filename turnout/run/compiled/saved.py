@@ -1,0 +1,109 @@
+"""Compiled kernels on disk: made once for a processor, read by every later process.
+
+They lie in $TURNOUT_CACHE or ~/.cache/turnout, under ``kernels``, by numba's version and the source they come from.
+numba keeps one index for all signatures of a function, which two processes that start at once can write so that it
+names the other's code; so each signature, on each processor, has a folder of its own, where all write the same.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["keep", "kernels_path"]
+
+
+def kernels_path() -> Path | None:
+    """The folder that compiled kernels are kept in; None where this user has no home.
+
+    >>> kernels_path() is None or kernels_path().name
+    'kernels'
+
+    Source: none; plain bookkeeping.
+    """
+    own, cache = os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):  # a container's user that no list of users has, without HOME
+        return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "kernels"
+    return None
+
+
+def keep(dispatcher: Any, files: Iterable[str], threaded: bool) -> None:
+    """From now on what this dispatcher compiles is kept on disk, where a folder for it can be written.
+
+    Args:
+        dispatcher: numba's.
+        files: the sources of all that it is made of; numba itself looks at one alone.
+        threaded: whether it is for several threads.
+    """
+    path = kernels_path()
+    if path is not None:
+        version = importlib.import_module("numba").__version__
+        digest = hashlib.sha256("".join(map(_text, sorted(files))).encode()).hexdigest()[:16]
+        dispatcher._cache = _Saved(dispatcher.py_func, path / f"{version}-{digest}-{int(threaded)}")
+
+
+@functools.cache
+def _text(file: str) -> str:
+    # A kernel that was typed in has no file, and numba keeps nothing of it.
+    return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file
+
+
+@functools.cache
+def _say(folder: Path) -> None:
+    if sys.stderr.isatty():
+        text = f"turnout compiles its kernels for this processor: seconds, once; they are kept in {folder.parent}"
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Saved:
+    """What numba asks for kept code; nothing that goes wrong on disk is a reason not to compile."""
+
+    def __init__(self, function: Any, folder: Path) -> None:
+        self._function, self._folder = function, folder
+
+    @property
+    def cache_path(self) -> str:
+        return str(self._folder)
+
+    def enable(self) -> None:
+        """It always is."""
+
+    disable = flush = enable
+
+    def _files(self, signature: Any, codegen: Any) -> Any:
+        """Numba's own files, in the folder of this signature and processor; None where they cannot lie there."""
+        key = hashlib.sha256(repr((signature, codegen.magic_tuple())).encode()).hexdigest()[:24]
+        folder = self._folder / f"{self._function.__name__}-{key}"
+        config = importlib.import_module("numba").config
+        before = config.CACHE_DIR
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            config.CACHE_DIR = str(folder)
+            files = importlib.import_module("numba.core.caching").FunctionCache(self._function)
+        except Exception:  # no such room, or a function without a file
+            return None
+        finally:
+            config.CACHE_DIR = before
+        return files if Path(files.cache_path).is_relative_to(folder) else None
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """The compiled code, or None: what cannot be read is made again."""
+        context.refresh()
+        files = self._files(signature, context.codegen())
+        with contextlib.suppress(Exception):
+            if files is not None and (found := files.load_overload(signature, context)) is not None:
+                return found
+        _say(self._folder)
+        return None
+
+    def save_overload(self, signature: Any, made: Any) -> None:
+        """Keeps it if that can be."""
+        files = self._files(signature, made.codegen)
+        with contextlib.suppress(Exception):
+            if files is not None:
+                files.save_overload(signature, made)

@@ -1,0 +1,164 @@
+"""Measures which kernels, groups and row counts are fastest on this machine: everything of a tuning but its costs."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from turnout.run.product import product
+from turnout.run.shipped import has_onednn
+from turnout.run.sort import sort
+from turnout.run.tuned import as_tuned
+from turnout.types import ExpertWeights, Routing
+from turnout.types.tuning import Tuning
+
+__all__ = ["Shape", "choose_kernels", "clock", "layer"]
+
+_T = TypeVar("_T")
+Shape = tuple[int, int, int, int, int]
+# Rows, in and out of the products that are timed, from 2^20 to 2^30 multiply-adds, four times as many at each step.
+_PRODUCTS = ((32, 128, 256), (64, 256, 256), (128, 256, 512), (256, 512, 512), (1024, 512, 512), (1024, 1024, 1024))
+# oneDNN must be faster by this factor: it compiles for every new row count, and counts are rounded up for it.
+_CLEAR = 1.15
+# A choice moves away from the shipped one only if it is faster by this factor; below that, noise would decide.
+_BETTER = 1.05
+_GROUPS = (1 << 15, 1 << 17, 1 << 19)
+_STEPS = ((16, 32), (8, 16), (64, 128))
+_CALLS = (3_000_000, 0, 12_000_000)
+_ROWS = (1, 2, 4, 8, 16)
+# On which layer each is measured.
+_LAYERS: dict[str, Shape] = {
+    "group": (512, 256, 16, 4, 256),
+    "steps": (1024, 256, 32, 4, 256),
+    "call": (512, 256, 64, 8, 64),
+}
+
+
+def clock() -> float:
+    """Seconds: of this thread where it works alone, for others may use the machine, else of the wall."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def least(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """The least seconds of each, their turns interleaved, after one turn that does not count."""
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds + 1):
+        for seconds, run in zip(taken, runs, strict=True):
+            start = clock()
+            run()
+            seconds.append(clock() - start)
+    return [min(seconds[1:]) for seconds in taken]
+
+
+def layer(shape: Shape, dtype: torch.dtype, device: str, train: bool) -> Callable[[Callable[..., Tensor]], object]:
+    """A layer with random weights: what runs an executor on it, with a new decision at every call."""
+    T, D, E, K, F = shape
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return (torch.randn(sizes, generator=g) * 0.1).to(device, dtype).requires_grad_(train)
+
+    x_TD, grad_TD = normal(T, D), torch.randn(T, D, generator=g).to(device, dtype)
+    weights = ExpertWeights(normal(E, D, 2 * F), normal(E, F, D))
+
+    def run(executor: Callable[..., Tensor]) -> None:
+        weight_TK, index_TK = torch.rand(T, E, generator=g).to(device).topk(K)
+        with torch.set_grad_enabled(train):
+            y_TD = executor(x_TD, Routing.from_topk(index_TK, weight_TK, num_experts=E), weights)
+        if train:
+            y_TD.backward(grad_TD)
+        if y_TD.is_cuda:
+            torch.cuda.synchronize(y_TD.device)
+
+    return run
+
+
+def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
+    """The tuning with everything measured but ``seconds``, in about ten seconds on one thread.
+
+    Args:
+        tuning: what is shipped for this machine; a choice moves away from it where that is clearly faster.
+        say: is told what is measured now.
+
+    Source: none; the fastest of a few candidates.
+    """
+    if has_onednn():
+        say("fp32 products")
+        tuning = dataclasses.replace(tuning, onednn=_onednn_from(tuning, turned=False))
+        say("fp32 products, transposed")
+        tuning = dataclasses.replace(tuning, onednn_turned=_onednn_from(tuning, turned=True))
+    say("how many rows at once")
+    groups = [dataclasses.replace(tuning, group=group) for group in _first(tuning.group, _GROUPS)]
+    tuning = _fastest(groups, _LAYERS["group"], torch.float32)
+    say("row counts in 16 bits")
+    counts = [
+        dataclasses.replace(tuning, steps=one, steps_near=near)
+        for one, near in _first((tuning.steps, tuning.steps_near), _STEPS)
+    ]
+    tuning = _fastest(counts, _LAYERS["steps"], torch.bfloat16)
+    say("experts that share a call")
+    calls = [dataclasses.replace(tuning, call=call) for call in _first(tuning.call, _CALLS)]
+    tuning = _fastest(calls, _LAYERS["call"], torch.bfloat16)
+    say("few tokens")
+    return dataclasses.replace(tuning, decode_rows=_decode_rows(tuning))
+
+
+def _first(usual: _T, others: Sequence[_T]) -> list[_T]:
+    return [usual, *(other for other in others if other != usual)]
+
+
+def _onednn_from(tuning: Tuning, *, turned: bool) -> int | None:
+    """The least multiply-adds from which oneDNN is clearly faster at every size measured, and None for nowhere."""
+    found = None
+    g = torch.Generator().manual_seed(0)
+    for M, K, N in reversed(_PRODUCTS):
+        a = torch.randn(K, M, generator=g).t() if turned else torch.randn(M, K, generator=g)
+        b, out = torch.randn(K, N, generator=g), torch.empty(M, N)
+        times = min(32, 1 + (1 << 25) // (M * K * N))
+
+        def by(limit: int | None, a: Tensor = a, b: Tensor = b, out: Tensor = out, n: int = times) -> None:
+            with as_tuned(dataclasses.replace(tuning, onednn=limit, onednn_turned=limit)):
+                for _ in range(n):
+                    product(a, b, out_MN=out)
+
+        mkl, onednn = least([lambda by=by: by(None), lambda by=by: by(0)], 5)
+        if mkl < _CLEAR * onednn:
+            break
+        found = M * K * N
+    return found
+
+
+def _fastest(candidates: Sequence[Tuning], shape: Shape, dtype: torch.dtype) -> Tuning:
+    """The first candidate, or another by which a step of training that layer is clearly faster."""
+    run = layer(shape, dtype, "cpu", True)
+
+    def by(tuning: Tuning) -> None:
+        with as_tuned(tuning):
+            run(sort)
+
+    seconds = least([lambda one=one: by(one) for one in candidates], 6)
+    best = min(range(len(candidates)), key=seconds.__getitem__)
+    return candidates[best] if seconds[best] * _BETTER < seconds[0] else candidates[0]
+
+
+def _decode_rows(tuning: Tuning) -> int:
+    """Up to how many rows for each expert weights are best read row by row, at few tokens."""
+    found, experts = 0, 8
+    for rows in _ROWS:
+        tokens = min(rows * experts // 2, tuning.decode_tokens)
+        top_k = max(1, min(rows * experts // max(tokens, 1), experts))
+        run = layer((tokens, 512, experts, top_k, 256), torch.float32, "cpu", False)
+
+        def by(limit: int, run: Callable[..., object] = run) -> None:
+            with as_tuned(dataclasses.replace(tuning, decode_rows=limit)):
+                run(sort)
+
+        ways = [lambda by=by, n=rows: by(n), lambda by=by: by(0)]
+        alone, products = least(ways, 9)
+        if alone > products:
+            break
+        found = rows
+    return found
