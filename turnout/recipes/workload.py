@@ -7,7 +7,7 @@ from torch import nn
 
 from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.checkpoint.own import ORIGIN, describe, outline, read_json
-from turnout.models.config import LMConfig
+from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.families.express import family_of
 from turnout.recipes.run import Run
 from turnout.types import BlockSize, Workload
@@ -20,7 +20,9 @@ _WHERE = "turnout plan"
 # two are the queries' and what the heads give; keys before and after they are turned, and values; of a feed-forward
 # layer its product, which is twice as wide where it is gated, and what it becomes. Under bf16 norms stay in fp32.
 # Norms after a part keep two widths more; capped scores are held whole, before and after their softmax, window or not.
-_WIDTHS, _QUERIES, _KEYS, _DENSE, _EXPERT, _BF16, _AFTER, _SCORES = 5, 2, 3, 2, 1, 1.2, 2, 2
+# A gate on the shared expert keeps what that gave; behind the last block are the last norm, what it gives and its
+# gradient. Autocast leaves what goes from block to block, and to experts elsewhere, in fp32.
+_WIDTHS, _QUERIES, _KEYS, _DENSE, _EXPERT, _WIDE, _AFTER, _SCORES, _LAST = 5, 2, 3, 2, 1, 3, 2, 2, 3
 
 
 def config_of(path: str | Path) -> LMConfig:
@@ -73,7 +75,9 @@ def workload_of(run: Run, *, batch: int | None = None, seq: int | None = None) -
     half = run.train.dtype == "bf16"
     blocks = tuple(_block(config, block, layer, seq, half) for layer, block in enumerate(lm.blocks))
     whole = sum(p.numel() for p in lm.parameters())
-    head = 0 if config.tie_embeddings else config.vocab_size * config.width
+    table = config.vocab_size * config.width
+    head = 0 if config.tie_embeddings else table
+    cpu, gate = run.train.device in ("auto", "cpu"), lm.pre_gate
     return Workload(
         blocks,
         width=config.width,
@@ -82,11 +86,16 @@ def workload_of(run: Run, *, batch: int | None = None, seq: int | None = None) -
         embedding_params=whole - head - sum(block.total for block in blocks),
         head_params=head,
         vocab=config.vocab_size,
-        logits_kept=0.0 if run.train.device in ("auto", "cpu") else 3.0,
+        logits_kept=0.0 if cpu else 3.0,
         number_bytes=2.0 if half else 4.0,
         param_bytes=4.0,
         grad_bytes=4.0,
         optimizer_bytes=8.0,
+        wire_bytes=4.0,
+        first_flops=0.0 if gate is None else 2.0 * gate.products(seq // 2),  # of half the pairs, as in blocks
+        first_kept=0.0 if gate is None else _gate_kept(gate.config, seq, half),
+        last_kept=(_LAST + half) * config.width,
+        last_kept_once=float(table * (cpu + half)),  # the output layer's gradient there, and its weights in bf16
     )
 
 
@@ -95,32 +104,62 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
     bank = sum(size for name, size in sizes.items() if ".bank." in f".{name}")
     moe = config.moe if config.is_routed(layer) else None
     held = 0 if moe is None else config.experts_held(layer) or moe.num_experts
+    taken = 0.0 if moe is None else min(_taken(moe), float(held))  # of merged experts a token takes one once
     params = sum(sizes.values()) - bank
     if config.mla is None:
-        queries, keys, wide = config.heads * config.head_width, config.key_heads * config.head_width, config.head_width
-        value = wide
+        wide = value = config.head_width
     else:
         wide, value = config.mla.rope_dim + config.mla.nope_dim, config.mla.v_dim
-        queries, keys = config.heads * wide, config.heads * wide
-    kept = _WIDTHS * config.width + _QUERIES * queries + _KEYS * keys
-    kept += _AFTER * config.width if config.norm_place == "both" else 0
-    kept += 0 if config.attention_softcap is None else _SCORES * config.heads * seq
+    kept = _attention_kept(config, seq, half)
+    flops = 2.0 * params + 2.0 * config.heads * (wide + value) * _looked(seq, config.window_of(layer))
     expert_kept = 0.0
     if moe is None:
         kept += _feed_forward(config.dense_hidden, config.activation) * _DENSE
     else:
-        kept += _feed_forward(moe.shared_hidden or 0, moe.activation) * _DENSE + 4 * moe.num_experts
+        kept += _feed_forward(moe.shared_hidden or 0, moe.activation) * _DENSE + 4 * moe.num_experts * (1 + half)
+        kept += config.width * ((1 + half) * moe.shared_gate + half * (moe.shared_hidden is not None))
         expert_kept = _feed_forward(moe.hidden, moe.activation) * _EXPERT
-    more = _BF16 if half else 1.0
+        # Experts that share a factor use it once for a token; biases are no products.
+        spent = block.ff.bank.cost(1, taken).flops or 0.0  # pyrefly: ignore[missing-attribute]
+        flops += spent - 2.0 * taken * (bank // held)
+    window = config.window_of(layer)
+    masked = window is not None and window < seq and config.attention_softcap is None
     return BlockSize(
         params=params,
-        flops=2.0 * params + 2.0 * config.heads * (wide + value) * _looked(seq, config.window_of(layer)),
-        kept=kept * more,
+        flops=flops,
+        kept=kept,
         experts=held,
-        top_k=float(min(moe.top_k, held)) if moe else 0.0,  # of merged experts a token takes one once
+        top_k=taken,
         expert_params=bank // held if held else 0,
-        expert_kept=expert_kept * more,
+        expert_kept=expert_kept,
+        kept_once=float(seq * seq * masked) + (float(params) if half else 0.0),
     )
+
+
+def _attention_kept(config: LMConfig, seq: int, half: bool) -> float:
+    """Numbers that a block keeps of a token without its feed-forward layer; under bf16 one of fp32 counts twice."""
+    if config.mla is None:
+        queries, keys = config.heads * config.head_width, config.key_heads * config.head_width
+    else:
+        queries = keys = config.heads * (config.mla.rope_dim + config.mla.nope_dim)
+    kept = (_WIDTHS + _WIDE * half) * config.width + _QUERIES * queries + _KEYS * keys
+    kept += (_AFTER + _WIDE * half) * config.width if config.norm_place == "both" else 0
+    kept += 3 * (queries + keys) * half if config.qk_norm != "none" else 0
+    return kept + (0 if config.attention_softcap is None else _SCORES * (1 + half) * config.heads * seq)
+
+
+def _gate_kept(config: LMConfig, seq: int, half: bool) -> float:
+    """Of a router of all layers, which is a small decoder."""
+    each = _attention_kept(config, seq, half) + _feed_forward(config.dense_hidden, config.activation) * _DENSE
+    return config.layers * each + (_LAST + half) * config.width
+
+
+def _taken(moe: MoEConfig) -> float:
+    """Experts of a token: of a router that grows sparse the most, of experts that choose tokens their mean number."""
+    if moe.router == "DenseToSparse":
+        return float(moe.num_experts)
+    factor = moe.router_options.get("capacity_factor")
+    return float(factor) if moe.router == "ExpertChoice" and isinstance(factor, int | float) else float(moe.top_k)
 
 
 def _looked(seq: int, window: int | None) -> float:

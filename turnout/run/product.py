@@ -19,7 +19,7 @@ from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 from turnout.run.tuned import tuning
 
-__all__ = ["instead_of_linear", "linear", "product"]
+__all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
 # What takes the place of ``linear`` in this thread, if anything.
 _HERE = threading.local()
@@ -36,6 +36,17 @@ def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
         _HERE.other = before
 
 
+def replaced() -> bool:
+    """Whether something takes the place of ``linear`` in this thread.
+
+    >>> replaced()
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    return getattr(_HERE, "other", None) is not None
+
+
 def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) -> bool:
     """Whether oneDNN takes these; ``turned``: the first factor lies transposed, and oneDNN copies it first."""
     if not (a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu) or torch.compiler.is_compiling():
@@ -43,6 +54,11 @@ def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) ->
     here = tuning()
     least = here.onednn_turned if turned else here.onednn
     return least is not None and 0 < multiply_adds >= least
+
+
+def own_alone(dtype: torch.dtype) -> bool:
+    """Whether ``product`` of this dtype is torch's own at every size here."""
+    return dtype != torch.float32 or (tuning().onednn is None and tuning().onednn_turned is None)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:

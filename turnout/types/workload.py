@@ -19,6 +19,7 @@ class BlockSize:
         top_k: K, how many experts a token takes.
         expert_params: of one expert.
         expert_kept: numbers that an expert keeps of one token.
+        kept_once: numbers kept of a micro-batch however many rows it has: a window's mask, weights in another dtype.
 
     >>> BlockSize(params=10, flops=20.0, kept=5.0, experts=8, top_k=2, expert_params=6).total
     58
@@ -33,6 +34,7 @@ class BlockSize:
     top_k: float = 0.0
     expert_params: int = 0
     expert_kept: float = 0.0
+    kept_once: float = 0.0
 
     @property
     def total(self) -> int:
@@ -58,10 +60,15 @@ class Workload:
         head_params: of the output layer behind the last; 0 where it is the embedding.
         vocab: V, logits of a token.
         logits_kept: how many times a micro-batch's fp32 logits are held at once; 0 where they are never whole.
-        number_bytes: of a number in the computation, and on the wire.
+        number_bytes: of a number in the computation.
         param_bytes: of a stored parameter.
         grad_bytes: of its gradient.
         optimizer_bytes: of what the optimizer keeps for it.
+        wire_bytes: of a number of a token on its way to another device; None for ``number_bytes``.
+        first_flops: for one token in front of the first block, such as a router of all layers.
+        first_kept: numbers that this keeps of one token.
+        last_kept: numbers kept of one token behind the last block, beside its logits.
+        last_kept_once: numbers kept there of a micro-batch however many rows it has.
 
     Raises:
         UsageError: no block, or a batch without a token.
@@ -85,6 +92,11 @@ class Workload:
     param_bytes: float = 2.0
     grad_bytes: float = 2.0
     optimizer_bytes: float = 12.0
+    wire_bytes: float | None = None
+    first_flops: float = 0.0
+    first_kept: float = 0.0
+    last_kept: float = 0.0
+    last_kept_once: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("blocks", "width", "seq", "batch"):
@@ -102,6 +114,11 @@ class Workload:
     def tokens(self) -> int:
         """Of a step."""
         return self.seq * self.batch
+
+    @property
+    def travelling(self) -> float:
+        """Bytes that stand for a token between devices."""
+        return self.width * (self.number_bytes if self.wire_bytes is None else self.wire_bytes)
 
     @property
     def experts(self) -> int:

@@ -108,6 +108,27 @@ def test_a_large_model_is_placed_in_seconds_with_a_bound():
     assert seconds < 15, "of processor time; 2 to 4 on an idle core, where 5 is the goal"
 
 
+def test_the_bounds_are_of_the_slots_that_were_asked_for() -> None:
+    """Where slow devices leave copies unused, no placement that uses them is below what is told either."""
+    unused = 0
+    for seed in range(12):
+        speed_G = np.random.default_rng(seed).choice([0.5, 1.0, 2.0], 4)
+        told, slots = traffic(2, 4, seed), 6
+        found = place.by_load(told.load_LE, devices=4, slots=slots, speed_G=speed_G)
+        unused += found.slots < 2 * slots
+        report = placement_report(told, found, speed_G=speed_G, slots=slots)
+        rows = [list(itertools.combinations(range(4), room)) for room in (2, 1, 2, 1)]
+        picks = [one for one in itertools.product(*rows) if len({e for row in one for e in row}) == 4]
+        held_NGE = np.array([[[e in row for e in range(4)] for row in one] for one in picks], dtype=float)
+        share_NGE = held_NGE / held_NGE.sum(1, keepdims=True)
+        stays = np.einsum("age,ef,bgf->ab", share_NGE, told.step_LEE[0], share_NGE).max() / told.steps
+        assert report["crossing_bound"] <= 1 - stays + 1e-9, f"seed {seed}"
+        least = sum(((share_NGE @ load_E) / speed_G).max(1).min() for load_E in told.load_LE)
+        even = sum(load_E.sum() for load_E in told.load_LE) / speed_G.sum()
+        assert report["imbalance_bound"] <= least / even + 1e-9, f"seed {seed}"
+    assert unused
+
+
 # ---- load
 
 

@@ -90,6 +90,10 @@ class Share:
         flops: of a token forward, without experts; ``expert_flops`` with them alone.
         kept: numbers that a token keeps, without experts; ``expert_kept`` of experts alone.
         routed: experts that a token takes, over all blocks; ``routed_blocks`` of which take any.
+        kept_once: numbers that a micro-batch keeps however many rows it has.
+        first: whether it begins the network; ``last`` whether it ends it.
+        ends: parameters in front of the first block and behind the last, where it has these ends.
+        copied: of them, those that the other end holds too.
 
     Source: none; plain bookkeeping.
     """
@@ -104,6 +108,11 @@ class Share:
     expert_kept: float
     routed: float
     routed_blocks: int
+    kept_once: float
+    first: bool
+    last: bool
+    ends: float
+    copied: float
 
 
 def shares(workload: Workload, plan: Plan) -> tuple[Share, ...]:
@@ -116,7 +125,12 @@ def shares(workload: Workload, plan: Plan) -> tuple[Share, ...]:
     Source: none; sums.
     """
     found = []
-    for owned in stage_blocks(workload, plan):
+    turns = plan.schedule in ("ZBVZeroBubble", "DualPipeV") and plan.layout.pp > 1
+    for device, owned in enumerate(stage_blocks(workload, plan)):
+        first, last = device == 0, device == (0 if turns else plan.layout.pp - 1)
+        # Tied to the embedding, the output layer is a copy of it where the pipeline ends elsewhere.
+        copied = 0 if workload.head_params or first == last else workload.embedding_params
+        ends = workload.embedding_params * first + (workload.head_params or copied) * last
         sizes = [workload.blocks[block] for block in owned]
         found.append(
             Share(
@@ -130,6 +144,11 @@ def shares(workload: Workload, plan: Plan) -> tuple[Share, ...]:
                 sum(s.top_k * s.expert_kept for s in sizes),
                 sum(s.top_k for s in sizes if s.experts),
                 sum(s.experts > 0 for s in sizes),
+                sum(s.kept_once for s in sizes),
+                first,
+                last,
+                ends,
+                copied,
             )
         )
     return tuple(found)
@@ -144,7 +163,8 @@ def waiting(plan: Plan, stage: int) -> float:
         return float(m)
     if plan.schedule == "Interleaved1F1B":
         each = chunks(plan.schedule)
-        return min(float(m), (2 * (pp - stage - 1) + (each - 1) * pp + 1) / each)
+        in_round = m / max(1, m // pp)  # where pp does not divide them, more go through a stage in turn
+        return min(float(m), (2 * (pp - stage - 1) + (each - 1) * in_round + 1) / each)
     if plan.schedule in ("ZBVZeroBubble", "DualPipeV"):
         return min(float(m), float(pp) + (0.5 if plan.schedule == "DualPipeV" else 0.0))
     return float(min(m, pp - stage))
@@ -155,8 +175,9 @@ def held(workload: Workload, plan: Plan) -> Held:
 
     Psi parameters in number_bytes, with K = 12 of Adam, over N devices: 4 Psi + K Psi / N with zero=1,
     2 Psi + (2 + K) Psi / N with zero=2, (4 + K) Psi / N with zero=3, as in ZeRO's table; experts are divided by ep
-    first, everything by tp. On top of that come what the backward pass waits for, two blocks' gathered parameters
-    with zero=3, and logits.
+    first, everything by tp. On top of that come what the backward pass waits for, logits, and what is gathered: with
+    zero=3 two blocks and what is in front of the first and behind the last; beside gathered parameters the shards that
+    they come from. In a pipeline a stage stays gathered through a step, and its gradients are whole until the end.
 
     Args:
         workload: the network and its step.
@@ -167,8 +188,8 @@ def held(workload: Workload, plan: Plan) -> Held:
 
     >>> from turnout.types import Layout
     >>> network = Workload((BlockSize(7_500_000_000, 0.0, 0.0),), width=1, seq=1, batch=64)
-    >>> round(held(network, Plan(Layout(dp_shard=64, zero=1))).total / 1e9, 1)
-    31.4
+    >>> {kind: round(size / 1e9, 1) for kind, size in held(network, Plan(Layout(dp_shard=64, zero=1))).by_kind.items()}
+    {'parameters': 15.0, 'gradients': 15.0, 'optimizer': 1.4, 'activations': 0.0, 'gathered': 0.2, 'logits': 0.0}
 
     Source: Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", figure 1.
     """
@@ -181,15 +202,8 @@ def held_of(parts: Sequence[Share], workload: Workload, plan: Plan) -> Held:
 
 
 def _stage(workload: Workload, plan: Plan, stage: int, part: Share) -> Held:
-    layout, last = plan.layout, plan.layout.pp - 1
-    back = plan.schedule in ("ZBVZeroBubble", "DualPipeV") and layout.pp > 1
-    dense = part.params / layout.tp
-    dense += workload.embedding_params / layout.tp if stage == 0 else 0
-    ends = stage == (0 if back else last)
-    # Tied to the embedding, the output layer is a copy of it where the pipeline ends elsewhere.
-    head = workload.head_params or (workload.embedding_params if layout.pp > 1 and not back else 0)
-    dense += head / layout.tp if ends else 0
-    experts = part.experts / layout.ep
+    layout = plan.layout
+    dense, experts = (part.params + part.ends) / layout.tp, part.experts / layout.ep
     shard, eshard = layout.dp_shard * layout.cp, layout.efsdp
     found, named = {}, {}
     for kind, each, from_zero in (
@@ -197,24 +211,46 @@ def _stage(workload: Workload, plan: Plan, stage: int, part: Share) -> Held:
         ("gradients", workload.grad_bytes, 2),
         ("optimizer", workload.optimizer_bytes, 1),
     ):
-        split = layout.zero >= from_zero
+        # The engine adds up a pipeline's gradients before it sends them.
+        split = layout.zero >= from_zero and not (kind == "gradients" and layout.pp > 1)
         parts = dense / (shard if split else 1) * each, experts / (eshard if split else 1) * each
         found[kind] = sum(parts)
         named[f"the {kind} of its dense layers"], named[f"the {kind} of its experts"] = parts
     tokens = workload.tokens / (layout.data_ranks * layout.cp * plan.microbatches)
-    kept = (part.kept / layout.tp + part.expert_kept) * waiting(plan, stage)
-    if plan.recompute:
-        most = max((size.kept / layout.tp + size.top_k * size.expert_kept for size in part.kinds), default=0.0)
-        kept = part.blocks * workload.width * waiting(plan, stage) + most
-    found["activations"] = tokens * kept * workload.number_bytes
-    if layout.zero == 3 and layout.folded > 1:
-        whole = [
-            size.params / layout.tp * (shard > 1) + size.experts * size.expert_params / layout.ep * (eshard > 1)
-            for size in part.kinds
-        ]
-        found["gathered"] = 2 * max(whole, default=0.0) * workload.number_bytes
-    if ends:
+    found["activations"] = _kept(workload, plan, part, tokens, waiting(plan, stage)) * workload.number_bytes
+    if layout.zero and layout.folded > 1:
+        found["gathered"] = _gathered(workload, plan, part, shard, eshard)
+    if part.last:
         found["logits"] = tokens * workload.vocab / layout.tp * 4 * workload.logits_kept
-    named |= {"what its blocks keep for the backward pass": found["activations"]}
-    named |= {"two blocks' gathered parameters": found.get("gathered", 0.0), "the logits": found.get("logits", 0.0)}
+    named |= {"what is kept for the backward pass": found["activations"]}
+    named |= {"gathered parameters": found.get("gathered", 0.0), "the logits": found.get("logits", 0.0)}
     return Held(stage, found, max(named, key=lambda name: named[name]))
+
+
+def _kept(workload: Workload, plan: Plan, part: Share, tokens: float, times: float) -> float:
+    """Numbers kept for the backward pass, of so many tokens each of so many times."""
+    tp = plan.layout.tp
+    kept = (tokens * (part.kept / tp + part.expert_kept) + part.kept_once) * times
+    if plan.recompute:
+        of = (tokens * (s.kept / tp + s.top_k * s.expert_kept) + s.kept_once for s in part.kinds)
+        kept = tokens * part.blocks * workload.width * times + max(of, default=0.0)
+    kept += tokens * workload.first_kept * times if part.first else 0.0
+    return kept + ((tokens * workload.last_kept + workload.last_kept_once) if part.last else 0.0)
+
+
+def _gathered(workload: Workload, plan: Plan, part: Share, shard: int, eshard: int) -> float:
+    """Bytes of gathered parameters beside the shards; where all stay gathered, of the shards beside them."""
+    layout = plan.layout
+    number = 2.0 if plan.gather == "bf16" else workload.param_bytes
+
+    def split(params: float, experts: float) -> float:
+        return params / layout.tp * (shard > 1) + experts / layout.ep * (eshard > 1)
+
+    whole = split(part.params + part.ends, part.experts)
+    if layout.zero < 3:
+        return split((part.params + part.ends) / shard, part.experts / eshard) * workload.param_bytes
+    if layout.pp > 1 or plan.secondary == 1:
+        return whole * number
+    two = 2 * max((split(size.params, size.experts * size.expert_params) for size in part.kinds), default=0.0)
+    between = 0.0 if plan.secondary is None else split(part.params, part.experts) / plan.secondary
+    return (two + split(part.ends, 0) + between) * number

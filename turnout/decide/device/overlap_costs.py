@@ -37,7 +37,7 @@ def overlap_costs(
     attention = Line(start, _attention_flops(block, workload) / rate)
     experts = Line(start, 2.0 * block.top_k * block.expert_params / rate)
     both = wire(cluster, layout.ep, 1)
-    sent = rows * block.top_k * workload.width * workload.number_bytes
+    sent = rows * block.top_k * workload.travelling
     dispatch = Line(both.exchange(0.0), (both.exchange(sent) - both.exchange(0.0)) / rows)
     copies = layout.dp_replicate * layout.efsdp
     wires = [wire(cluster, layout.data_ranks, 1), wire(cluster, copies, layout.ep)]

@@ -1,6 +1,7 @@
 """How long a step of a plan takes on a cluster, and what is waited for."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 from turnout.decide.device.memory import Share, chunks, shares
@@ -114,7 +115,8 @@ def pace(workload: Workload, cluster: Cluster, plan: Plan, *, action_s: float = 
 
     A device computes flops / rate; forward counts once, backward twice, and recomputing once more. Experts' exchanges
     are waited for whole, gathers and reductions, one of each block and its experts, where they take longer than what is
-    computed meanwhile, as far as the cluster hides messages behind computing. The pipeline's bubble is
+    computed meanwhile, as far as the cluster hides messages behind computing; with zero=2 and 3 every micro-batch has
+    its own, but in a pipeline, which gathers and reduces once a step. The pipeline's bubble is
     (P - 1)(F + B) for GPipe and 1F1B, divided by the chunks where they are interleaved, a third of it where weight
     gradients fill it (ZB-H1), and none for ZBV.
 
@@ -140,19 +142,20 @@ def pace_of(owned: Sequence[Share], workload: Workload, cluster: Cluster, plan: 
     """As ``pace``, of shares that are known."""
     layout = plan.layout
     tokens = workload.tokens / (layout.data_ranks * layout.cp * plan.microbatches)
-    parts = [_device(workload, cluster, plan, part, tokens, stage) for stage, part in enumerate(owned)]
+    parts = [_device(workload, cluster, plan, part, tokens, device) for device, part in enumerate(owned)]
     m = plan.microbatches
-    slowest = max(parts, key=lambda part: sum(part.waits.values()))
+    one = max(sum(part.waits.values()) for part in parts)
+    slowest = max(parts, key=lambda part: m * sum(part.waits.values()) + sum(part.once.values()))
     seconds = {name: m * value for name, value in slowest.waits.items()}
-    one = sum(slowest.waits.values())
     seconds["compute"] += action_s * 2 * m * (layout.pp > 1) * chunks(plan.schedule)
     if layout.pp > 1:
         share = {"Interleaved1F1B": 1 / chunks(plan.schedule), "ZBVZeroBubble": 0.0, "ZB-H1": 1 / 3, "DualPipeV": 0.25}
-        send = wire(cluster, 2, layout.world // layout.pp).send(tokens * workload.width * workload.number_bytes)
+        send = wire(cluster, 2, layout.world // layout.pp).send(tokens * workload.travelling)
         seconds["bubble"] = (layout.pp - 1) * one * share.get(plan.schedule, 1.0)
         seconds["stages"] = 2 * (layout.pp - 1) * send * chunks(plan.schedule)
-    seconds |= slowest.once
-    sent = {name: m * value for name, value in slowest.sent.items()} | slowest.sent_once
+    sent = {name: m * value for name, value in slowest.sent.items()}
+    for added, of_step in ((seconds, slowest.once), (sent, slowest.sent_once)):
+        added |= {name: added.get(name, 0.0) + value for name, value in of_step.items()}
     return Pace(seconds, sent, slowest.crossing)
 
 
@@ -167,11 +170,10 @@ class _Device:
     crossing: tuple[str, ...]
 
 
-def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, tokens: float, stage: int) -> _Device:
-    layout, number = plan.layout, workload.number_bytes
-    rate = cluster.flops_per_s
-    head = workload.vocab * workload.width * 2 if stage == layout.pp - 1 else 0
-    flops = part.flops / layout.tp + part.expert_flops + head / layout.tp
+def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, tokens: float, device: int) -> _Device:
+    layout, rate = plan.layout, cluster.flops_per_s
+    ends = workload.first_flops * part.first + workload.vocab * workload.width * 2 * part.last
+    flops = (part.flops + ends) / layout.tp + part.expert_flops
     compute = (4 if plan.recompute else 3) * (tokens * flops / rate + part.blocks * cluster.block_s)
     waits, sent = {"compute": compute}, {}
     wires = {
@@ -180,14 +182,17 @@ def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, token
         "sequence": wire(cluster, layout.cp, layout.tp),
         "gathering": wire(cluster, layout.dp_shard * layout.cp, layout.tp),
         "reducing": wire(cluster, layout.data_ranks * layout.cp, layout.tp),
+        "stages": wire(cluster, layout.pp, layout.world // layout.pp),
     }
     if layout.ep > 1:
-        trips, each = 6 if plan.recompute else 4, tokens * part.routed * workload.width * number
+        trips, each = 6 if plan.recompute else 4, tokens * part.routed * workload.travelling
         routed = part.routed_blocks
         one = wires["experts' exchange"].exchange(each / max(1, routed))
         waits["experts' exchange"] = trips * routed * one
         sent["experts' exchange"] = trips * each * (layout.ep - 1) / layout.ep
-    activation = tokens * workload.width * number
+    activation = tokens * workload.travelling
+    if layout.pp > 1:
+        sent["stages"] = activation * messages(plan, device)
     if layout.tp > 1:
         waits["tensor parallel"] = part.blocks * 8 * wires["tensor parallel"].gather(activation)
         sent["tensor parallel"] = part.blocks * 8 * activation * (layout.tp - 1) / layout.tp
@@ -196,7 +201,7 @@ def _device(workload: Workload, cluster: Cluster, plan: Plan, part: Share, token
         waits["sequence"] = part.blocks * (ring - min(ring, compute / max(1, part.blocks)) * cluster.hides)
         sent["sequence"] = part.blocks * 6 * activation * (layout.cp - 1)
     once, sent_once = _state(workload, cluster, plan, part, waits, sent, wires, compute)
-    crossing = tuple(name for name in (*sent, *sent_once) if name in wires and wires[name].crosses)
+    crossing = tuple(name for name in {**sent, **sent_once} if name in wires and wires[name].crosses)
     return _Device(waits, once, sent, sent_once, crossing)
 
 
@@ -212,30 +217,65 @@ def _state(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What parameters, gradients and the optimizer add: of a micro-batch into ``waits``, of a step as the result."""
     layout = plan.layout
-    dense, experts = part.params / layout.tp, part.experts / layout.ep
-    size = {"full": workload.number_bytes, "bf16": 2.0, "int8": 1.0 + 4 / 256}[plan.gather]
-    down = {"full": workload.grad_bytes, "bf16": 2.0, "int4": 0.5 + 4 / 256}[plan.reduce]
-    eshard = wire(cluster, layout.efsdp, layout.ep)
-    ereplica = wire(cluster, layout.efsdp * layout.dp_replicate, layout.ep)
-    once, sent_once = {}, {}
+    dense, experts = (part.params + part.ends) / layout.tp, part.experts / layout.ep
+    again, shards = part.params / layout.tp, wires["gathering"].size if layout.zero else 1
+    # What there is to gather: all, and between a micro-batch's forward and backward pass the blocks once more.
+    inner = layout.efsdp if layout.zero else 1
+    near, enear = _kept_by(plan, shards), _kept_by(plan, inner)
+    size = {"full": workload.param_bytes, "bf16": 2.0, "int8": 1.0 + 4 / 256}[plan.gather]
+    down = {"full": workload.grad_bytes, "bf16": 2.0, "int4": 0.5 + 4 / 128}[plan.reduce]
+    often = layout.zero >= 2 and layout.pp == 1  # else once a step
+    once, sent_once = dict[str, float](), dict[str, float]()
     units, routed = part.blocks + 1, part.routed_blocks  # each travels by itself; the last has embedding and head
-    if layout.zero == 3 and layout.folded > 1:
-        again = 1 if plan.secondary == 1 else 2  # forward, and once more for the backward pass
-        each = again * (wires["gathering"].gather(dense * size, units) + eshard.gather(experts * size, routed))
-        waits["gathering"] = each - min(each, compute) * cluster.hides
-        passes = dense * (1 - 1 / wires["gathering"].size) + experts * (1 - 1 / layout.efsdp)
-        sent["gathering"] = again * size * passes
-    times = 1 if layout.zero == 3 else 2  # a reduce-scatter; else the all-gather behind it too
-    if layout.data_ranks > 1:
-        each = times * (wires["reducing"].gather(dense * down, units) + ereplica.gather(experts * down, routed))
-        once["reducing"] = each - min(each, 2 / 3 * compute) * cluster.hides
-        passes = dense * (1 - 1 / wires["reducing"].size) + experts * (1 - 1 / ereplica.size)
-        sent_once["reducing"] = times * down * passes
+    where, also = (waits, sent) if often else (once, sent_once)
+    if layout.zero and layout.folded > 1:
+        twice = often and layout.zero == 3
+        flows = [(dense, shards, layout.tp, units), (experts, inner, layout.ep, routed)]
+        flows += [(again, near, layout.tp, part.blocks), (experts, enear, layout.ep, routed)] if twice else []
+        each = sum(wire(cluster, n, stride).gather(count * size, times) for count, n, stride, times in flows)
+        where["gathering"] = each - min(each, (1.0 if twice else 1 / 3) * compute) * cluster.hides
+        also["gathering"] = size * sum(count * (1 - 1 / n) for count, n, *_ in flows)
+    if (ranks := wires["reducing"].size) > 1:
+        # A reduce-scatter over the shards, then an all-reduce of what is left over their copies.
+        wide = 2.0 if plan.reduce == "bf16" else workload.grad_bytes
+        each = total = 0.0
+        for count, n, stride, all_ranks, times in (
+            (dense, shards, layout.tp, ranks, units),
+            (experts, inner, layout.ep, layout.efsdp * layout.dp_replicate, routed),
+        ):
+            copies = wire(cluster, all_ranks // n, stride * n)
+            each += wire(cluster, n, stride).gather(count * down, times)
+            each += 2 * copies.gather(count / n * wide, times)
+            total += count * down * (1 - 1 / n) + 2 * count / n * wide * (1 - 1 / copies.size)
+        where["reducing"], also["reducing"] = each - min(each, 2 / 3 * compute) * cluster.hides, total
+    if part.copied:  # both ends add up its gradients
+        size = part.copied * workload.grad_bytes / layout.tp / shards
+        sent_once["stages"] = size
+        once["stages"] = wire(cluster, 2, layout.world // layout.pp).send(size)
     split = layout.zero >= 1
     touched = dense / (layout.dp_shard * layout.cp if split else 1) + experts / (layout.efsdp if split else 1)
     each = workload.param_bytes + workload.grad_bytes + 2 * workload.optimizer_bytes
     once["optimizer"] = touched * each / cluster.memory_bytes_per_s
     return once, sent_once
+
+
+def _kept_by(plan: Plan, shards: int) -> int:
+    """Over how many devices parameters are gathered for the backward pass."""
+    return shards if plan.secondary is None else min(plan.secondary, shards)
+
+
+def messages(plan: Plan, device: int) -> int:
+    """How many times a device of a pipeline sends a micro-batch to another, forward and backward.
+
+    >>> [messages(Plan(Layout(pp=3)), device) for device in range(3)]
+    [1, 2, 1]
+    """
+    pp = plan.layout.pp
+    count = pp * chunks(plan.schedule)
+    turns = plan.schedule in ("ZBVZeroBubble", "DualPipeV")
+    holder = [2 * pp - 1 - stage if turns and stage >= pp else stage % pp for stage in range(count)]
+    pairs = [(one, other) for one, other in itertools.pairwise(holder) if one != other]
+    return sum((device == one) + (device == other) for one, other in pairs)
 
 
 def degrees(layout: Layout) -> str:

@@ -42,24 +42,22 @@ def stage_costs(workload: Workload, choice: Choice, *, each: int, action_s: floa
     parts = shares(workload, flat)
     forward, back, weight, kept = [], [], [], []
     tokens = workload.tokens / (layout.data_ranks * layout.cp * flat.microbatches)
-    last = len(parts) - 1
-    for stage, part in enumerate(parts):
+    for part in parts:
         # One stage alone, as if it were a network of its own on the same devices.
         alone = dataclasses.replace(flat, layout=dataclasses.replace(layout, pp=1), schedule="1F1B")
-        whole = dataclasses.replace(workload, vocab=workload.vocab if stage == last else 0)
-        step = pace_of((part,), whole, cluster, alone)
+        step = pace_of((part,), workload, cluster, alone)
         m = flat.microbatches
         compute = step.seconds["compute"] / m
         waits = sum(step.seconds.get(name, 0.0) for name in ("experts' exchange", "tensor parallel", "sequence")) / m
-        waits += step.seconds.get("gathering", 0.0) / m
         passes = 4 if flat.recompute else 3
         one = compute / passes
         forward.append(one + waits / (passes - 1))
         back.append(one * (passes - 2) + waits * (passes - 2) / (passes - 1))
         weight.append(one)
         numbers = part.blocks * workload.width if flat.recompute else part.kept / layout.tp + part.expert_kept
-        kept.append(tokens * numbers * workload.number_bytes)
-    message = wire(cluster, 2, layout.world // layout.pp).send(tokens * workload.width * workload.number_bytes)
+        once = 0.0 if flat.recompute else part.kept_once
+        kept.append((tokens * numbers + once) * workload.number_bytes)
+    message = wire(cluster, 2, layout.world // layout.pp).send(tokens * workload.travelling)
     return StageCosts(tuple(forward), tuple(back), tuple(weight), send=message, overhead=action_s,
                       activation_S=tuple(kept))  # fmt: skip
 
@@ -112,7 +110,7 @@ def refined(workload: Workload, choice: Choice, *, tries: int = 40, action_s: fl
         stages=_sizes(workload, schedule),
     )
     seconds = {k: v for k, v in choice.pace.seconds.items() if k not in ("bubble", "stages")}
-    within = sum(v for k, v in seconds.items() if k not in ("reducing", "optimizer"))
+    within = sum(v for k, v in seconds.items() if k not in ("gathering", "reducing", "optimizer"))
     seconds |= {"bubble": max(0.0, makespan - within)}
     return dataclasses.replace(choice, plan=plan, pace=dataclasses.replace(choice.pace, seconds=seconds))
 

@@ -210,7 +210,7 @@ def stored(lm: LM) -> dict[str, Tensor]:
     return {plain: tensors[name] for name, plain in plain_names(lm, tensors).items()}
 
 
-class _Unset(TorchFunctionMode):
+class Unset(TorchFunctionMode):
     """Leaves out the drawing of starting weights, which on the meta device would load torch's compiler: 150 MB."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -219,7 +219,7 @@ class _Unset(TorchFunctionMode):
 
 def outline(config: LMConfig) -> LM:
     """The model on the meta device: names, shapes and cost, without memory or time."""
-    with torch.device("meta"), _Unset():
+    with torch.device("meta"), Unset():
         return LM(config)
 
 
