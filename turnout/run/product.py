@@ -19,7 +19,7 @@ from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 from turnout.run.tuned import tuning
 
-__all__ = ["instead_of_linear", "linear", "product", "replaced"]
+__all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
 # What takes the place of ``linear`` in this thread, if anything.
 _HERE = threading.local()
@@ -54,6 +54,11 @@ def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) ->
     here = tuning()
     least = here.onednn_turned if turned else here.onednn
     return least is not None and 0 < multiply_adds >= least
+
+
+def own_alone(dtype: torch.dtype) -> bool:
+    """Whether ``product`` of this dtype is torch's own at every size here."""
+    return dtype != torch.float32 or (tuning().onednn is None and tuning().onednn_turned is None)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
