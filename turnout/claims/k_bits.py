@@ -16,7 +16,7 @@ from turnout.reshape.quantize.codebooks import Codebook, codebook
 from turnout.reshape.quantize.maps import maps
 from turnout.reshape.quantize.nearest import nearest
 
-_WIDTHS, _STEPS = (64, 96, 128), 150
+_WIDTHS, _STEPS = (32, 64, 96), 300
 _BITS, _BLOCK = (3, 4, 5, 6, 8), 64
 _POINTS = 9  # sizes at which curves are held against each other
 
