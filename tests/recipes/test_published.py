@@ -17,8 +17,8 @@ from turnout.recipes.calibration import calibration
 from turnout.recipes.convert import convert
 from turnout.recipes.execute import execute
 from turnout.recipes.inspect import evaluate_run
-from turnout.recipes.models import sample_model
 from turnout.recipes.run import Run
+from turnout.recipes.sample import Sampling, sample_model
 from turnout.recipes.tune import tune
 from turnout.train.data import TokenSet
 from turnout.train.data.tokenizer import byte_lengths, load_tokenizer, opening_ids
@@ -121,7 +121,7 @@ def test_trained_on_measured_and_given_back(base, text, tmp_path):
     plain = tokens.tokenizer.encode("7: the cat", add_special_tokens=False).ids
     as_trained = trained.generate(torch.tensor([[*opening_ids(tokens.tokenizer), *plain]]), tokens=5, temperature=0)
     for place, ids in ((tmp_path / "x", as_trained), (tmp_path / "out", made)):
-        sampled = sample_model(place, prompt="7: the cat", tokens=5, temperature=0.0, top_k=None, seed=0)
+        (sampled,) = sample_model(place, ["7: the cat"], Sampling(tokens=5, temperature=0.0, eos=False))
         assert sampled == said.decode(ids[0], skip_special_tokens=True)
     assert main(["eval", str(tmp_path / "x"), "--data", str(text)]) == 0
     assert Run.open(tmp_path / "x").start is not None

@@ -26,8 +26,9 @@ from turnout.recipes import tiny_dense
 from turnout.recipes.convert import convert
 from turnout.recipes.execute import execute
 from turnout.recipes.inspect import evaluate_run
-from turnout.recipes.models import evaluate_model, sample_model, trained_here
+from turnout.recipes.models import evaluate_model, trained_here
 from turnout.recipes.run import Run
+from turnout.recipes.sample import Sampling, sample_model
 from turnout.recipes.size import least_bytes
 from turnout.recipes.steps import Drop, Upcycle
 from turnout.recipes.tune import tune
@@ -220,8 +221,9 @@ def test_documents_begin_as_they_did_in_training(own, llama, text, tmp_path):
     lm, tokenizer = checkpoint.load(moved), load_tokenizer(moved / "tokenizer.json")
     ids = torch.tensor([[separator_id(tokenizer), *tokenizer.encode("document 7: ").ids]])
     expected = tokenizer.decode(lm.generate(ids, tokens=12, temperature=0.0)[0].tolist(), skip_special_tokens=True)
-    settings = {"prompt": "document 7: ", "tokens": 12, "temperature": 0.0, "top_k": None, "seed": 0}
-    assert sample_model(moved, **settings) == sample_model(own, **settings) == expected
+    settings = Sampling(tokens=12, temperature=0.0, eos=False)
+    for folder in (moved, own):
+        assert sample_model(folder, ["document 7: "], settings) == (expected,)
 
     (tmp_path / "one.txt").write_text("document 7: 0 7 14 21")
     found = evaluate_model(moved, domains={"text": (str(tmp_path / "one.txt"),)})

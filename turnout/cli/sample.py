@@ -1,12 +1,14 @@
-"""Let a model continue a prompt: of a run, of transformers, or what turnout convert wrote.
+"""Let a model continue prompts: of a run, of transformers, or what turnout convert wrote.
 
 examples:
   turnout sample runs/x --prompt "def main("
-  turnout sample mixtral --prompt "Once upon a time" --temperature 0
-  turnout sample runs/x --prompt "import" --tokens 200 --temperature 0.7 --seed 1
+  turnout sample mixtral --prompt "Once upon a time" --temperature 0 --stream
+  turnout sample runs/x --prompt "import" --tokens 200 --top-p 0.95 --stop "def " --seed 1
+  turnout sample runs/x --prompts prompts.txt --min-p 0.05 --repetition-penalty 1.1
 """
 
 import argparse
+import sys
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
@@ -19,27 +21,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_folder", metavar="RUN", help="an output folder of turnout train, a model's folder, or org/name"
     )
-    parser.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", default="", help="the text to continue (default: a new document)")
+    given.add_argument("--prompts", metavar="FILE", help="the texts to continue, one a line; '---' stands between them")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default: 100, or what fits)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="among the fewest likeliest that have the share P")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="among those at least P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens of the text so far less often",
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--keep-stop", action="store_true", help="end behind it")
+    parser.add_argument(
+        "--eos", action=argparse.BooleanOptionalAction, help="end where the text ends (default: where that is known)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0), the same alone and among others")
+    parser.add_argument("--stream", action="store_true", help="print the text of one prompt as it comes")
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompts and their continuations."""
     check_there("RUN", [arguments.run_folder], "turnout sample", hub=True)
-    from turnout.recipes.models import sample_model
+    check_there("--prompts", [arguments.prompts], "turnout sample")
+    from turnout.recipes.progress import progress_for
+    from turnout.recipes.sample import Sampling, prompts_in, sample_model
 
-    text = sample_model(
-        arguments.run_folder,
-        prompt=arguments.prompt,
+    asked = Sampling(
         tokens=arguments.tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        stop=arguments.stop,
+        keep_stop=arguments.keep_stop,
+        eos=arguments.eos,
         seed=arguments.seed,
-        device=arguments.device,
     )
-    print(text)
+    prompts = [arguments.prompt] if arguments.prompts is None else prompts_in(arguments.prompts)
+    texts = sample_model(
+        arguments.run_folder,
+        prompts,
+        asked,
+        device=arguments.device,
+        stream=_said if arguments.stream else None,
+        progress=progress_for(quiet=arguments.stream or not sys.stderr.isatty()),
+    )
+    print("" if arguments.stream else "\n---\n".join(texts))
     return 0
+
+
+def _said(piece: str) -> None:
+    print(piece, end="", flush=True)

@@ -12,10 +12,13 @@ __all__ = ["own_ends"]
 
 
 def own_ends(model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a text: of the generation configuration, else of the configuration; empty where neither says.
+    """The tokens that end a text: of the generation configuration, or the configuration where there is none of those.
 
     Args:
         model: one of transformers, or one of ours, of which the folder that it was read from says it.
+
+    Returns:
+        The ids; none where nothing says.
 
     Raises:
         CheckpointError: the folder's generation_config.json or config.json is not JSON, or names something else.
@@ -30,14 +33,18 @@ def own_ends(model: nn.Module) -> tuple[int, ...]:
         return kept
     if isinstance(folder, Path):
         files = [folder / name for name in ("generation_config.json", "config.json")]
-        said = {str(file): read_json(file).get("eos_token_id") for file in files if file.is_file()}
-    else:
-        parts = {name: getattr(model, name, None) for name in ("generation_config", "config")}
-        said = {f"{type(model).__name__}.{name}": getattr(part, "eos_token_id", None) for name, part in parts.items()}
-    return next((_ids(found, where) for where, found in said.items() if found is not None), ())
+        where = next((str(file) for file in files if file.is_file()), None)
+        found = None if where is None else read_json(where).get("eos_token_id")
+        return _ids(found, where or "")
+    for name in ("generation_config", "config"):
+        if (part := getattr(model, name, None)) is not None:
+            return _ids(getattr(part, "eos_token_id", None), f"{type(model).__name__}.{name}")
+    return ()
 
 
 def _ids(found: Any, where: str) -> tuple[int, ...]:
+    if found is None:
+        return ()
     ids = tuple(found) if isinstance(found, list | tuple) else (found,)
     if any(not isinstance(one, int) or isinstance(one, bool) for one in ids):
         allowed, fix = "be a token id, or a list of them", "correct it, or pass eos=... yourself"

@@ -80,7 +80,8 @@ class _Foreign:
     """The steps of a model of transformers, as it is."""
 
     def __init__(self, model: nn.Module, batch: int, room: int) -> None:
-        self._model, self._cache = model, None
+        self._model: Any = model
+        self._cache: Any = None
         self._real_BT = torch.empty(batch, 0, dtype=torch.bool)
 
     def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:

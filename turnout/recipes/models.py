@@ -1,12 +1,10 @@
-"""Look at a model in any folder, of a run, of transformers or of a conversion: continue a prompt, measure on a text."""
+"""Look at a model in any folder, of a run, of transformers or of a conversion: open it, and measure it on a text."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from turnout.errors import DataError, UsageError, word
 from turnout.hub import located
@@ -14,20 +12,17 @@ from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
 from turnout.models.checkpoint.own import ORIGIN, read_json
 from turnout.models.placed import placed
-from turnout.recipes.calibration import find_tokenizer, whole_text
+from turnout.recipes.calibration import whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
-from turnout.train.data import load_tokenizer
-from turnout.train.data.spaced import spaced
-from turnout.train.data.tokenizer import opening_ids, own_opening
 from turnout.types import Report
 from turnout.types.device import shown
 
-__all__ = ["evaluate_model", "sample_model", "trained_here"]
+__all__ = ["Opened", "evaluate_model", "opened", "trained_here"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Opened:
+class Opened:
     """A model, its name and folder, and whether turnout made it up: then a prompt begins as its documents did."""
 
     lm: LM
@@ -36,67 +31,12 @@ class _Opened:
     own: bool
 
 
-def _open(path: str | Path, where: str, device: str | torch.device) -> _Opened:
+def opened(path: str | Path, where: str, device: str | torch.device) -> Opened:
+    """The model in a folder, on a device; ``where`` is the command that asks."""
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
     lm, _ = open_model(folder)
-    return _Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
-
-
-def sample_model(
-    path: str | Path,
-    *,
-    prompt: str,
-    tokens: int | None,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    device: str | torch.device = "auto",
-) -> str:
-    """The prompt and the model's continuation.
-
-    Args:
-        path: a run folder, one of transformers, or one that a conversion wrote, or a model of the hub; its own
-            tokenizer is used.
-        prompt: the text to continue; empty starts a new document.
-        tokens: how many tokens to add; None for 100, or as many as fit into the model's longest sequence.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; None among all.
-        seed: of the draw.
-        device: where the model runs, in the precision of its weights; the draw is the same everywhere.
-
-    Raises:
-        TurnoutError: no model or tokenizer there, a setting out of range, or a prompt that is too long.
-
-    Source: none; ``LM.generate``.
-    """
-    for name, value, least in (("--tokens", tokens, 1), ("--temperature", temperature, 0), ("--top-k", top_k, 1)):
-        if value is not None and not least <= value < math.inf:
-            raise _refusal(name, value, f"be a number of at least {least}", f"pass {name} {max(least, 1)}")
-    opened = _open(path, "turnout sample", device)
-    tokenizer = load_tokenizer(find_tokenizer(opened.folder, where="turnout sample"))
-    # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
-    ids = _prompt(prompt, tokenizer, own=opened.own)
-    config = opened.lm.config
-    if max(ids) >= config.vocab_size:
-        got = f"the token {max(ids)} of a vocabulary of {config.vocab_size}"
-        raise _refusal("the tokenizer", got, "be the model's own", "put the model's tokenizer.json beside it")
-    room = config.max_seq - len(ids)
-    if room < 1:
-        got, allowed = f"{len(ids)} tokens", f"leave room: the model takes {config.max_seq}"
-        raise _refusal("--prompt", got, allowed, "give a shorter one")
-    if tokens is not None and tokens > room:
-        allowed = f"be at most {room}: the model takes {config.max_seq}, and the prompt has {len(ids)}"
-        raise _refusal("--tokens", tokens, allowed, f"pass --tokens {room}")
-    generator = torch.Generator().manual_seed(seed)
-    made = opened.lm.generate(
-        torch.tensor([ids]).to(opened.lm.embedding.device),
-        tokens=tokens or min(100, room),
-        temperature=temperature,
-        top_k=top_k,
-        generator=generator,
-    )
-    return tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
+    return Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
 
 
 def evaluate_model(
@@ -133,13 +73,13 @@ def evaluate_model(
         raise _refusal("--trace", trace, "be asked of a run of turnout train", "leave it out", where)
     if limit is not None and limit < 2:
         raise _refusal("--limit", limit, "be at least 2 tokens", "pass --limit 10000, or leave it out", where)
-    opened = _open(path, where, device)
-    config, values, tokens, size, nats = opened.lm.config, {}, 0, 0, 0.0
+    model = opened(path, where, device)
+    config, values, tokens, size, nats = model.lm.config, {}, 0, 0, 0.0
     loads: list[tuple[int, list[list[float]]]] = []
     skipped = 0
     for name, sources in domains.items():
-        text = whole_text(list(sources), opened.folder, config=config, limit=limit)
-        found = measured(opened.lm, text)
+        text = whole_text(list(sources), model.folder, config=config, limit=limit)
+        found = measured(model.lm, text)
         if found is None:
             got = f"{name}, of which no token can be predicted"
             raise DataError(word("the text", got=got, allowed="hold text", where=where, fix="name more of it"))
@@ -156,8 +96,8 @@ def evaluate_model(
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
     notes = ("in rows of up to 1024 tokens, documents one after the other",)
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
-    context = {"run": opened.name, "device": shown(opened.lm.embedding.device), "hardware": hardware()}
-    return Report(f"the model in {opened.name}", values, notes, context)
+    context = {"run": model.name, "device": shown(model.lm.embedding.device), "hardware": hardware()}
+    return Report(f"the model in {model.name}", values, notes, context)
 
 
 def trained_here(folder: Path) -> bool:
@@ -175,13 +115,5 @@ def trained_here(folder: Path) -> bool:
     return not before.is_file() or "model_type" not in read_json(before, "turnout")
 
 
-def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:
-    table = spaced(tokenizer)
-    ids = (
-        tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
-    )
-    return [*(opening_ids(tokenizer) if own or not ids else own_opening(tokenizer)), *ids]
-
-
-def _refusal(what: str, got: object, allowed: str, fix: str, where: str = "turnout sample") -> UsageError:
+def _refusal(what: str, got: object, allowed: str, fix: str, where: str) -> UsageError:
     return UsageError(word(what, got=got, allowed=allowed, where=where, fix=fix))

@@ -1,6 +1,8 @@
 """A live model of transformers as the LM that it is exactly, sharing the weights that lie the same way in both."""
 
+import copy
 import itertools
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from turnout.errors import TurnoutError, UsageError, word
 from turnout.expects import expects
-from turnout.models.checkpoint.own import outline
+from turnout.models.checkpoint.own import Unset, outline
 from turnout.models.checkpoint.survey import CORRECTION, layout
 from turnout.models.ends import own_ends
 from turnout.models.families import FAMILIES
@@ -25,10 +27,10 @@ __all__ = ["from_live", "lm_or_itself"]
 
 _WHERE = "turnout.models.checkpoint.from_live"
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Where the classes of a model's parts are defined when nobody has put others in their place.
-_HOMES = ("transformers.", "torch.nn.modules.")
+# What may be set on a module without changing what it computes in evaluation.
+_FREE = ("training", "gradient_checkpointing", "p", "attention_dropout", "name_or_path")
 _AS_IT_IS = "generate with the model as it is: turnout.generate(..., fallback=True)"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_parametrizations")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @expects(hf_model=nn.Module)
@@ -103,19 +105,27 @@ def _read(model: nn.Module) -> tuple[Family, LMConfig, torch.dtype]:
     family = family_of(keys)
     if family is None or type(model).__name__ != family.architecture:
         known = ", ".join(sorted(one.architecture for one in FAMILIES))
-        adapters = hasattr(model, "merge_and_unload")
-        fix = "call model.merge_and_unload() first" if adapters else _AS_IT_IS
-        raise _refusal(f"a {type(model).__name__}", f"be one of {known}", fix)
+        raise _refusal(f"a {type(model).__name__}", f"be one of {known}", _AS_IT_IS)
+    config = _config(family, keys)
     if strange := next(_strange(model), None):
-        raise _refusal(strange, "consist of what transformers makes it of", _AS_IT_IS)
+        fix = "merge the adapters first: model.merge_and_unload()" if " of peft." in strange else _AS_IT_IS
+        raise _refusal(strange, "consist of what transformers makes it of", fix)
+    return family, config, _dtype(model)
+
+
+def _config(family: Family, keys: dict[str, Any]) -> LMConfig:
     try:
         config = family.read(family.keys(keys))
         refuse_foreign_windows(family, family.keys(keys), config)
-        doubts = obstacles(config, family)
     except TurnoutError as error:
-        doubts = [str(error)]
-    if doubts:
+        raise _refusal(f"a {family.architecture} of which {error}", "be an LM exactly", _AS_IT_IS) from error
+    if doubts := obstacles(config, family):
         raise _refusal(f"a {family.architecture} of which {'; '.join(doubts)}", "be an LM exactly", _AS_IT_IS)
+    return config
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of all weights, which lie on one device."""
     dtypes = {tensor.dtype: name for name, tensor in model.named_parameters() if not name.endswith(CORRECTION)}
     if len(dtypes) != 1 or next(iter(dtypes)) not in _FLOATS:
         got = ", ".join(f"{str(kind).removeprefix('torch.')} ({name})" for kind, name in dtypes.items())
@@ -125,30 +135,45 @@ def _read(model: nn.Module) -> tuple[Family, LMConfig, torch.dtype]:
     if len(devices) != 1 or devices == {"meta"}:
         fix = "load it onto one device: model.to('cpu')"
         raise _refusal(f"weights on {', '.join(sorted(devices))}", "lie on one device", fix)
-    return family, config, next(iter(dtypes))
+    return next(iter(dtypes))
 
 
 def _keys(model: nn.Module) -> dict[str, Any]:
     """The keys of its config.json."""
     config: Any = getattr(model, "config", None)
-    if not callable(getattr(config, "to_dict", None)) or not type(model).__module__.startswith(_HOMES[0]):
+    if not callable(getattr(config, "to_dict", None)) or not type(model).__module__.startswith("transformers."):
         got = f"a {type(model).__name__} of {type(model).__module__.partition('.')[0]}"
-        adapters = hasattr(model, "merge_and_unload")
-        fix = "call model.merge_and_unload() first" if adapters else "pass AutoModelForCausalLM.from_pretrained(FOLDER)"
+        fix = "pass AutoModelForCausalLM.from_pretrained(FOLDER)"
         raise _refusal(got, "be a causal language model of transformers", fix)
     return config.to_dict() | {"architectures": [type(model).__name__]}
 
 
 def _strange(model: nn.Module) -> Iterator[str]:
-    """What a part has that transformers did not give it: a class, a forward of its own, hooks."""
+    """What a part has that transformers did not give it: a class, a setting, a forward of its own, hooks."""
+    with torch.device("meta"), Unset():
+        fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     for name, module in model.named_modules():
-        kind, shown = type(module), name or "the model"
-        if not f"{kind.__module__}.".startswith(_HOMES):
-            yield f"{shown}, a {kind.__name__} of {kind.__module__}"
+        shown, kind = name or "the model", type(module)
+        like = fresh.get(name)
+        if like is None or type(like) is not kind:
+            was = "" if like is None else f", where its configuration has a {type(like).__name__}"
+            yield f"{shown}, a {kind.__name__} of {kind.__module__}{was}"
+            return
+        mine, its = _settings(like), _settings(module)
+        for key in mine:
+            if mine[key] != its.get(key):
+                yield f"{shown}, whose {key} is {its.get(key)!r:.80}, not {mine[key]!r:.80}"
         if "forward" in vars(module):
             yield f"{shown}, whose forward was replaced"
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if any(getattr(module, hooks) for hooks in _HOOKS):
             yield f"{shown}, which has hooks"
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """What a module computes with beside its parts and tensors."""
+    kinds = (int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType)
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, kinds) or value is None}
+    return {name: value for name, value in plain.items() if not name.startswith("_") and name not in _FREE}
 
 
 def _tensors(model: nn.Module, config: LMConfig) -> dict[str, Tensor]:
