@@ -8,8 +8,8 @@ from variants import TINY, VARIANTS, ids, make
 
 from turnout.errors import ShapeError
 from turnout.models import LM
-from turnout.models.decoding import Decoder
-from turnout.models.decoding.path import path, why_plain
+from turnout.models.decoding import Decoder, decoding_path
+from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
 from turnout.models.decoding.ring import Rings
 from turnout.run.product import instead_of_linear
@@ -74,7 +74,7 @@ def spoilt(how: str) -> LM:
 )
 def test_what_it_does_not_know_is_named(how: str, why: str) -> None:
     assert why in (why_plain(spoilt(how)) or "")
-    assert why in path(spoilt(how)) and path(make("moe")) == "one compiled step a token"
+    assert why in decoding_path(spoilt(how)) and decoding_path(make("moe")) == "one compiled step a token"
 
 
 def test_what_holds_around_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
