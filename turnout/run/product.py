@@ -56,9 +56,11 @@ def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) ->
     return least is not None and 0 < multiply_adds >= least
 
 
-def own_alone(dtype: torch.dtype) -> bool:
-    """Whether ``product`` of this dtype is torch's own at every size here."""
-    return dtype != torch.float32 or (tuning().onednn is None and tuning().onednn_turned is None)
+def own_alone(dtype: torch.dtype, multiply_adds: int) -> bool:
+    """Whether ``product`` of this dtype is torch's own here up to this size: then it need not be asked each time."""
+    here = tuning()
+    limits = (here.onednn, here.onednn_turned)
+    return dtype != torch.float32 or all(limit is None or limit > multiply_adds for limit in limits)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
