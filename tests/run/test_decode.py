@@ -88,7 +88,10 @@ def test_what_it_leaves_to_products():
         assert not suits_decoding(more[0], more[1], more[2].weights())
         assert not suits_decoding(x_TD.double(), routing, weights)
         many = case(16, experts=2, k=2)
-        assert not suits_decoding(many[0], many[1], many[2].weights()), "8 rows an expert"
+        stored = many[2].weights()
+        rows = dataclasses.replace(stored, up_EDH=stored.up_EDH.contiguous(), down_EFD=stored.down_EFD.contiguous())
+        assert not suits_decoding(many[0], many[1], rows), "16 rows an expert, read row by row"
+        assert suits_decoding(many[0], many[1], stored), "as many, by products"
 
 
 def test_weights_of_experts_without_tokens_are_not_read():
