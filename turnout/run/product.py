@@ -99,8 +99,9 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
     Source: none; torch's own kernels.
     """
     if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel(), turned=not a_MK.is_contiguous()):
-        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
-        if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
+        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller, where
+        # it is so by more than the result, which then comes out transposed.
+        if a_MK.numel() > b_KN.numel() + a_MK.shape[0] * b_KN.shape[1] and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()
         else:
             result = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
