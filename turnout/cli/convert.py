@@ -13,6 +13,8 @@ examples:
   turnout convert mixtral --drop-experts 25% --calibration text --out smaller
   turnout convert runs/x --merge-experts 4 --calibration text --out merged
   turnout convert runs/x --merge-experts 4 --compress-experts 16 --calibration text --out small
+  turnout convert runs/x --bits 4 --group 64 --out small4                    weights in 4 bits and a quarter
+  turnout convert runs/x --bits 4 --method gptq --calibration text --out small4
   turnout convert runs/x --as transformers --out exported
   turnout convert runs/x --gguf q8_0 --out model.gguf                       a file for llama.cpp
   turnout convert llama --adapters math code --router arrow --out routed    adapters of PEFT, a router for every token
@@ -43,6 +45,7 @@ _TAKES = {
     "--compress-experts": ("--rows", "--by"),
     "--latent": ("--share",),
     "--densify": (),
+    "--bits": ("--group", "--codes", "--method", "--act-order", "--head"),
 }
 
 _NEEDS = {"--to": ("--experts", "--top-k"), "--split": ("--top-k",)}
@@ -71,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--compress-experts", action=_InOrder, type=int, metavar="RANK", help="low rank, and a few rows")
     steps.add_argument("--latent", action=_InOrder, type=int, metavar="RANK", help="experts in a space that they share")
     steps.add_argument("--densify", action=_InOrder, nargs=0, help="write compressed and merged experts out again")
+    steps.add_argument("--bits", action=_InOrder, type=int, metavar="N", help="weights in 4 or 8 bits; comes last")
     of = parser.add_argument_group("of the step before")
     of.add_argument("--experts", action=_InOrder, type=int, metavar="E", help="of --to: how many")
     of.add_argument("--top-k", action=_InOrder, type=int, metavar="K", help="of --to and --split: experts per token")
@@ -84,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --drop-experts: reap (default), frequency, random; of --split: cluster (default), coactivation, "
         "gradient, random; of --compress-experts: sensitivity (default), magnitude, random",
     )
+    _add_bits(of)
     many = parser.add_argument_group("adapters, in the place of steps")
     many.add_argument(
         "--adapters", nargs="+", metavar="DIR", help="folders of PEFT or org/name, LoRA adapters of this very model"
@@ -120,7 +125,21 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "--gguf", choices=_GGUF, help="write a file of llama.cpp instead, its weights stored so; no steps"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="of --gguf: leave it out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--zip", action="store_true", help="write the folder in fewer bytes, no bit lost; no steps")
+    group.add_argument("--unzip", action="store_true", help="write what was zipped as it was")
     parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
+
+
+def _add_bits(of: Any) -> None:
+    """What --bits takes."""
+    of.add_argument("--group", action=_InOrder, metavar="N|row", help="of --bits: inputs a scale (64; 8 bits: a row)")
+    of.add_argument("--codes", action=_InOrder, metavar="TYPE", help="of --bits 4: int (default), float, nf4, quantile")
+    of.add_argument(
+        "--method", action=_InOrder, metavar="HOW", help="of --bits: nearest (default), or gptq, with --calibration"
+    )
+    of.add_argument("--act-order", action=_InOrder, nargs=0, help="of --method gptq: inputs of most power first")
+    of.add_argument("--head", action=_InOrder, nargs=0, help="of --bits: the output layer too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -143,6 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.gguf:
         return _gguf(arguments, dtype)
+    if arguments.zip or arguments.unzip:
+        return _zip(arguments)
     if arguments.adapters:
         return _adapters(arguments, dtype)
     _refuse_without_adapters(arguments)
@@ -236,6 +257,36 @@ def _gguf(arguments: argparse.Namespace, dtype: Any) -> int:
     return 0
 
 
+def _zip(arguments: argparse.Namespace) -> int:
+    """Writes a folder in fewer bytes, or as it was, and says how many."""
+    from turnout.recipes.progress import progress_for
+    from turnout.recipes.zipped import unzip_folder, zip_folder
+
+    name = "--zip" if arguments.zip else "--unzip"
+    also = {"--gguf": arguments.gguf, "--dtype": arguments.dtype}
+    _alone(
+        name, arguments, f"convert first, then {name[2:]} that", *(option for option, given in also.items() if given)
+    )
+    progress = progress_for(quiet=arguments.quiet)
+    try:
+        do = zip_folder if arguments.zip else unzip_folder
+        done = do(arguments.path, arguments.out, say=progress.say)
+    finally:
+        progress.stop()
+    print(f"{arguments.out}: {done.after_bytes:,} bytes of weights, {100 * done.share:.1f} % of {done.before_bytes:,}")
+    return 0
+
+
+def _alone(name: str, arguments: argparse.Namespace, fix: str, *others: str) -> None:
+    """Refuses steps, adapters and other formats beside an option that has a job of its own; and no --out."""
+    also = [*(option for option, _ in arguments.given), *others]
+    also += ["--adapters"] if arguments.adapters else []
+    also += ["--as"] if arguments.as_format else []
+    if also:
+        raise _refusal(name, f"also {', '.join(also)}", "come without steps", fix)
+    _need_out(arguments)
+
+
 def _refuse_without_adapters(arguments: argparse.Namespace) -> None:
     for option, value in (("--router", arguments.router), ("--gate-text", arguments.gate_text)):
         if value:
@@ -295,6 +346,8 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
         return steps.Compress(value, options.get("--rows", 0.1), **by)
     if name in ("--latent", "--densify"):
         return steps.Densify() if name == "--densify" else steps.Latent(value, options.get("--share"))
+    if name == "--bits":
+        return _quantize(value, options)
     number, is_share = value.removesuffix("%"), value.endswith("%")
     try:
         size = float(number) / 100 if is_share else int(number)
@@ -302,6 +355,17 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
         allowed, fix = "be a share or a whole number", "write --drop-experts 25% or --drop-experts 2"
         raise _refusal(name, value, allowed, fix) from error
     return steps.Drop(share=size, **by) if is_share else steps.Drop(count=int(size), **by)
+
+
+def _quantize(bits: int, options: Mapping[str, Any]) -> "Step":
+    from turnout.recipes import steps
+
+    given = options.get("--group", "row" if bits == 8 else "64")
+    if given != "row" and not (given.isdecimal() and int(given)):
+        raise _refusal("--group", given, "be a whole number of at least 1, or row", "write --group 64")
+    words = {name: options[f"--{name}"] for name in ("codes", "method") if f"--{name}" in options}
+    switches = {"act_order": "--act-order" in options, "head": "--head" in options}
+    return steps.Quantize(bits, None if given == "row" else int(given), **words, **switches)
 
 
 def _need(step: str, options: Mapping[str, Any], *names: str) -> None:

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer of a transformer: routed experts, and shared ones that are always on."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
-from turnout.paths import Bank, FactoredBank, FeedForward
+from turnout.paths import Bank, FactoredBank, FeedForward, PackedBank, PackedFeedForward
 from turnout.types import Routing
 from turnout.types.called import Called
 from turnout.types.weights import Activation
@@ -34,6 +35,8 @@ class MoE(Called):
         distinct: how many different experts the bank holds, where several of the router's share their weights: expert e
             of the router is expert ``label_E[e]`` of the bank. None for num_experts.
         factored: further keywords of ``turnout.paths.FactoredBank``, which then takes the place of the ``Bank``.
+        packs: further keywords of ``turnout.paths.PackedBank``, whose experts are in few bits.
+        shared_packs: the same for the shared expert, a ``PackedFeedForward`` then.
         backend: the name of an executor in ``turnout.run``, or "auto".
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the starting weights' chance comes from; torch's default when None.
@@ -70,6 +73,8 @@ class MoE(Called):
         shared_gate: bool = False,
         distinct: int | None = None,
         factored: Mapping[str, int] | None = None,
+        packs: dict[str, Any] | None = None,
+        shared_packs: dict[str, Any] | None = None,
         backend: str = "auto",
         std: float = 0.02,
         generator: torch.Generator | None = None,
@@ -100,16 +105,17 @@ class MoE(Called):
             )
         self.router, self.backend = router, backend
         held = num_experts if distinct is None else distinct
-        start = {"bias": bias, "std": std, "generator": generator}
-        self.bank: Bank | FactoredBank
-        if factored is None:
-            self.bank = Bank(held, width, hidden, activation=activation, **start)
+        sizes, start = {"activation": activation, "bias": bias}, {"std": std, "generator": generator}
+        self.bank: Bank | FactoredBank | PackedBank
+        if packs is not None:
+            self.bank = PackedBank(held, width, hidden, packs=packs, **sizes)
         else:
-            self.bank = FactoredBank(held, width, hidden, activation=activation, **factored, **start)
+            kind, more = (Bank, {}) if factored is None else (FactoredBank, factored)
+            self.bank = kind(held, width, hidden, **more, **sizes, **start)
         self.register_buffer("label_E", None if distinct is None else torch.arange(num_experts) % distinct)
         self.shared = self.shared_gate = None
         if shared_hidden is not None:
-            self.shared = FeedForward(width, shared_hidden, activation=activation, **start)
+            self.shared = feed_forward(width, shared_hidden, packs=shared_packs, **sizes, **start)
         if shared_gate:
             self.shared_gate = nn.Parameter(torch.empty(1, width).normal_(0, std, generator=generator))
 
@@ -175,3 +181,19 @@ class MoE(Called):
     def extra_repr(self) -> str:
         """The backend, for printing."""
         return f"backend={self.backend!r}"
+
+
+def feed_forward(
+    width: int,
+    hidden: int,
+    *,
+    packs: dict[str, Any] | None,
+    activation: Activation,
+    bias: bool,
+    std: float,
+    generator: torch.Generator | None,
+) -> Any:
+    """A ``FeedForward``, or a ``PackedFeedForward`` where it is said how; typed as neither, as ``projection``."""
+    if packs is not None:
+        return PackedFeedForward(width, hidden, packs=packs, activation=activation, bias=bias)
+    return FeedForward(width, hidden, activation=activation, bias=bias, std=std, generator=generator)

@@ -7,7 +7,7 @@ from turnout.models.generate import generate
 from turnout.models.generated import Asked, Generated, Piece
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.jets import Jets
-from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig
+from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.pre_gate import PreGate
 from turnout.models.sentence import SentenceEncoder
 
@@ -26,6 +26,7 @@ __all__ = [
     "MoEConfig",
     "Piece",
     "PreGate",
+    "QuantizedConfig",
     "SentenceEncoder",
     "checkpoint",
     "generate",

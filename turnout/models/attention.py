@@ -1,6 +1,7 @@
 """Attention of a decoder: grouped-query and multi-head latent, and the cache of what they have seen."""
 
-from typing import Self
+import functools
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from turnout.models.fused import capped, turn
 from turnout.models.norm import RMSNorm, build_norm
 from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
-from turnout.paths import LowRank
+from turnout.paths import LowRank, PackedLinear
 from turnout.run.product import linear
 
-__all__ = ["Attention", "Cache", "LatentAttention", "Projection", "attended"]
+__all__ = ["Attention", "Cache", "LatentAttention", "Projection", "attended", "projection"]
 
 Angles = tuple[Tensor, Tensor]
 
@@ -37,6 +38,19 @@ class Projection(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for printing."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+def projection(
+    config: LMConfig, part: str, inner: int, outer: int, *, bias: bool, generator: torch.Generator | None
+) -> Any:
+    """A map of the model: a ``Projection``, or a ``PackedLinear`` where the configuration says so of maps of its kind.
+
+    It is typed as neither: whoever reads ``weight`` as a tensor has refused models in few bits before.
+    """
+    packs = config.packs(part)
+    if packs is not None:
+        return PackedLinear(inner, outer, packs=packs, bias=bias)
+    return Projection(inner, outer, bias=bias, std=config.init_std, generator=generator)
 
 
 class Cache:
@@ -203,9 +217,9 @@ class Attention(nn.Module):
         q, kv = self.heads * self.head_width, self.key_heads * self.head_width
         self.rotated = config.rotated_width if config.is_turned(layer) else 0
         self.sizes, self.scale, self.softcap = (q, kv, kv), attention_scale(config), config.attention_softcap
-        start = {"std": config.init_std, "generator": generator}
-        self.qkv = Projection(config.width, q + 2 * kv, bias=config.qkv_bias, **start)
-        self.out = Projection(q, config.width, bias=config.out_bias, **start)
+        made = functools.partial(projection, config, "attention", generator=generator)
+        self.qkv = made(config.width, q + 2 * kv, bias=config.qkv_bias)
+        self.out = made(q, config.width, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
             wide = (q, kv) if config.qk_norm == "full" else (self.head_width, self.head_width)
@@ -251,17 +265,17 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.mla, self.window = layer, config.heads, sizes, config.window_of(layer)
         self.scale, self.softcap = attention_scale(config), config.attention_softcap
-        start = {"std": config.init_std, "generator": generator}
+        made = functools.partial(projection, config, "attention", generator=generator)
         wide = config.heads * config.head_width
         self.q_down = self.q_norm = None
         if sizes.q_rank is not None:
-            self.q_down = Projection(config.width, sizes.q_rank, bias=config.qkv_bias, **start)
+            self.q_down = made(config.width, sizes.q_rank, bias=config.qkv_bias)
             self.q_norm = RMSNorm(sizes.q_rank, 1e-6)
-        self.q_up = Projection(sizes.q_rank or config.width, wide, bias=False, **start)
-        self.kv_down = Projection(config.width, sizes.kv_rank + sizes.rope_dim, bias=config.qkv_bias, **start)
+        self.q_up = made(sizes.q_rank or config.width, wide, bias=False)
+        self.kv_down = made(config.width, sizes.kv_rank + sizes.rope_dim, bias=config.qkv_bias)
         self.kv_norm = RMSNorm(sizes.kv_rank, 1e-6)
-        self.kv_up = Projection(sizes.kv_rank, config.heads * (sizes.nope_dim + sizes.v_dim), bias=False, **start)
-        self.out = Projection(config.heads * sizes.v_dim, config.width, bias=config.out_bias, **start)
+        self.kv_up = made(sizes.kv_rank, config.heads * (sizes.nope_dim + sizes.v_dim), bias=False)
+        self.out = made(config.heads * sizes.v_dim, config.width, bias=config.out_bias)
 
     def forward(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
         """(B, S, D)."""

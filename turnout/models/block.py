@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from turnout.decide import token
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
+from turnout.layers.moe import feed_forward
 from turnout.models.attention import Angles, Attention, Cache, LatentAttention
 from turnout.models.config import LMConfig, MoEConfig
 from turnout.models.norm import Norm, build_norm
 from turnout.models.padding import Places
 from turnout.models.pre_gate import PreGate
-from turnout.paths import FeedForward
+from turnout.paths import FeedForward, PackedFeedForward
 from turnout.types import Routing
 from turnout.wrappers import unwrapped
 
@@ -44,10 +45,11 @@ class Block(nn.Module):
         )
         self.attention_out_norm = _norm(config, after)
         self.ff_norm = _norm(config, before)
-        self.ff: FeedForward | MoE
+        self.ff: FeedForward | MoE  # or a PackedFeedForward
         if config.moe is None or not config.is_routed(layer):
             hidden, activation = config.dense_hidden, config.activation
-            self.ff = FeedForward(config.width, hidden, activation=activation, bias=config.ff_bias, **start)
+            sizes = {"activation": activation, "bias": config.ff_bias, "packs": config.packs("dense")}
+            self.ff = feed_forward(config.width, hidden, **sizes, **start)
         else:
             moe = config.moe
             self.ff = MoE(
@@ -61,6 +63,8 @@ class Block(nn.Module):
                 shared_gate=moe.shared_gate,
                 distinct=config.experts_held(layer),
                 factored=config.factors(layer),
+                packs=config.packs("experts"),
+                shared_packs=config.packs("shared"),
                 **start,
             )
         self.ff_out_norm = _norm(config, after)
@@ -109,7 +113,7 @@ class Block(nn.Module):
         x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
         ff: Any = self.ff  # or what wraps it
-        if isinstance(unwrapped(ff), FeedForward):
+        if isinstance(unwrapped(ff), FeedForward | PackedFeedForward):
             return self.add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)

@@ -57,9 +57,9 @@ class BlockTasks:
             raise _refuse(layer, got, f"have a router that looks at one token at a time ({names}, no capacity)", fix)
         bank = unwrapped(moe.bank)
         if not isinstance(bank, Bank) or moe.label_E is not None:
-            got = "factored experts" if not isinstance(bank, Bank) else "experts that share weights"
+            got = "factored or packed experts" if not isinstance(bank, Bank) else "experts that share weights"
             raise _refuse(layer, got, "have experts with weights of their own", "train without overlap")
-        if bank.turned:
+        if hasattr(bank, "unshard"):
             got, fix = "experts as FSDP2 holds them", "shard the model with a plan that has the schedule"
             raise _refuse(layer, got, "have experts that nothing else shards", fix)
         self._activation, self.num_experts = bank.activation, router.num_experts

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from turnout.errors import nearest
 from turnout.fields import build, plain
-from turnout.models.part_configs import FactoredConfig, MLAConfig, MoEConfig, positive, refuse
+from turnout.models.part_configs import FactoredConfig, MLAConfig, MoEConfig, QuantizedConfig, positive, refuse
 from turnout.types.weights import Activation
 
-__all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig"]
+__all__ = ["FactoredConfig", "LMConfig", "MLAConfig", "MoEConfig", "QuantizedConfig"]
 
 _NAMES = {
     "qk_norm": ("none", "head", "full"),
@@ -76,6 +76,7 @@ class LMConfig:
         logit_divisor: what logits are divided by.
         logit_softcap: c, for logits l that come out as c tanh(l / c), divided before; None for l.
         moe: the routed layers; None for a dense model.
+        quantized: which maps are held in few bits; None for none. Such a model is not trained.
         init_std: standard deviation of the starting weights.
 
     Raises:
@@ -124,6 +125,7 @@ class LMConfig:
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
     moe: MoEConfig | None = None
+    quantized: QuantizedConfig | None = None
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -150,6 +152,7 @@ class LMConfig:
         if self.moe is not None:
             _check_layers("moe.layers", self.moe.layers, self.layers)
             _check_each_layer(self.moe, self.layers if self.moe.layers == "all" else len(self.moe.layers))
+        _check_quantized(self)
 
     @property
     def head_width(self) -> int:
@@ -182,6 +185,27 @@ class LMConfig:
         if self.moe is None or self.moe.distinct is None or not self.is_routed(layer):
             return None
         return self.moe.distinct[sum(self.is_routed(before) for before in range(layer))]
+
+    def packs(self, part: str) -> dict[str, Any] | None:
+        """What ``turnout.paths.PackedWeight`` takes for maps of this kind; None where they are not quantized."""
+        return None if self.quantized is None or part not in self.quantized.parts else self.quantized.sizes()
+
+    def map_inputs(self) -> dict[str, dict[str, int]]:
+        """The inputs of each map that may be quantized, by what the map makes, of each kind of maps."""
+        wide, mla, moe = self.width, self.mla, self.moe
+        found = {"attention": {"queries, keys and values": wide, "the output": self.heads * self.head_width}}
+        if mla is not None:
+            found["attention"] = {"latents": wide, "keys and values": mla.kv_rank, "the output": self.heads * mla.v_dim}
+            found["attention"] |= {"queries": mla.q_rank or wide}
+        if any(not self.is_routed(layer) for layer in range(self.layers)):
+            found["dense"] = {"up": wide, "down": self.dense_hidden}
+        if moe is not None and moe.factored is None:
+            found["experts"] = {"up": wide, "down": moe.hidden}
+        if moe is not None and moe.shared_hidden is not None:
+            found["shared"] = {"up": wide, "down": moe.shared_hidden}
+        if not self.tie_embeddings:
+            found["head"] = {"logits": wide}
+        return found
 
     def factors(self, layer: int) -> dict[str, int] | None:
         """The sizes that ``turnout.paths.FactoredBank`` takes for this routed layer; None for whole matrices."""
@@ -307,3 +331,26 @@ def _check_each_layer(moe: MoEConfig, routed: int) -> None:
     if rows is not None and len(rows) != routed:
         refuse("moe.factored.rows", rows, f"have one pair for each of the {routed} routed layers, or be None",
                 "LMConfig", "rows=None")  # fmt: skip
+
+
+def _check_quantized(config: LMConfig) -> None:
+    """Refuses groups that do not divide the inputs of a map, or bits that do not fill its bytes."""
+    held = config.quantized
+    if held is None:
+        return
+    of = config.map_inputs()
+    missing = [part for part in held.parts if part not in of]
+    if missing:
+        why = {"head": "the output layer is the embedding, which stays as it is", "experts": "none with whole matrices"}
+        got = f"{missing[0]!r}: {why.get(missing[0], 'there are none')}"
+        refuse("quantized.parts", got, f"be of {', '.join(of)}", "LMConfig", f"parts={tuple(of)}")
+    inputs = {f"{name} of {part}": size for part in held.parts for name, size in of[part].items()}
+    step = math.gcd(*inputs.values())
+    for name, size in inputs.items():
+        if held.group is not None and size % held.group:
+            near = max(n for n in range(1, held.group + 1) if step % n == 0)
+            allowed = f"divide the {size} inputs of the maps that make {name}"
+            refuse("quantized.group", held.group, allowed, "LMConfig", f"group={near}, or None for one scale a row")
+        if held.bits == 4 and size % 2:
+            got, allowed = f"4 with {size} inputs of the maps that make {name}", "be 8 where inputs are odd"
+            refuse("quantized.bits", got, allowed, "LMConfig", "bits=8")

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import expect
 from turnout.layers import MoE
-from turnout.models.attention import Cache, Projection, attended
+from turnout.models.attention import Cache, projection
 from turnout.models.batch import Batch
+from turnout.models.bill import cost
 from turnout.models.block import Block, build_pre_gate, build_router
-from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig
+from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.norm import build_norm
 from turnout.models.padding import Places, find_places, new_places
 from turnout.models.prompts import Given
 from turnout.models.rope import Rope
-from turnout.paths import FeedForward
+from turnout.paths import PackedLinear
 from turnout.run.product import linear
 from turnout.types import Cost, Routing
 from turnout.types.called import Called
@@ -39,6 +40,7 @@ __all__ = [
     "LMOutput",
     "MLAConfig",
     "MoEConfig",
+    "QuantizedConfig",
     "build_pre_gate",
     "build_router",
 ]
@@ -108,8 +110,8 @@ class LM(Called):
         self.norm = build_norm(config, config.width)
         self.head = None
         if not config.tie_embeddings:
-            start = {"std": config.init_std, "generator": generator}
-            self.head = Projection(config.width, config.vocab_size, bias=False, **start)
+            sizes = (config.width, config.vocab_size)
+            self.head = projection(config, "head", *sizes, bias=False, generator=generator)
         self.rope, self.local_rope = Rope(config), None
         if config.local_rope_theta is not None:
             self.local_rope = Rope(config, theta=config.local_rope_theta)
@@ -159,7 +161,9 @@ class LM(Called):
 
     def scores(self, hidden_BSD: Tensor) -> Tensor:
         """(..., V) what the output layer makes of what it reads."""
-        logits_BSV = linear(hidden_BSD, self.embedding if self.head is None else self.head.weight)
+        head = self.head
+        packed = isinstance(head, PackedLinear)
+        logits_BSV = head(hidden_BSD) if packed else linear(hidden_BSD, self._head_VD(hidden_BSD.dtype))
         if self.config.logit_divisor != 1:
             logits_BSV = logits_BSV / self.config.logit_divisor
         return capped(logits_BSV, self.config.logit_softcap)
@@ -198,8 +202,14 @@ class LM(Called):
             target_BS = target_BS.masked_fill(~places.real_BS, IGNORE)
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
-        weight_VD = self.embedding if self.head is None else self.head.weight
-        return head_loss(hidden_BSD, weight_VD, target_BS, softcap=self.config.logit_softcap)
+        return head_loss(hidden_BSD, self._head_VD(hidden_BSD.dtype), target_BS, softcap=self.config.logit_softcap)
+
+    def _head_VD(self, dtype: torch.dtype) -> Tensor:
+        """The output layer's matrix; written out where it is in few bits."""
+        if self.head is None:
+            return self.embedding
+        weight = self.head.weight
+        return weight if isinstance(weight, Tensor) else weight.packed.dequantised(dtype)
 
     def hidden(
         self,
@@ -340,35 +350,5 @@ class LM(Called):
         Returns:
             ``params`` (tied ones once), ``params_active`` (all, less E - K of E experts) and ``flops``.
         """
-        config, seq = self.config, self.config.max_seq if seq is None else seq
-        params = sum(parameter.numel() for parameter in self.parameters())
-        active, products = params, float(config.width * config.vocab_size)
-        for layer, block in enumerate(self._blocks()):
-            products += sum(p.weight.numel() for p in block.attention.modules() if isinstance(p, Projection))
-            products += attended(config, layer, seq)
-            moe = unwrapped(block.ff)
-            if isinstance(moe, FeedForward):
-                products += moe.up.numel() + moe.down.numel()
-                continue
-            assert isinstance(moe, MoE)
-            bank = moe.bank
-            used = min(_experts_per_token(config), bank.num_experts)
-            spent = bank.cost(1, used)
-            active -= (spent.params or 0) - (spent.params_active or 0)
-            products += (spent.flops or 0.0) / 2
-            always = [None if moe.router is None else getattr(unwrapped(moe.router), "weight", None), moe.shared_gate]
-            always += [] if moe.shared is None else [moe.shared.up, moe.shared.down]
-            products += sum(p.numel() for p in always if p is not None)
-        products += 0 if self.pre_gate is None else self.pre_gate.products(seq)
-        return Cost(params=params, params_active=active, flops=2.0 * products)
-
-
-def _experts_per_token(config: LMConfig) -> float:
-    """K, or for experts that choose their tokens the mean number that choose one."""
-    moe = config.moe
-    if moe is None:
-        return 0
-    factor = moe.router_options.get("capacity_factor")
-    if moe.router == "ExpertChoice" and isinstance(factor, int | float):
-        return factor
-    return moe.top_k
+        seq = self.config.max_seq if seq is None else seq
+        return cost(self, self.config, self._blocks(), self.pre_gate, seq)

@@ -73,7 +73,9 @@ def find_places(id_BS: Tensor, attention_mask: Tensor | None, cache: Cached | No
     real_BT = real_tokens(attention_mask, id_BS, before_BP, length)
     if real_BT is None:
         return None
-    after = cache is None and bool((real_BT[:, 1:] <= real_BT[:, :-1]).all())
+    # What a cache is begun with looks at no padding either, where all of it comes after.
+    after = length == 0 and bool((real_BT[:, 1:] <= real_BT[:, :-1]).all())
+    after = after and (cache is None or bool(real_BT[:, -1].any()))
     return Places(real_BT, id_BS.shape[1], aside=not after)
 
 

@@ -2,13 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from turnout.decide import token
 from turnout.errors import UsageError, nearest, word
 from turnout.types.weights import Activation
 
-__all__ = ["FactoredConfig", "MLAConfig", "MoEConfig", "positive", "refuse"]
+__all__ = ["FactoredConfig", "MLAConfig", "MoEConfig", "QuantizedConfig", "positive", "refuse"]
+
+# The kinds of maps that may be held in few bits; the output layer only where it is asked for.
+MAPS = ("experts", "shared", "dense", "attention", "head")
+CODES = ("int", "float", "nf4", "quantile")
 
 # Routers: those of single layers, and the one that routes all layers at once.
 _ROUTERS = (*token.__all__, "PreGate")
@@ -134,6 +140,55 @@ class MLAConfig:
             positive("q_rank", self.q_rank, "MLAConfig")
         if self.rope_dim % 2:
             refuse("rope_dim", self.rope_dim, "be even", "MLAConfig", f"rope_dim={self.rope_dim + 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedConfig:
+    """Which maps are held in few bits, and in which: see ``turnout.types.Packed``. All else stays as it is.
+
+    Args:
+        bits: 4 or 8, of each weight.
+        group: how many neighbouring inputs share a scale; divides the inputs of every map. None for one scale a row.
+        codes: what the codes stand for: whole numbers ("int"), or with 4 bits sixteen levels that are stored beside
+            them, "float", "nf4" or "quantile".
+        scale: the dtype of the scales.
+        parts: the kinds of maps: of "experts" (routed), "shared" (experts that are always on), "dense" (feed-forward
+            layers), "attention", and "head", an output layer that is not the embedding.
+
+    >>> QuantizedConfig(bits=4).group
+    64
+
+    Source: none; plain configuration of ``turnout.paths.PackedLinear`` and ``PackedBank``.
+    """
+
+    bits: Literal[4, 8]
+    group: int | None = 64
+    codes: Literal["int", "float", "nf4", "quantile"] = "int"
+    scale: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    parts: tuple[str, ...] = MAPS[:-1]
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            near = 8 if isinstance(self.bits, int) and self.bits > 4 else 4
+            refuse("bits", self.bits, "be 4 or 8, which fill whole bytes", "QuantizedConfig", f"bits={near}")
+        if self.group is not None:
+            positive("group", self.group, "QuantizedConfig")
+        if self.codes not in CODES:
+            raise nearest(str(self.codes), CODES, kind="codes", where="QuantizedConfig")
+        if self.bits == 8 and self.codes != "int":
+            refuse("codes", self.codes, "be 'int' with bits=8", "QuantizedConfig", "codes='int', or bits=4")
+        if self.scale not in ("bfloat16", "float16", "float32"):
+            raise nearest(str(self.scale), ("bfloat16", "float16", "float32"), kind="scale", where="QuantizedConfig")
+        for part in self.parts:
+            if part not in MAPS:
+                raise nearest(str(part), MAPS, kind="part", where="QuantizedConfig")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            refuse("parts", self.parts, "name kinds of maps, each once", "QuantizedConfig", f"parts={MAPS[:-1]}")
+
+    def sizes(self) -> dict[str, Any]:
+        """What ``turnout.paths.PackedWeight`` wants to know."""
+        held = {"bits": self.bits, "group": self.group, "levels": self.codes != "int"}
+        return held | {"scale": getattr(torch, self.scale)}
 
 
 def refuse(name: str, got: object, allowed: str, where: str, fix: str) -> None:

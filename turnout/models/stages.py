@@ -14,6 +14,7 @@ from turnout.models.config import LMConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import head_loss
 from turnout.models.lm import LM
+from turnout.models.packed import refuse_packed
 from turnout.models.padding import Places, new_places, real_tokens
 from turnout.run.product import linear
 from turnout.run.ranks.pipeline import Carried
@@ -117,6 +118,7 @@ class LMStage(nn.Module):
 
     def __init__(self, lm: LM, stage: int, sizes: Sequence[int]) -> None:
         super().__init__()
+        refuse_packed(lm, "cut into stages", where="turnout.models.stages")
         self.config: LMConfig = lm.config
         self.stage, self.stages = stage, len(sizes)
         self.first, self.last = stage == 0, stage == len(sizes) - 1
@@ -259,7 +261,7 @@ class LMStage(nn.Module):
         if self.config.logit_divisor != 1:
             hidden_BSD = hidden_BSD / self.config.logit_divisor
         weight_VD = self.embedding if self.head is None else self.head.weight
-        assert weight_VD is not None
+        assert isinstance(weight_VD, Tensor)  # not packed
         softcap = self.config.logit_softcap
         if target_BS is None:
             return capped(linear(hidden_BSD, weight_VD), softcap)

@@ -4,8 +4,22 @@ from turnout.paths.bank import Bank, FeedForward
 from turnout.paths.factored import FactoredBank
 from turnout.paths.lora import LoRA
 from turnout.paths.low_rank import LowRank
+from turnout.paths.packed import PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.paths.scalearn import ScaLearn
 from turnout.paths.shards import Shards
 from turnout.paths.ssf import SSF
 
-__all__ = ["SSF", "Bank", "FactoredBank", "FeedForward", "LoRA", "LowRank", "ScaLearn", "Shards"]
+__all__ = [
+    "SSF",
+    "Bank",
+    "FactoredBank",
+    "FeedForward",
+    "LoRA",
+    "LowRank",
+    "PackedBank",
+    "PackedFeedForward",
+    "PackedLinear",
+    "PackedWeight",
+    "ScaLearn",
+    "Shards",
+]

@@ -19,7 +19,7 @@ from turnout.models.families.family import Family
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.room import check_room
 from turnout.recipes.run import Run
-from turnout.recipes.steps import Drop, Merge, Step, Upcycle
+from turnout.recipes.steps import Densify, Drop, Merge, Step, Upcycle
 
 __all__ = ["Format", "Plan", "Row", "make_plan"]
 
@@ -160,6 +160,8 @@ def make_plan(
     seq = min(_SEQ, seen.config.max_seq)
     rows = [_row("input", seen.config, seen.dtype, seq)]
     for number, step in enumerate(steps, 1):
+        if rows[-1].config.quantized is not None and not isinstance(step, Densify):
+            raise _after_quantize(step)
         _check_text(step, rows[-1].config, text)
         planned = step.planned(rows[-1].config)
         if planned == rows[-1].config:
@@ -188,6 +190,12 @@ def _nothing(step: Step, config: LMConfig) -> UsageError:
     return UsageError(word("a step", got=got, allowed="change the model", where=_WHERE, fix=fix))
 
 
+def _after_quantize(step: Step) -> UsageError:
+    got, allowed = f"{step.name} of a model in few bits", "come before its weights are rounded"
+    fix = "put --bits behind it, or --densify before it"
+    return UsageError(word("a step", got=got, allowed=allowed, where=_WHERE, fix=fix))
+
+
 def _find(path: Path) -> tuple[Literal["transformers", "model", "run"], Path]:
     """What kind of folder this is, and where its model is."""
     if (path / "config.json").is_file():
@@ -213,6 +221,8 @@ def _check_text(step: Step, config: LMConfig, text: str | Path | None) -> None:
     fix = "add --calibration FILE_OR_FOLDER with a few thousand tokens of text like the model's own"
     if step.name in ("drop_experts", "split"):
         fix += f", or --by {'random' if step.name == 'drop_experts' else 'cluster'}, which needs none"
+    if step.name == "quantize":
+        fix += ", or --method nearest, which needs none"
     allowed = f"be given for {step.name}: {why}; random tokens would not do,"
     raise UsageError(word("--calibration", got="nothing", allowed=allowed, where=_WHERE, fix=fix))
 
@@ -259,12 +269,13 @@ def _row(name: str, config: LMConfig, dtype: torch.dtype, seq: int) -> Row:
 
 
 def _shape(config: LMConfig) -> str:
-    moe = config.moe
+    moe, few = config.moe, config.quantized
+    rounded = "" if few is None else f", {few.bits} bits in {'rows' if few.group is None else f'groups of {few.group}'}"
     if moe is None:
-        return f"dense, hidden {config.dense_hidden}"
+        return f"dense, hidden {config.dense_hidden}{rounded}"
     held = "" if moe.distinct is None else f", about {sum(moe.distinct) / len(moe.distinct):g} of them different"
     ranks = moe.factored and f", rank {moe.factored.up_rank}" + (" shared" if moe.factored.share > 1 else "")
-    return f"{moe.num_experts} experts, hidden {moe.hidden}, top {moe.top_k}{held}{ranks or ''}"
+    return f"{moe.num_experts} experts, hidden {moe.hidden}, top {moe.top_k}{held}{ranks or ''}{rounded}"
 
 
 def _short(value: float) -> str:

@@ -10,7 +10,18 @@ from torch import Tensor
 from turnout.errors import CheckpointError, UsageError, nearest, word
 from turnout.fields import build, plain
 from turnout.models import LM, LMConfig
-from turnout.reshape import compress_experts, densify, drop_experts, latent_experts, merge_experts, split, upcycle
+from turnout.reshape import (
+    compress_experts,
+    densify,
+    drop_experts,
+    latent_experts,
+    merge_experts,
+    quantize,
+    split,
+    upcycle,
+)
+from turnout.reshape.quantize.quantize import PARTS
+from turnout.reshape.quantize.quantize import planned as quantized
 from turnout.reshape.to_smaller.compress_experts import planned as compressed
 from turnout.reshape.to_smaller.densify import planned as written_out
 from turnout.reshape.to_smaller.drop_experts import needed
@@ -21,7 +32,19 @@ from turnout.reshape.to_sparse.split import planned as cut
 from turnout.reshape.to_sparse.upcycle import planned as upcycled
 from turnout.types import Report
 
-__all__ = ["Compress", "Densify", "Drop", "Latent", "Merge", "Split", "Step", "Upcycle", "step_from_json", "step_json"]
+__all__ = [
+    "Compress",
+    "Densify",
+    "Drop",
+    "Latent",
+    "Merge",
+    "Quantize",
+    "Split",
+    "Step",
+    "Upcycle",
+    "step_from_json",
+    "step_json",
+]
 
 Batches = Sequence[Tensor] | None
 
@@ -230,8 +253,54 @@ class Densify:
         return densify(lm, batches=batches, seed=seed)
 
 
-Step = Upcycle | Split | Drop | Merge | Compress | Latent | Densify
-_KINDS: dict[str, type[Step]] = {kind.name: kind for kind in (Upcycle, Split, Drop, Merge, Compress, Latent, Densify)}
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Maps in few bits; fields as in ``turnout.reshape.quantize``, ``head`` for the output layer too.
+
+    Source: see ``turnout.reshape.quantize``.
+    """
+
+    bits: int
+    group: int | None = 64
+    codes: Literal["int", "float", "nf4", "quantile"] = "int"
+    method: Literal["nearest", "gptq"] = "nearest"
+    act_order: bool = False
+    head: bool = False
+    name: ClassVar[str] = "quantize"
+
+    def __post_init__(self) -> None:
+        for option in ("codes", "method"):
+            known = typing.get_args(typing.get_type_hints(Quantize)[option])
+            if getattr(self, option) not in known:
+                raise nearest(getattr(self, option), known, kind=f"--{option}", where="turnout convert")
+        if self.act_order and self.method != "gptq":
+            allowed, fix = "go with --method gptq, which rounds one input after the other,", "add --method gptq"
+            got = f"--method {self.method}"
+            raise UsageError(word("--act-order", got=got, allowed=allowed, where="turnout convert", fix=fix))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The kinds of maps."""
+        return (*PARTS, "head") if self.head else PARTS
+
+    def planned(self, config: LMConfig) -> LMConfig:
+        """The configuration afterwards."""
+        return quantized(config, bits=self.bits, group=self.group, codes=self.codes, parts=self.parts)
+
+    def why_text(self, config: LMConfig) -> str | None:
+        """What it would look at text for."""
+        return "'gptq' rounds so that what maps make of it changes little" if self.method == "gptq" else None
+
+    def run(self, lm: LM, batches: Batches, seed: int) -> tuple[LM, Report]:
+        """The model afterwards, and what changed."""
+        how = {"bits": self.bits, "group": self.group, "codes": self.codes, "method": self.method}
+        return quantize(lm, **how, parts=self.parts, act_order=self.act_order, batches=batches, seed=seed)
+
+
+Step = Upcycle | Split | Drop | Merge | Compress | Latent | Densify | Quantize
+_KINDS: dict[str, type[Step]] = {
+    kind.name: kind for kind in (Upcycle, Split, Drop, Merge, Compress, Latent, Densify, Quantize)
+}
 
 
 def _no_drop(what: str, got: object, allowed: str, fix: str) -> UsageError:

@@ -1,7 +1,7 @@
 """Changing models that exist: every function takes a model and gives ``(model, Report)``, which says what changed.
 
-The floors say what is changed: ``live`` models in place, dense ``to_sparse``, sparse ``to_smaller``, ``many_to_one``,
-and ``adapters``. Every name is here too.
+The floors say what is changed: ``live`` models in place, dense ``to_sparse``, sparse ``to_smaller``, weights to few
+bits (``quantize``), ``many_to_one``, and ``adapters``. Every name is here too.
 """
 
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ from turnout.reshape.many_to_one import (
     stragglers,
     task_vectors,
 )
+from turnout.reshape.quantize import quantize
 from turnout.reshape.to_smaller import compress_experts, densify, drop_experts, latent_experts, merge_experts
 from turnout.reshape.to_sparse import diversify, read_me, split, upcycle
 
@@ -72,6 +73,7 @@ __all__ = [
     "load_shards",
     "low_rank_adapter",
     "merge_experts",
+    "quantize",
     "read_me",
     "register_backend",
     "release",

@@ -13,6 +13,7 @@ from turnout.errors import DataError, UsageError, word
 from turnout.layers import Routed
 from turnout.models import LM
 from turnout.models.lm import Block
+from turnout.models.packed import refuse_packed
 from turnout.reshape.resumable import by_batch
 from turnout.types import Routing
 
@@ -47,14 +48,20 @@ def _longest(row_ND: Tensor) -> float:
     return float(row_ND.detach().float().square().mean(1).max().sqrt())
 
 
-def checked(batches: Iterable[Tensor | Mapping[str, Tensor]] | None, lm: LM, where: str) -> tuple[Tensor, ...]:
+def checked(
+    batches: Iterable[Tensor | Mapping[str, Tensor]] | None, lm: LM, where: str, *, packed: bool = False
+) -> tuple[Tensor, ...]:
     """The batches as a tuple of (B, S) ids on the model's device, without padding; () for None.
 
     A mapping with ``input_ids`` and an ``attention_mask``, as tokenizers give it, becomes rows of its tokens alone.
+    Unless ``packed``, a model with weights in few bits is refused: whoever looks at text reshapes whole ones.
 
     Raises:
         DataError: no batch at all, or something that is not a tensor of (B, S) ids.
+        UsageError: the model's weights are in few bits.
     """
+    if not packed:
+        refuse_packed(lm, "reshaped", where=where)
     if batches is None:
         return ()
     given = (batches,) if isinstance(batches, Tensor | Mapping) else tuple(batches)

@@ -81,14 +81,19 @@ def keeping(kept: Kept) -> Iterator[None]:
 
 
 def by_layer(
-    what: str, layers: Iterable[int], work: Callable[[int], Mapping[str, Tensor]]
+    what: str,
+    layers: Iterable[int],
+    work: Callable[[int], Mapping[str, Tensor]],
+    *,
+    then: Callable[[int, Mapping[str, Tensor]], None] = lambda layer, piece: None,
 ) -> dict[int, Mapping[str, Tensor]]:
     """Layer -> what ``work`` makes of it, or made of it before a stop.
 
     Args:
         what: the work in a word or two, to be told.
         layers: their numbers.
-        work: must depend on nothing but the layer.
+        work: must depend on nothing but the layer, and what ``then`` was told.
+        then: is told of each layer with what was made of it, in order; of those from before a stop too.
     """
     kept, layers = _KEPT.get(_NOWHERE), list(layers)
     name, found = kept.name(what), dict[int, Mapping[str, Tensor]]()
@@ -97,11 +102,13 @@ def by_layer(
         if piece is None:
             break
         found[layer] = piece
+        then(layer, piece)
     kept.tell(what, len(found), len(layers))
     for layer in layers[len(found) :]:
         found[layer] = work(layer)
         kept.put(f"{name}-{layer}", found[layer])
         kept.tell(what, len(found), len(layers))
+        then(layer, found[layer])
     return found
 
 

@@ -10,6 +10,7 @@ from turnout.run.grouped import grouped
 from turnout.run.kernels import kernels
 from turnout.run.low_rank import low_rank, low_rank_merged, low_rank_reference
 from turnout.run.merged import merged
+from turnout.run.packed import packed_experts, packed_linear, packed_reference
 from turnout.run.reference import activate, reference
 from turnout.run.sort import sort
 
@@ -28,6 +29,9 @@ __all__ = [
     "low_rank_merged",
     "low_rank_reference",
     "merged",
+    "packed_experts",
+    "packed_linear",
+    "packed_reference",
     "reference",
     "sort",
     "written_out",

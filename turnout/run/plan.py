@@ -80,6 +80,11 @@ class Plan:
         """Whether enough rows are repeats that the up products are kept for the backward pass without them."""
         return self.place_R is not None and self.rows > self.place_R.numel() * (1 + _REPEATS)
 
+    def entries(self, group: Group) -> slice:
+        """Which entries a group's rows are."""
+        bound = self.routing.bounds()
+        return slice(bound[group.experts[0]], bound[group.experts[-1] + 1])
+
     def spread(self, value_R: Tensor) -> Tensor:
         """(P,) the values of the entries, zero on the rows that only round up."""
         if self.place_R is None:

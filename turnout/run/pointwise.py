@@ -1,8 +1,12 @@
-"""Activations and their gradients into memory that is given, for executors that manage their own."""
+"""Activations and their gradients into memory that is given, for executors that manage their own.
+
+By one pass over memory where kernels can be compiled (``turnout.run.compiled.gates``), else by calls of torch.
+"""
 
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.gates import activated, activation_slopes, suits_gates
 from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE
 
 __all__ = ["activate_into", "activation_gradient"]
@@ -44,6 +48,9 @@ def _parts(hidden_NH: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def activate_into(hidden_NH: Tensor, kind: str, out_NF: Tensor, *, interleaved: bool = False) -> None:
     """Writes the activation of ``hidden_NH`` to ``out_NF``, as ``turnout.run.activate`` computes it."""
+    if suits_gates(kind, hidden_NH, out_NF):
+        activated(hidden_NH, kind, out_NF, interleaved=interleaved)
+        return
     if kind not in GATED:
         _apply(kind, hidden_NH, out_NF)
         return
@@ -85,19 +92,17 @@ def activation_gradient(
         spare: three tensors like ``grad_NF``, overwritten.
         interleaved: whether gate and value alternate.
     """
+    if suits_gates(kind, hidden_NH, grad_NF, out_NF, grad_NH, grad_weight_N):
+        given = hidden_NH, grad_NF, weight_N1[:, 0], out_NF, grad_NH, grad_weight_N
+        return activation_slopes(kind, *given, interleaved=interleaved)
     scratch, gate_copy, value_copy = spare
     if kind not in GATED:
-        _apply(kind, hidden_NH, out_NF)
-        if grad_weight_N is not None:
-            torch.sum(torch.mul(grad_NF, out_NF, out=scratch), 1, dtype=grad_weight_N.dtype, out=grad_weight_N)
-        out_NF.mul_(weight_N1)
-        _gradient(kind, grad_NF.mul_(weight_N1), hidden_NH, grad_NH)
-        return
+        return _plain_gradient(kind, hidden_NH, grad_NF, weight_N1, out_NF, grad_NH, grad_weight_N, scratch)
     gate, value = _parts(hidden_NH, interleaved)
     grad_gate, grad_value = _parts(grad_NH, interleaved)
     if kind == "swiglu_oai":
-        _clamped_gradient(gate, value, grad_NF, weight_N1, out_NF, grad_gate, grad_value, grad_weight_N, spare)
-        return
+        given = grad_NF, weight_N1, out_NF, grad_gate, grad_value, grad_weight_N, spare
+        return _clamped_gradient(gate, value, *given)
     short = interleaved or grad_NF.shape[1] < _SHORT
     if short:
         gate = gate_copy.copy_(gate)
@@ -116,6 +121,25 @@ def activation_gradient(
         grad_gate.copy_(grad_NF)
     else:
         _gradient(kind, grad_NF, gate, grad_gate)
+    return None
+
+
+def _plain_gradient(
+    kind: str,
+    hidden_NF: Tensor,
+    grad_NF: Tensor,
+    weight_N1: Tensor,
+    out_NF: Tensor,
+    grad_hidden_NF: Tensor,
+    grad_weight_N: Tensor | None,
+    scratch_NF: Tensor,
+) -> None:
+    """``activation_gradient`` of an activation without a gate."""
+    _apply(kind, hidden_NF, out_NF)
+    if grad_weight_N is not None:
+        torch.sum(torch.mul(grad_NF, out_NF, out=scratch_NF), 1, dtype=grad_weight_N.dtype, out=grad_weight_N)
+    out_NF.mul_(weight_N1)
+    _gradient(kind, grad_NF.mul_(weight_N1), hidden_NF, grad_hidden_NF)
 
 
 def _clamped_gradient(

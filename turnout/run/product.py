@@ -19,7 +19,7 @@ from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
 from turnout.run.tuned import tuning
 
-__all__ = ["instead_of_linear", "linear", "product"]
+__all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
 # What takes the place of ``linear`` in this thread, if anything.
 _HERE = threading.local()
@@ -36,6 +36,17 @@ def instead_of_linear(other: Callable[..., Tensor] | None) -> Iterator[None]:
         _HERE.other = before
 
 
+def replaced() -> bool:
+    """Whether something takes the place of ``linear`` in this thread.
+
+    >>> replaced()
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    return getattr(_HERE, "other", None) is not None
+
+
 def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) -> bool:
     """Whether oneDNN takes these; ``turned``: the first factor lies transposed, and oneDNN copies it first."""
     if not (a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu) or torch.compiler.is_compiling():
@@ -43,6 +54,13 @@ def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) ->
     here = tuning()
     least = here.onednn_turned if turned else here.onednn
     return least is not None and 0 < multiply_adds >= least
+
+
+def own_alone(dtype: torch.dtype, multiply_adds: int) -> bool:
+    """Whether ``product`` of this dtype is torch's own here up to this size: then it need not be asked each time."""
+    here = tuning()
+    limits = (here.onednn, here.onednn_turned)
+    return dtype != torch.float32 or all(limit is None or limit > multiply_adds for limit in limits)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
@@ -81,8 +99,9 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
     Source: none; torch's own kernels.
     """
     if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel(), turned=not a_MK.is_contiguous()):
-        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
-        if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
+        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller, where
+        # it is so by more than the result, which then comes out transposed.
+        if a_MK.numel() > b_KN.numel() + a_MK.shape[0] * b_KN.shape[1] and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()
         else:
             result = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")

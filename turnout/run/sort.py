@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.sums import add_rows, suits_sums
 from turnout.run.composed import composes, slopes
 from turnout.run.decode import decode, suits_decoding
 from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
-from turnout.run.product import product
+from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
@@ -70,13 +71,18 @@ _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
+    matrices = stack[first : group.experts[-1] + 1]
     if group.batched:
-        matrices = stack[first : first + count]
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
+        each, own = matrices.unbind(0), own_alone(rows.dtype, rows.numel() * stack.shape[2])
         for expert, left, into in zip(group.experts, group.split(rows), group.split(out), strict=True):
-            product(left, stack[expert].to(rows.dtype) if cast else stack[expert], out_MN=into)
+            matrix = each[expert - first].to(rows.dtype) if cast else each[expert - first]
+            if own:
+                torch.mm(left, matrix, out=into)
+            else:
+                product(left, matrix, out_MN=into)
     if bias is not None:
         for expert, into in zip(group.experts, group.split(out), strict=True):
             into.add_(bias[expert])
@@ -94,11 +100,44 @@ def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
         else:
             torch.bmm(*pair, out=grad[first : first + count])
         return
+    each, own = grad[first : group.experts[-1] + 1].unbind(0), own_alone(left.dtype, left.numel() * right.shape[1])
     for expert, a, b in zip(group.experts, group.split(left), group.split(right), strict=True):
         if cast:
-            grad[expert] = a.t() @ b
+            each[expert - first].copy_(a.t() @ b)
+        elif own:
+            torch.mm(a.t(), b, out=each[expert - first])
         else:
-            product(a.t(), b, out_MN=grad[expert])
+            product(a.t(), b, out_MN=each[expert - first])
+
+
+class _Sum:
+    """The sum of each token's rows, made while they are in the cache where that is compiled, else of all at the end."""
+
+    def __init__(self, plan: Plan, like_TD: Tensor, weight_R: Tensor | None) -> None:
+        self.plan, self.weight_R, self.dtype = plan, weight_R, like_TD.dtype
+        self.at_once = suits_sums(like_TD)
+        if self.at_once:
+            self.weight_R = None if weight_R is None else weight_R.detach().float().contiguous()
+            self.sum_TD = torch.zeros(like_TD.shape, dtype=torch.float32)
+        rows = plan.most if self.at_once else plan.rows
+        self.row_PD = room((rows, like_TD.shape[1]), like_TD.dtype, like_TD.device)
+
+    def rows(self, group: Group) -> Tensor:
+        """Where the group's rows go."""
+        return self.row_PD[: group.bound[-1] - group.bound[0]] if self.at_once else self.row_PD[group.rows]
+
+    def add(self, group: Group) -> None:
+        """The group's rows are there."""
+        if self.at_once:
+            plan, which = self.plan, self.plan.entries(group)
+            place = None if plan.place_R is None else plan.place_R[which]
+            weight = None if self.weight_R is None else self.weight_R[which]
+            of = {"place_M": place, "first": group.bound[0], "weight_M": weight}
+            add_rows(self.row_PD, plan.routing.token_R[which], self.sum_TD, **of)
+
+    def total(self) -> Tensor:
+        """(T, D)."""
+        return self.sum_TD.to(self.dtype) if self.at_once else self.plan.collect(self.row_PD, self.weight_R)
 
 
 def _forward(
@@ -112,15 +151,16 @@ def _forward(
     most = plan.most
     x_ND, a_NF = room((most, D), dtype, device), room((most, plan.hidden), dtype, device)
     h_PH = room((plan.rows if keep else most, H), dtype, device)
-    y_PD = room((plan.rows, D), dtype, device)
+    y_PD = _Sum(plan, x_TD, weight_R)
     for group in plan.groups:
         count = group.bound[-1] - group.bound[0]
         x, a, h = x_ND[:count], a_NF[:count], h_PH[group.rows] if keep else h_PH[:count]
         torch.index_select(x_TD, 0, plan.token_P[group.rows], out=x)
         _products(group, x, up_EDH, h, up_bias_EH)
         activate_into(h, plan.activation, a, interleaved=plan.interleaved)
-        _products(group, a, down_EFD, y_PD[group.rows], down_bias_ED)
-    return plan.collect(y_PD, weight_R), h_PH
+        _products(group, a, down_EFD, y_PD.rows(group), down_bias_ED)
+        y_PD.add(group)
+    return y_PD.total(), h_PH
 
 
 class _Sort(torch.autograd.Function):
@@ -156,7 +196,8 @@ class _Backward:
         self.weight_R = weight_R
         want_x, want_weight, *want = wanted
         dtype, device, D = x_TD.dtype, x_TD.device, x_TD.shape[1]
-        self.dx_PD = room((plan.rows, D), dtype, device) if want_x else None
+        self.want_x = want_x
+        self.dx_PD = _Sum(plan, x_TD, None) if want_x and plan.groups else None
         wide = torch.promote_types(dtype, torch.float32)
         self.weight_P1 = plan.spread(weight_R.to(dtype))[:, None]
         self.dweight_P = torch.empty(plan.rows, dtype=wide, device=device) if want_weight else None
@@ -197,7 +238,8 @@ class _Backward:
         if self.up is not None:
             _outer(group, torch.index_select(self.x_TD, 0, plan.token_P[rows], out=x), dh, self.up)
         if self.dx_PD is not None:
-            _products(group, dh, up_EDH.transpose(1, 2), self.dx_PD[rows])
+            _products(group, dh, up_EDH.transpose(1, 2), self.dx_PD.rows(group))
+            self.dx_PD.add(group)
         if self.weights[2] is not None or self.weights[3] is not None:
             self._take_biases(group, g, dh, weight, dweight)
 
@@ -216,8 +258,8 @@ class _Backward:
     def finish(self) -> tuple[Tensor | None, ...]:
         """The gradients of x, the combine weights, and the four stacks."""
         plan, dx, dweight = self.plan, None, None
-        if self.dx_PD is not None:
-            dx = plan.collect(self.dx_PD, None) if plan.groups else torch.zeros_like(self.x_TD)
+        if self.want_x:
+            dx = torch.zeros_like(self.x_TD) if self.dx_PD is None else self.dx_PD.total()
         if self.dweight_P is not None:
             dweight = self.dweight_P if plan.place_R is None else self.dweight_P.index_select(0, plan.place_R)
             dweight = dweight.to(self.weight_R.dtype)

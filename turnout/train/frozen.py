@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from turnout.errors import UsageError, word
+from turnout.models.packed import refuse_packed
 from turnout.paths import LowRank
 from turnout.wrappers import routers_of
 
@@ -21,7 +22,7 @@ def training(model: nn.Module, only: str) -> Iterator[None]:
         only: "all" changes nothing: what is frozen stays frozen.
 
     Raises:
-        UsageError: nothing would be trained.
+        UsageError: nothing would be trained, or weights are in few bits.
 
     >>> model = nn.Linear(2, 2)
     >>> with training(model, "all"):
@@ -30,6 +31,7 @@ def training(model: nn.Module, only: str) -> Iterator[None]:
 
     Source: none; plain bookkeeping.
     """
+    refuse_packed(model, "trained", where="turnout.train")
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {parameter for parameter, asks in asked.items() if asks} if only == "all" else _chosen(model, only)
     if not chosen:

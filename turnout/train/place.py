@@ -1,6 +1,7 @@
 """Where a run trains, on which device and in which precision, and what that says about the run that it goes on with."""
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.models.placed import placed
+from turnout.run.compiled import why_not_compiled
 from turnout.run.tuned import tuning
 from turnout.train.config import TrainConfig
 from turnout.types.device import find_precision, shown
@@ -38,7 +40,9 @@ class Place:
     def to_json_dict(self) -> dict[str, Any]:
         """What run.json and checkpoints hold of it; on a CPU with all that its executors choose by."""
         at = {"device": str(self.device), "is": shown(self.device), "dtype": self.dtype}
-        return at | ({"executors": tuning().to_json_dict()} if self.device.type == "cpu" else {})
+        if self.device.type != "cpu":
+            return at
+        return at | {"executors": {**tuning().to_json_dict(), "compiled": why_not_compiled() or _compiler()}}
 
 
 def settle(model: nn.Module, config: TrainConfig) -> Place:
@@ -66,11 +70,10 @@ def crossing(body: Mapping[str, Any], place: Place, here: str) -> Iterator[str]:
         yield f"began on {before[0]} ({before[1]}), goes on on {place}: not bit for bit."
     elif then != here:
         yield f"saved with {then}, going on with {here}: losses may differ in the last bits."
-    elif (kernels := _kernels(body.get("place"))) != _kernels(place.to_json_dict()):
-        now = tuning()
+    elif (before := _kernels(body.get("place"))) != (now := _kernels(place.to_json_dict())):
         yield (
-            f"saved with kernels chosen as {kernels}, going on as {now}: losses may differ in the last bits. To choose "
-            "as then, put the tuning that run.json holds into the file of turnout doctor --calibrate."
+            f"saved with kernels chosen by the tuning {before}, going on with {now}: "
+            "losses may differ in the last bits. run.json holds the tuning of then, turnout doctor shows that of now."
         )
     elif place.device.type != "cpu":
         # index_add and the gradient of an embedding add with atomics there.
@@ -78,8 +81,13 @@ def crossing(body: Mapping[str, Any], place: Place, here: str) -> Iterator[str]:
 
 
 def _kernels(place: Mapping[str, Any] | None) -> str:
-    """The digest of the tuning by which kernels were chosen; checkpoints of before say nothing of it."""
-    return ((place or {}).get("executors") or {}).get("digest", "unknown")
+    """The tuning by which kernels were chosen, and what compiled them; checkpoints of before say nothing of it."""
+    kept = (place or {}).get("executors") or {}
+    return f"{kept.get('digest', 'unknown')}, {kept['compiled']}" if "compiled" in kept else "of an older turnout"
+
+
+def _compiler() -> str:
+    return f"compiled by numba {importlib.metadata.version('numba')}"
 
 
 def began(body: Mapping[str, Any]) -> tuple[str, str]:

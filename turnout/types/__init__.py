@@ -18,6 +18,7 @@ from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.offload_plan import OffloadPlan
 from turnout.types.packed import Packed
+from turnout.types.packed_weights import PackedWeights
 from turnout.types.padding import spread
 from turnout.types.placement import Moves, Placement
 from turnout.types.plan import Plan
@@ -49,6 +50,7 @@ __all__ = [
     "Moves",
     "OffloadPlan",
     "Packed",
+    "PackedWeights",
     "Placement",
     "Plan",
     "Report",

@@ -128,6 +128,10 @@ class Packed:
             raise _unfit("the stack", f"one matrix of shape {self.shape}", "have three dimensions", "use it as it is")
         return dataclasses.replace(self, code=self.code[index], scale=self.scale[index])
 
+    def chosen(self, index_N: Tensor) -> Self:
+        """The matrices of a stack with these numbers; a copy."""
+        return dataclasses.replace(self, code=self.code[index_N], scale=self.scale[index_N])
+
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         levels = None if self.levels is None else self.levels.to(device)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 
 from turnout.errors import CheckpointError, word
-from turnout.models.checkpoint import fp8, mxfp4
+from turnout.models.checkpoint import compressed, fp8, mxfp4
 from turnout.models.checkpoint.own import opened
 from turnout.models.families.family import Family
 from turnout.models.families.tensors import Slot
+from turnout.types import Packed as Matrix
 
 __all__ = ["Packed", "find_packed"]
 
@@ -19,8 +20,6 @@ _SOURCE = "name the model that it was made from, in bfloat16; or "
 # Where a quantisation that is not read can be undone, and how.
 _FIXES = {
     "bitsandbytes": "load it with transformers, call model.dequantize(), and save that in bfloat16",
-    "compressed-tensors": "load it with transformers and quantization_config=CompressedTensorsConfig("
-    "run_compressed=False), and save that in bfloat16",
     "gptq": _SOURCE + "dequantise it with GPTQModel, and save that in bfloat16",
     "awq": _SOURCE + "dequantise it with AutoAWQ, and save that in bfloat16",
 }
@@ -35,12 +34,14 @@ class Packed:
         scales: name -> the file of its scales.
         block: of fp8: the rows and columns that share a scale; None for one scale a tensor.
         left_out: scales of inputs, which the folder holds and nothing here uses.
+        shapes: of compressed-tensors: name -> the shape when it is whole.
     """
 
-    method: Literal["mxfp4", "fp8"] | None = None
+    method: Literal["mxfp4", "fp8", "compressed-tensors"] | None = None
     scales: Mapping[str, str] = dataclasses.field(default_factory=dict)
     block: tuple[int, int] | None = None
     left_out: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def read(self, file: Any, path: Path, name: str, slot: Slot) -> None:
         """Reads one of them into its place, expert by expert where it holds several.
@@ -51,6 +52,9 @@ class Packed:
             name: of the weight.
             slot: its place.
         """
+        if self.method == compressed.METHOD:
+            slot.view.copy_(slot.cut(self.matrix(file, path, name).dequantised(slot.view.dtype)))
+            return
         end = (mxfp4.BLOCKS, mxfp4.SCALES) if self.method == "mxfp4" else ("", fp8.SCALES)
         bits = file.get_tensor(name + end[0])
         with opened(path / self.scales[name]) as beside:
@@ -68,6 +72,12 @@ class Packed:
         for expert, view in enumerate(slot.view):
             one = scales[expert] if scales.ndim == bits.ndim else scales
             view.copy_(slot.cut(fp8.unpack(bits[expert], one, block)))
+
+    def matrix(self, file: Any, path: Path, name: str) -> Matrix:
+        """One of compressed-tensors' as it is stored, in few bits; ``file``, ``path`` and ``name`` as for ``read``."""
+        words, scale, _ = compressed.parts_of(name)
+        with opened(path / self.scales[name]) as beside:
+            return compressed.unpack(file.get_tensor(words), beside.get_tensor(scale), self.shapes[name])
 
     def notes(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What is to be known of a model that is read from them."""
@@ -109,12 +119,46 @@ def find_packed(
             where[name], scales[name] = where.pop(bits), where.pop(beside)
             shapes[name], dtypes[name] = mxfp4.shape_of(shapes.pop(bits), shapes.pop(beside)), "BF16"
         return Packed("mxfp4", scales)
+    if method == compressed.METHOD:
+        return _find_compressed(path, settings, where, dtypes, shapes)
     if method != "fp8":
         fix = _FIXES.get(str(method), _SOURCE + "load it with transformers, dequantise it, and save it in bfloat16")
-        allowed = f"not be quantised, or as {' or '.join(('fp8', *family.unpacks))}"
+        allowed = f"not be quantised, or as {' or '.join(('fp8', compressed.METHOD, *family.unpacks))}"
         got, place = f"{method!r}", str(path / "config.json")
         raise CheckpointError(word("the weights", got=got, allowed=allowed, where=place, fix=fix))
     return _find_fp8(path, settings, where, dtypes, shapes)
+
+
+def _find_compressed(
+    path: Path, settings: dict[str, Any], where: dict[str, str], dtypes: dict[str, str], shapes: dict[str, list[int]]
+) -> Packed:
+    def refuse(problem: str) -> CheckpointError:
+        fix = _SOURCE + "load it with transformers and quantization_config=CompressedTensorsConfig(dequantize=True), "
+        fix += "and save that in bfloat16"
+        allowed = "be whole numbers of 4 or 8 bits around zero, packed in words"
+        return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
+
+    compressed.check_settings(settings, refuse)
+    names = compressed.packed_names(dtypes)
+    for name in names:
+        if missing := [part for part in compressed.parts_of(name) if part not in where]:
+            raise refuse(f"{name} without {missing[0]}")
+    whole, scales = compressed.weight_shapes(path, names, where), dict[str, str]()
+    for name in names:
+        words, scale, shape = compressed.parts_of(name)
+        size, rows, groups = whole[name], shapes[words], shapes[scale]
+        sound = len(size) == len(rows) == len(groups) == 2 and size[0] == rows[0] == groups[0] and min(size) > 0
+        sound = (
+            sound and compressed.bits_of(rows[1], size[1]) is not None and groups[1] > 0 and size[1] % groups[1] == 0
+        )
+        if not sound or (dtypes[words], dtypes[shape]) != ("I32", "I64") or dtypes[scale] not in ("F32", "F16", "BF16"):
+            got = f"{name} of shape {size} in {dtypes[words]} words {tuple(rows)} with {dtypes[scale]} scales "
+            raise refuse(got + f"{tuple(groups)}")
+        scales[name], where[name], shapes[name] = where.pop(scale), where.pop(words), list(size)
+        for part in (words, scale, shape):
+            where.pop(part, None)
+            del dtypes[part], shapes[part]
+    return Packed(compressed.METHOD, scales, shapes=whole)
 
 
 def _find_fp8(

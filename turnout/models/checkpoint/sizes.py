@@ -33,6 +33,8 @@ def check_sizes(path: Path, config: LMConfig, shapes: Mapping[str, Sequence[int]
     Source: none; arithmetic.
     """
     there = sum(prod(shape) for shape in shapes.values())
+    # Of maps in four bits, half as many bytes are there as the model has numbers.
+    there *= 1 if config.quantized is None else 8 // config.quantized.bits
     width, moe = config.width, config.moe
     head = config.head_width if config.mla is None else config.mla.v_dim
     needs = {

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.models.decoding.compiled import CompiledSteps
+from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
 from turnout.models.lm import LM
 
@@ -47,7 +49,8 @@ class Decoder:
             raise UsageError(word("lm", got="a model in training", allowed="be evaluated", where=_WHERE, fix=fix))
         self.lm, self.batch, self.room = lm, batch, room
         self.length_B = torch.zeros(batch, dtype=torch.int64)
-        self._steps = PlainSteps(lm)
+        self.why_plain = why_plain(lm)  # None where steps are compiled
+        self._steps = CompiledSteps(lm, batch, room) if self.why_plain is None else PlainSteps(lm)
 
     @torch.no_grad()
     def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:

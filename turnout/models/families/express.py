@@ -15,6 +15,7 @@ __all__ = ["architecture_of", "family_of", "obstacles"]
 # How a user gets rid of a difference, where there is a way; by the field's name. The model's own cannot be changed.
 _FIXES = {
     "moe.factored": "write the experts' matrices out (--densify, turnout.reshape.densify)",
+    "quantized": "write its weights out in full (--densify, turnout.reshape.densify)",
     "moe.distinct": "give each expert weights of its own (--densify, turnout.reshape.densify)",
     "moe.router_options.capacity_factor": "train with a router that drops no tokens (capacity_factor=None)",
     "moe.router": "train with the router TopK, or with GroupLimited",

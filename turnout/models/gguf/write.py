@@ -20,6 +20,7 @@ from turnout.models.gguf.tensors import Piece, pieces
 from turnout.models.gguf.tokens import add_no_tokenizer, add_tokenizer
 from turnout.models.gguf.values import describe, notes
 from turnout.models.lm import LM
+from turnout.models.packed import refuse_packed
 from turnout.storage import write_whole
 
 __all__ = ["GGUFFile", "Kind", "to_gguf"]
@@ -87,7 +88,7 @@ def to_gguf(
     """
     if kind not in get_args(Kind):
         raise nearest(str(kind), get_args(Kind), kind="kind", where=_WHERE)
-    gguf, path, inside = _library(), Path(path), bare(lm)
+    gguf, path, inside = _library(), Path(path), _whole(lm)
     if path.exists():
         fix = "choose a new name"
         raise StorageError(word("the file", got=str(path), allowed="be new", where=_WHERE, fix=fix))
@@ -116,6 +117,13 @@ def to_gguf(
     write_whole(path, lambda aside: _write(writer, parts, aside))
     count = Counter(chosen.name for _, chosen in parts)
     return GGUFFile(its.name, dict(count), path.stat().st_size, tuple(said))
+
+
+def _whole(lm: nn.Module) -> LM:
+    """The model, its weights not in few bits."""
+    inside = bare(lm)
+    refuse_packed(inside, "written as GGUF", where="turnout.models.gguf.to_gguf")
+    return inside
 
 
 def _kind_of(folder: Path | None) -> str | None:

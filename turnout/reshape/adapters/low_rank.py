@@ -13,6 +13,7 @@ from turnout.models.attention import Attention, Projection
 from turnout.models.checkpoint.peft import PeftAdapter
 from turnout.models.families.express import architecture_of
 from turnout.models.families.tensors import slots
+from turnout.models.packed import refuse_packed
 from turnout.paths import FeedForward, LowRank
 from turnout.types import Report
 from turnout.types.weights import GATED
@@ -70,7 +71,7 @@ def add_low_rank(lm: LM, *, rank: int, alpha: float | None = None, seed: int = 0
         ``lm`` itself, and a report: ``modules`` names the maps, ``params_added`` what they cost.
 
     Raises:
-        UsageError: it has some already, or a rank below 1.
+        UsageError: it has some already, weights in few bits, or a rank below 1.
 
     >>> from turnout.models import LMConfig
     >>> lm, report = add_low_rank(LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, hidden=12)), rank=2)
@@ -79,6 +80,7 @@ def add_low_rank(lm: LM, *, rank: int, alpha: float | None = None, seed: int = 0
 
     Source: Hu et al., 2021, "LoRA"; on all linear maps as Dettmers et al., 2023, "QLoRA".
     """
+    refuse_packed(lm, "adapted", where="turnout.reshape.add_low_rank")
     maps = list(_maps(lm))
     if any(one.added is not None for one in maps):
         fix = "call turnout.reshape.fold_low_rank first"

@@ -12,6 +12,7 @@ from turnout.errors import TurnoutError, UsageError, word
 from turnout.models import LM
 from turnout.models.families.express import family_of
 from turnout.models.families.meaning import meaning
+from turnout.models.packed import refuse_packed
 from turnout.paths import FactoredBank, LoRA
 from turnout.reading import TOKENIZER_BYTES, read_json
 
@@ -34,8 +35,10 @@ def refuse_unlike(models: Sequence[nn.Module], where: str) -> None:
     """Refuses models whose equal tensors mean other things: another rotary base, more heads of less width, another eps.
 
     Raises:
-        UsageError: the first difference to the first model, by name.
+        UsageError: the first difference to the first model, by name; or weights in few bits, which have no mean.
     """
+    for model in models:
+        refuse_packed(model, "merged", where=where)
     for index, other in enumerate(models[1:], 1):
         for name, ours, theirs in (*_configs(models[0], other)[0], *_modules(models[0], other)[0]):
             allowed = f"be {ours}, as in model 0: their weights have the same shapes and mean other things"

@@ -10,7 +10,7 @@ from turnout.errors import UsageError, word
 from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
-from turnout.paths import Bank
+from turnout.paths import Bank, PackedBank, PackedWeight
 from turnout.reshape.calibrate import blocks, checked, difference, probe
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.reshape.resumable import by_layer
@@ -26,11 +26,11 @@ _WHERE = "turnout.reshape.densify"
 def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -> tuple[LM, Report]:
     """The model with each expert's matrices written out, W_e = L_e R_e + S_e, and merged experts copied to each member.
 
-    It computes the same up to rounding, takes the memory of the model before it was compressed or merged, and is what
-    transformers' formats can hold.
+    Maps in few bits are written out too, in the model's own dtype. It computes the same up to rounding, takes the
+    memory of the model before it was compressed, merged or quantized, and is what transformers' formats can hold.
 
     Args:
-        lm: a model whose experts are factored, merged, or both; it is left as it is.
+        lm: a model whose experts are factored or merged, or whose maps are in few bits; it is left as it is.
         batches: (B, S) token ids to compare on; random tokens when None.
         seed: of those tokens.
 
@@ -38,7 +38,7 @@ def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -
         The larger model; and the bill and the difference on the text.
 
     Raises:
-        UsageError: no experts.
+        UsageError: no experts, and nothing in few bits.
 
     >>> from turnout.models import MoEConfig
     >>> from turnout.reshape.to_smaller.latent_experts import latent_experts
@@ -49,24 +49,29 @@ def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -
 
     Source: none; our own: products written out.
     """
-    text, config = checked(batches, lm, _WHERE), planned(lm.config)
+    text, config = checked(batches, lm, _WHERE, packed=True), planned(lm.config)
     changed = dict[str, Tensor]()
     if config != lm.config:
         found = by_layer("writing out", routed_layers(lm), lambda layer: _bank(lm, layer))
-        changed = {
+        changed = _unpacked(lm) | {
             f"blocks.{layer}.ff.bank.{name}": part for layer, bank in found.items() for name, part in bank.items()
         }
     new = rebuild(lm, config, changed)
     values = {**bill(lm, new), **difference(lm, new, text or probe(lm, seed))}
-    return new, Report("densify", values, () if config != lm.config else ("nothing was factored or merged",))
+    return new, Report(
+        "densify", values, () if config != lm.config else ("nothing was factored, merged or in few bits",)
+    )
 
 
 def planned(config: LMConfig) -> LMConfig:
     """The configuration that ``densify`` makes of this one.
 
     Raises:
-        UsageError: no experts.
+        UsageError: no experts, and nothing in few bits.
     """
+    was, config = config.quantized, dataclasses.replace(config, quantized=None)
+    if config.moe is None and was is not None:
+        return config
     if config.moe is None:
         fix = "pass a model that compress_experts, latent_experts or merge_experts made"
         raise UsageError(word("the model", got="a dense one", allowed="have experts", where=_WHERE, fix=fix))
@@ -74,10 +79,23 @@ def planned(config: LMConfig) -> LMConfig:
 
 
 @torch.no_grad()
+def _unpacked(lm: LM) -> dict[str, Tensor]:
+    """The maps in few bits by name, written out; those of banks are not among them."""
+    return {
+        name: module.packed.dequantised(lm.embedding.dtype)
+        for name, module in lm.named_modules()
+        if isinstance(module, PackedWeight) and len(module.packed.shape) == 2
+    }
+
+
+@torch.no_grad()
 def _bank(lm: LM, layer: int) -> dict[str, Tensor]:
     ff = blocks(lm)[layer].ff
     assert isinstance(ff, MoE)
-    out = ff.bank.weights() if isinstance(ff.bank, Bank) else ff.bank.written_out()
+    if isinstance(ff.bank, PackedBank):
+        out = ff.bank.weights().written_out(lm.embedding.dtype)
+    else:
+        out = ff.bank.weights() if isinstance(ff.bank, Bank) else ff.bank.written_out()
     tensors = {"up": out.up_EDH, "down": out.down_EFD, "up_bias": out.up_bias_EH, "down_bias": out.down_bias_ED}
     held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if ff.label_E is not None:

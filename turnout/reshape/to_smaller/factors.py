@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout.errors import UsageError, word
 from turnout.layers import MoE
 from turnout.models import LM, FactoredConfig, LMConfig, MoEConfig
-from turnout.paths import Bank
+from turnout.paths import Bank, FactoredBank
 from turnout.reshape.calibrate import blocks
 from turnout.types import ExpertWeights
 from turnout.types.weights import GATED
@@ -74,4 +74,5 @@ def errors(before: LM, after: LM, layers: Iterable[int]) -> dict[str, dict[str, 
 def _written_out(lm: LM, layer: int) -> ExpertWeights:
     ff = blocks(lm)[layer].ff
     assert isinstance(ff, MoE)
+    assert isinstance(ff.bank, Bank | FactoredBank)
     return ff.bank.weights() if isinstance(ff.bank, Bank) else ff.bank.written_out()

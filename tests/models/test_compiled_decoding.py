@@ -1,0 +1,151 @@
+"""The compiled step: which models it takes, what its caches hold, and that it rounds no worse than the modules."""
+
+import dataclasses
+
+import pytest
+import torch
+from variants import TINY, VARIANTS, ids, make
+
+from turnout.errors import ShapeError
+from turnout.models import LM
+from turnout.models.decoding import Decoder
+from turnout.models.decoding.path import path, why_plain
+from turnout.models.decoding.plain import PlainSteps
+from turnout.models.decoding.ring import Rings
+from turnout.run.product import instead_of_linear
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+# What the step does not know, and why.
+PLAIN = {
+    "latent": "LatentAttention",
+    "latent queries": "LatentAttention",
+    "latent, capped": "LatentAttention",
+    "hash": "Hash",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_model_is_compiled_or_named(name: str) -> None:
+    why = why_plain(make(name))
+    assert (PLAIN[name] in (why or "")) if name in PLAIN else why is None
+
+
+def spoilt(how: str) -> LM:
+    lm = make("moe in one layer")
+    block = lm.blocks[1]
+    if how == "a hook":
+        block.ff.register_forward_hook(lambda *_: None)
+    if how == "a hook before":
+        block.attention.register_forward_pre_hook(lambda *_: None)
+    if how == "own forward":
+        block.ff_norm.forward = lambda x: x
+    if how == "a wrapper":
+        lm.blocks[1] = torch.compile(block, backend="eager")
+    if how == "another class":
+        block.attention.__class__ = type("Mine", (type(block.attention),), {})
+    if how == "double":
+        block.attention.qkv.weight.data = block.attention.qkv.weight.data.double()
+    if how == "backend":
+        block.ff.backend = "reference"
+    if how == "capacity":
+        block.ff.router.capacity_factor = 1.0
+    if how == "training":
+        block.ff.router.train()
+    if how == "meta":
+        lm.head.weight = torch.nn.Parameter(lm.head.weight.to("meta"))
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    {
+        "a hook": "blocks.1.ff has hooks",
+        "a hook before": "blocks.1.attention has hooks",
+        "own forward": "blocks.1.ff_norm has hooks, or a forward of its own",
+        "a wrapper": "blocks.1 is of type OptimizedModule",
+        "another class": "blocks.1.attention is of type Mine",
+        "double": "blocks.1.attention.qkv.weight is torch.float64",
+        "backend": "blocks.1.ff is told to run by reference",
+        "capacity": "blocks.1.ff.router limits",
+        "training": "some of the model's modules are training",
+        "meta": "head.weight is on meta",
+    }.items(),
+)
+def test_what_it_does_not_know_is_named(how: str, why: str) -> None:
+    assert why in (why_plain(spoilt(how)) or "")
+    assert why in path(spoilt(how)) and path(make("moe")) == "one compiled step a token"
+
+
+def test_what_holds_around_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make("moe")
+    with torch.autocast("cpu"):
+        assert why_plain(lm) == "autocast is on"
+    with instead_of_linear(torch.nn.functional.linear):
+        assert "linear products go elsewhere" in (why_plain(lm) or "")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert why_plain(lm) == "hooks on all modules"
+    hook.remove()
+    monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    assert why_plain(lm) == "TURNOUT_COMPILED=0 is set"
+
+
+@pytest.mark.parametrize("name", ["moe", "gpt-oss", "gemma"])
+@torch.no_grad()
+def test_both_paths_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, id_BS, length_B = make(name), ids(3, 24), torch.tensor([9, 4, 12])
+    found = []
+    for _ in range(2):
+        decoder = Decoder(lm, 3, 4)
+        found.append([decoder.prefill(id_BS[:, :12], length_B).clone()])
+        found[-1] += [decoder.step(id_B).clone() for id_B in id_BS[:, 12:].T]
+        monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    assert decoder.why_plain == "TURNOUT_COMPILED=0 is set"
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_caches_grow_by_pages_and_rings_do_not() -> None:
+    config = dataclasses.replace(TINY, max_seq=300, window=5, window_layers=(1,), init_std=0.2)
+    lm, id_BS = LM(config).eval(), ids(2, 210)
+    rings = Rings(lm, 2, 10)
+    assert [keys.shape[2] for keys, _ in rings.pairs_L] == [64, 5]
+    decoder = Decoder(lm, 2, 1)
+    got = [decoder.prefill(id_BS[:, :63]).clone()] + [decoder.step(id_B).clone() for id_B in id_BS[:, 63:].T]
+    torch.testing.assert_close(torch.stack(got, 1), lm(id_BS).logits_BSV[:, 62:], rtol=0, atol=3e-5)
+    assert not rings.grow(64) and rings.grow(65)
+    assert [keys.shape[2] for keys, _ in rings.pairs_L] == [128, 5]
+    assert rings.grow(300) and rings.room == 300
+
+
+@pytest.mark.parametrize("name", ["head norm", "moe in one layer", "gpt-oss", "gemma", "gpt-2", "groups"])
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_the_truth_than_the_modules(name: str) -> None:
+    lm = make(name).bfloat16()
+    truth, id_BS = make(name), ids(4, 30)
+    truth.load_state_dict({key: value.float() for key, value in lm.state_dict().items()})
+    want = truth(id_BS).logits_BSV[:, 19:]
+    off = []
+    for steps in (Decoder(lm, 4, 30), PlainSteps(lm)):
+        got = [steps.prefill(id_BS[:, :20], torch.full((4,), 20)).float()]
+        got += [steps.step(id_B).float().clone() for id_B in id_BS[:, 20:].T]
+        # The median: where two experts all but tie, either path may take another one than the truth does.
+        off.append(float((torch.stack(got, 1) - want).abs()[:, 1:].median()))
+    assert off[0] < 0.8 * off[1], off
+
+
+@torch.no_grad()
+def test_weights_that_do_not_fit_are_refused() -> None:
+    lm = make("dense")
+    lm.blocks[0].attention.out.weight = torch.nn.Parameter(torch.zeros(32, 31))
+    with pytest.raises(ShapeError, match=r"blocks.0.attention.out.weight must be \(32, 32\)"):
+        Decoder(lm, 1, 1)
+
+
+@torch.no_grad()
+def test_what_is_no_number_stays_none() -> None:
+    lm = make("moe")
+    lm.blocks[0].attention.out.weight[3, 4] = torch.nan
+    decoder = Decoder(lm, 1, 8)
+    decoder.prefill(ids(1, 4))
+    assert decoder.step(torch.tensor([1])).isnan().all()

@@ -1,0 +1,178 @@
+"""The pieces of the compiled step, each against torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from turnout.decide import token
+from turnout.models.norm import LayerNorm, RMSNorm
+from turnout.run import activate
+from turnout.run.compiled.curves import ACTIVATIONS, activated, bounded, grown
+from turnout.run.compiled.engine import array, kernel
+from turnout.run.compiled.look import looked, rounded, shared
+from turnout.run.compiled.norms import normed, turned
+from turnout.run.compiled.route import chosen
+from turnout.run.compiled.tables import CODES, LAYER, MATRIX, NORM, Kept
+from turnout.run.compiled.times import times
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@kernel()
+def of_each(kind, x_N, out_N):
+    for n in range(x_N.shape[0]):
+        out_N[n] = grown(x_N[n]) if kind == 0 else bounded(x_N[n])
+
+
+@kernel()
+def bits_of(x_N, out_N):
+    for n in range(x_N.shape[0]):
+        out_N[n] = rounded(x_N[n])
+
+
+@kernel()
+def normed_by(norms, x_I, out_I):
+    normed(norms[0], x_I, out_I)
+
+
+@kernel()
+def times_all(matrices, e, x_MI, out_MO):
+    times(matrices[0], e, x_MI, out_MO)
+
+
+@kernel()
+def chosen_by(layers, logit_E, choice_K, weight_K):
+    chosen(layers[0], logit_E, choice_K, weight_K)
+
+
+def test_exponentials_are_right_to_the_last_digits_and_keep_what_is_no_number() -> None:
+    x = torch.cat((torch.linspace(-87.2, 88.7, 20_001), draw(1000), torch.tensor([-np.inf, -1e4, 0.0, 1e4, np.inf])))
+    got = torch.empty_like(x)
+    of_each(0, array(x), array(got))
+    torch.testing.assert_close(got.double(), x.double().exp().float().double(), rtol=6e-7, atol=2e-38)
+    of_each(1, array(x), array(got))
+    torch.testing.assert_close(got, x.tanh(), rtol=0, atol=3e-7)
+    for kind in (0, 1):
+        nothing = torch.full((1,), torch.nan)
+        of_each(kind, array(nothing), array(nothing))
+        assert nothing.isnan().all()
+
+
+def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+    bits = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
+    x = torch.cat((bits.view(torch.float32), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, np.inf, -np.inf, torch.nan, 0.0])))
+    got = torch.empty(len(x), dtype=torch.bfloat16)
+    bits_of(array(x), array(got))
+    torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    gated = name in ACTIVATIONS[:5]
+    wide = 6 * draw(3, 2 * 37 if gated else 37)
+    got = torch.empty(3, 37)
+    activated(array(wide), ACTIVATIONS.index(name), array(got))
+    torch.testing.assert_close(got, activate(wide, name), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(33, 1e-3), RMSNorm(33, 1e-3, plus_one=True), LayerNorm(33, 1e-3)])
+@torch.no_grad()
+def test_norms(norm) -> None:
+    for seed, parameter in enumerate(norm.parameters()):
+        parameter.copy_(draw(33, seed=seed))
+    kept, x, got = Kept(), draw(33, seed=5) + 2, torch.empty(33)
+    weight = kept.wide(norm.weight, float(getattr(norm, "plus_one", 0)))
+    table = np.array([(weight, kept.wide(getattr(norm, "bias", None)), isinstance(norm, LayerNorm), norm.eps)], NORM)
+    normed_by(table, array(x), array(got))
+    torch.testing.assert_close(got, norm(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_is_turned_in_part() -> None:
+    head, cos, sin = draw(10), draw(3, seed=1), draw(3, seed=2)
+    a, b = head[:3].clone(), head[3:6].clone()
+    want = torch.cat((a * cos - b * sin, b * cos + a * sin, head[6:]))
+    turned(array(head), array(cos), array(sin))
+    torch.testing.assert_close(head, want)
+
+
+@pytest.mark.parametrize("dtype", list(CODES))
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16])
+def test_products_of_either_order(rows: int, dtype: torch.dtype) -> None:
+    for outs, ins in ((1, 1), (5, 33), (66, 19)):
+        x_MI, stack = draw(rows, ins), draw(3, outs, ins, seed=1).to(dtype)
+        bias, got = draw(3, outs, seed=2).to(dtype), torch.empty(rows, outs)
+        other = stack.transpose(1, 2).contiguous().transpose(1, 2)
+        part = draw(3, outs, ins + 4, seed=3).to(dtype)[:, :, :ins].copy_(stack)  # rows with something in between
+        for weight in (stack, other, part):
+            for added in (bias, None):
+                kept = Kept()
+                table = np.array([kept.matrix(weight, added)], MATRIX)
+                times_all(table, 2, array(x_MI), array(got))
+                want = x_MI.double() @ stack[2].double().t() + (0 if added is None else added[2].double())
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+ROUTERS = {
+    "topk": (token.TopK, {"top_k": 3, "bias": True}),
+    "topk as it is": (token.TopK, {"top_k": 3, "renormalize": False}),
+    "switch": (token.Switch, {"top_k": 1}),
+    "gshard": (token.GShard, {}),
+    "loss-free": (token.LossFree, {"top_k": 3, "scores": "softmax", "renormalize": True}),
+    "groups": (token.GroupLimited, {"top_k": 3, "num_groups": 4, "top_groups": 2, "scale": 2.5}),
+    "groups by their best": (
+        token.GroupLimited,
+        {"top_k": 3, "num_groups": 4, "top_groups": 2, "scores": "softmax", "group_score": "max", "bias": False},
+    ),
+    "groups of one": (token.GroupLimited, {"top_k": 3, "num_groups": 12, "top_groups": 5}),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@torch.no_grad()
+def test_routers(name: str) -> None:
+    from turnout.models.decoding.entries import router_entries
+
+    kind, options = ROUTERS[name]
+    router = kind(7, 12, std=1.0, generator=torch.Generator().manual_seed(0), **options).eval()
+    for key, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if key in ("bias", "bias_E"):
+            tensor.copy_(draw(12, seed=4) / 3)
+    x_TD = draw(40, 7, seed=1)
+    x_TD[0] = 0  # all are equal
+    kept, layer = Kept(), np.zeros(1, LAYER)
+    router_entries(layer[0], router, kept)
+    bias = router.bias if isinstance(router, token.TopK) and router.bias is not None else torch.zeros(12)
+    dense_TE = torch.zeros(40, 12)
+    for row, x_D in enumerate(x_TD):
+        choice, weight = np.empty(router.top_k, np.int64), np.empty(router.top_k, np.float32)
+        chosen_by(layer, array(torch.nn.functional.linear(x_D, router.weight, bias)), choice, weight)
+        dense_TE[row, torch.from_numpy(choice)] = torch.from_numpy(weight)
+    torch.testing.assert_close(dense_TE, router(x_TD).dense(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(CODES))
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_over_a_cache(sinks: bool, softcap: float, dtype: torch.dtype) -> None:
+    for heads, seen, width in ((1, 1, 4), (3, 9, 10), (6, 70, 16)):
+        q, keys, values = draw(heads, width), draw(80, width, seed=1).to(dtype), draw(80, width, seed=2).to(dtype)
+        sink = draw(heads, seed=3) if sinks else torch.empty(0)
+        score, got = torch.empty(heads, seen), torch.empty(heads, width)
+        at = keys.data_ptr(), values.data_ptr()
+        cap, scale = np.float32(softcap), np.float32(0.4)
+        looked(CODES[dtype], *at, seen, array(q), array(sink), cap, scale, array(score), array(got))
+        want = q.double() @ keys[:seen].double().t() * 0.4
+        want = softcap * (want / softcap).tanh() if softcap else want
+        share = torch.cat((want, sink[:, None].double()), 1).softmax(1)[:, :seen] if sinks else want.softmax(1)
+        torch.testing.assert_close(score.double(), share, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got.double(), share @ values[:seen].double(), rtol=1e-4, atol=2e-6)
+
+
+def test_far_scores_do_not_overflow() -> None:
+    score = torch.tensor([500.0, -500.0, 499.0])
+    shared(array(score), np.float32(-np.inf), np.float32(0), np.float32(1))
+    torch.testing.assert_close(score, torch.tensor([500.0, -500.0, 499.0]).softmax(0))

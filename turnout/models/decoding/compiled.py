@@ -1,0 +1,84 @@
+"""Decoding by the compiled step: prompts through the model, every further token in one call."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnout.errors import UsageError, word
+from turnout.models.decoding.entries import Entries
+from turnout.models.decoding.ring import Rings, Taken
+from turnout.models.lm import LM
+from turnout.run.compiled.step import step
+from turnout.run.compiled.tables import CODES
+
+__all__ = ["CompiledSteps"]
+
+
+class CompiledSteps:
+    """Prompts and steps for a model that ``why_plain`` has nothing against."""
+
+    def __init__(self, lm: LM, batch: int, room: int) -> None:
+        self._lm, self._entries, self._rings = lm, Entries(lm), Rings(lm, batch, room)
+        self._begin(batch)
+
+    def _begin(self, batch: int) -> None:
+        """Sets aside what a step writes to."""
+        self._logits_BV = torch.empty(batch, self._lm.config.vocab_size)
+        self._place_B = np.zeros(batch, np.int64)
+        self._point()
+
+    def _point(self) -> None:
+        """Says where the caches are, and sets aside room for sums between weights."""
+        layers, B = self._entries.layers, len(self._place_B)
+        for layer, (keys, values) in zip(layers, self._rings.pairs_L, strict=True):
+            layer["keys"], layer["values"], layer["slots"] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+            layer["cache_code"] = CODES[keys.dtype]
+        model, matrices, D = self._entries.models[0], self._entries.matrices, self._lm.config.width
+        share = int((layers["heads"] // layers["key_heads"]).max())
+        looking = B * 2 * int(matrices["outputs"][layers["qkv"]].max()) + share * self._rings.room
+        wide = int((matrices["outputs"][layers["up"]] + matrices["inputs"][layers["down"]]).max())
+        shared = layers[layers["shared_up"] >= 0]
+        for one in shared:
+            wide = max(wide, int(matrices["outputs"][one["shared_up"]] + matrices["inputs"][one["shared_down"]]))
+        routed = layers[layers["routed"] != 0]
+        most = max((int(matrices["outputs"][one["router"]] + one["top_k"]) for one in routed), default=0)
+        size = B * (3 * D + 4 * int(model["pairs"])) + max(looking, B * (most + 2 * D + wide))
+        self._room_F = torch.zeros(size)
+
+    def prefill(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
+        """(B, V) the scores after each row's last token; what was there before is forgotten."""
+        lengths = length_B.tolist()
+        id_BS = id_BS[:, : max(lengths)]
+        if self._rings.grow(id_BS.shape[1]):
+            self._point()
+        whole = min(lengths) == id_BS.shape[1]
+        taken: Any = Taken(self._rings, lengths)
+        hidden_BSD = self._lm.hidden(id_BS, None if whole else length_B, taken)[0]
+        self._place_B[:] = lengths
+        return self._lm.scores(hidden_BSD[torch.arange(len(id_BS)), length_B - 1]).float()
+
+    def step(self, id_B: Tensor) -> Tensor:
+        """(B, V) the scores after one more token of each row, in memory that the next step writes to again."""
+        ids, entries = id_B.detach().numpy(), self._entries
+        vocab = self._lm.config.vocab_size
+        if ids.dtype != np.int64:
+            ids = ids.astype(np.int64)
+        if ids.min() < 0 or ids.max() >= vocab:
+            fix = "use the tokenizer that the model was trained with"
+            got, allowed = f"{ids.min()} to {ids.max()}", f"be from 0 to {vocab - 1}"
+            raise UsageError(word("id_B", got=got, allowed=allowed, where="LM", fix=fix))
+        if self._rings.grow(int(self._place_B.max()) + 1):
+            self._point()
+        tables = entries.models, entries.layers, entries.norms, entries.matrices
+        step(*tables, np.ascontiguousarray(ids), self._place_B, self._room_F.numpy(), self._logits_BV.numpy())
+        self._place_B += 1
+        return self._logits_BV
+
+    def keep(self, row_N: Tensor) -> None:
+        """Goes on with these rows alone, in this order."""
+        place_N = self._place_B[row_N.numpy()]
+        self._rings.keep(row_N)
+        self._begin(len(place_N))
+        self._place_B[:] = place_N

@@ -1,0 +1,135 @@
+"""What a compiled step's tables say of a language model."""
+
+import numpy as np
+from torch import Tensor
+
+from turnout.decide import token
+from turnout.errors import ShapeError, word
+from turnout.layers import MoE
+from turnout.models.attention import Attention
+from turnout.models.block import Block
+from turnout.models.lm import LM
+from turnout.models.norm import LayerNorm, Norm
+from turnout.paths import Bank, FeedForward
+from turnout.run.compiled.curves import ACTIVATIONS
+from turnout.run.compiled.tables import CODES, LAYER, MATRIX, MODEL, NORM, Kept
+
+__all__ = ["Entries", "router_entries"]
+
+
+Router = token.TopK | token.LossFree | token.GroupLimited | token.Switch | token.GShard
+
+
+class Entries:
+    """The tables of a model, and the tensors that they point to; of one that ``why_plain`` has nothing against.
+
+    Weights are read where they lie. Vectors in 16 bits, norms that store their weight less one among them, are copied
+    to fp32: thousandths of a model.
+    """
+
+    def __init__(self, lm: LM) -> None:
+        self.kept = Kept()
+        self._matrices: list[tuple[int, ...]] = []
+        self._norms: list[tuple[int, int, int, float]] = []
+        layers = [self._layer(lm, number, block) for number, block in enumerate(lm._blocks())]
+        self.models = np.zeros(1, MODEL)
+        self._model(lm, self.models[0])
+        self.layers = np.concatenate(layers)
+        self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, MATRIX)
+
+    def _norm(self, norm: Norm | None) -> int:
+        if norm is None:
+            return -1
+        if isinstance(norm, LayerNorm):
+            found = self.kept.wide(norm.weight), self.kept.wide(norm.bias), 1, norm.eps
+        else:
+            found = self.kept.wide(norm.weight, float(norm.plus_one)), 0, 0, norm.eps
+        self._norms.append(found)
+        return len(self._norms) - 1
+
+    def _matrix(self, name: str, stack: Tensor, bias: Tensor | None, *shape: int) -> int:
+        fits = bias is None or bias.shape[-1] == shape[-2]
+        if tuple(stack.shape) != shape or not fits:
+            fix = "build the model with the sizes of its weights"
+            raise ShapeError(word(name, got=tuple(stack.shape), allowed=f"be {shape}", where="the model", fix=fix))
+        self._matrices.append(self.kept.matrix(stack, bias))
+        return len(self._matrices) - 1
+
+    def _model(self, lm: LM, of: np.void) -> None:
+        config, size = lm.config, (lm.config.vocab_size, lm.config.width)
+        table = lm.embedding.detach().contiguous()
+        of["width"], of["vocab"], of["norm"] = size[1], size[0], self._norm(lm.norm)
+        of["embedding"], of["embedding_code"] = self.kept.at(table), CODES[table.dtype]
+        scale = table.new_tensor(config.embedding_scale) if config.embedding_rounded else config.embedding_scale
+        of["embedding_scale"] = float(scale)
+        if lm.positions is not None:
+            at = lm.positions.detach().contiguous()
+            of["positions"], of["positions_code"] = self.kept.at(at), CODES[at.dtype]
+        of["head"] = self._matrix("head.weight", lm.embedding if lm.head is None else lm.head.weight, None, *size)
+        of["divisor"], of["softcap"] = config.logit_divisor, config.logit_softcap or 0
+        of["frequencies"], of["pairs"] = self.kept.wide(lm.rope.frequency_P), lm.rope.frequency_P.numel()
+        of["magnitude"] = lm.rope.magnitude
+        if lm.local_rope is not None:
+            of["local_frequencies"] = self.kept.wide(lm.local_rope.frequency_P)
+
+    def _layer(self, lm: LM, number: int, block: Block) -> np.ndarray:
+        made, attention = np.zeros(1, LAYER), block.attention
+        of, config, name = made[0], lm.config, f"blocks.{number}.attention"
+        assert isinstance(attention, Attention)
+        q, kv, D = attention.heads * attention.head_width, attention.key_heads * attention.head_width, config.width
+        for key in ("heads", "key_heads", "head_width", "rotated", "scale"):
+            of[key] = getattr(attention, key)
+        of["window"], of["softcap"] = attention.window or 0, attention.softcap or 0
+        of["local"] = lm.local_rope is not None and config.window_of(number) is not None
+        of["norm"], of["out_norm"] = self._norm(block.attention_norm), self._norm(block.attention_out_norm)
+        of["qkv"] = self._matrix(f"{name}.qkv.weight", attention.qkv.weight, attention.qkv.bias, q + 2 * kv, D)
+        of["out"] = self._matrix(f"{name}.out.weight", attention.out.weight, attention.out.bias, D, q)
+        of["q_norm"], of["k_norm"] = self._norm(attention.q_norm), self._norm(attention.k_norm)
+        of["qk_full"], of["sinks"] = attention.qk_norm == "full", self.kept.wide(attention.sinks)
+        of["ff_norm"], of["ff_out_norm"] = self._norm(block.ff_norm), self._norm(block.ff_out_norm)
+        of["residual"], of["shared_up"] = block.scale, -1
+        ff, name = block.ff, f"blocks.{number}.ff"
+        if isinstance(ff, MoE):
+            self._routed(of, ff, name, D)
+        else:
+            of["activation"] = ACTIVATIONS.index(ff.activation)
+            of["up"], of["down"] = self._dense(ff, name, D)
+        return made
+
+    def _dense(self, ff: FeedForward, name: str, D: int) -> tuple[int, int]:
+        return (
+            self._matrix(f"{name}.up", ff.up, ff.up_bias, ff.up.shape[0], D),
+            self._matrix(f"{name}.down", ff.down, ff.down_bias, D, ff.hidden),
+        )
+
+    def _routed(self, of: np.void, moe: MoE, name: str, D: int) -> None:
+        bank, router = moe.bank, moe.router
+        assert isinstance(bank, Bank) and isinstance(router, Router)
+        E, F = bank.num_experts, bank.hidden
+        up, down = (stack.detach().transpose(1, 2) for stack in (bank.up_EDH, bank.down_EFD))
+        of["routed"], of["activation"] = 1, ACTIVATIONS.index(bank.activation)
+        of["up"] = self._matrix(f"{name}.bank.up", up, bank.up_bias, E, up.shape[1], D)
+        of["down"] = self._matrix(f"{name}.bank.down", down, bank.down_bias, E, D, F)
+        if moe.label_E is not None:
+            of["labels"] = self.kept.at(moe.label_E.long().contiguous())
+        bias = router.bias if isinstance(router, token.TopK) else None
+        of["router"] = self._matrix(
+            f"{name}.router.weight", router.weight, bias, E if moe.label_E is None else len(moe.label_E), D
+        )
+        router_entries(of, router, self.kept)
+        if moe.shared is not None:
+            of["shared_up"], of["shared_down"] = self._dense(moe.shared, f"{name}.shared", D)
+            assert moe.shared.activation == bank.activation
+            of["shared_gate"] = self.kept.wide(None if moe.shared_gate is None else moe.shared_gate[0])
+
+
+def router_entries(of: np.void, router: Router, kept: Kept) -> None:
+    """How a router chooses, but for its weight."""
+    of["top_k"], of["weight_scale"], of["groups"], of["top_groups"] = router.top_k, 1, 1, 1
+    of["renormalize"] = getattr(router, "renormalize", isinstance(router, token.GShard))
+    if isinstance(router, token.LossFree | token.GroupLimited):
+        of["sigmoid"], of["floor"] = router.scores == "sigmoid", 1e-20
+        of["correction"] = kept.wide(router.bias_E)
+    if isinstance(router, token.GroupLimited):
+        of["groups"], of["top_groups"] = router.num_groups, router.top_groups
+        of["best_two"], of["weight_scale"] = router.group_score == "top2", router.scale

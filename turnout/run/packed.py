@@ -1,0 +1,129 @@
+"""Maps and experts in few bits: weights are written out for many rows, and read as they lie for few."""
+
+import torch
+from torch import Tensor
+
+from turnout.errors import ShapeError, word
+from turnout.run.choose import execute
+from turnout.run.compiled import rows_times, suits_rows
+from turnout.run.product import linear
+from turnout.run.reference import activate, reference
+from turnout.types import Packed, PackedWeights, Routing
+
+__all__ = ["packed_experts", "packed_linear", "packed_reference"]
+
+# As many entries as are run expert by expert, from the codes; more are worth writing the weights out.
+_FEW = 64
+# The most weights of a bank that are written out at once: what is there only for a moment stays small.
+_ONCE = 1 << 24
+
+
+def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Tensor:
+    """The affine map x W^T + b of a matrix in few bits, in x's dtype; gradients go to x and the bias alone.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias_O: (O,) or None.
+
+    Returns:
+        (..., O).
+
+    Raises:
+        ShapeError: x does not fit.
+
+    >>> weight = Packed.of(torch.tensor([[1, -2], [3, 0]]), torch.tensor([[1.0], [0.5]]), group=2, bits=4)
+    >>> packed_linear(torch.tensor([[1.0, 1.0]]), weight)
+    tensor([[-1.0000,  1.5000]])
+
+    Source: Dettmers et al., 2022, "LLM.int8()"; here weights alone are in few bits.
+    """
+    if x.shape[-1] != weight.shape[-1]:
+        allowed, fix = f"have the {weight.shape[-1]} inputs of the map last", "pass what the map was made for"
+        where = "turnout.run.packed_linear"
+        raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
+    x_MI = x.reshape(-1, x.shape[-1])
+    if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
+        return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
+    return linear(x, weight.dequantised(x.dtype), bias_O)
+
+
+def packed_reference(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
+    """(T, D) what ``reference`` makes of the experts written out: what ``packed_experts`` must equal.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes.
+        weights: the experts.
+
+    >>> up = Packed.of(torch.ones(1, 2, 2, dtype=torch.int8), torch.ones(1, 2, 1), group=2, bits=8)
+    >>> routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=1)
+    >>> packed_reference(torch.ones(1, 2), routing, PackedWeights(up, up, activation="relu"))
+    tensor([[4., 4.]])
+
+    Source: none; the definition, written out.
+    """
+    return reference(x_TD, routing, weights.written_out(x_TD.dtype))
+
+
+def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, backend: str = "auto") -> Tensor:
+    """(T, D), each token's weighted sum of its experts' outputs, as ``execute``; weights have no gradients.
+
+    Only experts that some token takes are written out, as many at a time as stay small beside the model.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+        backend: what runs those that are written out: an executor's name, or "auto".
+
+    >>> up = Packed.of(torch.ones(2, 2, 2, dtype=torch.int8), torch.ones(2, 2, 1), group=2, bits=8)
+    >>> routing = Routing.from_topk(torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=2)
+    >>> packed_experts(torch.ones(1, 2), routing, PackedWeights(up, up, activation="relu"))
+    tensor([[4., 4.]])
+
+    Source: none; our own.
+    """
+    if x_TD.device.type == "meta" or torch.compiler.is_compiling():
+        return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
+    used_N = routing.load_E.nonzero().flatten()
+    if not len(used_N):
+        return torch.zeros_like(x_TD)
+    if backend == "auto" and _reads_as_they_lie(x_TD, routing, weights):
+        return _few(x_TD, routing, weights, used_N.tolist())
+    each = max(1, _ONCE // (weights.up[0].code.numel() * (8 // weights.up.bits)))
+    if len(used_N) == weights.num_experts <= each:
+        return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for some_N in used_N.split(each):
+        place_E = torch.full_like(routing.load_E, -1).index_copy(
+            0, some_N, torch.arange(len(some_N), device=x_TD.device)
+        )
+        held = routing.keep(place_E[routing.expert_R] >= 0).relabel(place_E.clamp_min(0), len(some_N))
+        y_TD = y_TD + execute(x_TD, held, weights.written_out(x_TD.dtype, some_N), backend=backend)
+    return y_TD.to(x_TD.dtype)
+
+
+def _reads_as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
+    """Whether so few entries are routed, and so, that experts are run from their codes."""
+    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or routing.weight_R.requires_grad)
+    return (
+        routing.num_entries <= _FEW
+        and not wanted
+        and suits_rows(x_TD[:1].detach(), weights.up[0])
+        and suits_rows(x_TD.new_empty(1, weights.hidden), weights.down[0])
+    )
+
+
+def _few(x_TD: Tensor, routing: Routing, weights: PackedWeights, used: list[int]) -> Tensor:
+    """Expert by expert, each weight read once for all of an expert's tokens."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    bounds = routing.bounds()
+    for e in used:
+        entries = slice(bounds[e], bounds[e + 1])
+        token_N, weight_N1 = routing.token_R[entries], routing.weight_R[entries, None]
+        up_bias_H, down_bias_D = (None if b is None else b[e] for b in (weights.up_bias_EH, weights.down_bias_ED))
+        h_NF = activate(packed_linear(x_TD[token_N], weights.up[e], up_bias_H), weights.activation)
+        y_ND = packed_linear(h_NF, weights.down[e], down_bias_D)
+        y_TD.index_add_(0, token_N, y_ND.to(y_TD.dtype) * weight_N1.to(y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
