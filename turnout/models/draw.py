@@ -170,7 +170,7 @@ def _likeliest(score_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _nucleus(score_BC: Tensor, top_p: float) -> Tensor:
     """The scores without those above which ``top_p`` of the whole lies already; the likeliest always stays."""
     whole_B1, count = score_BC.logsumexp(1, keepdim=True), score_BC.shape[1]
-    # All that have less than this share have less than 1 - top_p together: none of them stays, and few are to be sorted.
+    # All that have less than this share have less than 1 - top_p together: none stays, and few are to be sorted.
     some = int((score_BC >= whole_B1 + math.log((1 - top_p) / (2 * count))).sum(1).max())
     sorted_BC = score_BC.topk(some, dim=1).values if 8 * some < count else _sorted(score_BC)
     share_BC = (sorted_BC - whole_B1).exp()
