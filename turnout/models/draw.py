@@ -66,7 +66,7 @@ class Drawing:
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature == 0 and idle and self.top_k != 1:
             has = "have no effect" if len(idle) > 1 else "has no effect"
-            warnings.warn(f"{' and '.join(idle)} {has} at temperature 0, which takes the likeliest token", stacklevel=4)
+            warnings.warn(f"{' and '.join(idle)} {has} at temperature 0, which takes the likeliest token", stacklevel=5)
 
     def _refusal(self, name: str, got: object, allowed: str, fix: str) -> UsageError:
         return UsageError(word(name, got=got, allowed=allowed, where=self.where, fix=fix))
