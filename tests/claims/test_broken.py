@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from broken import Case, family
@@ -117,6 +118,15 @@ def as_they_lie(matching):
 
 def scales_as_they_start(train):
     return lambda layer, data, *, adapters, **how: train(layer, data, adapters=True, **how) if adapters else None
+
+
+def shuffled(planes):
+    """As many streams, of bytes from anywhere."""
+
+    def mixed(byte_N, width):
+        return np.split(np.random.default_rng(0).permutation(byte_N), width)
+
+    return mixed
 
 
 def at_random(cluster):
@@ -233,6 +243,7 @@ CASES = {
         taught=20,
     ),
     "stragglers": Case(patched("stragglers", "find", other_layers, "claims"), "lost"),
+    "zipnn": Case(patched("zipnn", "planes", shuffled, "models.checkpoint"), "near", taught=20),
     "upcycle": Case(
         patched("upcycle", "_experts", lambda f: lambda *a: tuple(0.02 * torch.randn(part.shape) for part in f(*a))),
         "lost",

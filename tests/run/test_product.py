@@ -9,7 +9,7 @@ from turnout.errors import UsageError
 from turnout.run.product import linear, product
 from turnout.run.tuned import as_tuned, tuning
 
-SIZES = [(1, 8, 8), (3, 5, 7), (130, 96, 257), (64, 256, 256), (33, 1024, 64)]
+SIZES = [(1, 8, 8), (3, 5, 7), (130, 96, 257), (64, 256, 256), (33, 1024, 64), (96, 300, 16)]
 CAN_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -63,6 +63,7 @@ from turnout.claims.soup import soup
 from turnout.claims.split import split
 from turnout.claims.stragglers import stragglers
 from turnout.claims.upcycle import upcycle
+from turnout.claims.zipnn import zipnn
 from turnout.errors import nearest
 
 __all__ = [
@@ -122,6 +123,7 @@ __all__ = [
     "zero_bubble",
     "zero_plus_plus",
     "zeropp",
+    "zipnn",
 ]
 
 

@@ -5,12 +5,15 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, word
 from turnout.run.choose import execute
+from turnout.run.compiled import rows_times, suits_rows
 from turnout.run.product import linear
-from turnout.run.reference import reference
+from turnout.run.reference import activate, reference
 from turnout.types import Packed, PackedWeights, Routing
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
+# As many entries as are run expert by expert, from the codes; more are worth writing the weights out.
+_FEW = 64
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
 _ONCE = 1 << 24
 
@@ -39,6 +42,9 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
         allowed, fix = f"have the {weight.shape[-1]} inputs of the map last", "pass what the map was made for"
         where = "turnout.run.packed_linear"
         raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
+    x_MI = x.reshape(-1, x.shape[-1])
+    if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
+        return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
     return linear(x, weight.dequantised(x.dtype), bias_O)
 
 
@@ -83,6 +89,8 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
+    if backend == "auto" and _reads_as_they_lie(x_TD, routing, weights):
+        return _few(x_TD, routing, weights, used_N.tolist())
     each = max(1, _ONCE // (weights.up[0].code.numel() * (8 // weights.up.bits)))
     if len(used_N) == weights.num_experts <= each:
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
@@ -93,4 +101,29 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         )
         held = routing.keep(place_E[routing.expert_R] >= 0).relabel(place_E.clamp_min(0), len(some_N))
         y_TD = y_TD + execute(x_TD, held, weights.written_out(x_TD.dtype, some_N), backend=backend)
+    return y_TD.to(x_TD.dtype)
+
+
+def _reads_as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
+    """Whether so few entries are routed, and so, that experts are run from their codes."""
+    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or routing.weight_R.requires_grad)
+    return (
+        routing.num_entries <= _FEW
+        and not wanted
+        and suits_rows(x_TD[:1].detach(), weights.up[0])
+        and suits_rows(x_TD.new_empty(1, weights.hidden), weights.down[0])
+    )
+
+
+def _few(x_TD: Tensor, routing: Routing, weights: PackedWeights, used: list[int]) -> Tensor:
+    """Expert by expert, each weight read once for all of an expert's tokens."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    bounds = routing.bounds()
+    for e in used:
+        entries = slice(bounds[e], bounds[e + 1])
+        token_N, weight_N1 = routing.token_R[entries], routing.weight_R[entries, None]
+        up_bias_H, down_bias_D = (None if b is None else b[e] for b in (weights.up_bias_EH, weights.down_bias_ED))
+        h_NF = activate(packed_linear(x_TD[token_N], weights.up[e], up_bias_H), weights.activation)
+        y_ND = packed_linear(h_NF, weights.down[e], down_bias_D)
+        y_TD.index_add_(0, token_N, y_ND.to(y_TD.dtype) * weight_N1.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)

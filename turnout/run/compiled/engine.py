@@ -26,7 +26,7 @@ __all__ = ["Kernel", "Lazy", "array", "compiled_here", "kernel", "takes", "threa
 _OLDEST = (0, 68)
 # What may be done to sums: to order them anew, and to fuse products into them. NaN and infinity stay what they are.
 _FREE = frozenset({"reassoc", "contract", "nsz", "arcp"})
-_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e8m0fnu: torch.uint8}
 _TURN = threading.Lock()  # numba's simplest pool of threads ends the process when two callers meet in it
 _MAKING = threading.RLock()
 _alone = False  # in a forked child no pool of threads works: none of the parent's threads lives there
@@ -157,12 +157,16 @@ class Kernel:
         function: plain Python over arrays and numbers; of its globals those that are a ``Kernel`` or ``Lazy`` stand
             for what they make.
         threaded: whether its outermost loop, over ``turnout.run.compiled.lanes.prange``, is for several threads.
+        exact: whether every sum is taken in the order that is written, so that it has the same bits wherever its code
+            ends up; otherwise sums of a loop may be taken in vectors.
+        inside: whether it is a part of the kernels that call it, rather than compiled for itself, then once more with
+            each of them.
 
     Source: Lam, Pitrou & Seibert, 2015, "Numba: A LLVM-based Python JIT Compiler".
     """
 
-    def __init__(self, function: Any, *, threaded: bool = False) -> None:
-        self._function, self._threaded = function, threaded
+    def __init__(self, function: Any, *, threaded: bool = False, exact: bool = False, inside: bool = False) -> None:
+        self._function, self._threaded, self._exact, self._inside = function, threaded, exact, inside
         self._made: dict[bool, Any] = {}
         functools.update_wrapper(self, function)
 
@@ -199,7 +203,9 @@ class Kernel:
         known = function.__globals__ | {name: one.made() for name, one in self.uses.items()}
         own = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
         own.__module__, own.__qualname__ = function.__module__, function.__qualname__
-        dispatcher = numba.njit(nogil=True, fastmath=set(_FREE), parallel=threaded, error_model="numpy")(own)
+        free = False if self._exact else set(_FREE)
+        options = {"nogil": True, "fastmath": free, "parallel": threaded, "error_model": "numpy"}
+        dispatcher = numba.njit(**options, inline="always" if self._inside else "never")(own)
         keep(dispatcher, self.files, threaded)
         return dispatcher
 
@@ -222,7 +228,9 @@ class Kernel:
             numba.set_num_threads(before)
 
 
-def kernel(*, threaded: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(
+    *, threaded: bool = False, exact: bool = False, inside: bool = False
+) -> Callable[[Callable[..., Any]], Kernel]:
     """Makes a function a kernel: see ``Kernel``.
 
     >>> @kernel()
@@ -236,4 +244,4 @@ def kernel(*, threaded: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
 
     Source: none; a decorator.
     """
-    return functools.partial(Kernel, threaded=threaded)
+    return functools.partial(Kernel, threaded=threaded, exact=exact, inside=inside)

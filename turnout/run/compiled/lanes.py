@@ -1,35 +1,79 @@
-"""The few things that kernels need and Python has no word for."""
+"""The few things that kernels need and Python has no word for: loops for threads, bits as numbers, vectors' width."""
 
 import importlib
 from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["prange", "wide"]
+__all__ = ["LANES", "as_float", "features", "prange", "wide", "widened"]
 
 
 def _prange() -> Any:
     return importlib.import_module("numba").prange
 
 
-def _wide() -> Any:
+def features() -> frozenset[str]:
+    """What the processor that kernels are compiled for has, in LLVM's words; what NUMBA_CPU_FEATURES says goes first.
+
+    >>> "nothing of the kind" in features() if importlib.util.find_spec("numba") else False
+    False
+
+    Source: none; a question to numba.
+    """
+    codegen = importlib.import_module("numba.core.registry").cpu_target.target_context.codegen()
+    named = codegen._tm_features.split(",")
+    return frozenset(one[1:] for one in named if one.startswith("+"))
+
+
+def _lanes() -> Any:
+    return 16 if "avx512f" in features() else 8
+
+
+def _as_float() -> Any:
+    types = importlib.import_module("numba").types
+
+    @importlib.import_module("numba.extending").intrinsic
+    def as_float(context: Any, bits: Any) -> Any:
+        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return builder.bitcast(given[0], context.get_value_type(types.float32))
+
+        return types.float32(types.int32), lower
+
+    return as_float
+
+
+def widened(builder: Any, bits: Any, kind: Any) -> Any:
+    """The float32 of one number: uint16 is a bfloat16, int16 a float16, uint8 an exponent of two, int8 a number.
+
+    Args:
+        builder: llvmlite's.
+        bits: the number, a value of llvmlite's.
+        kind: its type, one of numba's.
+
+    Source: none; Open Compute Project, 2023, "OCP Microscaling Formats", for the exponents (E8M0).
+    """
     types = importlib.import_module("numba").types
     ir = importlib.import_module("numba.core.cgutils").ir  # llvmlite's, as numba itself has it
+    real, long = ir.FloatType(), ir.IntType(32)
+    if kind == types.float32:
+        return bits
+    if kind == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(bits, long), long(16)), real)
+    if kind == types.int16:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), real)
+    if kind == types.uint8:  # 0 is 2^-127, which is subnormal
+        power = builder.shl(builder.zext(bits, long), long(23))
+        return builder.bitcast(builder.select(builder.icmp_unsigned("==", power, long(0)), long(1 << 22), power), real)
+    return builder.sitofp(bits, real)
+
+
+def _wide() -> Any:
+    types = importlib.import_module("numba").types
 
     @importlib.import_module("numba.extending").intrinsic
     def wide(context: Any, value: Any) -> Any:
-        """A number as float32: uint16 holds the bits of a bfloat16, int16 those of a float16."""
-
         def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            (bits,), (kind,) = given, signature.args
-            if kind == types.float32:
-                return bits
-            if kind == types.uint16:
-                long = ir.IntType(32)
-                return builder.bitcast(builder.shl(builder.zext(bits, long), long(16)), ir.FloatType())
-            if kind == types.int16:
-                return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-            return builder.sitofp(bits, ir.FloatType())
+            return widened(builder, given[0], signature.args[0])
 
         return types.float32(value), lower
 
@@ -37,6 +81,10 @@ def _wide() -> Any:
 
 
 # A loop over this in a kernel with ``threaded=True`` is shared by threads.
-prange = Lazy(_prange)
-# wide(value): the float32 that float32, bfloat16 (as uint16), float16 (as int16) or int8 stand for.
-wide = Lazy(_wide)
+prange: Any = Lazy(_prange)
+# wide(value): the float32 that a float32, bfloat16 (as uint16), float16 (as int16), int8 or e8m0 (as uint8) stands for.
+wide: Any = Lazy(_wide)
+# as_float(bits): the float32 whose bits are those of this int32.
+as_float: Any = Lazy(_as_float)
+# How many float32 the vectors have that kernels are written in.
+LANES: Any = Lazy(_lanes)

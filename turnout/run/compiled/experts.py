@@ -1,0 +1,242 @@
+"""A whole layer of experts for few tokens in one call: gather, gate and up, activation, down, weighted sum."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnout.run.compiled.engine import array, compiled_here, kernel, takes
+from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices
+from turnout.run.compiled.lanes import prange, wide
+from turnout.run.compiled.pointwise import KINDS, activated, clamped
+from turnout.run.compiled.span import lay_out, place, span
+from turnout.run.compiled.tile import splits
+from turnout.types import ExpertWeights, Routing
+from turnout.types.packed import Packed
+from turnout.types.weights import GATED
+
+__all__ = ["experts_times", "few_rows", "suits_experts", "suits_few_rows"]
+
+# As many outputs as one thread makes at a time; whole blocks.
+_CHUNK, _BLOCK = 64, 32
+
+
+def suits_few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
+    """Whether ``few_rows`` takes these here and now; not whether it is the fastest, and whatever gradients are asked.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> suits_few_rows(torch.ones(1, 3), routing, ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)))
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    up_EHD, down_EDF = weights.up_EDH.transpose(1, 2), weights.down_EFD.transpose(1, 2)
+    return suits_experts(x_TD, routing, up_EHD, down_EDF, weights.up_bias_EH, weights.down_bias_ED)
+
+
+def suits_experts(
+    x_TD: Tensor,
+    routing: Routing,
+    up_EHD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+) -> bool:
+    """Whether ``experts_times`` takes these here and now, whatever gradients are asked.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> suits_experts(torch.ones(1, 3), routing, torch.ones(2, 4, 3, device="meta"), torch.ones(2, 3, 2))
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    biases = [bias for bias in (up_bias_EH, down_bias_ED) if bias is not None]
+    return (
+        compiled_here()
+        and x_TD.dtype in FLOATS
+        and takes(x_TD, routing.token_R, routing.weight_R, routing.offset_E, *biases)
+        and routing.weight_R.dtype in FLOATS
+        and type(up_EHD) is type(down_EDF)
+        and knows(up_EHD, x_TD.dtype)
+        and knows(down_EDF, x_TD.dtype)
+        and all(bias.dtype in (torch.float32, x_TD.dtype) and bias.is_contiguous() for bias in biases)
+    )
+
+
+def few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """(T, D) each token's weighted sum of its experts' outputs, for weights stored (out, in). No gradients.
+
+    Args:
+        x_TD: (T, D), the tokens; all three as ``suits_few_rows`` asks.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    Returns:
+        (T, D) in x's dtype, summed in fp32 throughout; tokens without entries are zero.
+
+    Raises:
+        MissingExtraError: nothing can be compiled here.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> up_EHD, down_EDF = torch.ones(2, 4, 3), torch.ones(2, 3, 4)
+    >>> weights = ExpertWeights(up_EHD.transpose(1, 2), down_EDF.transpose(1, 2), activation="relu")
+    >>> few_rows(torch.ones(1, 3), routing, weights) if compiled_here() else torch.full((1, 3), 6.0)
+    tensor([[6., 6., 6.]])
+
+    Source: Shazeer et al., 2017, "Outrageously Large Neural Networks", equation 1.
+    """
+    return experts_times(
+        x_TD,
+        routing,
+        weights.up_EDH.transpose(1, 2),
+        weights.down_EFD.transpose(1, 2),
+        weights.up_bias_EH,
+        weights.down_bias_ED,
+        activation=weights.activation,
+        interleaved=weights.interleaved,
+    )
+
+
+def experts_times(
+    x_TD: Tensor,
+    routing: Routing,
+    up_EHD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    *,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+) -> Tensor:
+    """``few_rows`` for stacks as they lie, floating or in few bits.
+
+    Args:
+        x_TD: (T, D), the tokens; all as ``suits_experts`` asks.
+        routing: which experts each takes, and with what weight.
+        up_EHD: (E, H, D), H = 2F for a gated activation and F otherwise.
+        down_EDF: (E, D, F).
+        up_bias_EH: (E, H) or None.
+        down_bias_ED: (E, D) or None.
+        activation: as ``turnout.run.activate``.
+        interleaved: whether gate and value alternate, rather than being halves.
+
+    Raises:
+        MissingExtraError: nothing can be compiled here.
+
+    >>> routing = Routing.from_topk(torch.tensor([[0]]), torch.tensor([[0.5]]), num_experts=1)
+    >>> given = torch.ones(1, 3), routing, torch.ones(1, 4, 3), torch.ones(1, 3, 4)
+    >>> experts_times(*given, activation="relu") if compiled_here() else torch.full((1, 3), 6.0)
+    tensor([[6., 6., 6.]])
+
+    Source: none; one pass over the memory of what is chosen.
+    """
+    (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
+    hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
+    several = entries if tokens > 1 else 0
+    numbers = (tokens + several) * blocks(width) + entries * (blocks(hidden) + width + outs)
+    out_TD, room = torch.empty(tokens, width), torch.empty(numbers)
+    gates = (2 if interleaved else 1) if activation in GATED else 0
+    _experts(
+        array(x_TD.contiguous()).reshape(-1),
+        (array(routing.token_R), array(routing.offset_E), array(routing.weight_R.contiguous())),
+        matrices(up_EHD).told,
+        matrices(down_EDF).told,
+        (_flat(up_bias_EH, up_EHD), _flat(down_bias_ED, down_EDF)),
+        (tokens, width, blocks(width), outs, hidden, blocks(hidden), KINDS[activation], gates),
+        np.empty(routing.num_experts, np.int64),
+        array(room),
+        array(out_TD).reshape(-1),
+    )
+    return out_TD if x_TD.dtype == torch.float32 else out_TD.to(x_TD.dtype)
+
+
+def _flat(bias: Tensor | None, weight: Tensor | Packed) -> np.ndarray:
+    """The bias, or an empty one of the type that it most likely has, so that fewer kernels are compiled."""
+    if bias is not None:
+        return array(bias).reshape(-1)
+    return array(torch.empty(0, dtype=weight.dtype if isinstance(weight, Tensor) else torch.float32))
+
+
+@kernel(exact=True)
+def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, a, to, split):
+    """Numbers [first, last) of one row's activations, from its up product h[at:] and its bias, laid out for down."""
+    for f in range(first, last):
+        gate, value = h[at + step * f], np.float32(0)
+        if bias.shape[0]:
+            gate += wide(bias[at_bias + step * f])
+        if gates:
+            value = h[at + step * f + beside]
+            if bias.shape[0]:
+                value += wide(bias[at_bias + step * f + beside])
+        gate, value = clamped(kind, gate, value)
+        gate = activated(kind, gate)
+        a[to + place(f, split)] = gate * value if gates else gate
+
+
+@kernel(exact=True)
+def _weigh(y, at, bias, at_bias, weight, first, last):
+    """Numbers [first, last) of one row's result, with its bias, times its weight."""
+    for d in range(first, last):
+        if bias.shape[0]:
+            y[at + d] += wide(bias[at_bias + d])
+        y[at + d] *= weight
+
+
+@kernel(threaded=True, exact=True)
+def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
+    """The layer; ``active_E`` and ``room`` are its scratch.
+
+    Tokens are laid out once; experts with several rows have copies of theirs side by side.
+    """
+    token_R, offset_E, weight_R = decided
+    up_bias, down_bias = biases
+    tokens, width, wide_width, outs, hidden, wide_hidden, kind, gates = sizes
+    entries = token_R.shape[0]
+    at_rows = tokens * wide_width
+    at_a = at_rows + (entries * wide_width if tokens > 1 else 0)
+    at_y = at_a + entries * wide_hidden
+    at_h = at_y + entries * width
+    step, beside = (2, 1) if gates == 2 else (1, hidden)
+    count, split = 0, splits(down[0])
+    for t in range(tokens):
+        lay_out(x, t * width, width, room, t * wide_width, splits(up[0]))
+    for e in range(active_E.shape[0]):
+        if offset_E[e] < offset_E[e + 1]:
+            active_E[count] = e
+            count += 1
+        if offset_E[e] + 1 < offset_E[e + 1]:
+            for r in range(offset_E[e], offset_E[e + 1]):
+                for i in range(wide_width):
+                    room[at_rows + r * wide_width + i] = room[token_R[r] * wide_width + i]
+    for r in range(entries):
+        for f in range(hidden // _BLOCK * _BLOCK, wide_hidden):
+            room[at_a + r * wide_hidden + f] = 0
+    each = (hidden + _CHUNK - 1) // _CHUNK
+    for job in prange(count * each):
+        e, first = active_E[job // each], job % each * _CHUNK
+        r, last = offset_E[e], min(hidden, first + _CHUNK)
+        rows, to = offset_E[e + 1] - r, at_h + r * outs
+        of = token_R[r] * wide_width if rows == 1 else at_rows + r * wide_width
+        low, high = step * first, step * last
+        at, at_scale = e * up[3], e * outs * up[5]
+        for _ in range(2 if gates == 1 else 1):
+            span(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high)
+            low, high = low + hidden, high + hidden
+        for m in range(r, r + rows):
+            h, a = at_h + m * outs, at_a + m * wide_hidden
+            _activate(room, h, step, beside, up_bias, e * outs, kind, gates, first, last, room, a, split)
+    parts = (width + _CHUNK - 1) // _CHUNK
+    for job in prange(count * parts):
+        e, first = active_E[job // parts], job % parts * _CHUNK
+        r, last = offset_E[e], min(width, first + _CHUNK)
+        rows, of, to = offset_E[e + 1] - r, at_a + r * wide_hidden, at_y + r * width
+        span(down, e * down[3], e * width * down[5], room, of, wide_hidden, rows, room, to, width, first, last)
+        for m in range(r, r + rows):
+            _weigh(room, at_y + m * width, down_bias, e * width, wide(weight_R[m]), first, last)
+    for part in prange(parts):
+        first, last = part * _CHUNK, min(width, (part + 1) * _CHUNK)
+        for t in range(tokens):
+            for d in range(first, last):
+                out[t * width + d] = 0
+        for r in range(entries):
+            for d in range(first, last):
+                out[token_R[r] * width + d] += room[at_y + r * width + d]

@@ -1,0 +1,102 @@
+"""How matrices lie in memory, as kernels are told it: whatever the format, one description."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnout.run.compiled.engine import array, takes
+from turnout.types.packed import Packed
+
+__all__ = ["FLOATS", "Matrices", "blocks", "knows", "matrices"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A block of the widest vectors, which a group of packed weights must consist of unless there is but one a row.
+_BLOCK = 32
+_NONE = np.zeros(0, np.float32)
+_WHOLE = np.arange(-8, 8, dtype=np.float32)  # what the codes of four bits stand for where nothing else is said
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrices:
+    """One matrix (O, I) or a stack of them (E, O, I).
+
+    Args:
+        code: all their numbers or codes, flat.
+        stride_expert: how far two matrices lie apart in ``code``.
+        stride_out: how far two rows of one do.
+        scale: all scales, flat, dense; empty where there are none.
+        groups: how many scales a row has; 1 where there are none.
+        group: the inputs that share a scale; I where there are none.
+        levels: what codes of four bits stand for.
+    """
+
+    code: np.ndarray
+    stride_expert: int
+    stride_out: int
+    scale: np.ndarray
+    groups: int
+    group: int
+    levels: np.ndarray
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """As kernels take it."""
+        return self.code, self.scale, self.levels, self.stride_expert, self.stride_out, self.groups, self.group
+
+
+def blocks(ins: int) -> int:
+    """The room for a row of so many numbers: whole blocks.
+
+    >>> blocks(33)
+    64
+
+    Source: none; plain bookkeeping.
+    """
+    return -(-ins // _BLOCK) * _BLOCK
+
+
+def knows(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
+    """Whether kernels can read these weights for rows of this dtype: each output's lie one after the other.
+
+    >>> knows(torch.ones(2, 3), torch.float32), knows(torch.ones(3, 2).t(), torch.float32)
+    (True, False)
+
+    Source: none; plain bookkeeping.
+    """
+    if isinstance(weight, Packed):
+        fits = weight.group % _BLOCK == 0 or weight.group == weight.shape[-1]
+        return dtype in FLOATS and fits and takes(weight.code, weight.scale, weight.levels)
+    return (
+        weight.dtype == dtype and dtype in FLOATS and takes(weight) and (weight.stride(-1) == 1 or weight.shape[-1] < 2)
+    )
+
+
+def matrices(weight: Tensor | Packed) -> Matrices:
+    """The description of weights (O, I) or (E, O, I) that ``knows``; a view, nothing is copied.
+
+    >>> matrices(torch.ones(2, 3, 4)).stride_expert
+    12
+
+    Source: none; plain bookkeeping.
+    """
+    group = max(1, weight.shape[-1])
+    if isinstance(weight, Packed):
+        stride = weight.code.shape[-1]
+        levels = _WHOLE if weight.levels is None else array(weight.levels)
+        code, scale = array(weight.code).reshape(-1), array(weight.scale).reshape(-1)
+        return Matrices(
+            code, weight.shape[-2] * stride, stride, scale, weight.shape[-1] // weight.group, weight.group, levels
+        )
+    flat = weight if weight.is_contiguous() else weight.as_strided((_reach(weight),), (1,))
+    expert = weight.stride(0) if weight.ndim == 3 else 0
+    return Matrices(array(flat).reshape(-1), expert, weight.stride(-2), _NONE, 1, group, _WHOLE)
+
+
+def _reach(weight: Tensor) -> int:
+    """How many numbers of memory a view reaches over, from its first to its last."""
+    if weight.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))

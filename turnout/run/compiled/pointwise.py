@@ -1,0 +1,67 @@
+"""The activations of ``turnout.run.activate`` for kernels, one number at a time: LLVM makes vectors of them."""
+
+import math
+
+import numpy as np
+
+from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.lanes import as_float
+
+__all__ = ["KINDS", "activated", "exponential"]
+
+# What g is, of act(h) = g(gate) * value or act(h) = g(h); "oai" takes clamped gates and values + 1.
+KINDS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "geglu_tanh": 2, "gelu_tanh": 2, "reglu": 3, "relu": 3}
+KINDS |= {"swiglu_oai": 4}
+
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
+_C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2))
+_C3, _C2, _ONE = np.float32(1.6666665459e-1), np.float32(0.5), np.float32(1)
+_SLOPE, _LIMIT = np.float32(1.702), np.float32(7)
+_TANH, _CUBE = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
+_ROOT = np.float32(math.sqrt(0.5))
+
+
+@kernel(exact=True)
+def exponential(x):
+    """e to the x, within 2 units in the last place; x beyond fp32's range is brought to its ends, NaN stays.
+
+    Source: Moshier, 1989, "Methods and Programs for Mathematical Functions" (Cephes, expf).
+    """
+    t = _LEAST if x < _LEAST else x
+    t = _MOST if t > _MOST else t
+    n = np.floor(t * _LOG2_E + _C2)
+    r = t - n * _LN2_HIGH - n * _LN2_LOW
+    p = ((((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]) * r + _C3) * r + _C2
+    power = np.int32(n if n == n else _ONE)
+    return (p * r * r + r + _ONE) * as_float((power + np.int32(127)) << np.int32(23))
+
+
+@kernel(exact=True)
+def _sigmoid(x):
+    return _ONE / (_ONE + exponential(-x))
+
+
+@kernel(exact=True)
+def activated(kind, gate):
+    """g(gate)."""
+    if kind == 0:
+        return gate * _sigmoid(gate)
+    if kind == 1:
+        return gate * _C2 * (_ONE + np.float32(math.erf(gate * _ROOT)))
+    if kind == 2:  # x / 2 (1 + tanh u) is x sigmoid(2 u)
+        return gate * _sigmoid(_TANH * (gate + _CUBE * gate * gate * gate))
+    if kind == 3:
+        return np.float32(0) if gate < 0 else gate
+    return gate * _sigmoid(_SLOPE * gate)
+
+
+@kernel(exact=True)
+def clamped(kind, gate, value):
+    """Gate and value as this kind takes them."""
+    if kind == 4:
+        gate = _LIMIT if gate > _LIMIT else gate
+        value = _LIMIT if value > _LIMIT else value
+        value = (-_LIMIT if value < -_LIMIT else value) + _ONE
+    return gate, value

@@ -1,0 +1,275 @@
+"""The one inner loop: outputs of a matrix in any format, one after the other, with 1, 2, 4 or 8 rows of numbers.
+
+It is written in LLVM's own vectors, so that neither the width nor the order of sums is left to a compiler's taste: a row
+has the same bits on one thread and on several, alone and among others. Memory is read as it lies, one output's weights
+after the other's: two streams at once are read at two thirds of the speed of one (AMD Zen 4). The sums of several
+outputs, each spread over a vector, are added up together at the end.
+
+A block is two vectors' worth of inputs. Of formats that put two numbers in one word, neighbours i and i + 1 part: the
+first vector has those of even place, the second those of odd; the rows that they meet are laid out so (``splits``), and
+end with zeros where a block is not full.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+from turnout.run.compiled.engine import Lazy
+from turnout.run.compiled.lanes import LANES, features, widened
+
+__all__ = ["splits", "tile_1", "tile_1x4", "tile_2", "tile_4", "tile_8"]
+
+
+def _ir() -> Any:
+    return importlib.import_module("numba.core.cgutils").ir
+
+
+def _name(ir: Any, kind: Any) -> str:
+    """What LLVM calls a type in the names of its functions."""
+    return {ir.FloatType: "f32", ir.HalfType: "f16"}.get(type(kind)) or f"i{kind.width}"
+
+
+def _splits() -> Any:
+    types = importlib.import_module("numba").types
+
+    @importlib.import_module("numba.extending").intrinsic
+    def splits(context: Any, code: Any) -> Any:
+        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return context.get_constant(types.boolean, code.dtype in (types.uint16, types.uint8))
+
+        return types.boolean(code), lower
+
+    return splits
+
+
+class _Tile:
+    """Writes one tile: for each output, sums over groups of blocks, the last of which may not be full."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int, outs: int) -> None:
+        self.types, self.tools = importlib.import_module("numba").types, importlib.import_module("numba.core.cgutils")
+        ir, self.context, self.builder, self.rows, self.outs = _ir(), context, builder, rows, outs
+        self.ir, self.lanes = ir, LANES.made()
+        self.real, self.long, self.word = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+        self.vector = ir.VectorType(self.real, self.lanes)
+        code, self.at, self.stride, scale, self.at_scale, *rest = given
+        self.groups, self.group, levels, x, self.at_x, self.stride_x, out, self.at_out, self.stride_out = rest
+        kinds = signature.args
+        self.kind, self.scale_kind = kinds[0].dtype, kinds[3].dtype
+        self.code, self.scale, self.levels = (
+            self._data(kinds[place], value) for place, value in ((0, code), (3, scale), (7, levels))
+        )
+        self.x, self.out = self._data(kinds[8], x), self._data(kinds[11], out)
+        self.scaled = self.kind in (self.types.int8, self.types.uint8)
+        self.halved = self.kind == self.types.uint8
+        self.table = self._table() if self.halved else []
+
+    def _data(self, kind: Any, value: Any) -> Any:
+        return self.context.make_array(kind)(self.context, self.builder, value).data
+
+    def _load(self, pointer: Any, at: Any, kind: Any) -> Any:
+        """A number, or a vector of them, that need not lie on any boundary."""
+        place = self.builder.bitcast(self.builder.gep(pointer, [at]), kind.as_pointer())
+        return self.builder.load(place, align=1)
+
+    def _some(self, pointer: Any, at: Any, kind: Any, left: Any) -> Any:
+        """A vector of which the first ``left`` numbers are read, and the others are 0; all of them without ``left``."""
+        if left is None:
+            return self._load(pointer, at, kind)
+        ir, builder, lanes = self.ir, self.builder, kind.count
+        places = ir.VectorType(self.word, lanes)(list(range(lanes)))
+        mask = builder.icmp_signed("<", places, self._splat(left, lanes))
+        name = f"llvm.masked.load.v{lanes}{_name(ir, kind.element)}.p0"
+        place = builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
+        nothing = ir.Constant(kind, None)
+        function = ir.FunctionType(kind, [place.type, mask.type, kind])
+        return builder.call(self.tools.get_or_insert_function(builder.module, function, name), [place, mask, nothing])
+
+    def _splat(self, number: Any, lanes: int) -> Any:
+        nothing = self.ir.VectorType(number.type, lanes)(self.ir.Undefined)
+        one = self.builder.insert_element(nothing, number, self.long(0))
+        return self.builder.shuffle_vector(one, nothing, self.ir.VectorType(self.long, lanes)([0] * lanes))
+
+    def _fused(self, a: Any, b: Any, c: Any) -> Any:
+        """A times b plus c, with one rounding where the processor has that."""
+        name = "llvm.fmuladd.f32" if a.type == self.real else f"llvm.fmuladd.v{self.lanes}f32"
+        kind = self.ir.FunctionType(a.type, [a.type] * 3)
+        return self.builder.call(self.tools.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
+
+    # ---- what a format is in vectors
+
+    def _table(self) -> list[Any]:
+        """The 16 levels, as vectors that are looked up in; none where the processor cannot."""
+        if self.lanes == 16:
+            return [self._load(self.levels, self.word(0), self.vector)]
+        if "avx2" in features():
+            return [self._load(self.levels, self.word(half), self.vector) for half in (0, 8)]
+        return []
+
+    def _levels_of(self, index: Any, table: list[Any]) -> Any:
+        """The levels at a vector of places, of which the lowest four bits count."""
+        builder, ir = self.builder, self.ir
+        indices = index.type
+
+        def permuted(name: str, given: list[Any]) -> Any:
+            kind = ir.FunctionType(self.vector, [each.type for each in given])
+            return builder.call(self.tools.get_or_insert_function(builder.module, kind, name), given)
+
+        if len(table) == 1:
+            return permuted("llvm.x86.avx512.permvar.sf.512", [table[0], index])
+        if len(table) == 2:
+            low, high = (permuted("llvm.x86.avx2.permps", [half, index]) for half in table)
+            upper = builder.icmp_unsigned(
+                "!=", builder.and_(index, indices([8] * self.lanes)), indices([0] * self.lanes)
+            )
+            return builder.select(upper, high, low)
+        made = self.vector(ir.Undefined)
+        for lane in range(self.lanes):
+            place = builder.zext(
+                builder.and_(builder.extract_element(index, self.long(lane)), self.long(15)), self.word
+            )
+            made = builder.insert_element(made, self._load(self.levels, place, self.real), self.long(lane))
+        return made
+
+    def _block(self, at: Any, table: list[Any], left: Any = None) -> tuple[Any, ...]:
+        """The two vectors of the block of codes at this place, or of so many codes that are left."""
+        builder, ir, types, lanes = self.builder, self.ir, self.types, self.lanes
+        longs = ir.VectorType(self.long, lanes)
+        if self.halved:
+            left = None if left is None else builder.lshr(left, self.word(1))
+            both = builder.zext(self._some(self.code, at, ir.VectorType(ir.IntType(8), lanes), left), longs)
+            return self._levels_of(both, table), self._levels_of(builder.lshr(both, longs([4] * lanes)), table)
+        if self.kind == types.uint16:
+            both = builder.bitcast(self._some(self.code, at, ir.VectorType(ir.IntType(16), 2 * lanes), left), longs)
+            even, odd = builder.shl(both, longs([16] * lanes)), builder.and_(both, longs([0xFFFF0000] * lanes))
+            return builder.bitcast(even, self.vector), builder.bitcast(odd, self.vector)
+        elements = {types.float32: self.real, types.int16: ir.HalfType(), types.int8: ir.IntType(8)}
+        kind = ir.VectorType(elements[self.kind], lanes)
+        first = self._some(self.code, at, kind, left)
+        left = None if left is None else builder.sub(left, self.word(lanes))
+        both = first, self._some(self.code, builder.add(at, self.word(lanes)), kind, left)
+        if self.kind == types.float32:
+            return both
+        if self.kind == types.int16:
+            return tuple(builder.fpext(half, self.vector) for half in both)
+        return tuple(builder.sitofp(builder.sext(each, longs), self.vector) for each in both)
+
+    # ---- the loops
+
+    def write(self) -> None:
+        """The tile: each output's sums go to the stack as vectors, and there they are added up."""
+        builder, tools = self.builder, self.tools
+        # Who writes tiles is long: compiled once for all its callers, and its loops, of blocks already, not unrolled.
+        for attribute in ("noinline", "optsize"):
+            builder.function.attributes.add(attribute)
+        count = self.rows * self.outs
+        vectors = tools.alloca_once(builder, self.ir.ArrayType(self.vector, count))
+        with tools.for_range(builder, self.word(self.outs)) as loop:
+            for row, vector in enumerate(self._output(loop.index)):
+                at = builder.add(builder.mul(loop.index, self.word(self.rows)), self.word(row))
+                builder.store(vector, builder.gep(vectors, [self.word(0), at]), align=4)
+        places = [[self.word(0), self.word(each)] for each in range(count)]
+        sums = self._added([builder.load(builder.gep(vectors, place), align=4) for place in places])
+        for each in range(count):
+            out, row = divmod(each, self.rows)
+            at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
+            place = builder.gep(self.out, [builder.add(at, self.word(out))])
+            builder.store(builder.extract_element(sums, self.long(each)), place)
+
+    def _output(self, out: Any) -> list[Any]:
+        """For each row the sums with this output's weights, as a vector."""
+        builder, tools = self.builder, self.tools
+        code = builder.add(self.at, builder.mul(out, self.stride))
+        scales = builder.add(self.at_scale, builder.mul(out, self.groups))
+        sums, total = self._zeros(2), self._zeros(1)
+        size = self.word(2 * self.lanes)
+        blocks = builder.udiv(self.group, size)
+        left = builder.urem(self.group, size)
+        with tools.for_range(builder, self.groups) as groups:
+            start = builder.mul(groups.index, self.group)
+            scale, table = None, self.table
+            if self.scaled:
+                place = builder.gep(self.scale, [builder.add(scales, groups.index)])
+                scale = self._splat(widened(builder, builder.load(place), self.scale_kind), self.lanes)
+                table = [builder.fmul(each, scale) for each in table]
+            with tools.for_range(builder, blocks) as loop:
+                self._add_block(code, builder.add(start, builder.mul(loop.index, size)), table, sums)
+            with builder.if_then(builder.icmp_signed(">", left, self.word(0)), likely=False):
+                self._add_block(code, builder.add(start, builder.mul(blocks, size)), table, sums, left)
+            if scale is not None and not table:  # the levels have no scale in them
+                self._add_group(scale, sums, total)
+        found = total if self.scaled and not self.table else sums
+        return [functools.reduce(builder.fadd, [builder.load(each) for each in row]) for row in found]
+
+    def _add_group(self, scale: Any, sums: list[list[Any]], total: list[list[Any]]) -> None:
+        """The sums of a group, times its scale, to the total; and from here they begin at 0."""
+        builder = self.builder
+        for parts, (into,) in zip(sums, total, strict=True):
+            both = builder.fadd(*(builder.load(each) for each in parts))
+            builder.store(self._fused(both, scale, builder.load(into)), into)
+            for each in parts:
+                builder.store(self.vector([0.0] * self.lanes), each)
+
+    def _zeros(self, parts: int) -> list[list[Any]]:
+        """For each row so many sums that begin at 0 here, which LLVM keeps in registers."""
+        made = [[self.tools.alloca_once(self.builder, self.vector) for _ in range(parts)] for _ in range(self.rows)]
+        for each in (one for row in made for one in row):
+            self.builder.store(self.vector([0.0] * self.lanes), each)
+        return made
+
+    def _add_block(self, code: Any, at: Any, table: list[Any], sums: list[list[Any]], left: Any = None) -> None:
+        builder = self.builder
+        offset = builder.lshr(at, self.word(1)) if self.halved else at
+        for part, block in enumerate(self._block(builder.add(code, offset), table, left)):
+            place = builder.add(self.at_x, builder.add(at, self.word(part * self.lanes)))
+            for row in range(self.rows):
+                x = self._load(self.x, builder.add(place, builder.mul(self.stride_x, self.word(row))), self.vector)
+                into = sums[row][part]
+                builder.store(self._fused(block, x, builder.load(into)), into)
+
+    def _added(self, vectors: list[Any]) -> Any:
+        """The sum of each vector's numbers, upper half onto lower until one is left: one vector of all the sums."""
+        builder, lanes, parts = self.builder, self.lanes, 1
+
+        def halves(low: Any, high: Any, segments: int, length: int) -> Any:
+            starts = [segment * length for segment in range(segments)]
+            first = [start + i for start in starts for i in range(length // 2)]
+            kind = self.ir.VectorType(self.long, len(first))
+            masks = (kind(first), kind([each + length // 2 for each in first]))
+            return builder.fadd(*(builder.shuffle_vector(low, high, mask) for mask in masks))
+
+        while len(vectors) > 1:  # two vectors of so many segments become one of twice as many, half as long
+            pairs = zip(vectors[0::2], vectors[1::2], strict=True)
+            vectors = [halves(low, high, 2 * parts, lanes // parts) for low, high in pairs]
+            parts *= 2
+        (vector,) = vectors
+        length = lanes // parts
+        while length > 1:
+            vector = halves(vector, vector, parts, length)
+            length //= 2
+        return vector
+
+
+def _tile(rows: int, outs: int = 1) -> Any:
+    types = importlib.import_module("numba").types
+
+    @importlib.import_module("numba.extending").intrinsic
+    def tile(context, code, at, stride, scale, at_scale, groups, group, levels, x, at_x, ins, out, at_out, outs_):
+        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            _Tile(context, builder, signature, given, rows, outs).write()
+            return context.get_dummy_value()
+
+        n = types.intp
+        return types.void(code, n, n, scale, n, n, n, levels, x, n, n, out, n, n), lower
+
+    return tile
+
+
+# splits(code): whether rows that meet this format are laid out with the even places of a block first.
+splits: Any = Lazy(_splits)
+# tile_MxO(code, at, stride, scale, at_scale, groups, group, levels, x, at_x, stride_x, out, at_out, stride_out): writes
+# the sums of M rows with O outputs, whose weights begin at ``at`` and lie ``stride`` apart, from ``at_out`` on.
+tile_1: Any = Lazy(lambda: _tile(1))
+tile_1x4: Any = Lazy(lambda: _tile(1, 4))
+tile_2: Any = Lazy(lambda: _tile(2))
+tile_4: Any = Lazy(lambda: _tile(4))
+tile_8: Any = Lazy(lambda: _tile(8))
