@@ -20,6 +20,7 @@ from torch import Tensor
 
 from turnout.errors import MissingExtraError, word
 from turnout.run.compiled.saved import keep
+from turnout.run.composed import transformed
 
 __all__ = ["Kernel", "Lazy", "array", "compiled_here", "kernel", "takes", "threads", "why_not_compiled"]
 
@@ -88,9 +89,13 @@ def takes(*tensors: Tensor | None) -> bool:
 
     Source: none; plain bookkeeping.
     """
-    return not torch.compiler.is_compiling() and all(
-        one is None or (type(one) in (Tensor, torch.nn.Parameter) and one.is_cpu and not one.is_neg())
-        for one in tensors
+    return (
+        not torch.compiler.is_compiling()
+        and not transformed()
+        and all(
+            one is None or (type(one) in (Tensor, torch.nn.Parameter) and one.is_cpu and not one.is_neg())
+            for one in tensors
+        )
     )
 
 
