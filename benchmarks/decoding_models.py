@@ -6,6 +6,7 @@ that everyone must come to.
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ def forced(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare(name: str, folder: Path, kinds: tuple[str, ...], *, gguf: bool) -> None:
-    """Writes what is not there yet: ``fp32/``, ``bf16/``, ``<kind>.gguf`` and ``<kind>.npy``, the logits.
+    """Writes what is not there yet: ``fp32/``, ``bf16/``, ``int4/``, ``<kind>.gguf``, and the logits.
+
+    ``<kind>.npy`` are those of the model before its weights were put in few bits, ``<kind>.own.npy`` those of the
+    weights that turnout put in few bits, written out again; both by transformers in fp32.
 
     Args:
         name: of ``SHAPES``.
@@ -106,6 +110,9 @@ def prepare(name: str, folder: Path, kinds: tuple[str, ...], *, gguf: bool) -> N
         del model
         for kind in missing:
             np.save(folder / f"{kind}.npy", _expected(SHAPES[name], folder / ("bf16" if kind == "bf16" else "fp32")))
+    for kind in kinds:
+        if kind not in _DTYPES and not (folder / f"{kind}.own.npy").exists():
+            _write_few_bits(SHAPES[name], folder, kind)
     if gguf:
         _write_gguf(folder, kinds)
 
@@ -134,6 +141,25 @@ def _expected(sizes: Sizes, folder: Path) -> np.ndarray:
     id_BS = torch.from_numpy(np.concatenate((prompt_BS, step_NB.T), 1))
     logits_BSV = model.eval()(id_BS).logits[:, prompt_BS.shape[1] - 1 :]
     return logits_BSV.transpose(0, 1).contiguous().numpy()
+
+
+def _write_few_bits(sizes: Sizes, folder: Path, kind: str) -> None:
+    """The model in bf16 with its maps in few bits, in llama.cpp's groups of 32; and what it computes."""
+    from turnout.models import checkpoint
+    from turnout.reshape import densify, quantize
+
+    bits = {"int8": 8, "int4": 4}[kind]
+    # llama.cpp holds its output layer in eight bits in both kinds; ours has one number of bits for all that it packs.
+    parts = ("experts", "shared", "dense", "attention", *(("head",) if bits == 8 else ()))
+    text = [torch.zeros(1, 8, dtype=torch.int64)]  # what it changes is not asked here
+    lm = checkpoint.from_hf(folder / "bf16")
+    lm = quantize(lm, bits=bits, group=32, parts=parts, scale="float16", batches=text)[0]
+    if not (folder / kind).exists():
+        checkpoint.save(folder / kind, lm)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        whole = Path(place, "whole")
+        checkpoint.to_hf(densify(lm, batches=text)[0], whole, architecture=f"{sizes.family}ForCausalLM")
+        np.save(folder / f"{kind}.own.npy", _expected(sizes, whole))
 
 
 def _write_gguf(folder: Path, kinds: tuple[str, ...]) -> None:

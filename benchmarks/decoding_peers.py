@@ -68,8 +68,8 @@ class Turnout(Peer):
 
         self.torch = torch
         torch.set_num_threads(threads)
-        whole = folder / ("fp32" if kind == "fp32" else "bf16")
-        self.lm = checkpoint.from_hf(whole).eval() if kind in ("fp32", "bf16") else _few_bits(whole, kind)
+        read = checkpoint.from_hf if kind in ("fp32", "bf16") else checkpoint.load
+        self.lm = read(folder / kind).eval()
         parts = [*self.lm.parameters(), *self.lm.buffers()]
         self.weights_bytes = sum({one.data_ptr(): one.nbytes for one in parts}.values())
 
@@ -92,18 +92,6 @@ class Turnout(Peer):
         from turnout.models.generate import generate
 
         return list(generate(self.lm, [id_S.tolist()], tokens=tokens, temperature=0.0, eos=None).rows[0])[-tokens:]
-
-
-def _few_bits(folder: Path, kind: str) -> Any:
-    """The model in few bits, in llama.cpp's groups of 32."""
-    from turnout.models import checkpoint
-    from turnout.reshape.quantize import quantize
-
-    bits = {"int8": 8, "int4": 4}[kind]
-    lm = checkpoint.from_hf(folder)
-    # llama.cpp holds its output layer in eight bits in both kinds; ours has one number of bits for all that it packs.
-    parts = ("experts", "shared", "dense", "attention", *(("head",) if bits == 8 else ()))
-    return quantize(lm, bits=bits, group=32, parts=parts)[0].eval()
 
 
 class Transformers(Peer):
