@@ -88,7 +88,7 @@ class Bank(Called):
                 align_fused_optimizers()  # one may have been pickled beside it
                 stack.data = (stack.data.transpose(1, 2) if turned else stack.data).contiguous()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyrefly: ignore[bad-override]
         stacks = [state_dict.get(f"{prefix}{name}") for name in ("up", "down")]
         if any(isinstance(stack, Tensor) and not stack.is_contiguous() for stack in stacks):
             align_fused_optimizers()  # of 0.1, as an optimizer's state beside it will be

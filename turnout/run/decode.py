@@ -65,7 +65,7 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     Args:
         x_TD: (T, D), the tokens.
         routing: which experts each takes, and with what weight.
-        weights: the experts; fastest when stored (in, out).
+        weights: the experts; fastest stored (out, in) with the compiled kernels, (in, out) without.
 
     >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
     >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
