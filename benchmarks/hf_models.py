@@ -5,11 +5,13 @@
 Mixtral, Qwen3-MoE and DeepSeek-V3 are built from their configurations with small widths and random weights, so the
 share of the experts is smaller than in the published models. The contestants are one model whose experts are
 switched: transformers' eager loop, its default (grouped_mm), and ``turnout.adopt``. They take turns in shuffled order
-in every round, and every round has new tokens, thus new decisions. Logits and gradients are compared with the eager
-ones before any time is printed. Times are CPU time of the process; wall time is in the JSON file.
+in every round, and every round has new tokens, thus new decisions. Before any time is printed logits and gradients are
+compared: in fp32 with the eager ones, in bf16 with those in fp32, from which the eager ones' own distance is the scale.
+Times are CPU time of the process; wall time is in the JSON file.
 """
 
 import argparse
+import copy
 import random
 import sys
 import time
@@ -83,25 +85,44 @@ def work(model: Any, job: str, ids: Tensor, options: argparse.Namespace) -> Call
     return {"forward+backward": train, "forward": forward, "decoding": decode}[job]
 
 
-def check(model: Any, ids: Tensor, dtype: str) -> None:
-    """Ends the run if any contestant's logits or gradients are not those of the eager loop."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for contestant in CONTESTANTS:
-        switch(model, contestant)
-        model.zero_grad()
-        output = model(ids, labels=ids)
-        output.loss.backward()
-        tensors = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found[contestant] = {"logits": output.logits.detach()} | tensors
+def answers(model: Any, contestant: str, ids: Tensor) -> dict[str, Tensor]:
+    """The logits and all gradients by these experts."""
+    switch(model, contestant)
     model.zero_grad()
-    # In bf16 a token whose experts are nearly tied may take another one in a later layer.
-    allowed = 1e-4 if dtype == "fp32" else 2e-1
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"logits": output.logits.detach().float()} | found
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-20))
+
+
+def wrong(found: dict[str, dict[str, Tensor]], exact: dict[str, Tensor], dtype: str) -> str:
+    """What is not as it must be, empty where all is; ``exact`` are the eager loop's answers in fp32.
+
+    In bf16 a token whose experts are nearly tied takes another one as soon as anything before rounds otherwise, in the
+    eager loop too: gradients of a deep router are then a quarter off what they are in fp32, whoever computes them. So
+    there nobody may be much further from the exact ones than the eager loop is, for each tensor.
+    """
     for contestant, tensors in found.items():
         for name, tensor in tensors.items():
-            exact = found["eager"][name].float()
-            error = float((tensor.float() - exact).norm() / exact.norm().clamp_min(1e-20))
+            allowed = 1e-4 if dtype == "fp32" else 1.5 * off(found["eager"][name], exact[name]) + 1e-2
+            error = off(tensor, exact[name])
             if not error <= allowed:
-                raise SystemExit(f"no times for wrong answers: {contestant}, {name} is off by {error:.1e}")
+                return f"{contestant}, {name} is off by {error:.1e}, where {allowed:.1e} is allowed"
+    return ""
+
+
+def check(model: Any, ids: Tensor, dtype: str) -> None:
+    """Ends the run if any contestant's logits or gradients are wrong."""
+    found = {contestant: answers(model, contestant, ids) for contestant in CONTESTANTS}
+    switch(model, "eager")
+    exact = found["eager"] if dtype == "fp32" else answers(copy.deepcopy(model).float(), "eager", ids)
+    if why := wrong(found, exact, dtype):
+        raise SystemExit(f"no times for wrong answers: {why}")
 
 
 def draw(options: argparse.Namespace, turn: int) -> Tensor:

@@ -20,6 +20,8 @@ __all__ = ["Llama", "command", "logits", "tokenized", "why_not"]
 
 # The types of a cache, as llama.cpp numbers them.
 _TYPES = {"f32": 0, "f16": 1, "bf16": 30}
+# As many tokens as it takes at once by default.
+_ONCE = 512
 
 
 def _place() -> Path:
@@ -132,19 +134,52 @@ class Llama:
         model = lib.llama_model_load_from_file(os.fsencode(path), options)
         if model == ffi.NULL:
             raise RuntimeError(f"llama.cpp does not load {path}")
+        self._parts, self._ends = _Parts(ffi, lib, model, ffi.NULL), [0]
+        self.renew(context=context, streams=streams, threads=threads, cache=cache)
+        self.vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
+
+    def renew(
+        self,
+        *,
+        context: int,
+        streams: int,
+        threads: int = 1,
+        cache: Literal["f32", "f16", "bf16"] = "f16",
+        apart: bool = False,
+    ) -> None:
+        """Begins anew with another cache.
+
+        Args:
+            context: the tokens that all streams together may have.
+            streams: how many.
+            threads: how many it may use.
+            cache: the type of keys and values.
+            apart: whether each stream has its own share of the cache; at most 512 tokens are then fed at once.
+        """
+        ffi, lib = self._parts.ffi, self._parts.lib
+        if self._parts.context != ffi.NULL:
+            lib.llama_free(self._parts.context)
         options = lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = context
-        options.n_seq_max, options.kv_unified = streams, True
+        options.n_ctx, options.n_batch = context, min(context, _ONCE) if apart else context
+        options.n_ubatch, options.n_seq_max, options.kv_unified = options.n_batch, streams, not apart
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = _TYPES[cache]
         if cache == "f32":  # its attention in one piece sums in fp16
             options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        made = lib.llama_init_from_model(model, options)
+        made = lib.llama_init_from_model(self._parts.model, options)
+        self._parts = dataclasses.replace(self._parts, context=made)
         if made == ffi.NULL:
-            lib.llama_model_free(model)
-            raise RuntimeError(f"llama.cpp makes no context for {path}")
-        self._parts, self._ends = _Parts(ffi, lib, model, made), [0] * streams
-        self.vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
+            lib.llama_model_free(self._parts.model)
+            raise RuntimeError(f"llama.cpp makes no context of {context} tokens for {streams} streams")
+        self._ends = [0] * streams
+
+    def copy_first(self) -> None:
+        """Every stream goes on from what the first one has read."""
+        lib = self._parts.lib
+        memory = lib.llama_get_memory(self._parts.context)
+        for stream in range(1, len(self._ends)):
+            lib.llama_memory_seq_cp(memory, 0, stream, -1, -1)
+        self._ends = [self._ends[0]] * len(self._ends)
 
     def close(self) -> None:
         """Gives its memory back."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bars, decoding
+from benchmarks import bars, few_tokens
 from benchmarks.contestants import Case, Contestant, Inputs, draw
 from benchmarks.peers import assemble
 from benchmarks.tables import heading, provenance, spread
@@ -215,10 +215,10 @@ def main() -> None:
     absent = {name: why for entry in record["cases"] for name, why in entry["absent"].items()}
     say(["", "Not timed: " + "; ".join(f"{name} ({why})" for name, why in absent.items()) + "."])
     if not options.shape:
-        say(decoding.HEAD)
-    for case in [Case(*s, dtype=dtype) for dtype in options.dtype for s in decoding.SHAPES if not options.shape]:
-        record["decoding"].append(decoding.decode(case, min(options.rounds, 3)))
-        say([decoding.row(record["decoding"][-1])])
+        say(few_tokens.HEAD)
+    for case in [Case(*s, dtype=dtype) for dtype in options.dtype for s in few_tokens.SHAPES if not options.shape]:
+        record["decoding"].append(few_tokens.decode(case, min(options.rounds, 3)))
+        say([few_tokens.row(record["decoding"][-1])])
     if options.bars or not options.out:
         found = bars.judge(record)
         record["bars"] = [vars(bar) for bar in found]

@@ -7,6 +7,9 @@ import statistics
 from pathlib import Path
 
 from turnout.measure import hardware
+from turnout.run.compiled import why_not_compiled
+from turnout.run.tuned import tuning
+from turnout.types.processor import processor
 
 LIBRARIES = ("torch", "transformers", "accelerate")
 # Said only where they are installed.
@@ -22,15 +25,16 @@ def provenance() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             if name in LIBRARIES:
                 versions[name] = "not installed"
-    return hardware() | versions
+    return hardware() | {"processor": str(processor()), "executors": str(tuning()), **versions}
 
 
 def heading(title: str, about: dict[str, object]) -> list[str]:
     """The first lines of a page: title, date, and what the numbers must be read with."""
     features = "/".join(str(feature) for feature in about["cpu_features"])  # type: ignore[attr-defined]
-    said = [f"{about['cpu']} ({features}), {about['cores']} cores, {about['threads']} torch thread(s)"]
+    said = [f"{about['processor']}; {features}; {about['cores']} cores, {about['threads']} torch thread(s)"]
     said += [f"{name} {about[name]}" for name in ("system", "python", *LIBRARIES, *PEERS, "turnout") if name in about]
-    return [f"# {title}", "", f"{datetime.date.today()}; {', '.join(said)}; commit {about['commit']}.", ""]
+    kernels = f"Kernels: {about['executors']}; {why_not_compiled() or 'compiled by numba'}."
+    return [f"# {title}", "", f"{datetime.date.today()}; {', '.join(said)}; commit {about['commit']}.", "", kernels, ""]
 
 
 def spread(values: list[float], form: str = ".2f") -> str:

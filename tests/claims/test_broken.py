@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from broken import Case, family
@@ -119,6 +120,15 @@ def scales_as_they_start(train):
     return lambda layer, data, *, adapters, **how: train(layer, data, adapters=True, **how) if adapters else None
 
 
+def shuffled(planes):
+    """As many streams, of bytes from anywhere."""
+
+    def mixed(byte_N, width):
+        return np.split(np.random.default_rng(0).permutation(byte_N), width)
+
+    return mixed
+
+
 def at_random(cluster):
     return lambda lm, experts, seed, *, at_random: cluster(lm, experts, seed, at_random=True)
 
@@ -182,6 +192,10 @@ CASES = {
     "glider": Case(
         lambda m: m.setattr(Glider, "guidance", lambda self, given: given.need("query_BQ", "")[:, :4] * 0), "near"
     ),
+    "k_bits": Case(
+        patched("k_bits", "_rounded", lambda f: lambda lm, bits, codes, block: f(lm, bits, "even", None), "claims"),
+        small={"_STEPS": 12, "_WIDTHS": (32, 64), "_SCORED": 2048},
+    ),
     "latent_experts": Case(
         patched("latent_experts", "_shared", lambda f: lambda matrix_EFD, rank, drawn: f(matrix_EFD, rank, drawn or 0)),
         "lost",
@@ -233,6 +247,7 @@ CASES = {
         taught=20,
     ),
     "stragglers": Case(patched("stragglers", "find", other_layers, "claims"), "lost"),
+    "zipnn": Case(patched("zipnn", "planes", shuffled, "models.checkpoint"), "near", taught=20),
     "upcycle": Case(
         patched("upcycle", "_experts", lambda f: lambda *a: tuple(0.02 * torch.randn(part.shape) for part in f(*a))),
         "lost",

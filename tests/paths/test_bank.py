@@ -1,7 +1,11 @@
 """Banks and dense feed-forward layers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +60,45 @@ def test_state_dict_names_and_views():
         bank.up_EDH[1].zero_()
     assert not bank.weights().up_EDH[1].any() and bank.weights().up_EDH[0].any()
     assert bank.up.data_ptr() == bank.up_EDH.data_ptr()
+
+
+def test_memory_is_in_the_order_of_the_shape():
+    """As every optimizer, FSDP2 and files of weights want it."""
+    bank = Bank(3, 8, 4)
+    bank(torch.randn(12, 8), routing(experts=3)).sum().backward()
+    for parameter in bank.parameters():
+        assert parameter.is_contiguous() and parameter.grad.is_contiguous()
+
+
+def test_start_values_are_those_of_all_versions():
+    bank = Bank(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    found = torch.cat([bank.up[0, 1], bank.down[1, 0]])
+    wanted = [0.0113686258, -0.0216904469, -0.0279719085, -0.0056981859, -0.0026688348, 0.0378582068, 0.0622208863]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["of the module, memory (in, out)", "of memory", "contiguous"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_bank_that_was_pickled_with_other_memory(shape, marked):
+    """As versions before this one made them, or sharded them; what else holds the parameter keeps it."""
+    bank, x = Bank(4, 8, 6, std=0.3, generator=torch.Generator().manual_seed(0)), torch.randn(12, 8)
+    old = bank.__dict__ | {"_parameters": dict(bank._parameters)}
+    for name in ("up", "down"):
+        memory = getattr(bank, name).detach().transpose(1, 2).contiguous()
+        if shape != "contiguous":
+            old["_parameters"][name] = nn.Parameter(memory if shape == "of memory" else memory.transpose(1, 2))
+    if marked or shape == "of memory":
+        old["turned"] = ("up", "down") if shape == "of memory" else ()
+    else:
+        del old["owners"]
+    again = Bank.__new__(Bank)
+    again.__setstate__(old)
+    assert again.up is old["_parameters"]["up"]
+    for each in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert all(
+            p.is_contiguous() and torch.equal(p, q) for p, q in zip(each.parameters(), bank.parameters(), strict=True)
+        )
+        assert torch.equal(each(x, routing()), bank(x, routing())) and not hasattr(each, "turned")
 
 
 def test_gradients_arrive_in_the_layout_of_the_parameter():

@@ -93,6 +93,22 @@ def test_a_dense_block_is_refused() -> None:
         BlockTasks(lm.blocks[0], 0)
 
 
+def test_experts_that_torch_shards_are_refused() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        block = LM(tiny()).blocks[0]
+        fully_shard(block.ff.bank)
+        with pytest.raises(
+            UsageError, match=r"block 0 must have experts that nothing else shards in .* got experts as"
+        ):
+            BlockTasks(block, 0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_gradients_of_two_dtypes_are_refused() -> None:
     mixed = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))]
     with pytest.raises(UsageError, match=r"the dtypes of block 3 must be one"):

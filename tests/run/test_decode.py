@@ -40,22 +40,19 @@ def test_equals_reference(tokens, dtype, off):
 
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("tokens", [1, 5, 16])
-@pytest.mark.parametrize("stored", ["both", "up", "down"])
-def test_weights_stored_out_in_equal_reference(stored, tokens, dtype, off):
+@pytest.mark.parametrize("stored", ["both", "up", "down", "neither"])
+def test_weights_stored_out_in_and_in_out_equal_reference(stored, tokens, dtype, off):
     for activation, bias, experts in (("swiglu", False, 8), ("swiglu_oai", True, 2)):
         x_TD, routing, bank = case(tokens, experts=experts, dtype=dtype, bias=bias, activation=activation)
         with torch.no_grad():
             given = bank.weights()
-            turned = {
-                "up_EDH": bank.up.contiguous().transpose(1, 2),
-                "down_EFD": bank.down.contiguous().transpose(1, 2),
-            }
-            kept = {"up": ["up_EDH"], "down": ["down_EFD"], "both": [*turned]}[stored]
-            weights = dataclasses.replace(given, **{name: turned[name] for name in kept})
+            rows = {"up_EDH": bank.up_EDH.contiguous(), "down_EFD": bank.down_EFD.contiguous()}
+            made = {"up": ["down_EFD"], "down": ["up_EDH"], "both": [], "neither": [*rows]}[stored]
+            weights = dataclasses.replace(given, **{name: rows[name] for name in made})
             got = decode(x_TD, routing, weights)
             bank = bank.float()
             expected = execute(x_TD.float(), routing, bank.weights(), backend="reference")
-            assert suits_decoding(x_TD, routing, weights) or (stored == "down" and experts == 2)
+            assert suits_decoding(x_TD, routing, weights) or (stored in ("down", "neither") and experts == 2)
         assert float((got.float() - expected).norm() / expected.norm()) < off
 
 
@@ -89,7 +86,10 @@ def test_what_it_leaves_to_products():
         assert not suits_decoding(more[0], more[1], more[2].weights())
         assert not suits_decoding(x_TD.double(), routing, weights)
         many = case(16, experts=2, k=2)
-        assert not suits_decoding(many[0], many[1], many[2].weights()), "8 rows an expert"
+        stored = many[2].weights()
+        rows = dataclasses.replace(stored, up_EDH=stored.up_EDH.contiguous(), down_EFD=stored.down_EFD.contiguous())
+        assert not suits_decoding(many[0], many[1], rows), "16 rows an expert, read row by row"
+        assert suits_decoding(many[0], many[1], stored), "as many, by products"
 
 
 def test_weights_of_experts_without_tokens_are_not_read():

@@ -72,12 +72,9 @@ def wrong(pipeline: Pipeline, wanted: Mapping[str, Tensor | None]) -> list[str]:
     """Every parameter of this rank's stages whose gradient is not the one that is wanted."""
     found = []
     for stage, module in pipeline.stages.items():
-        turned = {name for name, part in module.named_modules() if getattr(part, "turned", False)}
         for name, parameter in module.named_parameters():
             want, have = wanted[name], parameter.grad
             have = have.full_tensor() if hasattr(have, "full_tensor") else have
-            if name.rpartition(".")[0] in turned and have is not None and have.ndim == 3:
-                have = have.mT
             error = 9.0 if have is None or want is None else float((have - want).norm() / want.norm())
             if not error <= TOLERANCE:
                 found.append(f"stage {stage} {name}: {error:.2g}")

@@ -189,7 +189,7 @@ def test_the_digest_is_that_of_the_choices():
 
 def test_what_is_shipped_is_by_the_kind_of_processor():
     zen4, zen5 = (shipped(Processor("AMD EPYC", f"AuthenticAMD {n} AVX512"), 1) for n in (25, 26))
-    assert zen4.origin == zen5.origin == "shipped" and zen4.onednn is None
+    assert zen4.origin == zen5.origin == "shipped" and zen4.onednn_turned is None
     assert (zen5.onednn is not None) == has_onednn()
     intel = shipped(Processor("Xeon", "GenuineIntel 6 AVX512"), 1)
     assert intel.origin == "assumed" and intel.onednn is None

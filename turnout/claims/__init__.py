@@ -16,6 +16,7 @@ from turnout.claims.fedins import fedins
 from turnout.claims.fedjets import fedjets
 from turnout.claims.fisher import fisher
 from turnout.claims.glider import glider
+from turnout.claims.k_bits import k_bits
 from turnout.claims.latent_experts import latent_experts
 from turnout.claims.loss_free import loss_free
 from turnout.claims.merge_aligned import merge_aligned
@@ -63,6 +64,7 @@ from turnout.claims.soup import soup
 from turnout.claims.split import split
 from turnout.claims.stragglers import stragglers
 from turnout.claims.upcycle import upcycle
+from turnout.claims.zipnn import zipnn
 from turnout.errors import nearest
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "gpipe",
     "hecate",
     "interleaved",
+    "k_bits",
     "latent_experts",
     "loss_free",
     "merge_aligned",
@@ -122,6 +125,7 @@ __all__ = [
     "zero_bubble",
     "zero_plus_plus",
     "zeropp",
+    "zipnn",
 ]
 
 

@@ -125,6 +125,9 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "--gguf", choices=_GGUF, help="write a file of llama.cpp instead, its weights stored so; no steps"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="of --gguf: leave it out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--zip", action="store_true", help="write the folder in fewer bytes, no bit lost; no steps")
+    group.add_argument("--unzip", action="store_true", help="write what was zipped as it was")
     parser.add_argument("--dtype", choices=_DTYPES, help="read the weights in this dtype (default: as stored)")
 
 
@@ -159,6 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.gguf:
         return _gguf(arguments, dtype)
+    if arguments.zip or arguments.unzip:
+        return _zip(arguments)
     if arguments.adapters:
         return _adapters(arguments, dtype)
     _refuse_without_adapters(arguments)
@@ -250,6 +255,36 @@ def _gguf(arguments: argparse.Namespace, dtype: Any) -> int:
         progress.stop()
     print(f"{arguments.out}: {done}")
     return 0
+
+
+def _zip(arguments: argparse.Namespace) -> int:
+    """Writes a folder in fewer bytes, or as it was, and says how many."""
+    from turnout.recipes.progress import progress_for
+    from turnout.recipes.zipped import unzip_folder, zip_folder
+
+    name = "--zip" if arguments.zip else "--unzip"
+    also = {"--gguf": arguments.gguf, "--dtype": arguments.dtype}
+    _alone(
+        name, arguments, f"convert first, then {name[2:]} that", *(option for option, given in also.items() if given)
+    )
+    progress = progress_for(quiet=arguments.quiet)
+    try:
+        do = zip_folder if arguments.zip else unzip_folder
+        done = do(arguments.path, arguments.out, say=progress.say)
+    finally:
+        progress.stop()
+    print(f"{arguments.out}: {done.after_bytes:,} bytes of weights, {100 * done.share:.1f} % of {done.before_bytes:,}")
+    return 0
+
+
+def _alone(name: str, arguments: argparse.Namespace, fix: str, *others: str) -> None:
+    """Refuses steps, adapters and other formats beside an option that has a job of its own; and no --out."""
+    also = [*(option for option, _ in arguments.given), *others]
+    also += ["--adapters"] if arguments.adapters else []
+    also += ["--as"] if arguments.as_format else []
+    if also:
+        raise _refusal(name, f"also {', '.join(also)}", "come without steps", fix)
+    _need_out(arguments)
 
 
 def _refuse_without_adapters(arguments: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ class BlockTasks:
         if not isinstance(bank, Bank) or moe.label_E is not None:
             got = "factored or packed experts" if not isinstance(bank, Bank) else "experts that share weights"
             raise _refuse(layer, got, "have experts with weights of their own", "train without overlap")
-        if bank.turned:
+        if hasattr(bank, "unshard"):
             got, fix = "experts as FSDP2 holds them", "shard the model with a plan that has the schedule"
             raise _refuse(layer, got, "have experts that nothing else shards", fix)
         self._activation, self.num_experts = bank.activation, router.num_experts

@@ -68,48 +68,41 @@ class Bank(Called):
         _check("turnout.paths.Bank", activation, num_experts=num_experts, width=width, hidden=hidden)
         self.num_experts, self.width, self.hidden, self.activation = num_experts, width, hidden, activation
         self.owners: Owners | None = None  # who holds which experts, where processes share them
-        self.turned: tuple[str, ...] = ()  # which parameters have the shape that they have in memory; see ``turn``
         wide = hidden * (2 if activation in GATED else 1)
-        align_fused_optimizers()
-        # Of shape (out, in), as nn.Linear and most checkpoints, but in memory (in, out): as fast to train, and up to
-        # twelve times as fast for the few rows of decoding (turnout.run.decode).
-        self.up = nn.Parameter(torch.empty(num_experts, width, wide).transpose(1, 2))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden, width).transpose(1, 2))
+        # Stored (out, in), as nn.Linear and most checkpoints.
+        self.up = nn.Parameter(torch.empty(num_experts, wide, width))
+        self.down = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.up_bias = nn.Parameter(torch.zeros(num_experts, wide)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
         with torch.no_grad():
             for stack in (self.up, self.down):
-                # Drawn in the order of the shape, so that the numbers do not depend on the storage.
-                drawn = torch.empty(stack.shape).transpose(1, 2).normal_(0, std, generator=generator)
-                stack.copy_(drawn.transpose(1, 2))
+                # A view draws other numbers than a whole tensor: these are the ones that seeds have always given.
+                stack.transpose(1, 2).normal_(0, std, generator=generator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        align_fused_optimizers()  # a bank that another process sent
-        super().__setstate__({"owners": None, "turned": ()} | state)  # one that was pickled before there were these
+        state = {"owners": None} | state  # one that was pickled before there was this
+        turned = state.pop("turned", ())  # and one whose memory was (in, out), of either shape
+        super().__setstate__(state)
+        for stack in (self.up, self.down):
+            if turned or not stack.is_contiguous():
+                align_fused_optimizers()  # one may have been pickled beside it
+                stack.data = (stack.data.transpose(1, 2) if turned else stack.data).contiguous()
 
-    def turn(self) -> None:
-        """From now on ``up`` and ``down`` have the shape that they have in memory, (E, in, out); or not any more.
-
-        Nothing is copied and nothing computed otherwise. What shards parameters over processes asks for this: it wants
-        memory in the order of the shape. Their gradients, and states of an optimizer, are to be made anew.
-        """
-        self.up, self.down = (
-            nn.Parameter(stack.detach().transpose(1, 2), requires_grad=stack.requires_grad)
-            for stack in (self.up, self.down)
-        )
-        self.turned = () if self.turned else ("up", "down")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        stacks = [state_dict.get(f"{prefix}{name}") for name in ("up", "down")]
+        if any(isinstance(stack, Tensor) and not stack.is_contiguous() for stack in stacks):
+            align_fused_optimizers()  # of 0.1, as an optimizer's state beside it will be
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def up_EDH(self) -> Tensor:
         """(E, D, H), a view of ``up`` in logical order whatever the storage is; writing to it writes the parameter."""
-        up = own_part(self.up)
-        return up if self.turned else up.transpose(1, 2)
+        return own_part(self.up).transpose(1, 2)
 
     @property
     def down_EFD(self) -> Tensor:
         """(E, F, D), a view of ``down`` in logical order whatever the storage is."""
-        down = own_part(self.down)
-        return down if self.turned else down.transpose(1, 2)
+        return own_part(self.down).transpose(1, 2)
 
     def weights(self) -> ExpertWeights:
         """The experts as executors see them."""

@@ -1,4 +1,4 @@
-"""Fused optimizers and parameters that do not lie in memory in the order of their shape, as a bank's do not."""
+"""Fused optimizers, and states of theirs that turnout 0.1 saved: banks had memory of another order then."""
 
 import functools
 from typing import Any
@@ -16,9 +16,9 @@ def align_fused_optimizers() -> None:
     """From now on gradients and states of fused optimizers lie as their parameter does, before each of their steps.
 
     On a CPU they go through the memory of parameter, gradient and states side by side, whatever the strides say. What
-    autograd and the optimizer make lies as the parameter. A gradient that someone assigned, or a state that was read
-    from a file that keeps no strides, may not: then every number met another's. Weights came out as far off as 57 %
-    with AdamW and 96 % with SGD. Only such tensors are copied, to the same values in another order.
+    autograd and the optimizer make lies as the parameter. A state that 0.1 wrote with ``torch.save``, which keeps
+    strides, does not: then every number met another's. Weights came out as far off as 57 % with AdamW and 96 % with
+    SGD. Only such tensors are copied, to the same values in another order.
 
     Source: none; a hook that torch has for all optimizers.
     """

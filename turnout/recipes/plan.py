@@ -160,9 +160,9 @@ def make_plan(
     seq = min(_SEQ, seen.config.max_seq)
     rows = [_row("input", seen.config, seen.dtype, seq)]
     for number, step in enumerate(steps, 1):
-        _check_text(step, rows[-1].config, text)
         if rows[-1].config.quantized is not None and not isinstance(step, Densify):
             raise _after_quantize(step)
+        _check_text(step, rows[-1].config, text)
         planned = step.planned(rows[-1].config)
         if planned == rows[-1].config:
             raise _nothing(step, planned)

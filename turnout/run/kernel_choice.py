@@ -31,7 +31,7 @@ _CALLS = (3_000_000, 0, 12_000_000)
 _ROWS = (1, 2, 4, 8, 16)
 # On which layer each is measured.
 _LAYERS: dict[str, Shape] = {
-    "group": (512, 256, 16, 4, 256),
+    "group": (1024, 256, 64, 6, 64),
     "steps": (1024, 256, 32, 4, 256),
     "call": (512, 256, 64, 8, 64),
 }

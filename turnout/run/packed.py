@@ -5,12 +5,16 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, word
 from turnout.run.choose import execute
+from turnout.run.compiled import rows_times, suits_rows
+from turnout.run.compiled.experts import experts_times, suits_experts
 from turnout.run.product import linear
 from turnout.run.reference import reference
 from turnout.types import Packed, PackedWeights, Routing
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
+# As many entries as are run from the codes; more are worth writing the weights out.
+_FEW = 64
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
 _ONCE = 1 << 24
 
@@ -39,6 +43,9 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
         allowed, fix = f"have the {weight.shape[-1]} inputs of the map last", "pass what the map was made for"
         where = "turnout.run.packed_linear"
         raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
+    x_MI = x.reshape(-1, x.shape[-1])
+    if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
+        return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
     return linear(x, weight.dequantised(x.dtype), bias_O)
 
 
@@ -80,6 +87,8 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     """
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
+    if backend == "auto" and _suits(x_TD, routing, weights):
+        return experts_times(x_TD, routing, *_stacks(weights), activation=weights.activation)
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
@@ -94,3 +103,14 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         held = routing.keep(place_E[routing.expert_R] >= 0).relabel(place_E.clamp_min(0), len(some_N))
         y_TD = y_TD + execute(x_TD, held, weights.written_out(x_TD.dtype, some_N), backend=backend)
     return y_TD.to(x_TD.dtype)
+
+
+def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
+    """Whether so few entries are routed, and so, that experts are read from their codes."""
+    given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
+    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
+    return routing.num_entries <= _FEW and not wanted and suits_experts(x_TD, routing, *_stacks(weights))
+
+
+def _stacks(weights: PackedWeights) -> tuple[Packed, Packed, Tensor | None, Tensor | None]:
+    return weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED

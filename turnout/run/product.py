@@ -56,9 +56,11 @@ def _suits(a: Tensor, b: Tensor, multiply_adds: int, *, turned: bool = False) ->
     return least is not None and 0 < multiply_adds >= least
 
 
-def own_alone(dtype: torch.dtype) -> bool:
-    """Whether ``product`` of this dtype is torch's own at every size here."""
-    return dtype != torch.float32 or (tuning().onednn is None and tuning().onednn_turned is None)
+def own_alone(dtype: torch.dtype, multiply_adds: int) -> bool:
+    """Whether ``product`` of this dtype is torch's own here up to this size: then it need not be asked each time."""
+    here = tuning()
+    limits = (here.onednn, here.onednn_turned)
+    return dtype != torch.float32 or all(limit is None or limit > multiply_adds for limit in limits)
 
 
 def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
@@ -97,8 +99,9 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out_MN: Tensor | None = None) -> Tens
     Source: none; torch's own kernels.
     """
     if _suits(a_MK, b_KN, a_MK.shape[0] * b_KN.numel(), turned=not a_MK.is_contiguous()):
-        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller.
-        if a_MK.numel() > b_KN.numel() and not a_MK.is_contiguous():
+        # oneDNN takes its second factor in any order but copies a transposed first one: let that be the smaller, where
+        # it is so by more than the result, which then comes out transposed.
+        if a_MK.numel() > b_KN.numel() + a_MK.shape[0] * b_KN.shape[1] and not a_MK.is_contiguous():
             result = torch.ops.mkldnn._linear_pointwise(b_KN.t(), a_MK, None, "none", [], "").t()
         else:
             result = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")

@@ -32,13 +32,29 @@ _ZEN5: _Seconds = {
         "grouped": (3.2e-05, 0.00039, 1.3e-10, 1.7e-08),
     },
 }
+# One thread of an AMD EPYC 9004 (Zen 4, AVX-512) with torch 2.13 and numba 0.68.
+_ZEN4: _Seconds = {
+    "cpu float32 forward": {
+        "sort": (0.000838, 5.7e-05, 3.57e-11, 0.0),
+        "grouped": (0.000482, 4.23e-05, 3.15e-11, 8.73e-10),
+    },
+    "cpu float32 training": {"sort": (0.00401, 0.00014, 9.07e-11, 0.0), "grouped": (0.00318, 0.000117, 8.96e-11, 0.0)},
+    "cpu bfloat16 forward": {
+        "sort": (0.000275, 7.65e-05, 1.87e-11, 0.0),
+        "grouped": (0.000174, 7.57e-05, 2.33e-11, 2.12e-09),
+    },
+    "cpu bfloat16 training": {
+        "sort": (0.00408, 0.000155, 5.89e-11, 0.0),
+        "grouped": (0.00218, 0.000287, 9.07e-11, 0.0),
+    },
+}
 _LEAST = 1 << 20
 # By ``Processor.kind``.
 _KNOWN = {
     "AuthenticAMD 26 AVX512": Tuning("", "", 1, onednn=_LEAST, onednn_turned=_LEAST, seconds=_ZEN5),
-    # An AMD EPYC 9004 (Zen 4) with torch 2.13: MKL 94, oneDNN 101 GFLOP/s at best, and half of MKL's for gradients of
-    # small experts, for which it turns the rows first.
-    "AuthenticAMD 25 AVX512": Tuning("", "", 1, seconds=_ZEN5),
+    # MKL 94, oneDNN 101 GFLOP/s at best, a sixth more in large products, and half of MKL's for gradients of small
+    # experts, for which it turns the rows first.
+    "AuthenticAMD 25 AVX512": Tuning("", "", 1, onednn=1 << 30, group=1 << 19, seconds=_ZEN4),
 }
 
 

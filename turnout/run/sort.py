@@ -76,7 +76,7 @@ def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tens
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
-        each, own = matrices.unbind(0), own_alone(rows.dtype)
+        each, own = matrices.unbind(0), own_alone(rows.dtype, rows.numel() * stack.shape[2])
         for expert, left, into in zip(group.experts, group.split(rows), group.split(out), strict=True):
             matrix = each[expert - first].to(rows.dtype) if cast else each[expert - first]
             if own:
@@ -100,7 +100,7 @@ def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
         else:
             torch.bmm(*pair, out=grad[first : first + count])
         return
-    each, own = grad[first : group.experts[-1] + 1].unbind(0), own_alone(left.dtype)
+    each, own = grad[first : group.experts[-1] + 1].unbind(0), own_alone(left.dtype, left.numel() * right.shape[1])
     for expert, a, b in zip(group.experts, group.split(left), group.split(right), strict=True):
         if cast:
             each[expert - first].copy_(a.t() @ b)

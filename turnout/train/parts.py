@@ -40,7 +40,6 @@ class Piece:
     Args:
         name: as in the whole model.
         tensor: what the model holds: a DTensor, or a plain tensor that is the same on every process.
-        turned: whether the whole model has its last two axes the other way round.
         leaf: what of it an optimizer updates here; None for buffers and what is frozen.
         owners: what its rows are of, where they are the slots of experts that processes share.
 
@@ -49,7 +48,6 @@ class Piece:
 
     name: str
     tensor: Tensor
-    turned: bool = False
     leaf: nn.Parameter | None = None
     owners: Owners | None = None
 
@@ -57,8 +55,7 @@ class Piece:
     def shape(self) -> tuple[int, ...]:
         """Of the whole."""
         shape = tuple(self.tensor.shape)
-        shape = shape if self.owners is None or self.owners.in_order else (self.owners.num_experts, *shape[1:])
-        return (shape[0], shape[2], shape[1]) if self.turned else shape
+        return shape if self.owners is None or self.owners.in_order else (self.owners.num_experts, *shape[1:])
 
     def whole(self, part: Tensor | None = None) -> Tensor:
         """All of it, or all of what is kept of each of its numbers, such as a moment; all that hold a part call it."""
@@ -72,14 +69,13 @@ class Piece:
             held = quiet(held.full_tensor)
         elif part is not None:
             held = part
-        held = picked(held, self.owners)
-        return held.transpose(1, 2) if self.turned else held
+        return picked(held, self.owners)
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's part of what is whole."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        whole, held = whole.transpose(1, 2) if self.turned else whole, self.tensor
+        held = self.tensor
         if not isinstance(held, DTensor):
             return whole
         if self.owners is not None and not self.owners.in_order:
@@ -125,15 +121,8 @@ def pieces(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> list[Piece]:
     for module in model.modules():
         if hasattr(module, "reshard"):  # FSDP2 keeps what it gathered for an evaluation
             module.reshard()  # pyrefly: ignore[not-callable]
-    turned = {
-        f"{path}.{name}".removeprefix(".")
-        for path, module in model.named_modules()
-        for name in getattr(module, "turned", ())
-    }
-    _, owners = of_experts(model)
-    found = [
-        Piece(name, p, name in turned, leaves.get(id(p)), owners.get(name)) for name, p in model.named_parameters()
-    ]
+    owners = of_experts(model)
+    found = [Piece(name, p, leaves.get(id(p)), owners.get(name)) for name, p in model.named_parameters()]
     lasting = model.state_dict().keys()
     return found + [Piece(name, buffer) for name, buffer in model.named_buffers() if name in lasting]
 

@@ -136,7 +136,7 @@ class Sharded:
         """The sum of the squares of these parameters' gradients, over those that share them."""
         copies = {
             id(self._held[id(self._named[name])]): copies_of(owners, self._named[name])  # pyrefly: ignore
-            for name, owners in of_experts(self.model)[1].items()
+            for name, owners in of_experts(self.model).items()
             if owners.copied
         }
         kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}

@@ -20,6 +20,7 @@ from turnout.expects import PATH, expects
 from turnout.hub import located
 from turnout.measure.memory import free_memory
 from turnout.models.checkpoint.sizes import check_sizes
+from turnout.models.checkpoint.zipped import ZippedFile, plain_or_zipped
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank, LowRank
 from turnout.reading import check_fields
@@ -96,11 +97,11 @@ def load(path: str | Path) -> LM:
     """
     path = located(path, where=_LOAD).folder
     config, dtype, sha256 = _described(path)
-    size, free = (path / _WEIGHTS).stat().st_size, free_memory()
+    (size, found), free = _measured(path / _WEIGHTS), free_memory()
     if free is not None and size > free:
         got, fix = f"{free:,} bytes free", "close other programs, or use a larger machine"
         raise UsageError(word("the memory", got=got, allowed=f"hold the {size:,} of {path}", where=_LOAD, fix=fix))
-    if digest(path / _WEIGHTS) != sha256:
+    if (found or digest(path / _WEIGHTS)) != sha256:
         raise _refusal("the weights", f"{path / _WEIGHTS} with another SHA-256", "be as they were written", _RESTORE)
     _check_header(path / _WEIGHTS, config)
     lm = empty(config, dtype)
@@ -148,11 +149,20 @@ def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     size, sha256 = body["files"][_WEIGHTS]["bytes"], body["files"][_WEIGHTS]["sha256"]
     weights = path / _WEIGHTS
-    if not weights.is_file():
+    if not plain_or_zipped(weights).is_file():
         raise _refusal("the weights", f"{weights}, which does not exist", "be there", _RESTORE)
-    if weights.stat().st_size != size:
-        raise _refusal("the weights", f"{weights} of {weights.stat().st_size} bytes", f"have {size} bytes", _RESTORE)
+    if (there := _measured(weights)[0]) != size:
+        raise _refusal("the weights", f"{weights} of {there} bytes", f"have {size} bytes", _RESTORE)
     return config, getattr(torch, body["dtype"]), sha256
+
+
+def _measured(weights: Path) -> tuple[int, str | None]:
+    """The size of the weights; and where they are zipped, whose pieces are checked as they are read, their digest."""
+    zipped = plain_or_zipped(weights)
+    if zipped == weights:
+        return weights.stat().st_size, None
+    with ZippedFile(zipped) as file:
+        return file.bytes, file.sha256
 
 
 def _altered(path: Path, problem: str) -> CheckpointError:
@@ -279,7 +289,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, its tensors read one at a time.
+    """A safetensors file, its tensors read one at a time; where it is not there and zipped it is, that.
 
     Raises:
         CheckpointError: not a whole safetensors file.
@@ -290,6 +300,10 @@ def opened(path: Path) -> Iterator[Any]:
         return _refusal("the weights", f"{path} ({problem})", "be a whole safetensors file", fix)
 
     try:
+        if (zipped := plain_or_zipped(path)) != path:
+            with ZippedFile(zipped) as file:
+                yield file
+            return
         reading.check_safetensors(path, refuse)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

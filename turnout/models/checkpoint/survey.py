@@ -15,6 +15,7 @@ from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.checkpoint.own import check_names, check_shape, opened, outline, read_json
 from turnout.models.checkpoint.packed import Packed, find_packed
 from turnout.models.checkpoint.sizes import check_sizes
+from turnout.models.checkpoint.zipped import plain_or_zipped
 from turnout.models.config import LMConfig
 from turnout.models.families import FAMILIES
 from turnout.models.families.express import family_of, obstacles
@@ -200,7 +201,7 @@ def headers(path: Path, keys: Mapping[str, Any]) -> tuple[dict[str, str], dict[s
         shards = sorted(set(listed.values()))
     else:
         listed, shards = {}, [first]
-    missing = [shard for shard in shards if not (path / shard).is_file()]
+    missing = [shard for shard in shards if not plain_or_zipped(path / shard).is_file()]
     if missing:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         others = sorted(file.name for file in path.glob("model.*.safetensors*"))
@@ -265,7 +266,7 @@ def _first(path: Path, keys: Mapping[str, Any]) -> str:
             word("the folder", got=f"adapter_config.json beside config.json in {path}", allowed=allowed,
                  where="from_hf", fix=fix)
         )  # fmt: skip
-    return INDEX if not (path / SINGLE).is_file() and (path / INDEX).is_file() else SINGLE
+    return INDEX if not plain_or_zipped(path / SINGLE).is_file() and (path / INDEX).is_file() else SINGLE
 
 
 def layout(family: Family, names: Iterable[str]) -> Names:

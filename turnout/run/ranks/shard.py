@@ -166,9 +166,6 @@ def shard(
     if plan.overlap is not None:  # nothing but experts is in parts; who plays the schedule sums gradients himself
         _spread_all(model, meshes, plan)
         return model
-    for _, experts in experts_in(model):
-        if getattr(experts, "turned", None) == ():
-            experts.turn()  # pyrefly: ignore[not-callable]
     for unit in units if plan.recompute else ():
         _recompute(unit)
     if layout.world // layout.pp == 1:

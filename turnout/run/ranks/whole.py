@@ -30,12 +30,11 @@ def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
     Source: none; torch's all-gathers.
     """
-    turned, owners = of_experts(model)
+    owners = of_experts(model)
     for name, tensor in tensors.items():
         full_tensor = getattr(tensor, "full_tensor", None)
         full = tensor.detach() if full_tensor is None else quiet(full_tensor).detach()
-        full = picked(full, owners.get(name))
-        yield name, full.transpose(1, 2) if name in turned else full
+        yield name, picked(full, owners.get(name))
 
 
 def whole_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
@@ -70,7 +69,7 @@ def gradient_norm(model: nn.Module, meshes: Meshes, *, skip: Collection[str] = (
     import torch.distributed as dist
 
     settle(model)
-    _, owners = of_experts(model)
+    owners = of_experts(model)
     total = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
         if parameter.grad is None or name in skip:
@@ -143,21 +142,20 @@ def picked(full: Tensor, held: Owners | None) -> Tensor:
     return full[slot_E.to(full.device)]
 
 
-def of_experts(model: nn.Module) -> tuple[set[str], dict[str, Owners]]:
-    """The parameters that are turned, and who holds which experts of those that are spread.
+def of_experts(model: nn.Module) -> dict[str, Owners]:
+    """Who holds which experts, by the names of the parameters that are spread.
 
     Args:
         model: what ``turnout.run.ranks.shard`` gave.
 
     Source: none; plain bookkeeping.
     """
-    turned, owners = set(), {}
+    owners = {}
     for name, module in experts_in(model):
         start = f"{name}." if name else ""
-        turned |= {f"{start}{part}" for part in getattr(module, "turned", ())}
         if (held := getattr(module, "owners", None)) is not None:
             owners |= {f"{start}{part}": held for part, _ in module.named_parameters(recurse=False)}
-    return turned, owners
+    return owners
 
 
 def copies_of(held: Owners, grad: "DTensor") -> Tensor:

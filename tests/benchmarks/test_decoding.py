@@ -1,0 +1,122 @@
+"""benchmarks.decoding: everyone's answers are compared before they are timed, and the bars are what was measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import decoding, decoding_bars
+from benchmarks.decoding_models import SHAPES, prepare
+from benchmarks.decoding_peers import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("turnout", "transformers", "adopted")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoding")
+    prepare("tiny", folder / "tiny", ("fp32", "bf16", "int8", "int4"), gguf=False)
+    return folder
+
+
+def case(job: str, streams: int, times: dict[str, list[list[float]]], kind: str = "fp32") -> dict[str, Any]:
+    return {"shape": "moe", "kind": kind, "threads": 1, "job": job, "streams": streams, "context": 128, "times": times}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_who_is_timed_gives_the_logits(kind: str, work: Path, tmp_path: Path) -> None:
+    for name in OURS[: 1 if kind.startswith("int") else 3]:
+        server = Server(name, 1)
+        assert server.answer({"do": "load", "folder": str(work / "tiny"), "shape": "tiny", "kind": kind})
+        server.answer({"do": "logits", "path": str(tmp_path / "logits.npy")})
+        found, wanted = np.load(tmp_path / "logits.npy"), decoding.expected(name, kind, work / "tiny")
+        assert wanted.std() > 0.1 and wanted.shape == (5, 3, 64)
+        decoding.compare(name, kind, found, wanted)
+        for wrong in (found[:, ::-1], np.roll(found, 1, 0), found * 1.1, found[:2]):
+            with pytest.raises(SystemExit, match=f"no times for wrong answers: logits of {name}"):
+                decoding.compare(name, kind, wrong, wanted)
+
+
+@pytest.mark.slow
+def test_all_do_what_they_are_told_with_the_same_tokens(work: Path) -> None:
+    made = []
+    for name in OURS:
+        server = Server(name, 1)
+        server.answer({"do": "load", "folder": str(work / "tiny"), "shape": "tiny", "kind": "fp32"})
+        server.answer({"do": "begin", "streams": 3, "context": 5, "room": 9})
+        for turn in range(2):
+            timed = server.answer({"do": "steps", "tokens": 2, "seed": turn})
+            assert timed["wall_s"] > 0 and set(timed) == {"cpu_s", "wall_s"}
+        server.answer({"do": "begin", "streams": 1, "context": 0, "room": 12})
+        server.answer({"do": "prefill", "tokens": 12, "seed": 1})
+        made.append(server.answer({"do": "generate", "prompt": 6, "tokens": 5, "seed": 1})["tokens"])
+        assert server.answer({"do": "memory"})["resident_bytes"] > 1e6
+    assert len(made[0]) == 5 and made[0] == made[1] == made[2]
+
+
+def test_bars_are_the_worst_of_what_was_measured() -> None:
+    one = {"turnout": [[2.0, 9.0], [3.0, 9.0], [9.0, 9.0]], "llama.cpp": [[4.0, 1.0], [4.0, 1.0], [4.0, 1.0]]}
+    two = {"turnout": [[5.0, 9.0]], "llama.cpp": [[4.0, 1.0]], "transformers": [[20.0, 1.0]], "adopted": [[10.0, 1.0]]}
+    memory = {"peer": "turnout", "shape": "moe", "kind": "fp32", "before_bytes": 100, "resident_bytes": 330,
+              "peak_bytes": 400, "weights_bytes": 180, "cache_bytes": 20}  # fmt: skip
+    alone = {"shape": "moe", "kind": "bf16", "rows": 2, "ours_us": 26.0, "sweep_us": 20.0}
+    cases = [case("steps", 1, one), case("steps", 1, two, "int4"), case("steps", 16, two), case("prefill", 1, two)]
+    cases += [case("steps", 4, two), case("generate", 1, two), case("steps", 1, {"llama.cpp": [[1.0, 1.0]]})]
+    cases.append(case("steps", 1, two) | {"threads": 2})
+    record = {"cases": cases, "memory": [memory, memory | {"peer": "transformers"}], "alone": [alone]}
+    bars = {bar.what: bar for bar in decoding_bars.judge(record)}
+    one_stream = bars["one stream, fp32, over llama.cpp"]
+    assert one_stream.found == {"moe, after 128, 1 thread": 0.75, "moe, after 128, 2 threads": 1.25}
+    assert one_stream.worst == "moe, after 128, 2 threads" and one_stream.met == 1
+    assert "1.25 | moe, after 128, 2 threads | 0.97 | **missed**, met in 1 of 2" in one_stream.row()
+    found = {what: (bar.allowed, *bar.found.values()) for what, bar in bars.items() if what != one_stream.what}
+    assert found == {
+        "one stream, int4, over llama.cpp": (1.1, 1.25),
+        "one stream, int4, over transformers' default": (0.3, 0.25),
+        "one stream, fp32, over transformers' default": (0.3, 0.25),
+        "16 streams, fp32, over llama.cpp": (0.4, 1.25),
+        "16 streams, fp32, over adopted transformers": (0.67, 0.5),
+        "prefill, fp32, over llama.cpp": (0.6, 1.25),
+        "prefill, fp32, over transformers' default": (0.9, 0.25),
+        "resident memory, fp32, over weights and cache": (1.15, 1.15),
+        "experts alone, bf16, 2 rows each, over a sweep": (1.3, 1.3),
+    }
+
+
+def test_the_guide_says_what_its_page_measured() -> None:
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    page = text.partition(decoding.BEGIN)[2].partition("](")[2].partition(")")[0]
+    record = json.loads((ROOT / "docs" / page).with_suffix(".json").read_text(encoding="utf-8"))
+    assert decoding.into(text, decoding.section(record, page)) == text
+    with pytest.raises(SystemExit, match="no section"):
+        decoding.into("none here", "new")
+
+
+def test_why_some_take_no_part() -> None:
+    assert decoding.why_absent("adopted", "dense", "fp32") == "a dense model has no experts to adopt"
+    assert "few bits" in str(decoding.why_absent("transformers", "moe", "int8"))
+    assert all(decoding.why_absent("turnout", shape, "int4") is None for shape in SHAPES)
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_on_small_models(work: Path, tmp_path: Path) -> None:
+    guide = tmp_path / "guide.md"
+    guide.write_text(f"before\n{decoding.BEGIN}\n{decoding.END}\nafter\n", encoding="utf-8")
+    asked = "--kinds fp32 int4 --threads 1 --streams 1 16 --context 8 --rounds 2 --tokens 4 --prefill 16".split()
+    asked += ["--peers", *OURS, "--work", str(work), "--out", str(tmp_path / "out"), "--docs", str(guide)]
+    decoding.main(["--shapes", "tiny", "tiny dense", *asked])
+    page, raw = (next((tmp_path / "out").glob(f"decoding-*.{kind}")).read_text() for kind in ("md", "json"))
+    record = json.loads(raw)
+    assert {(one["shape"], one["kind"], *one["times"]) for one in record["cases"]} == {
+        ("tiny", "fp32", *OURS), ("tiny", "int4", "turnout"),
+        ("tiny dense", "fp32", *OURS[:2]), ("tiny dense", "int4", "turnout"),
+    }  # fmt: skip
+    assert all(value > 0 for one in record["cases"] for rows in one["times"].values() for row in rows for value in row)
+    assert page.count("16 streams after 8, a token") == 4 and "a dense model has no experts to adopt" in page
+    assert "experts alone, fp32, 4 rows each, over a sweep" in page.partition("## bars")[2]
+    said = guide.read_text(encoding="utf-8")
+    assert said.startswith("before\n") and said.endswith("after\n") and "16 streams, fp32, over adopted" in said

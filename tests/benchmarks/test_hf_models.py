@@ -1,0 +1,34 @@
+"""No times for wrong answers: what the check of whole models lets pass, and what it does not."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+
+from benchmarks.hf_models import CONTESTANTS, wrong
+
+
+def planted(**off):
+    """Answers of all contestants, each as far off the exact ones as given."""
+    g = torch.Generator().manual_seed(0)
+    exact = {"logits": torch.randn(50, generator=g), "gate": torch.randn(50, generator=g)}
+    found = {name: {key: value * (1 + off.get(name, 0.0)) for key, value in exact.items()} for name in CONTESTANTS}
+    return found, exact
+
+
+def test_in_fp32_all_agree():
+    assert wrong(*planted(turnout=5e-5), "fp32") == ""
+    assert "turnout, logits is off by 2.0e-04" in wrong(*planted(turnout=2e-4), "fp32")
+
+
+def test_in_bf16_nobody_is_much_further_from_the_exact_than_the_eager_loop():
+    assert wrong(*planted(eager=0.27, grouped_mm=0.31, turnout=0.3), "bf16") == ""
+    assert "grouped_mm" in wrong(*planted(eager=0.1, grouped_mm=0.2), "bf16")
+    assert "turnout" in wrong(*planted(eager=0.001, turnout=0.1), "bf16")
+
+
+def test_what_is_no_number_is_wrong():
+    found, exact = planted()
+    found["turnout"]["gate"][3] = torch.nan
+    assert "turnout, gate is off by nan" in wrong(found, exact, "bf16")
