@@ -82,7 +82,7 @@ def test_what_it_leaves_to_products():
         x_TD, routing, bank = case(2)
         weights = bank.weights()
         assert suits_decoding(x_TD, routing, weights)
-        more = case(17)
+        more = case(65)
         assert not suits_decoding(more[0], more[1], more[2].weights())
         assert not suits_decoding(x_TD.double(), routing, weights)
         many = case(16, experts=2, k=2)
