@@ -25,7 +25,7 @@ _ROOT = np.float32(math.sqrt(0.5))
 
 @kernel(exact=True)
 def exponential(x):
-    """e to the x, within 2 units in the last place; x beyond fp32's range is brought to its ends, NaN stays.
+    """The power x of e, within 2 units in the last place; x beyond fp32's range is brought to its ends, NaN stays.
 
     Source: Moshier, 1989, "Methods and Programs for Mathematical Functions" (Cephes, expf).
     """

@@ -38,7 +38,7 @@ def span(weights, at, at_scale, x, of, ins, rows, out, to, outs, first, last):
     Of the stack ``weights`` the matrix begins at ``code[at]``, its scales at ``scale[at_scale]``. x is as ``lay_out``
     makes it.
     """
-    code, scale, levels, apart, stride, groups, group = weights
+    code, scale, levels, _, stride, groups, group = weights
     o, to = first, to + first
     while rows == 1 and o + 4 <= last:
         here, there = at + o * stride, at_scale + o * groups

@@ -1,6 +1,6 @@
 """The one inner loop: outputs of a matrix in any format, one after the other, with 1, 2, 4 or 8 rows of numbers.
 
-It is written in LLVM's own vectors, so that neither the width nor the order of sums is left to a compiler's taste: a row
+It is written in LLVM's own vectors, so that neither the width nor the order of sums is left to a compiler: a row
 has the same bits on one thread and on several, alone and among others. Memory is read as it lies, one output's weights
 after the other's: two streams at once are read at two thirds of the speed of one (AMD Zen 4). The sums of several
 outputs, each spread over a vector, are added up together at the end.
