@@ -192,6 +192,10 @@ CASES = {
     "glider": Case(
         lambda m: m.setattr(Glider, "guidance", lambda self, given: given.need("query_BQ", "")[:, :4] * 0), "near"
     ),
+    "k_bits": Case(
+        patched("k_bits", "_rounded", lambda f: lambda lm, bits, codes, block: f(lm, bits, "even", None), "claims"),
+        small={"_STEPS": 12, "_WIDTHS": (32, 64), "_SCORED": 2048},
+    ),
     "latent_experts": Case(
         patched("latent_experts", "_shared", lambda f: lambda matrix_EFD, rank, drawn: f(matrix_EFD, rank, drawn or 0)),
         "lost",

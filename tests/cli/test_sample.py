@@ -109,6 +109,7 @@ MISTAKES = {
     "--top-p nan": "--top-p must be a number from 0 to 1",
     "--min-p -1": "--min-p must be a number from 0 to 1",
     "--repetition-penalty 0": r"--repetition-penalty must be a number above 0.*pass --repetition-penalty 1\.1",
+    "--temperature 0 --min-p 0.1": "--min-p must go with a temperature above 0.*leave --min-p out",
     "--top-k 0": "--top-k must be a number of at least 1",
     "--prompts nowhere.txt": r"--prompts must exist.*nowhere\.txt",
     "--prompts empty.txt": r"--prompts must hold text.*empty\.txt: no line with anything on it",

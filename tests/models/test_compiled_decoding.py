@@ -8,8 +8,8 @@ from variants import TINY, VARIANTS, ids, make
 
 from turnout.errors import ShapeError
 from turnout.models import LM
-from turnout.models.decoding import Decoder
-from turnout.models.decoding.path import path, why_plain
+from turnout.models.decoding import Decoder, decoding_path
+from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
 from turnout.models.decoding.ring import Rings
 from turnout.run.product import instead_of_linear
@@ -74,7 +74,7 @@ def spoilt(how: str) -> LM:
 )
 def test_what_it_does_not_know_is_named(how: str, why: str) -> None:
     assert why in (why_plain(spoilt(how)) or "")
-    assert why in path(spoilt(how)) and path(make("moe")) == "one compiled step a token"
+    assert why in decoding_path(spoilt(how)) and decoding_path(make("moe")) == "one compiled step a token"
 
 
 def test_what_holds_around_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +149,21 @@ def test_what_is_no_number_stays_none() -> None:
     decoder = Decoder(lm, 1, 8)
     decoder.prefill(ids(1, 4))
     assert decoder.step(torch.tensor([1])).isnan().all()
+
+
+@pytest.mark.slow  # the step is compiled once more
+@torch.no_grad()
+def test_several_threads_say_the_same() -> None:
+    before = torch.get_num_threads()
+    for name in ("moe in one layer", "gpt-oss", "gpt-2 with experts", "full norm"):
+        lm, id_BS, found = make(name), ids(3, 24), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                decoder = Decoder(lm, 3, 4)
+                decoder.prefill(id_BS[:, :12])
+                found.append(torch.stack([decoder.step(id_B).clone() for id_B in id_BS[:, 12:].T]))
+            finally:
+                torch.set_num_threads(before)
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[2], found[0], rtol=0, atol=2e-6)

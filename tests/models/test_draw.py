@@ -62,12 +62,20 @@ def test_ties_at_the_border_of_top_k_stay_as_there() -> None:
 
 
 def test_a_large_vocabulary_is_processed_as_a_small_one() -> None:
-    """Of more than 2048 tokens the likeliest are looked at first: the same comes out."""
     generator = torch.Generator().manual_seed(0)
     for spread in (0.1, 1.0, 8.0):  # flat, so that many are needed; peaked, so that few are
         score_BV = torch.randn(3, 5000, generator=generator) * spread
         for settings in [(1.0, None, 0.9, None, 1), (0.8, None, 0.2, 0.1, 1), (1.0, 30, 0.8, None, 1)]:
             torch.testing.assert_close(Drawing(*settings).processed(score_BV), theirs(settings, None, score_BV))
+
+
+def test_ties_at_the_border_of_top_p_stay_by_their_ids() -> None:
+    score_BV = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, -9.0]])
+    kept = [
+        Drawing(top_p=top_p).processed(score_BV)[0].isfinite().nonzero()[:, 0].tolist() for top_p in (0.1, 0.5, 0.9)
+    ]
+    assert kept == [[1], [1, 2, 3], [1, 2, 3, 4]]
+    assert Drawing(top_k=2, top_p=0.6).processed(score_BV)[0].isfinite().sum() == 3  # ties with the second all count
 
 
 def test_tokens_are_drawn_by_their_share() -> None:

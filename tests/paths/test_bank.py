@@ -95,7 +95,9 @@ def test_a_bank_that_was_pickled_with_other_memory(shape, marked):
     again.__setstate__(old)
     assert again.up is old["_parameters"]["up"]
     for each in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-        assert all(p.is_contiguous() and torch.equal(p, q) for p, q in zip(each.parameters(), bank.parameters()))
+        assert all(
+            p.is_contiguous() and torch.equal(p, q) for p, q in zip(each.parameters(), bank.parameters(), strict=True)
+        )
         assert torch.equal(each(x, routing()), bank(x, routing())) and not hasattr(each, "turned")
 
 

@@ -9,10 +9,10 @@ from turnout.models.norm import LayerNorm, RMSNorm
 from turnout.run import activate
 from turnout.run.compiled.curves import ACTIVATIONS, activated, bounded, grown
 from turnout.run.compiled.engine import array, kernel
-from turnout.run.compiled.look import looked, rounded, shared
+from turnout.run.compiled.look import looked, rounded, softened
 from turnout.run.compiled.norms import normed, turned
 from turnout.run.compiled.route import chosen
-from turnout.run.compiled.tables import CODES, LAYER, MATRIX, NORM, Kept
+from turnout.run.compiled.tables import CODES, LAYER, NORM, Kept
 from turnout.run.compiled.times import times
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -40,8 +40,10 @@ def normed_by(norms, x_I, out_I):
 
 
 @kernel()
-def times_all(matrices, e, x_MI, out_MO):
-    times(matrices[0], e, x_MI, out_MO)
+def times_all(table, e, x_MI, out_MO):
+    middle = out_MO.shape[1] // 2
+    times(table, 0, e, x_MI, out_MO, middle, out_MO.shape[1])
+    times(table, 0, e, x_MI, out_MO, 0, middle)
 
 
 @kernel()
@@ -75,7 +77,8 @@ def test_activations(name: str) -> None:
     gated = name in ACTIVATIONS[:5]
     wide = 6 * draw(3, 2 * 37 if gated else 37)
     got = torch.empty(3, 37)
-    activated(array(wide), ACTIVATIONS.index(name), array(got))
+    activated(array(wide), ACTIVATIONS.index(name), 0, 20, array(got))
+    activated(array(wide), ACTIVATIONS.index(name), 20, 37, array(got))
     torch.testing.assert_close(got, activate(wide, name), rtol=1e-6, atol=2e-6)
 
 
@@ -110,7 +113,7 @@ def test_products_of_either_order(rows: int, dtype: torch.dtype) -> None:
         for weight in (stack, other, part):
             for added in (bias, None):
                 kept = Kept()
-                table = np.array([kept.matrix(weight, added)], MATRIX)
+                table = np.array([kept.matrix(weight, added)], np.int64)
                 times_all(table, 2, array(x_MI), array(got))
                 want = x_MI.double() @ stack[2].double().t() + (0 if added is None else added[2].double())
                 torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
@@ -174,5 +177,5 @@ def test_attention_over_a_cache(sinks: bool, softcap: float, dtype: torch.dtype)
 
 def test_far_scores_do_not_overflow() -> None:
     score = torch.tensor([500.0, -500.0, 499.0])
-    shared(array(score), np.float32(-np.inf), np.float32(0), np.float32(1))
+    softened(array(score), np.float32(-np.inf), np.float32(0), np.float32(1))
     torch.testing.assert_close(score, torch.tensor([500.0, -500.0, 499.0]).softmax(0))

@@ -8,6 +8,7 @@ import torch
 
 from turnout.paths import Bank
 from turnout.run import execute, sort
+from turnout.run.compiled.experts import few_rows
 from turnout.run.decode import decode, suits_decoding
 from turnout.types import Routing
 
@@ -39,22 +40,19 @@ def test_equals_reference(tokens, dtype, off):
 
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("tokens", [1, 5, 16])
-@pytest.mark.parametrize("stored", ["both", "up", "down"])
-def test_weights_stored_out_in_equal_reference(stored, tokens, dtype, off):
+@pytest.mark.parametrize("stored", ["both", "up", "down", "neither"])
+def test_weights_stored_out_in_and_in_out_equal_reference(stored, tokens, dtype, off):
     for activation, bias, experts in (("swiglu", False, 8), ("swiglu_oai", True, 2)):
         x_TD, routing, bank = case(tokens, experts=experts, dtype=dtype, bias=bias, activation=activation)
         with torch.no_grad():
             given = bank.weights()
-            turned = {
-                "up_EDH": bank.up.contiguous().transpose(1, 2),
-                "down_EFD": bank.down.contiguous().transpose(1, 2),
-            }
-            kept = {"up": ["up_EDH"], "down": ["down_EFD"], "both": [*turned]}[stored]
-            weights = dataclasses.replace(given, **{name: turned[name] for name in kept})
+            rows = {"up_EDH": bank.up_EDH.contiguous(), "down_EFD": bank.down_EFD.contiguous()}
+            made = {"up": ["down_EFD"], "down": ["up_EDH"], "both": [], "neither": [*rows]}[stored]
+            weights = dataclasses.replace(given, **{name: rows[name] for name in made})
             got = decode(x_TD, routing, weights)
             bank = bank.float()
             expected = execute(x_TD.float(), routing, bank.weights(), backend="reference")
-            assert suits_decoding(x_TD, routing, weights) or (stored == "down" and experts == 2)
+            assert suits_decoding(x_TD, routing, weights) or (stored in ("down", "neither") and experts == 2)
         assert float((got.float() - expected).norm() / expected.norm()) < off
 
 
@@ -88,7 +86,10 @@ def test_what_it_leaves_to_products():
         assert not suits_decoding(more[0], more[1], more[2].weights())
         assert not suits_decoding(x_TD.double(), routing, weights)
         many = case(16, experts=2, k=2)
-        assert not suits_decoding(many[0], many[1], many[2].weights()), "8 rows an expert"
+        stored = many[2].weights()
+        rows = dataclasses.replace(stored, up_EDH=stored.up_EDH.contiguous(), down_EFD=stored.down_EFD.contiguous())
+        assert not suits_decoding(many[0], many[1], rows), "16 rows an expert, read row by row"
+        assert suits_decoding(many[0], many[1], stored), "as many, by products"
 
 
 def test_weights_of_experts_without_tokens_are_not_read():
@@ -98,3 +99,43 @@ def test_weights_of_experts_without_tokens_are_not_read():
         bank.up[idle_E] = torch.nan
         bank.down[idle_E] = torch.nan
         assert idle_E.any() and torch.isfinite(decode(x_TD, routing, bank.weights())).all()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_weights_stored_out_in_go_to_the_compiled_kernels(monkeypatch, dtype, off):
+    module, called = sys.modules["turnout.run.decode"], []
+    monkeypatch.setattr(module, "few_rows", lambda *given: called.append(1) or few_rows(*given))
+    for tokens, experts, taken in ((1, 8, True), (33, 16, True), (64, 8, False), (65, 64, False)):
+        x_TD, routing, bank = case(tokens, experts=experts, dtype=dtype, bias=True)
+        given = bank.weights()
+        up_EDH, down_EFD = bank.up.detach().contiguous().mT, bank.down.detach().contiguous().mT
+        weights = dataclasses.replace(given, up_EDH=up_EDH, down_EFD=down_EFD)
+        called.clear()
+        with torch.no_grad():
+            got = execute(x_TD, routing, weights)
+        assert bool(called) == taken
+        expected = execute(x_TD.float(), routing, bank.float().weights(), backend="reference").detach()
+        assert float((got.float() - expected).norm() / expected.norm()) < off
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_torch_traces_or_transforms_never_comes_to_a_kernel(monkeypatch):
+    def refuse(*given):
+        raise AssertionError("a kernel was called")
+
+    monkeypatch.setattr(sys.modules["turnout.run.decode"], "few_rows", refuse)
+    x_TD, routing, bank = case(2)
+    up_EDH, down_EFD = bank.up.detach().contiguous().mT, bank.down.detach().contiguous().mT
+    weights = dataclasses.replace(bank.weights(), up_EDH=up_EDH, down_EFD=down_EFD)
+    with pytest.raises(AssertionError, match="was called"):
+        execute(x_TD, routing, weights)
+    expected = execute(x_TD, routing, weights, backend="reference")
+    slope = torch.func.grad(lambda x: execute(x, routing, weights).sum())(x_TD)
+    assert slope.shape == expected.shape and slope.any()
+    many = torch.func.vmap(lambda x: execute(x, routing, weights))(x_TD[None].expand(3, -1, -1))
+    torch.testing.assert_close(many[1], expected)
+    execute(x_TD.clone().requires_grad_(), routing, weights).sum().backward()
+    flat = {name: one.to("meta") if isinstance(one, torch.Tensor) else one for name, one in vars(weights).items()}
+    on_meta = dataclasses.replace(weights, **{name: flat[name] for name in ("up_EDH", "down_EFD")})
+    assert not suits_decoding(x_TD.to("meta"), routing, on_meta)

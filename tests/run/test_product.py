@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turnout.errors import UsageError
-from turnout.run.product import linear, product
+from turnout.run.product import _suits, linear, own_alone, product
 from turnout.run.tuned import as_tuned, tuning
 
 SIZES = [(1, 8, 8), (3, 5, 7), (130, 96, 257), (64, 256, 256), (33, 1024, 64), (96, 300, 16)]
@@ -181,3 +181,12 @@ def test_gradients_of_a_strided_bias(kernel):
         function(torn((65, 128)), torn((130, 128)), wide[:, 1]).square().sum().backward()
         found.append(wide.grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("limits", [(None, None), (1 << 10, None), (None, 1 << 10), (1 << 20, 1 << 12)])
+def test_where_torchs_own_products_are_alone_none_goes_elsewhere(limits):
+    a, b = torch.ones(16, 8), torch.ones(8, 16)  # 2^11 multiply-adds
+    with as_tuned(dataclasses.replace(tuning(), onednn=limits[0], onednn_turned=limits[1])):
+        elsewhere = [_suits(a, b, 1 << 11, turned=turned) for turned in (False, True)]
+        assert own_alone(torch.float32, 1 << 11) == (not any(elsewhere))
+        assert own_alone(torch.bfloat16, 1 << 40)

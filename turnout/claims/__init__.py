@@ -16,6 +16,7 @@ from turnout.claims.fedins import fedins
 from turnout.claims.fedjets import fedjets
 from turnout.claims.fisher import fisher
 from turnout.claims.glider import glider
+from turnout.claims.k_bits import k_bits
 from turnout.claims.latent_experts import latent_experts
 from turnout.claims.loss_free import loss_free
 from turnout.claims.merge_aligned import merge_aligned
@@ -93,6 +94,7 @@ __all__ = [
     "gpipe",
     "hecate",
     "interleaved",
+    "k_bits",
     "latent_experts",
     "loss_free",
     "merge_aligned",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.paths.layout import align_fused_optimizers
 from turnout.paths.low_rank import LowRank
 from turnout.run import activate, execute, merged
 from turnout.run.product import linear
@@ -84,7 +85,14 @@ class Bank(Called):
         super().__setstate__(state)
         for stack in (self.up, self.down):
             if turned or not stack.is_contiguous():
+                align_fused_optimizers()  # one may have been pickled beside it
                 stack.data = (stack.data.transpose(1, 2) if turned else stack.data).contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        stacks = [state_dict.get(f"{prefix}{name}") for name in ("up", "down")]
+        if any(isinstance(stack, Tensor) and not stack.is_contiguous() for stack in stacks):
+            align_fused_optimizers()  # of 0.1, as an optimizer's state beside it will be
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def up_EDH(self) -> Tensor:

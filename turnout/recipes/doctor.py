@@ -9,6 +9,7 @@ from turnout.errors import Interrupted
 from turnout.measure import hardware
 from turnout.run import calibrate as measure_backends
 from turnout.run import choose
+from turnout.run.compiled import kernels_path, why_not_compiled
 from turnout.run.tuned import tuning, tuning_path
 from turnout.types import ExpertWeights, Routing
 from turnout.types.device import find_device, find_precision, shown, there
@@ -29,6 +30,7 @@ _PARTS = {
     "datasets": ("datasets", "hf:NAME data sets"),
     "tensorboard": ("tensorboard", "TensorBoard events"),
     "peft": ("peft", "adapters, trained by PEFT"),
+    "numba": ("cpu", "few tokens on a CPU: kernels compiled for it"),
     "triton": ("triton", "GPU kernels, on Linux; torch for CUDA brings it"),
 }
 # Tokens, experts, top-k, width, hidden: training, serving and decoding.
@@ -91,6 +93,9 @@ def _chosen() -> Iterator[str]:
     yield f"  {'experts at once, in intermediate numbers':<42} {here.group:,}"
     yield f"  {'rows of 16 bits rounded up to a part of':<42} 1/{here.steps}, near the mean 1/{here.steps_near}"
     yield f"  {'few tokens, row by row':<42} {here.decode_tokens}, and {here.decode_rows} an expert"
+    why = why_not_compiled()
+    found = "compiled, kept in" if why is None else "not compiled, two to three times as long:"
+    yield f"  {'few rows of weights stored (out, in)':<42} {found} {kernels_path() if why is None else why}"
     if here.origin != "measured":
         yield "  turnout doctor --calibrate measures this machine, in about half a minute"
 

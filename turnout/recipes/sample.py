@@ -71,6 +71,10 @@ class Sampling:
             low = "above 0" if name == "repetition_penalty" else f"of at least {least}"
             allowed = f"be a number {low}" if most == math.inf else f"be a number from {least} to {most}"
             raise _refusal(flag, value, allowed, f"pass {flag} {fix}")
+        idle = next((name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None), None)
+        if self.temperature == 0 and idle is not None:
+            flag, got = f"--{idle.replace('_', '-')}", "--temperature 0, which takes the likeliest token"
+            raise _refusal(flag, got, "go with a temperature above 0", f"leave {flag} out, or pass --temperature 0.8")
         if not all(self.stop):
             raise _refusal("--stop", "an empty text", "be a text to stop at", "leave it out")
 

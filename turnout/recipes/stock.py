@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turnout.errors import CheckpointError, word
 from turnout.models import LMConfig, checkpoint
+from turnout.models.checkpoint.own import read_json
 from turnout.recipes.room import free_memory
 from turnout.recipes.tied import tied
 
@@ -50,6 +51,9 @@ def check_with_transformers(folder: Path, *, params: int) -> dict[str, Any]:
     """
     if importlib.util.find_spec("transformers") is None:
         return {"version": None, "dtypes": {}, "skipped": ["it is not installed"]}
+    packed = "quantization_config" in read_json(folder / "config.json", _WHERE)
+    if packed and importlib.util.find_spec("compressed_tensors") is None:
+        return {"version": None, "dtypes": {}, "skipped": ["compressed-tensors, which it needs, is not installed"]}
     seen = checkpoint.peek(folder)
     id_BS = batch(seen.config)
     found, skipped, exact_BSV = dict[str, Any](), list[str](), None

@@ -3,7 +3,8 @@
 A matrix-vector product is a weighted sum of the matrix's rows, and so is one with several matrices of a stack: what
 ``torch.embedding_bag`` computes over the stack seen as one table. Its kernels read at the speed of memory, in bf16 as
 well, where torch's products of few rows take two to five times as long (docs/performance.md). Weights that are stored
-(out, in) are no such table: there every expert has a product of its own, without the rest of what ``sort`` prepares.
+(out, in) are no such table: the compiled kernels take them (``turnout.run.compiled``), a layer in one call, and where
+numba is missing every expert has a product of its own, without the rest of what ``sort`` prepares.
 
 After a layer's weights went through the caches, Python and torch's dispatcher run from cold memory, so that a call of
 either costs several times what it costs in a loop: the fewer, the better.
@@ -15,6 +16,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.experts import few_rows, suits_few_rows
+from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import product
 from turnout.run.reference import activate
 from turnout.run.tuned import tuning
@@ -23,6 +26,8 @@ from turnout.types import ExpertWeights, Routing
 __all__ = ["decode", "suits_decoding"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# From about this many rows an expert on, torch's products are faster than kernels that read weights at memory's speed.
+_ROWS_COMPILED = 8
 
 
 def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
@@ -35,6 +40,8 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
     Source: none; measured, see docs/performance.md.
     """
     up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
+    if _compiles(x_TD, routing, weights):
+        return True
     return (
         0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
@@ -43,6 +50,13 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
         and x_TD.dtype in _DTYPES
         and (entries <= here.decode_rows * up_EDH.shape[0] or not up_EDH.is_contiguous())
     )
+
+
+def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
+    """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
+    entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
+    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= _ROWS_COMPILED * experts
+    return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
 def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
@@ -60,6 +74,8 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     Source: none; the weighted sum of rows that torch has for embeddings.
     """
+    if _compiles(x_TD, routing, weights):
+        return few_rows(x_TD, routing, weights)
     up_EDH, down_EFD, T, dtype = weights.up_EDH, weights.down_EFD, x_TD.shape[0], x_TD.dtype
     R = routing.token_R.shape[0]
     tables = up_EDH.is_contiguous() and down_EFD.is_contiguous()

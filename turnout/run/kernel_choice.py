@@ -31,7 +31,7 @@ _CALLS = (3_000_000, 0, 12_000_000)
 _ROWS = (1, 2, 4, 8, 16)
 # On which layer each is measured.
 _LAYERS: dict[str, Shape] = {
-    "group": (512, 256, 16, 4, 256),
+    "group": (1024, 256, 64, 6, 64),
     "steps": (1024, 256, 32, 4, 256),
     "call": (512, 256, 64, 8, 64),
 }
@@ -53,8 +53,13 @@ def least(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     return [min(seconds[1:]) for seconds in taken]
 
 
-def layer(shape: Shape, dtype: torch.dtype, device: str, train: bool) -> Callable[[Callable[..., Tensor]], object]:
-    """A layer with random weights: what runs an executor on it, with a new decision at every call."""
+def layer(
+    shape: Shape, dtype: torch.dtype, device: str, train: bool, *, tables: bool = False
+) -> Callable[[Callable[..., Tensor]], object]:
+    """A layer with random weights: what runs an executor on it, with a new decision at every call.
+
+    Weights lie (out, in), as those of banks and of transformers, or with ``tables`` (in, out).
+    """
     T, D, E, K, F = shape
     g = torch.Generator().manual_seed(0)
 
@@ -62,7 +67,10 @@ def layer(shape: Shape, dtype: torch.dtype, device: str, train: bool) -> Callabl
         return (torch.randn(sizes, generator=g) * 0.1).to(device, dtype).requires_grad_(train)
 
     x_TD, grad_TD = normal(T, D), torch.randn(T, D, generator=g).to(device, dtype)
-    weights = ExpertWeights(normal(E, D, 2 * F), normal(E, F, D))
+    if tables:
+        weights = ExpertWeights(normal(E, D, 2 * F), normal(E, F, D))
+    else:
+        weights = ExpertWeights(normal(E, 2 * F, D).transpose(1, 2), normal(E, D, F).transpose(1, 2))
 
     def run(executor: Callable[..., Tensor]) -> None:
         weight_TK, index_TK = torch.rand(T, E, generator=g).to(device).topk(K)
@@ -150,7 +158,7 @@ def _decode_rows(tuning: Tuning) -> int:
     for rows in _ROWS:
         tokens = min(rows * experts // 2, tuning.decode_tokens)
         top_k = max(1, min(rows * experts // max(tokens, 1), experts))
-        run = layer((tokens, 512, experts, top_k, 256), torch.float32, "cpu", False)
+        run = layer((tokens, 512, experts, top_k, 256), torch.float32, "cpu", False, tables=True)
 
         def by(limit: int, run: Callable[..., object] = run) -> None:
             with as_tuned(dataclasses.replace(tuning, decode_rows=limit)):

@@ -6,13 +6,14 @@ from torch import Tensor
 from turnout.errors import ShapeError, word
 from turnout.run.choose import execute
 from turnout.run.compiled import rows_times, suits_rows
+from turnout.run.compiled.experts import experts_times, suits_experts
 from turnout.run.product import linear
-from turnout.run.reference import activate, reference
+from turnout.run.reference import reference
 from turnout.types import Packed, PackedWeights, Routing
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
-# As many entries as are run expert by expert, from the codes; more are worth writing the weights out.
+# As many entries as are run from the codes; more are worth writing the weights out.
 _FEW = 64
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
 _ONCE = 1 << 24
@@ -86,11 +87,11 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     """
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
+    if backend == "auto" and _suits(x_TD, routing, weights):
+        return experts_times(x_TD, routing, *_stacks(weights), activation=weights.activation)
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
-    if backend == "auto" and _reads_as_they_lie(x_TD, routing, weights):
-        return _few(x_TD, routing, weights, used_N.tolist())
     each = max(1, _ONCE // (weights.up[0].code.numel() * (8 // weights.up.bits)))
     if len(used_N) == weights.num_experts <= each:
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
@@ -104,26 +105,12 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     return y_TD.to(x_TD.dtype)
 
 
-def _reads_as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
-    """Whether so few entries are routed, and so, that experts are run from their codes."""
-    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or routing.weight_R.requires_grad)
-    return (
-        routing.num_entries <= _FEW
-        and not wanted
-        and suits_rows(x_TD[:1].detach(), weights.up[0])
-        and suits_rows(x_TD.new_empty(1, weights.hidden), weights.down[0])
-    )
+def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
+    """Whether so few entries are routed, and so, that experts are read from their codes."""
+    given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
+    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
+    return routing.num_entries <= _FEW and not wanted and suits_experts(x_TD, routing, *_stacks(weights))
 
 
-def _few(x_TD: Tensor, routing: Routing, weights: PackedWeights, used: list[int]) -> Tensor:
-    """Expert by expert, each weight read once for all of an expert's tokens."""
-    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    bounds = routing.bounds()
-    for e in used:
-        entries = slice(bounds[e], bounds[e + 1])
-        token_N, weight_N1 = routing.token_R[entries], routing.weight_R[entries, None]
-        up_bias_H, down_bias_D = (None if b is None else b[e] for b in (weights.up_bias_EH, weights.down_bias_ED))
-        h_NF = activate(packed_linear(x_TD[token_N], weights.up[e], up_bias_H), weights.activation)
-        y_ND = packed_linear(h_NF, weights.down[e], down_bias_D)
-        y_TD.index_add_(0, token_N, y_ND.to(y_TD.dtype) * weight_N1.to(y_TD.dtype))
-    return y_TD.to(x_TD.dtype)
+def _stacks(weights: PackedWeights) -> tuple[Packed, Packed, Tensor | None, Tensor | None]:
+    return weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED

@@ -29,6 +29,7 @@ from turnout.types.stage_costs import StageCosts
 from turnout.types.trace import Trace
 from turnout.types.trace_writer import TraceWriter
 from turnout.types.traffic import Traffic
+from turnout.types.tuning import Tuning
 from turnout.types.weights import ExpertWeights
 from turnout.types.workload import BlockSize, Workload
 
@@ -60,6 +61,7 @@ __all__ = [
     "Trace",
     "TraceWriter",
     "Traffic",
+    "Tuning",
     "Workload",
     "spread",
 ]

@@ -1,5 +1,7 @@
 """compressed-tensors: what is packed is read back to the bit; its own library, where it is installed, is the judge."""
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turnout.errors import CheckpointError
+from turnout.cli.main import main
+from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import compressed
+from turnout.models.gguf import to_gguf
+from turnout.reshape import quantize
 from turnout.types import Packed
 
 SIZES: dict[str, Any] = {"vocab_size": 67, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "max_seq": 64}
@@ -128,3 +133,92 @@ def test_transformers_loads_the_same_model(
     id_BS = torch.arange(40).view(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(hf(id_BS).logits, lm(id_BS).logits_BSV, rtol=0, atol=1e-4)
+
+
+PARTS = ("attention", "dense", "experts", "shared", "head")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("LlamaForCausalLM", {"hidden": 40}),
+        ("Qwen2ForCausalLM", {"hidden": 40, "qkv_bias": True, "tie_embeddings": True}),
+        ("Phi3ForCausalLM", {"hidden": 40}),
+        ("MixtralForCausalLM", {"moe": MoEConfig(4, 2, 24)}),
+        ("Qwen3MoeForCausalLM", {"qk_norm": "head", "hidden": 40, "moe": MoEConfig(4, 2, 24, layers=(1,))}),
+        ("Qwen2MoeForCausalLM", {"qkv_bias": True, "moe": MoEConfig(4, 2, 24, shared_hidden=16, shared_gate=True,
+            router_options={"renormalize": False})}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+@pytest.mark.parametrize(("bits", "group", "parts"), [(4, 8, PARTS), (8, None, ("attention", "experts", "dense"))])
+def test_a_model_in_few_bits_is_written_and_read_to_the_bit(
+    family: str, fields: dict[str, Any], bits: int, group: int | None, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = LM(LMConfig(**SIZES, **fields, init_std=0.2), seed=3).eval()
+    parts = tuple(part for part in whole.config.map_inputs() if part in parts)
+    lm, _ = quantize(whole, bits=bits, group=group, parts=parts)
+    assert checkpoint.to_hf(lm, tmp_path / "x", architecture=family) == family
+    back = checkpoint.from_hf(tmp_path / "x", packed=True)
+    wide = {"scale": "float32"} if "experts" in parts else {}  # as transformers needs them
+    assert back.config.quantized == dataclasses.replace(lm.config.quantized, **wide)
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(back.state_dict()[name].float(), tensor.float()), name
+    id_BS = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        want = lm(id_BS).logits_BSV
+        torch.testing.assert_close(back(id_BS).logits_BSV, want, rtol=0, atol=0)
+        plain = checkpoint.from_hf(tmp_path / "x")
+        assert plain.config.quantized is None
+        torch.testing.assert_close(plain(id_BS).logits_BSV, want, rtol=0, atol=1e-4)
+    keys = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    assert ("lm_head" in keys["ignore"]) == ("head" not in parts)
+    checkpoint.to_hf(back, tmp_path / "y")
+    assert (tmp_path / "y" / "config.json").read_text() == (tmp_path / "x" / "config.json").read_text()
+    ours, again = (load_file(tmp_path / one / "model.safetensors") for one in "xy")
+    assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
+    if compressed_tensors_is_here():
+        transformers = pytest.importorskip("transformers")
+        hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(hf(id_BS).logits, want, rtol=0, atol=1e-4)
+
+
+def compressed_tensors_is_here() -> bool:
+    return importlib.util.find_spec("compressed_tensors") is not None
+
+
+def test_what_nobody_reads_in_few_bits_is_refused_by_name(tmp_path: Path) -> None:
+    lm = LM(LMConfig(**SIZES, hidden=40))
+    with pytest.raises(UsageError, match=r"quantized.codes is 'nf4'.*--codes int"):
+        checkpoint.to_hf(quantize(lm, bits=4, group=8, codes="nf4")[0], tmp_path / "x")
+    fused = LMConfig(**SIZES, embedding_scale=3.0, attention_scale=0.2, moe=MoEConfig(4, 2, 24))
+    with pytest.raises(UsageError, match="all experts of a layer in one tensor"):
+        checkpoint.to_hf(quantize(LM(fused), bits=4, group=8)[0], tmp_path / "x")
+    held = quantize(LM(fused), bits=4, group=8, parts=("attention",))[0]
+    assert checkpoint.to_hf(held, tmp_path / "x") == "GraniteMoeForCausalLM"
+    with pytest.raises(UsageError, match="in few bits"):
+        to_gguf(held, tmp_path / "x.gguf", tokenizer=False)
+
+
+def test_what_a_model_cannot_hold_is_read_whole_alone(tmp_path: Path) -> None:
+    make(tmp_path / "x", DENSE, 4, 8)
+    name = "model.layers.1.self_attn.q_proj"
+    change(tmp_path / "x", lambda t, c, g: t.update({f"{name}.weight": torch.zeros(32, 32)}) or
+        [t.pop(f"{name}.weight{end}") for end in ("_packed", "_scale", "_shape")])  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"{name}.weight whole, and others of its kind packed.*packed=False"):
+        checkpoint.from_hf(tmp_path / "x", packed=True)
+    assert not checkpoint.from_hf(tmp_path / "x").blocks[1].attention.qkv.weight[:32].any()
+    checkpoint.to_hf(LM(DENSE), tmp_path / "y")
+    with pytest.raises(CheckpointError, match="none that are packed"):
+        checkpoint.from_hf(tmp_path / "y", packed=True)
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.to_hf(LM(EXPERTS), tmp_path / "m")
+    out = tmp_path / "four"
+    assert main(["convert", str(tmp_path / "m"), "--bits", "4", "--group", "8", "--out", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "MixtralForCausalLM" in said and ("compressed-tensors" in said or compressed_tensors_is_here())
+    lm = checkpoint.from_hf(out, packed=True)
+    assert lm.config.quantized is not None and lm.config.quantized.bits == 4

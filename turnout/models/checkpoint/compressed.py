@@ -1,5 +1,6 @@
 """Weights in eight or four bits as compressed-tensors packs them, which transformers and vLLM load: in and out."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,33 @@ from turnout.models.checkpoint.own import opened
 from turnout.reading import check_fields
 from turnout.types import Packed
 
-__all__ = ["METHOD", "check_settings", "pack", "packed_names", "parts_of", "settings", "unpack", "weight_shapes"]
+__all__ = [
+    "METHOD",
+    "Kind",
+    "check_settings",
+    "pack",
+    "packed_names",
+    "parts_of",
+    "settings",
+    "unpack",
+    "weight_shapes",
+]
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _WEIGHT, _PACKED, _SCALE, _SHAPE = ".weight", ".weight_packed", ".weight_scale", ".weight_shape"
 _WORD = 32
 Refuse = Callable[[str], TurnoutError]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How one matrix is packed: the bits, the inputs that share a scale and all of them, the dtype of scales."""
+
+    bits: int
+    group: int
+    inner: int
+    scale: str
 
 
 def pack(packed: Packed) -> dict[str, Tensor]:

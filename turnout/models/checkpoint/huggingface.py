@@ -15,12 +15,14 @@ from torch import Tensor
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.hub import located
+from turnout.models.checkpoint.few_bits import Held, held_slots, packed_tensors, quantized_as
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import (
     AHEAD,
     CORRECTION,
     INDEX,
     SINGLE,
+    Survey,
     common_dtype,
     headers,
     layer_of,
@@ -48,13 +50,14 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_e
 
 
 @expects(path=PATH)
-def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
+def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool = False) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
     Shards are read one after the other, each tensor straight into its place: memory peaks at the model and one shard.
 
     Quantised weights are read as the numbers that they stand for, rounded once to the dtype of the others: FP8 with
-    scales of blocks or tensors (DeepSeek-V3), and gpt-oss's MXFP4. Others are refused by name.
+    scales of blocks or tensors (DeepSeek-V3), gpt-oss's MXFP4, and what ``to_hf`` writes in few bits
+    (compressed-tensors, packed in words). Others are refused by name.
 
     Args:
         path: a folder with config.json and weights, found in transformers' order: the file that config.json names
@@ -62,6 +65,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
             ``org/name`` or ``org/name@revision``: see ``turnout.hub.located``.
         dtype: of the weights; None for the one they are stored in: of several, as in transformers, the one that
             config.json names. A correction bias of a router stays in fp32.
+        packed: hold what compressed-tensors packed in few bits as it is; such a model is not trained.
 
     Raises:
         CheckpointError: an architecture that is not supported, or a file that is missing, damaged, pickled, quantised
@@ -80,13 +84,16 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
     """
     path = located(path, where="turnout.models.checkpoint.from_hf").folder
     found = survey(path, dtype)
-    where, lm = found.where, empty(found.config, found.dtype)
-    target = slots(lm, found.names)
+    config = _held(path, found) if packed else found.config
+    where, lm = found.where, empty(config, found.dtype)
+    target, held = held_slots(lm, found.names) if packed else (slots(lm, found.names), dict[str, Held]())
     with torch.no_grad():
         for shard in sorted(set(where.values())):
             with opened(path / shard) as file:
                 for name in sorted(name for name, its in where.items() if its == shard):
-                    if name in found.packed.scales:
+                    if name in held:
+                        held[name].fill(found.packed.matrix(file, path, name))
+                    elif name in found.packed.scales:
                         found.packed.read(file, path, name, target[name])
                     elif name in target:
                         check_shape(file.get_slice(name).get_shape(), target[name].shape, f"{name} in {path / shard}")
@@ -95,6 +102,15 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None) -> LM:
             _check_tied(path, where, lm)
     lm.origin = path
     return lm.eval()
+
+
+def _held(path: Path, found: Survey) -> LMConfig:
+    def refuse(problem: str) -> CheckpointError:
+        fix = "read it with packed=False, as the numbers that its weights stand for"
+        allowed = "be packed by compressed-tensors, all of a kind in the same way"
+        return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
+
+    return quantized_as(found.config, found.packed.kinds, found.names, refuse)
 
 
 @expects(lm=LM, path=PATH)
@@ -115,7 +131,8 @@ def to_hf(
     and where nothing changed it, all its bits; unless the model is in another dtype than ``from_hf`` alone gave it.
 
     What an architecture cannot be without, and the model has not, is written as zeros that add nothing: the shared
-    expert of Qwen2-MoE, for one.
+    expert of Qwen2-MoE, for one. Maps in few bits are written so, as compressed-tensors packs them: transformers loads
+    that where the library of this name is installed, and so does vLLM.
 
     Args:
         lm: the model.
@@ -148,11 +165,12 @@ def to_hf(
     with _whole_folder(path) as aside:
         kept = _Kept.of(like, old)
         plan = kept.files if family_of(old) is family else {}
-        _write_weights(lm, family, config, aside, kept, plan, shard_bytes)
+        settings = _write_weights(lm, family, config, aside, kept, plan, shard_bytes)
         if like is not None:
             carry(like, aside)
         old = old or _describe_tokenizer(aside, lm.config.max_seq)
-        _write_config(config, lm.embedding.dtype, family, aside, like, old)
+        plain = dataclasses.replace(config, quantized=None)
+        _write_config(plain, lm.embedding.dtype, family, aside, like, old, settings)
     return family.architecture
 
 
@@ -243,8 +261,14 @@ class _Kept:
 
 def _write_weights(
     lm: LM, family: Family, config: LMConfig, path: Path, kept: _Kept, plan: dict[str, str], shard_bytes: int
-) -> None:
-    tensors = slots(lm, layout(family, plan))
+) -> dict[str, Any]:
+    """Writes them; what config.json is to say of how they are packed."""
+    settings: dict[str, Any] = {}
+    if lm.config.quantized is None:
+        tensors = slots(lm, layout(family, plan))
+    else:
+        tensors, said = packed_tensors(lm, family.layouts[0], family.layouts[1:])
+        settings = {"quantization_config": said}
     if config != lm.config:
         whole = slots(outline(config), layout(family, plan))
         silent = {name: slot for name, slot in whole.items() if name not in tensors}
@@ -275,6 +299,7 @@ def _write_weights(
             same = old.get("weight_map") == plan and sized
             index = old if same else index
         write_whole(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return settings
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -325,7 +350,13 @@ def _bad_tokenizer(problem: str) -> CheckpointError:
 
 
 def _write_config(
-    config: LMConfig, dtype: torch.dtype, family: Family, path: Path, like: Path | None, old: Mapping[str, Any]
+    config: LMConfig,
+    dtype: torch.dtype,
+    family: Family,
+    path: Path,
+    like: Path | None,
+    old: Mapping[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     stored, same = str(dtype).removeprefix("torch."), family_of(old) is family
     names: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
@@ -333,7 +364,7 @@ def _write_config(
     alike = same and meaning(family.read(family.keys(old))) == meaning(config)
     if like is not None and alike and stored in (old.get("dtype"), old.get("torch_dtype")):
         ahead = {name: 0 for name in AHEAD if name in old}
-        keys = kept | ahead | (names if old["model_type"] != family.model_type else {})
+        keys = kept | ahead | (names if old["model_type"] != family.model_type else {}) | settings
         text = json.dumps(keys, indent=2, sort_keys=True) + "\n"
         write_whole(path / "config.json", (like / "config.json").read_bytes() if keys == old else text)
         return
@@ -343,7 +374,7 @@ def _write_config(
         keys.pop(name, None)
     keys |= family.write(config)
     # transformers 5 reads dtype, 4 torch_dtype.
-    keys |= names | {"dtype": stored}
+    keys |= names | {"dtype": stored} | settings
     write_whole(path / "config.json", json.dumps(keys | {"torch_dtype": stored}, indent=2, sort_keys=True) + "\n")
 
 

@@ -25,6 +25,9 @@ _FIXES = {
 }
 
 
+_SCALES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """The weights of a folder that are stored in fewer bits.
@@ -34,7 +37,7 @@ class Packed:
         scales: name -> the file of its scales.
         block: of fp8: the rows and columns that share a scale; None for one scale a tensor.
         left_out: scales of inputs, which the folder holds and nothing here uses.
-        shapes: of compressed-tensors: name -> the shape when it is whole.
+        shapes, kinds: of compressed-tensors: name -> the shape when it is whole, and how it is packed.
     """
 
     method: Literal["mxfp4", "fp8", "compressed-tensors"] | None = None
@@ -42,6 +45,7 @@ class Packed:
     block: tuple[int, int] | None = None
     left_out: int = 0
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    kinds: Mapping[str, compressed.Kind] = dataclasses.field(default_factory=dict)
 
     def read(self, file: Any, path: Path, name: str, slot: Slot) -> None:
         """Reads one of them into its place, expert by expert where it holds several.
@@ -143,7 +147,7 @@ def _find_compressed(
     for name in names:
         if missing := [part for part in compressed.parts_of(name) if part not in where]:
             raise refuse(f"{name} without {missing[0]}")
-    whole, scales = compressed.weight_shapes(path, names, where), dict[str, str]()
+    whole, scales, kinds = compressed.weight_shapes(path, names, where), dict[str, str](), {}
     for name in names:
         words, scale, shape = compressed.parts_of(name)
         size, rows, groups = whole[name], shapes[words], shapes[scale]
@@ -151,14 +155,17 @@ def _find_compressed(
         sound = (
             sound and compressed.bits_of(rows[1], size[1]) is not None and groups[1] > 0 and size[1] % groups[1] == 0
         )
-        if not sound or (dtypes[words], dtypes[shape]) != ("I32", "I64") or dtypes[scale] not in ("F32", "F16", "BF16"):
+        if not sound or (dtypes[words], dtypes[shape]) != ("I32", "I64") or dtypes[scale] not in _SCALES:
             got = f"{name} of shape {size} in {dtypes[words]} words {tuple(rows)} with {dtypes[scale]} scales "
             raise refuse(got + f"{tuple(groups)}")
+        bits = compressed.bits_of(rows[1], size[1])
+        assert bits is not None
+        kinds[name] = compressed.Kind(bits, size[1] // groups[1], size[1], _SCALES[dtypes[scale]])
         scales[name], where[name], shapes[name] = where.pop(scale), where.pop(words), list(size)
         for part in (words, scale, shape):
             where.pop(part, None)
             del dtypes[part], shapes[part]
-    return Packed(compressed.METHOD, scales, shapes=whole)
+    return Packed(compressed.METHOD, scales, shapes=whole, kinds=kinds)
 
 
 def _find_fp8(

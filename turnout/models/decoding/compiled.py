@@ -10,8 +10,9 @@ from turnout.errors import UsageError, word
 from turnout.models.decoding.entries import Entries
 from turnout.models.decoding.ring import Rings, Taken
 from turnout.models.lm import LM
+from turnout.run.compiled.engine import threads
 from turnout.run.compiled.step import step
-from turnout.run.compiled.tables import CODES
+from turnout.run.compiled.tables import CODES, INS, OUTS
 
 __all__ = ["CompiledSteps"]
 
@@ -31,21 +32,29 @@ class CompiledSteps:
 
     def _point(self) -> None:
         """Says where the caches are, and sets aside room for sums between weights."""
-        layers, B = self._entries.layers, len(self._place_B)
+        self._parts = threads()
+        layers = self._entries.layers
         for layer, (keys, values) in zip(layers, self._rings.pairs_L, strict=True):
             layer["keys"], layer["values"], layer["slots"] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
             layer["cache_code"] = CODES[keys.dtype]
-        model, matrices, D = self._entries.models[0], self._entries.matrices, self._lm.config.width
-        share = int((layers["heads"] // layers["key_heads"]).max())
-        looking = B * 2 * int(matrices["outputs"][layers["qkv"]].max()) + share * self._rings.room
-        wide = int((matrices["outputs"][layers["up"]] + matrices["inputs"][layers["down"]]).max())
-        shared = layers[layers["shared_up"] >= 0]
-        for one in shared:
-            wide = max(wide, int(matrices["outputs"][one["shared_up"]] + matrices["inputs"][one["shared_down"]]))
-        routed = layers[layers["routed"] != 0]
-        most = max((int(matrices["outputs"][one["router"]] + one["top_k"]) for one in routed), default=0)
-        size = B * (3 * D + 4 * int(model["pairs"])) + max(looking, B * (most + 2 * D + wide))
-        self._room_F = torch.zeros(size)
+        self._room_F = torch.zeros(self._numbers(self._parts))
+        self._room_I = np.zeros(len(self._place_B) * max(1, int(layers["top_k"].max())) * 4 + 1, np.int64)
+
+    def _numbers(self, parts: int) -> int:
+        """How many a step writes between weights, when it is shared by so many threads."""
+        model, layers, table = self._entries.models[0], self._entries.layers, self._entries.matrices
+        rows, width = len(self._place_B), self._lm.config.width
+        heads = int((layers["heads"] // layers["key_heads"]).max())
+        looking = rows * 2 * int(table[layers["qkv"], OUTS].max()) + parts * heads * self._rings.room
+        feeding = 0
+        for layer in layers:
+            most = max(1, int(layer["top_k"]))
+            for up, down in (("up", "down"), ("shared_up", "shared_down")):
+                wide = int(table[layer[up], OUTS] + table[layer[down], INS])
+                feeding = max(feeding, rows * most * (2 + 2 * width + wide))
+            routes = int(table[layer["router"], OUTS]) if layer["routed"] else 0
+            feeding = max(feeding, rows * (2 * most + routes))
+        return rows * (3 * width + 4 * int(model["pairs"])) + max(looking, feeding)
 
     def prefill(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
         """(B, V) the scores after each row's last token; what was there before is forgotten."""
@@ -72,7 +81,11 @@ class CompiledSteps:
         if self._rings.grow(int(self._place_B.max()) + 1):
             self._point()
         tables = entries.models, entries.layers, entries.norms, entries.matrices
-        step(*tables, np.ascontiguousarray(ids), self._place_B, self._room_F.numpy(), self._logits_BV.numpy())
+        parts = threads()
+        if parts != self._parts:
+            self._point()
+        rooms = self._room_F.numpy(), self._room_I, self._logits_BV.numpy()
+        step(*tables, np.ascontiguousarray(ids), self._place_B, *rooms, parts)
         self._place_B += 1
         return self._logits_BV
 

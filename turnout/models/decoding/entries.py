@@ -12,7 +12,7 @@ from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, Norm
 from turnout.paths import Bank, FeedForward
 from turnout.run.compiled.curves import ACTIVATIONS
-from turnout.run.compiled.tables import CODES, LAYER, MATRIX, MODEL, NORM, Kept
+from turnout.run.compiled.tables import CODES, LAYER, MODEL, NORM, Kept
 
 __all__ = ["Entries", "router_entries"]
 
@@ -35,7 +35,7 @@ class Entries:
         self.models = np.zeros(1, MODEL)
         self._model(lm, self.models[0])
         self.layers = np.concatenate(layers)
-        self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, MATRIX)
+        self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
 
     def _norm(self, norm: Norm | None) -> int:
         if norm is None:

@@ -18,7 +18,7 @@ from turnout.run.compiled.tables import CODES
 from turnout.run.composed import transformed
 from turnout.run.product import replaced
 
-__all__ = ["path", "why_plain"]
+__all__ = ["decoding_path", "why_plain"]
 
 # What the compiled step knows, and nothing that is derived from it.
 _ROUTERS = (token.TopK, token.LossFree, token.GroupLimited, token.Switch, token.GShard)
@@ -49,11 +49,11 @@ def why_plain(lm: nn.Module) -> str | None:
     return _why_not_here() or _why_modules(lm) or _why_tensors(lm)
 
 
-def path(lm: nn.Module) -> str:
-    """Which path it is, in words.
+def decoding_path(lm: nn.Module) -> str:
+    """What generation runs after the prompt, in words: one compiled step a token, or the model's modules and why.
 
     >>> from turnout.models import LMConfig
-    >>> path(torch.nn.Identity()).startswith("the model's modules, because")
+    >>> decoding_path(torch.nn.Identity()).startswith("the model's modules, because")
     True
 
     Source: none; plain bookkeeping.

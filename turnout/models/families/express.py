@@ -50,7 +50,7 @@ def architecture_of(config: LMConfig, *, prefer: str | None = None, only: str | 
         if not found[family.architecture]:
             return family, config
     for family in families:
-        more = family.silent(config)
+        more = family.silent(config) if config.quantized is None else None
         if more is not None and not (less := obstacles(more, family)):
             return family, more
         if more is not None and len(less) < len(found[family.architecture]):
@@ -73,6 +73,9 @@ def obstacles(config: LMConfig, family: Family) -> list[str]:
         has = "experts" if family.routed else "no experts"
         fix = "make it a mixture of experts (--to moe)" if family.routed else "start from its dense model"
         return [f"{family.architecture} has {has}, the model has {'none' if family.routed else 'some'}: {fix}"]
+    if config.quantized is not None:
+        why = _few_bits(config, family)
+        return [*([why] if why else []), *obstacles(dataclasses.replace(config, quantized=None), family)]
     try:
         theirs = meaning(family.read(Keys(family.write(config), {}, family.aliases)))
     except TurnoutError as error:
@@ -89,6 +92,22 @@ def obstacles(config: LMConfig, family: Family) -> list[str]:
             fix = _FIXES.get(name, _KEEP)
             reasons.append(f"{name} is {ours.get(name)!r}, there it would be {theirs.get(name)!r}: {fix}")
     return reasons + family.limits(config)
+
+
+def _few_bits(config: LMConfig, family: Family) -> str | None:
+    """Why maps in few bits cannot be written in this architecture."""
+    quantized, names = config.quantized, family.layouts[0]
+    assert quantized is not None
+    if quantized.codes != "int":
+        return f"quantized.codes is {quantized.codes!r}, there it would be 'int': round with codes='int' (--codes int)"
+    whole = "write its weights out in full (--densify, turnout.reshape.densify)"
+    if names.views is not None:
+        return f"{family.architecture} has no linear maps that others read in few bits: {whole}"
+    if names.fused is not None and "experts" in quantized.parts:
+        return (
+            f"{family.architecture} has all experts of a layer in one tensor, which nobody reads in few bits: {whole}"
+        )
+    return None
 
 
 def family_of(keys: Mapping[str, Any], families: Sequence[Family] = FAMILIES) -> Family | None:

@@ -109,14 +109,19 @@ def to_gguf(
     if plain:
         block = "rows that are no multiple of 32"
         said.append(f"{len(plain)} tensors have {block} and stay in fp32: {', '.join(plain[:2])}")
+    _announce(gguf, writer, parts)
+    write_whole(path, lambda aside: _write(writer, parts, aside))
+    count = Counter(chosen.name for _, chosen in parts)
+    return GGUFFile(its.name, dict(count), path.stat().st_size, tuple(said))
+
+
+def _announce(gguf: Any, writer: Any, parts: list[tuple[Piece, Any]]) -> None:
+    """Tells the file which tensors come, before any is made."""
     for piece, chosen in parts:
         shape = gguf.quant_shape_to_byte_shape(piece.shape, chosen) if chosen.name != "F32" else piece.shape
         size = int(np.prod(shape, dtype=np.int64)) * (4 if chosen.name == "F32" else 1)
         kept = np.dtype(np.float32 if chosen.name == "F32" else np.uint8)
         writer.add_tensor_info(piece.name, shape, kept, size, raw_dtype=chosen)
-    write_whole(path, lambda aside: _write(writer, parts, aside))
-    count = Counter(chosen.name for _, chosen in parts)
-    return GGUFFile(its.name, dict(count), path.stat().st_size, tuple(said))
 
 
 def _whole(lm: nn.Module) -> LM:

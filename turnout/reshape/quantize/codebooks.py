@@ -179,8 +179,8 @@ def quantile_levels(ratio: Tensor, bits: int) -> Tensor:
         ratio: weights over the largest of their group, any shape.
         bits: k.
 
-    >>> quantile_levels(torch.linspace(-1, 1, 1001), 3)[[0, 3, 7]]
-    tensor([-1.0000,  0.0000,  1.0000])
+    >>> quantile_levels(torch.linspace(-1, 1, 1001), 3)[[0, 4, 7]]
+    tensor([-1.,  0.,  1.])
 
     Source: Dettmers and Zettlemoyer, 2023, section 2.2, equation 5. They take quantiles of the whole matrix and stretch
     by the largest; we take those of what is to be coded, and each side's own largest, so that no group's is cut off.

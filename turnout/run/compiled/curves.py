@@ -7,11 +7,11 @@ import numpy as np
 from turnout.run.compiled.engine import kernel
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["ACTIVATIONS", "activated", "bounded", "grown"]
+__all__ = ["ACTIVATIONS", "GATED", "activated", "bounded", "grown"]
 
 # The numbers that a table gives activations; gated ones first.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai", "gelu", "gelu_tanh", "relu", "silu")
-_GATED = 5
+GATED = 5
 _PER_LN2, _LN2 = np.float32(1 / math.log(2)), math.log(2)
 _LOW, _HIGH = np.float32(-87.3), np.float32(88.7)
 _ROOT_HALF, _ROOT_2_PI = np.float32(math.sqrt(0.5)), np.float32(math.sqrt(2 / math.pi))
@@ -56,24 +56,27 @@ def _bent(x, code):
 
 
 @kernel()
-def activated(wide_MH, code, out_MF):
-    """What lies between the two products of a feed-forward layer, gate first and value last where there is a gate."""
-    M, F = out_MF.shape
-    for m in range(M):
-        gate_F, out_F = wide_MH[m, :F], out_MF[m]
+def activated(wide_MH, code, first, last, out_MF):
+    """What lies between the two products of a feed-forward layer, from one hidden number to another.
+
+    Where there is a gate, it is first and the value last.
+    """
+    hidden = out_MF.shape[1]
+    for m in range(out_MF.shape[0]):
+        gate_F, out_F = wide_MH[m], out_MF[m]
         if code == 0:
-            value_F = wide_MH[m, F:]
-            for f in range(F):
+            value_F = wide_MH[m, hidden:]
+            for f in range(first, last):
                 out_F[f] = gate_F[f] / (_ONE + grown(-gate_F[f])) * value_F[f]
         elif code == 4:
-            value_F = wide_MH[m, F:]
-            for f in range(F):
+            value_F = wide_MH[m, hidden:]
+            for f in range(first, last):
                 value = min(max(value_F[f], -_LIMIT), _LIMIT) + _ONE
                 out_F[f] = _bent(min(gate_F[f], _LIMIT), code) * value
-        elif code < _GATED:
-            value_F = wide_MH[m, F:]
-            for f in range(F):
+        elif code < GATED:
+            value_F = wide_MH[m, hidden:]
+            for f in range(first, last):
                 out_F[f] = _bent(gate_F[f], code) * value_F[f]
         else:
-            for f in range(F):
+            for f in range(first, last):
                 out_F[f] = _bent(gate_F[f], code)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from turnout.errors import MissingExtraError, word
 from turnout.run.compiled.saved import keep
+from turnout.run.composed import transformed
 
 __all__ = ["Kernel", "Lazy", "array", "compiled_here", "kernel", "takes", "threads", "why_not_compiled"]
 
@@ -88,9 +89,13 @@ def takes(*tensors: Tensor | None) -> bool:
 
     Source: none; plain bookkeeping.
     """
-    return not torch.compiler.is_compiling() and all(
-        one is None or (type(one) in (Tensor, torch.nn.Parameter) and one.is_cpu and not one.is_neg())
-        for one in tensors
+    return (
+        not torch.compiler.is_compiling()
+        and not transformed()
+        and all(
+            one is None or (type(one) in (Tensor, torch.nn.Parameter) and one.is_cpu and not one.is_neg())
+            for one in tensors
+        )
     )
 
 
@@ -182,6 +187,11 @@ class Kernel:
         """The sources that it and all it is made of come from."""
         return {self._function.__code__.co_filename}.union(*(one.files for one in self.uses.values()))
 
+    @functools.cached_property
+    def spreads(self) -> bool:
+        """Whether several threads can do it, or part of it."""
+        return self._threaded or any(isinstance(one, Kernel) and one.spreads for one in self.uses.values())
+
     def made(self, *, threaded: bool = False) -> Any:
         """Numba's own dispatcher, for one thread or for several.
 
@@ -200,18 +210,23 @@ class Kernel:
             raise MissingExtraError(word("numba", got=why, allowed="be there and be wanted", where=where, fix=fix))
         numba = importlib.import_module("numba")
         function = self._function
-        known = function.__globals__ | {name: one.made() for name, one in self.uses.items()}
+        # What shares a loop among threads has no use for further ones inside; what shares none leaves it to its parts.
+        inside = threaded and not self._threaded
+        known = function.__globals__ | {
+            name: one.made(threaded=inside and one.spreads) if isinstance(one, Kernel) else one.made()
+            for name, one in self.uses.items()
+        }
         own = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
         own.__module__, own.__qualname__ = function.__module__, function.__qualname__
         free = False if self._exact else set(_FREE)
-        options = {"nogil": True, "fastmath": free, "parallel": threaded, "error_model": "numpy"}
+        options = {"nogil": True, "fastmath": free, "parallel": threaded and self._threaded, "error_model": "numpy"}
         dispatcher = numba.njit(**options, inline="always" if self._inside else "never")(own)
         keep(dispatcher, self.files, threaded)
         return dispatcher
 
     def __call__(self, *given: Any) -> Any:
         """Its result for these arrays and numbers; by several threads where it can and torch may."""
-        if self._threaded and (count := threads()) > 1 and _TURN.acquire(blocking=False):
+        if self.spreads and (count := threads()) > 1 and _TURN.acquire(blocking=False):
             try:
                 return self._spread(count, given)
             finally:

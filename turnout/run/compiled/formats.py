@@ -82,7 +82,6 @@ def matrices(weight: Tensor | Packed) -> Matrices:
 
     Source: none; plain bookkeeping.
     """
-    group = max(1, weight.shape[-1])
     if isinstance(weight, Packed):
         stride = weight.code.shape[-1]
         levels = _WHOLE if weight.levels is None else array(weight.levels)
@@ -92,7 +91,7 @@ def matrices(weight: Tensor | Packed) -> Matrices:
         )
     flat = weight if weight.is_contiguous() else weight.as_strided((_reach(weight),), (1,))
     expert = weight.stride(0) if weight.ndim == 3 else 0
-    return Matrices(array(flat).reshape(-1), expert, weight.stride(-2), _NONE, 1, group, _WHOLE)
+    return Matrices(array(flat).reshape(-1), expert, weight.stride(-2), _NONE, 1, weight.shape[-1], _WHOLE)
 
 
 def _reach(weight: Tensor) -> int:

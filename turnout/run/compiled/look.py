@@ -4,10 +4,11 @@ import numpy as np
 
 from turnout.run.compiled.curves import bounded, grown
 from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.lanes import prange
 from turnout.run.compiled.tables import FLOAT, brains, floats
 from turnout.run.compiled.times import across, along
 
-__all__ = ["looked", "rounded", "stored"]
+__all__ = ["looked", "looked_all", "rounded", "stored"]
 
 
 @kernel()
@@ -34,7 +35,7 @@ def stored(code, address, new_W):
 
 
 @kernel()
-def shared(score_T, sink, softcap, scale):
+def softened(score_T, sink, softcap, scale):
     """The softmax of these scores in place, with one more term e^sink that no position belongs to."""
     most = sink
     for t in range(score_T.shape[0]):
@@ -56,15 +57,58 @@ def shared(score_T, sink, softcap, scale):
 def looked(code, keys, values, slots_T, q_GW, sinks_G, softcap, scale, score_GT, out_GV):
     """What G heads that share keys and values make of the first T slots of a cache: their weighted sum of values."""
     G, W = q_GW.shape
-    V, none_0 = out_GV.shape[1], q_GW[0, :0]
+    V = out_GV.shape[1]
     if code == FLOAT:
-        along(q_GW, floats(keys, slots_T * W), W, none_0, score_GT)
+        along(q_GW, floats(keys, slots_T * W), W, score_GT, 0, slots_T)
     else:
-        along(q_GW, brains(keys, slots_T * W), W, none_0, score_GT)
+        along(q_GW, brains(keys, slots_T * W), W, score_GT, 0, slots_T)
     for g in range(G):
         sink = sinks_G[g] if sinks_G.shape[0] else np.float32(-np.inf)
-        shared(score_GT[g], sink, softcap, scale)
+        softened(score_GT[g], sink, softcap, scale)
     if code == FLOAT:
-        across(score_GT, floats(values, slots_T * V), V, none_0, out_GV)
+        across(score_GT, floats(values, slots_T * V), V, out_GV, 0, V)
     else:
-        across(score_GT, brains(values, slots_T * V), V, none_0, out_GV)
+        across(score_GT, brains(values, slots_T * V), V, out_GV, 0, V)
+
+
+@kernel(threaded=True)
+def looked_all(
+    code,
+    keys,
+    values,
+    slots,
+    window,
+    place_B,
+    qkv_BO,
+    heads,
+    key_heads,
+    width,
+    sinks,
+    softcap,
+    scale,
+    score_F,
+    out_BQ,
+    parts,
+):
+    """Attention of every row: its new keys and values go into the cache, then its heads look; a thread takes some.
+
+    A row of ``qkv`` is its queries, keys and values, head after head. Each part has room for its own scores.
+    """
+    B, share, size = place_B.shape[0], heads // key_heads, 4 if code == FLOAT else 2
+    sinks_H = floats(sinks, heads if sinks != 0 else 0)
+    room = score_F.shape[0] // parts
+    for part in prange(parts):
+        for item in range(part, B * key_heads, parts):
+            b, g = item // key_heads, item % key_heads
+            row_O, slot, seen = qkv_BO[b], place_B[b], place_B[b] + 1
+            if window > 0:
+                slot, seen = slot % window, min(seen, window)
+            at, k, q = item * slots * width * size, (heads + g) * width, g * share * width
+            v, new = k + key_heads * width, at + slot * width * size
+            stored(code, keys + new, row_O[k : k + width])
+            stored(code, values + new, row_O[v : v + width])
+            q_GW = row_O[q : q + share * width].reshape(share, width)
+            out_GW = out_BQ[b, q : q + share * width].reshape(share, width)
+            sinks_G = sinks_H[g * share : (g + 1) * share] if sinks != 0 else sinks_H
+            score_GT = score_F[part * room : part * room + share * seen].reshape(share, seen)
+            looked(code, keys + at, values + at, seen, q_GW, sinks_G, softcap, scale, score_GT, out_GW)

@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from turnout.run.compiled.curves import activated, bounded, grown
+from turnout.run.compiled.curves import bounded, grown
 from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.feed import fed, grouped, whole
 from turnout.run.compiled.lanes import wide
-from turnout.run.compiled.look import looked, stored
+from turnout.run.compiled.look import looked_all
 from turnout.run.compiled.norms import angles, normed, turned
 from turnout.run.compiled.route import chosen
-from turnout.run.compiled.tables import FLOAT, brains, floats, wholes
-from turnout.run.compiled.times import times
+from turnout.run.compiled.tables import FLOAT, OUTS, brains, floats, wholes
+from turnout.run.compiled.times import spread, times
 
 __all__ = ["step"]
 
@@ -61,117 +62,81 @@ def _heads(layer, norms, first, count, which, row_Q, cos_P, sin_P):
 
 
 @kernel()
-def attention(layer, norms, matrices, h_BD, place_B, cos_BP, sin_BP, room_F, y_BD):
+def _attention(layer, norms, table, h_BD, place_B, cos_BP, sin_BP, room_F, y_BD, parts):
     """What the attention of a layer makes of normed rows; their keys and values are added to the cache."""
-    B, H, G, W = h_BD.shape[0], layer.heads, layer.key_heads, layer.head_width
-    share, size, slots = H // G, 4 if layer.cache_code == FLOAT else 2, layer.slots
-    qkv_BO = _cut(room_F, 0, B, (H + 2 * G) * W)
-    mixed_BQ = _cut(room_F, qkv_BO.size, B, H * W)
+    rows, heads, key_heads, width = h_BD.shape[0], layer.heads, layer.key_heads, layer.head_width
+    qkv_BO = _cut(room_F, 0, rows, (heads + 2 * key_heads) * width)
+    mixed_BQ = _cut(room_F, qkv_BO.size, rows, heads * width)
     score_F = room_F[qkv_BO.size + mixed_BQ.size :]
-    times(matrices[layer.qkv], 0, h_BD, qkv_BO)
-    sinks_H = floats(layer.sinks, H if layer.sinks != 0 else 0)
-    for b in range(B):
-        row_Q, place = qkv_BO[b], place_B[b]
-        _heads(layer, norms, 0, H, layer.q_norm, row_Q, cos_BP[b], sin_BP[b])
-        _heads(layer, norms, H * W, G, layer.k_norm, row_Q, cos_BP[b], sin_BP[b])
-        slot, seen = place, place + 1
-        if layer.window > 0:
-            slot, seen = place % layer.window, min(seen, layer.window)
-        for g in range(G):
-            at, k = ((b * G + g) * slots) * W * size, (H + g) * W
-            stored(layer.cache_code, layer.keys + at + slot * W * size, row_Q[k : k + W])
-            stored(layer.cache_code, layer.values + at + slot * W * size, row_Q[k + G * W : k + (G + 1) * W])
-            q_GW = row_Q[g * share * W : (g + 1) * share * W].reshape(share, W)
-            out_GW = mixed_BQ[b, g * share * W : (g + 1) * share * W].reshape(share, W)
-            sinks_G = sinks_H[g * share : (g + 1) * share] if layer.sinks != 0 else sinks_H
-            score_GT = _cut(score_F, 0, share, seen)
-            keys, values = layer.keys + at, layer.values + at
-            looked(layer.cache_code, keys, values, seen, q_GW, sinks_G, layer.softcap, layer.scale, score_GT, out_GW)
-    times(matrices[layer.out], 0, mixed_BQ, y_BD)
+    spread(table, layer.qkv, h_BD, qkv_BO, parts)
+    for b in range(rows):
+        _heads(layer, norms, 0, heads, layer.q_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
+        _heads(layer, norms, heads * width, key_heads, layer.k_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
+    looked_all(
+        layer.cache_code,
+        layer.keys,
+        layer.values,
+        layer.slots,
+        layer.window,
+        place_B,
+        qkv_BO,
+        heads,
+        key_heads,
+        width,
+        layer.sinks,
+        layer.softcap,
+        layer.scale,
+        score_F,
+        mixed_BQ,
+        parts,
+    )
+    spread(table, layer.out, mixed_BQ, y_BD, parts)
 
 
 @kernel()
-def _through(up, down, e, activation, x_MD, room_F, y_MD):
-    """What one expert, or the dense feed-forward layer, makes of rows."""
-    M, H, F = x_MD.shape[0], up.outputs, down.inputs
-    wide_MH = _cut(room_F, 0, M, H)
-    out_MF = _cut(room_F, M * H, M, F)
-    times(up, e, x_MD, wide_MH)
-    activated(wide_MH, activation, out_MF)
-    times(down, e, out_MF, y_MD)
-
-
-@kernel()
-def _experts(layer, up, down, h_BD, choice_BK, weight_BK, room_F, y_BD):
-    """The weighted sum of each row's experts; an expert is read once for all rows that take it."""
-    B, D = h_BD.shape
-    K = choice_BK.shape[1]
-    row_F, made_F, rest_F = room_F[: B * D], room_F[B * D : 2 * B * D], room_F[2 * B * D :]
-    for b in range(B):
-        for d in range(D):
-            y_BD[b, d] = np.float32(0)
-    for first in range(B * K):
-        e, count = choice_BK[first // K, first % K], 0
-        if e < 0:
-            continue
-        for b in range(first // K, B):
-            for k in range(K):
-                if choice_BK[b, k] == e:
-                    _copied(h_BD[b], row_F[count * D : (count + 1) * D])
-                    count += 1
-                    break
-        made_MD = made_F[: count * D].reshape(count, D)
-        _through(up, down, e, layer.activation, row_F[: count * D].reshape(count, D), rest_F, made_MD)
-        count = 0
-        for b in range(first // K, B):
-            weight, met = np.float32(0), False
-            for k in range(K):
-                if choice_BK[b, k] == e:
-                    weight, met, choice_BK[b, k] = weight + weight_BK[b, k], True, -1
-            if met:
-                for d in range(D):
-                    y_BD[b, d] += weight * made_MD[count, d]
-                count += 1
-
-
-@kernel()
-def _always(layer, up, down, h_BD, room_F, y_BD):
-    """Adds what the shared expert makes of rows, under its gate."""
-    B, D = h_BD.shape
-    made_BD = _cut(room_F, 0, B, D)
-    _through(up, down, 0, layer.activation, h_BD, room_F[B * D :], made_BD)
-    for b in range(B):
-        open_ = np.float32(1)
-        if layer.shared_gate != 0:
-            gate_D, logit = floats(layer.shared_gate, D), np.float32(0)
-            for d in range(D):
-                logit += gate_D[d] * h_BD[b, d]
-            open_ = np.float32(1) / (np.float32(1) + grown(-logit))
-        for d in range(D):
-            y_BD[b, d] += open_ * made_BD[b, d]
-
-
-@kernel()
-def feed_forward(layer, matrices, h_BD, room_F, y_BD):
-    """What the feed-forward layer, dense or routed, makes of normed rows."""
-    B, K = h_BD.shape[0], layer.top_k
-    if layer.routed == 0:
-        _through(matrices[layer.up], matrices[layer.down], 0, layer.activation, h_BD, room_F, y_BD)
-        return
-    logit_BE = _cut(room_F, 0, B, matrices[layer.router].outputs)
-    weight_BK = _cut(room_F, logit_BE.size, B, K)
-    choice_BK = np.empty((B, K), np.int64)
-    times(matrices[layer.router], 0, h_BD, logit_BE)
-    for b in range(B):
+def _routed(layer, table, h_BD, logit_BE, weight_BK, choice_BK):
+    """Which experts each row takes, and with what weight."""
+    times(table, layer.router, 0, h_BD, logit_BE, 0, logit_BE.shape[1])
+    for b in range(h_BD.shape[0]):
         chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b])
         if layer.labels != 0:
             label_E = wholes(layer.labels, logit_BE.shape[1])
-            for k in range(K):
+            for k in range(choice_BK.shape[1]):
                 choice_BK[b, k] = label_E[choice_BK[b, k]]
-    rest_F = room_F[logit_BE.size + weight_BK.size :]
-    _experts(layer, matrices[layer.up], matrices[layer.down], h_BD, choice_BK, weight_BK, rest_F, y_BD)
-    if layer.shared_up >= 0:
-        _always(layer, matrices[layer.shared_up], matrices[layer.shared_down], h_BD, room_F, y_BD)
+
+
+@kernel()
+def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
+    """What the feed-forward layer, dense or routed, makes of normed rows."""
+    rows, most, width = h_BD.shape[0], max(layer.top_k, 1), h_BD.shape[1]
+    entries = rows * most
+    expert_G, start_G, row_R = room_I[:entries], room_I[entries : 2 * entries + 1], room_I[2 * entries + 1 :]
+    weight_R, rest_F = room_F[:entries], room_F[entries:]
+    for b in range(rows):
+        for d in range(width):
+            y_BD[b, d] = np.float32(0)
+    if layer.routed == 0:
+        groups = whole(rows, expert_G, start_G, row_R, weight_R, np.float32(1))
+    else:
+        logit_BE = _cut(rest_F, 0, rows, table[layer.router, OUTS])
+        weight_BK = _cut(rest_F, logit_BE.size, rows, most)
+        choice_BK = room_I[3 * entries + 1 : 4 * entries + 1].reshape(rows, most)
+        _routed(layer, table, h_BD, logit_BE, weight_BK, choice_BK)
+        groups = grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R)
+    code = layer.activation
+    fed(table, layer.up, layer.down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, rest_F, parts)
+    if layer.shared_up < 0:
+        return
+    groups = whole(rows, expert_G, start_G, row_R, weight_R, np.float32(1))
+    if layer.shared_gate != 0:
+        gate_D = floats(layer.shared_gate, width)
+        for b in range(rows):
+            logit = np.float32(0)
+            for d in range(width):
+                logit += gate_D[d] * h_BD[b, d]
+            weight_R[b] = np.float32(1) / (np.float32(1) + grown(-logit))
+    up, down = layer.shared_up, layer.shared_down
+    fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, rest_F, parts)
 
 
 @kernel()
@@ -189,7 +154,7 @@ def _embedded(address, code, index, scale, x_D, adds):
 
 
 @kernel()
-def step(models, layers, norms, matrices, id_B, place_B, room_F, logits_BV):
+def step(models, layers, norms, table, id_B, place_B, room_F, room_I, logits_BV, parts):
     """One token of each row at its place: all layers, and the scores of the next tokens."""
     model, B, V = models[0], id_B.shape[0], logits_BV.shape[1]
     D, P = model.width, model.pairs
@@ -209,13 +174,13 @@ def step(models, layers, norms, matrices, id_B, place_B, room_F, logits_BV):
         layer = layers[number]
         cos, sin = (near_cos_BP, near_sin_BP) if layer.local != 0 else (cos_BP, sin_BP)
         _before(norms, layer.norm, x_BD, h_BD)
-        attention(layer, norms, matrices, h_BD, place_B, cos, sin, rest_F, y_BD)
+        _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
-        feed_forward(layer, matrices, h_BD, rest_F, y_BD)
+        _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts)
         _added(norms, layer.ff_out_norm, layer.residual, y_BD, x_BD)
     _before(norms, model.norm, x_BD, h_BD)
-    times(matrices[model.head], 0, h_BD, logits_BV)
+    spread(table, model.head, h_BD, logits_BV, parts)
     for b in range(B):
         for v in range(V):
             logit = logits_BV[b, v] / model.divisor

@@ -14,18 +14,16 @@ from torch import Tensor
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["CODES", "LAYER", "MATRIX", "MODEL", "NORM", "Kept", "brains", "floats", "wholes"]
+__all__ = ["CODES", "LAYER", "MODEL", "NORM", "Kept", "brains", "floats", "wholes"]
 
 # How numbers are stored, as a table says it.
 FLOAT, BRAIN = 0, 1
 CODES = {torch.float32: FLOAT, torch.bfloat16: BRAIN}
 
 # A matrix, or a stack of them for experts: bytes where it begins and from one to the next, how its numbers are stored,
-# and its order in memory: an output's weights after each other, or (by_input) an input's, ``stride`` numbers apart.
-# A bias is fp32, ``bias_next`` numbers from one to the next; 0 for none.
-MATRIX = np.dtype(
-    [(name, np.int64) for name in "at next code outputs inputs by_input stride bias bias_next".split()], align=True
-)
+# and its order in memory: an output's weights after each other, or (by input) an input's, ``stride`` numbers apart.
+# A bias is fp32, so many numbers from one to the next; 0 for none.
+AT, NEXT, CODE, OUTS, INS, BY_INPUT, STRIDE, BIAS, BIAS_NEXT = range(9)
 # A norm: fp32 weights and biases (0 for none); by mean and variance (layer), or by the root mean square.
 NORM = np.dtype([("weight", "i8"), ("bias", "i8"), ("layer", "i8"), ("eps", "f4")], align=True)
 _LAYER = {
@@ -68,7 +66,7 @@ class Kept:
         return self.at(wide + plus if plus else wide)
 
     def matrix(self, stack: Tensor, bias: Tensor | None = None) -> tuple[int, ...]:
-        """A record of MATRIX for (O, I), or for a stack (E, O, I) of them."""
+        """The row of a table of matrices for (O, I), or for a stack (E, O, I) of them."""
         size, strides = stack.element_size(), stack.stride()
         outs, ins = stack.shape[-2:]
         by_input = strides[-1] != 1 and strides[-2] == 1

@@ -1,0 +1,95 @@
+"""The feed-forward layers of a step: each expert that some row takes, read once for all rows that take it."""
+
+import numpy as np
+
+from turnout.run.compiled.curves import GATED, activated
+from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.lanes import prange
+from turnout.run.compiled.tables import INS, OUTS
+from turnout.run.compiled.times import share, times
+
+__all__ = ["fed", "grouped", "whole"]
+
+
+@kernel()
+def whole(rows, expert_G, start_G, row_R, weight_R, weight):
+    """One group of all rows, for a layer that is always on."""
+    expert_G[0], start_G[0], start_G[1] = 0, 0, rows
+    for row in range(rows):
+        row_R[row], weight_R[row] = row, weight
+    return 1
+
+
+@kernel()
+def grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R):
+    """The rows of each expert after each other; how many experts there are. It empties the choices."""
+    rows, most = choice_BK.shape
+    groups, end = 0, 0
+    start_G[0] = 0
+    for first in range(rows * most):
+        e = choice_BK[first // most, first % most]
+        if e < 0:
+            continue
+        for b in range(first // most, rows):
+            weight, met = np.float32(0), False
+            for k in range(most):
+                if choice_BK[b, k] == e:
+                    weight, met, choice_BK[b, k] = weight + weight_BK[b, k], True, -1
+            if met:
+                row_R[end], weight_R[end] = b, weight
+                end += 1
+        expert_G[groups] = e
+        groups += 1
+        start_G[groups] = end
+    return groups
+
+
+@kernel(threaded=True)
+def _widened(table, up, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts):
+    """The hidden numbers of all groups; a thread makes the same part of each expert's gates and values."""
+    hidden = act_RF.shape[1]
+    for part in prange(parts):
+        first, last = share(hidden, part, parts), share(hidden, part + 1, parts)
+        for g in range(groups):
+            start, end, e = start_G[g], start_G[g + 1], expert_G[g]
+            wide_MH = wide_RH[start:end]
+            if code < GATED and parts > 1:
+                times(table, up, e, x_RD[start:end], wide_MH, first, last)
+                times(table, up, e, x_RD[start:end], wide_MH, hidden + first, hidden + last)
+            else:
+                times(table, up, e, x_RD[start:end], wide_MH, first, wide_MH.shape[1] if code < GATED else last)
+            activated(wide_MH, code, first, last, act_RF[start:end])
+
+
+@kernel(threaded=True)
+def _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts):
+    """Adds the weighted outputs of all groups to their rows; a thread makes the same part of each."""
+    width = y_BD.shape[1]
+    for part in prange(parts):
+        first, last = share(width, part, parts), share(width, part + 1, parts)
+        for g in range(groups):
+            start, end = start_G[g], start_G[g + 1]
+            times(table, down, expert_G[g], act_RF[start:end], made_RD[start:end], first, last)
+            for r in range(start, end):
+                y_D, made_D, weight = y_BD[row_R[r]], made_RD[r], weight_R[r]
+                for d in range(first, last):
+                    y_D[d] += weight * made_D[d]
+
+
+@kernel()
+def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, room_F, parts):
+    """Adds to y what the experts of all groups make of their rows, weighted."""
+    rows, width = start_G[groups], h_BD.shape[1]
+    wide, hidden = table[up, OUTS], table[down, INS]
+    at_made, at_wide = rows * width, 2 * rows * width
+    at_act = at_wide + rows * wide
+    x_RD = room_F[:at_made].reshape(rows, width)
+    made_RD = room_F[at_made:at_wide].reshape(rows, width)
+    wide_RH = room_F[at_wide:at_act].reshape(rows, wide)
+    act_RF = room_F[at_act : at_act + rows * hidden].reshape(rows, hidden)
+    for r in range(rows):
+        x_D, h_D = x_RD[r], h_BD[row_R[r]]
+        for d in range(width):
+            x_D[d] = h_D[d]
+    _widened(table, up, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
+    _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts)
