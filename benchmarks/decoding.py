@@ -40,6 +40,7 @@ PEERS = ("turnout", "transformers", "adopted", "llama.cpp")
 # llama.cpp's with whole ones: it rounds for itself. And it keeps keys and values in fp16.
 ALLOWED = {"fp32": 1e-4, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2}
 ALLOWED_LLAMA = {"fp32": 2e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-1}
+UNMEASURED = "\nNot measured yet.\n"
 BEGIN, END = "<!-- decoding: written by benchmarks.decoding --docs -->", "<!-- decoding: end -->"
 
 
@@ -206,7 +207,7 @@ def measure(processes: dict[str, Process], cell: Cell, rounds: int, order: rando
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """What is timed, memory first."""
-    steps = [Cell("steps", n, c, max(1, options.tokens // n)) for c in options.context for n in options.streams]
+    steps = [Cell("steps", n, c, max(4, options.tokens // n)) for c in options.context for n in options.streams]
     return [*steps, Cell("prefill", 1, 0, options.prefill), Cell("generate", 1, 32, options.tokens)]
 
 
@@ -292,7 +293,8 @@ def run(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     torch.set_num_threads(1)
     about = provenance() | {"rounds": options.rounds, "quick": options.quick}
     record: dict[str, Any] = {"about": about, "cases": [], "memory": [], "errors": [], "absent": [], "alone": []}
-    lines = heading("Decoding on the CPU: turnout, transformers and llama.cpp", about | {"threads": options.threads})
+    said = about | {"threads": ", ".join(map(str, options.threads))}
+    lines = heading("Decoding on the CPU: turnout, transformers and llama.cpp", said)
     lines += [f"Medians of {options.rounds} interleaved rounds; CPU time of the process with all its threads, "
               "ratios of the same round (least-most); `OMP_WAIT_POLICY=PASSIVE` for all. llama.cpp is b11739, with its "
               "default cache in fp16; q8_0 and q4_0 stand in the columns of int8 and int4, ours in the same groups of "
@@ -344,7 +346,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", nargs="+", type=int)
     parser.add_argument("--context", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--tokens", type=int, default=16, help="of a turn, over all streams, at least one each")
+    parser.add_argument("--tokens", type=int, default=16, help="of a turn, over all streams, at least 4 each")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--work", type=Path, help="keep the models there")
     parser.add_argument("--out", type=Path, help="folder for a dated page (markdown) and all times (JSON)")

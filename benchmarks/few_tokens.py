@@ -39,9 +39,14 @@ def _timed(work: Callable[[], object]) -> float:
     return (time.process_time_ns() - start) / 1e3
 
 
+def _lying(stack: Tensor) -> Tensor:
+    """The matrices as they lie in memory."""
+    return stack if stack.stride(-1) == 1 else stack.transpose(1, 2)
+
+
 def _fastest_reader(bank: Bank, rounds: int) -> str:
     """The reduction that reads one expert in the least time."""
-    matrices = [bank.up_EDH.detach()[0], bank.down_EFD.detach()[0]]
+    matrices = [_lying(stack.detach())[0] for stack in (bank.up_EDH, bank.down_EFD)]
 
     def seconds(read: Callable[[Tensor], object]) -> float:
         return statistics.median(_timed(lambda: [read(w) for w in matrices]) for _ in range(5 * rounds))
@@ -71,8 +76,7 @@ def decode(case: Case, rounds: int, seed: int = 0, *, same: bool = False) -> dic
     denses = [Dense(case) for _ in banks]
     name = _fastest_reader(banks[0], rounds)
     read = READERS[name]
-    # As they lie in memory.
-    stacks = [(bank.up_EDH, bank.down_EFD) for bank in banks]
+    stacks = [(_lying(bank.up_EDH), _lying(bank.down_EFD)) for bank in banks]
     found: dict[str, list[float]] = {}
 
     def passes(layers: list[int], prefix: str, inputs: list[Inputs]) -> None:
