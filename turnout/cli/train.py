@@ -71,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pp=2,dp_shard=2,microbatches=4,schedule=ZBVZeroBubble",
     )
     parser.add_argument("--plan", metavar="FILE", help="under torchrun: the same from a plan that turnout plan wrote")
-    parser.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds that processes wait for each other (300)"
-    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that processes wait for each other (300)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
     parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
