@@ -121,6 +121,7 @@ def experts_times(
 
     Raises:
         MissingExtraError: nothing can be compiled here.
+        ShapeError: a routing made by hand whose entries are none of these tokens or experts.
 
     >>> routing = Routing.from_topk(torch.tensor([[0]]), torch.tensor([[0.5]]), num_experts=1)
     >>> given = torch.ones(1, 3), routing, torch.ones(1, 4, 3), torch.ones(1, 3, 4)
@@ -130,6 +131,7 @@ def experts_times(
     Source: none; one pass over the memory of what is chosen.
     """
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
+    _check(routing, tokens)
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
     several = entries if tokens > 1 else 0
     numbers = (tokens + several) * blocks(width) + entries * (blocks(hidden) + width + outs)
@@ -147,6 +149,15 @@ def experts_times(
         array(out_TD).reshape(-1),
     )
     return out_TD if x_TD.dtype == torch.float32 else out_TD.to(x_TD.dtype)
+
+
+def _check(routing: Routing, tokens: int) -> None:
+    """A kernel reads where it is told to: entries are looked at first."""
+    routing.bounds()
+    if routing.token_R.numel():
+        least, most = routing.token_R.aminmax()
+        if int(least) < 0 or int(most) >= tokens:
+            routing.validate()
 
 
 def _flat(bias: Tensor | None, weight: Tensor | Packed) -> np.ndarray:
