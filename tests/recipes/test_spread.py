@@ -215,6 +215,8 @@ def test_torchrun_without_a_layout_is_told_of_it(
     assert "write dp_shard=4,ep=2" in capsys.readouterr().err
     assert main(["train", "tiny", "--layout", "dp_shard=4", "--timeout", "0", "--out", "x"]) == 2
     assert "--timeout must be above 0 s" in capsys.readouterr().err
+    assert main(["train", "tiny", "--timeout", "5", "--out", "x"]) == 2
+    assert "--timeout must go with --layout or --plan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,18 @@ def test_a_folder_that_cannot_be_written_is_passed_over(start, tmp_path):
     assert not list(tmp_path.rglob("__pycache__/*.nbi")), "numba's own choice of a folder"
 
 
+@pytest.mark.slow
+def test_what_others_could_have_written_is_not_read(start, tmp_path):
+    assert said(start()) == ["10.0", "0"]
+    (tmp_path / "kept" / "kernels").chmod(0o777)
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.split() == ["10.0", "0"]
+    assert err.count("others can write to") == 1 and "chmod go-w" in err
+    (tmp_path / "kept" / "kernels").chmod(0o700)
+    assert said(start()) == ["10.0", "1"]
+
+
 def test_zero_switches_them_off(monkeypatch):
     monkeypatch.setenv("TURNOUT_COMPILED", "0")
     assert not compiled_here() and why_not_compiled() == "TURNOUT_COMPILED=0 is set"

@@ -71,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pp=2,dp_shard=2,microbatches=4,schedule=ZBVZeroBubble",
     )
     parser.add_argument("--plan", metavar="FILE", help="under torchrun: the same from a plan that turnout plan wrote")
-    parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="seconds that processes wait for each other (300)"
-    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that processes wait for each other (300)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (an extra)")
     parser.add_argument("--show", action="store_true", help="print every field with its value, and train nothing")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -164,7 +162,8 @@ def _spread(run: "Run", arguments: argparse.Namespace, how: dict[str, typing.Any
         raise UsageError(
             word("the layout", got=got, allowed=allowed, where="turnout train", fix=f"start it with: {line}")
         )
-    return spread(run, arguments.out, plan=plan, timeout_s=arguments.timeout, **how, quiet=arguments.quiet)
+    wait = {} if arguments.timeout is None else {"timeout_s": arguments.timeout}
+    return spread(run, arguments.out, plan=plan, **wait, **how, quiet=arguments.quiet)
 
 
 def _check_spread(arguments: argparse.Namespace) -> None:
@@ -176,9 +175,13 @@ def _check_spread(arguments: argparse.Namespace) -> None:
     if arguments.layout is not None and not arguments.layout.strip():
         allowed, fix = "name degrees", "write --layout dp_shard=4,ep=2, or leave it out"
         raise UsageError(word("--layout", got="nothing", allowed=allowed, where=where, fix=fix))
-    if not arguments.timeout > 0:
-        fix = "pass --timeout 300"
-        raise UsageError(word("--timeout", got=arguments.timeout, allowed="be above 0 s", where=where, fix=fix))
+    if arguments.timeout is not None:
+        alone = arguments.layout is None and arguments.plan is None
+        if alone or not arguments.timeout > 0:
+            got = f"{arguments.timeout:g} without processes that wait" if alone else arguments.timeout
+            allowed = "go with --layout or --plan" if alone else "be above 0 s"
+            fix = "leave it out" if alone else "pass --timeout 300"
+            raise UsageError(word("--timeout", got=got, allowed=allowed, where=where, fix=fix))
     check_there("--plan", [arguments.plan], where)
     if arguments.layout is None and arguments.plan is None and count.isdigit() and int(count) > 1:
         got, allowed = f"nothing, in one of {count} processes", "say how the model is spread over them"

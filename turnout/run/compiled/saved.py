@@ -3,6 +3,7 @@
 They lie in $TURNOUT_CACHE or ~/.cache/turnout, under ``kernels``, by numba's version and the source they come from.
 numba keeps one index for all signatures of a function, which two processes that start at once can write so that it
 names the other's code; so each signature, on each processor, has a folder of its own, where all write the same.
+What numba keeps it unpickles: a folder that others can write to is neither read nor written.
 """
 
 import contextlib
@@ -10,7 +11,9 @@ import functools
 import hashlib
 import importlib
 import os
+import stat
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,21 @@ def _say(folder: Path) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@functools.cache
+def _own(folder: Path) -> bool:
+    """Whether nobody but this user can have put something there, or another folder in its place."""
+    if not hasattr(os, "geteuid"):
+        return True
+    here, above = folder.stat(), folder.parent.stat()
+    replaced = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    if here.st_uid == os.geteuid() and not here.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not replaced:
+        return True
+    fix = f"chmod go-w {folder}, or set TURNOUT_CACHE to a folder of your own"
+    text = f"compiled kernels are not kept: others can write to {folder}. Nearest fix: {fix}."
+    warnings.warn(text, UserWarning, stacklevel=2)
+    return False
+
+
 class _Saved:
     """What numba asks for kept code; nothing that goes wrong on disk is a reason not to compile."""
 
@@ -82,7 +100,11 @@ class _Saved:
         config = importlib.import_module("numba").config
         before = config.CACHE_DIR
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            parts = (self._folder.parent, self._folder, folder)
+            for part in parts:
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not all(map(_own, parts)):
+                return None
             config.CACHE_DIR = str(folder)
             files = importlib.import_module("numba.core.caching").FunctionCache(self._function)
         except Exception:  # no such room, or a function without a file
