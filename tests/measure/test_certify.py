@@ -12,7 +12,7 @@ from turnout.errors import CheckpointError, DataError, ShapeError, UnknownNameEr
 from turnout.measure import Certificate, certify, weights_digest
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.paths import Bank
-from turnout.reshape import adopt, upcycle
+from turnout.reshape import adopt, quantize, upcycle
 from turnout.types import Routing
 
 EXPERTS = 6
@@ -280,6 +280,13 @@ def test_a_model_is_bit_equal_to_itself_and_to_its_copy() -> None:
     assert certificate.logits.relative == certificate.logits.max_abs == certificate.logits.kl_max == 0
     assert certificate.logits.top1 == 1 and certificate.parted is None
     assert certificate.a.weights_sha256 == certificate.b.weights_sha256
+
+
+def test_weights_in_few_bits_are_counted_as_weights() -> None:
+    lm = make()
+    few, _ = quantize(lm, bits=8, group=None)
+    found = certify(lm, few, ids(1))
+    assert found.b.params == found.a.params == few.cost().params
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

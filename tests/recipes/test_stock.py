@@ -15,7 +15,7 @@ from turnout.models.families import FAMILIES
 from turnout.recipes import stock
 from turnout.recipes.certify import certify_folders
 from turnout.recipes.convert import convert
-from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Split, Step, Upcycle
+from turnout.recipes.steps import Compress, Densify, Drop, Latent, Merge, Quantize, Split, Step, Upcycle
 from turnout.recipes.tied import tied
 
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -245,6 +245,13 @@ def test_without_transformers_it_says_so(made: Path, tmp_path: Path, monkeypatch
     done = convert(folder_of(made, "llama"), GROW["upcycle"], tmp_path / "out")
     assert "not checked with transformers: it is not installed" in done.summary()
     assert done.record["stock"]["version"] is None
+
+
+def test_bars_of_compressed_tensors_stay_away(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("compressed_tensors", reason="the library compressed-tensors is not installed")
+    done = convert(folder_of(made, "llama"), [Quantize(8, None)], tmp_path / "out")
+    assert "float32 logits" in done.summary() and not done.record["stock"]["skipped"]
+    assert capfd.readouterr().err == ""
 
 
 def test_without_memory_it_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

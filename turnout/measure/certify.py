@@ -36,7 +36,7 @@ from turnout.measure.gap import LogitGap, RouteGap, logit_gap, rename, route_gap
 from turnout.measure.hardware import hardware
 from turnout.measure.locate import Apart, Place, locate
 from turnout.measure.observe import Key, Model, Record, evaluating, match, observe
-from turnout.types import Routing
+from turnout.types import Packed, Routing
 
 __all__ = ["certify", "describe", "measured"]
 
@@ -121,6 +121,8 @@ def describe(model: Model, name: str, *, config_sha256: str | None = None) -> Si
         return Side(name, kind, None, None, "unknown", 0)
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters()})
     params = sum(tensor.numel() for tensor in model.parameters())
+    few = (getattr(module, "packed", None) for module in model.modules())
+    params += sum(math.prod(packed.shape) for packed in few if isinstance(packed, Packed))
     return Side(name, kind, weights_digest(model), config_sha256, ", ".join(kinds) or "none", params)
 
 

@@ -1,7 +1,9 @@
 """What was written, held against transformers itself: whether it loads there whole, and computes what it does here."""
 
+import contextlib
 import gc
 import importlib.util
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,8 +108,9 @@ def _ours(folder: Path, id_BS: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def _theirs(folder: Path, id_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """The logits of transformers' own model; nothing may be missing or left over when it loads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of versions and of dtypes; what matters is in the notes
+    # compressed-tensors shows bars that nothing turns off; what is wrong is raised, or in the notes.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # of versions and of dtypes
         import transformers
 
         quiet = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()

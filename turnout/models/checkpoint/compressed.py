@@ -1,4 +1,4 @@
-"""Weights in eight or four bits as compressed-tensors packs them, which transformers and vLLM load: in and out."""
+"""Weights in eight or four bits as compressed-tensors packs them, which transformers loads: in and out."""
 
 import dataclasses
 import math

@@ -132,7 +132,7 @@ def to_hf(
 
     What an architecture cannot be without, and the model has not, is written as zeros that add nothing: the shared
     expert of Qwen2-MoE, for one. Maps in few bits are written so, as compressed-tensors packs them: transformers loads
-    that where the library of this name is installed, and so does vLLM.
+    that where the library of this name is installed. vLLM names the same format; that was not tried.
 
     Args:
         lm: the model.

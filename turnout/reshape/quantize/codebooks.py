@@ -108,7 +108,7 @@ def codebook(codes: str, bits: int, *, weight: Tensor | None = None, group: int 
         return Codebook(float_levels(bits))
     if codes == "nf4":
         if bits != 4:
-            fix = "pass bits=4, or codes='quantile'"
+            fix = "pass bits=4, or codes='int'"
             raise UsageError(word("bits", got=bits, allowed="be 4 with codes='nf4'", where=_WHERE, fix=fix))
         return Codebook(nf4_levels())
     if weight is None:
