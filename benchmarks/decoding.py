@@ -7,7 +7,7 @@
 Each runs in one long-lived process and they take turns in shuffled order in every round, each for a few tokens, so that
 what else the machine does meets all of them; ratios are of the same round. Before anything is timed each one's logits,
 by the very calls that are timed, are compared with those of transformers in fp32: no times for wrong answers. llama.cpp
-takes part where scripts/llama-cpp has set it up.
+takes part where benchmarks/llama-cpp has set it up.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """llama.cpp itself, as the judge of GGUF files and as a peer: logits, and single steps of several streams.
 
-``scripts/llama-cpp`` sets it up once. A process that uses it starts as ``command()`` says, because its C library may be
+``benchmarks/llama-cpp`` sets it up once. A process that uses it starts as ``command()`` says, because its C library may be
 a newer one than this machine's; ``logits`` does so by itself.
 """
 
@@ -32,7 +32,7 @@ def _place() -> Path:
 def why_not() -> str | None:
     """Why llama.cpp is not here; None where it is."""
     if not (_place() / "site").is_dir():
-        return f"no llama.cpp in {_place()}: run scripts/llama-cpp once"
+        return f"no llama.cpp in {_place()}: run benchmarks/llama-cpp once"
     return None
 
 
