@@ -1,7 +1,7 @@
 """llama.cpp itself, as the judge of GGUF files and as a peer: logits, and single steps of several streams.
 
-``benchmarks/llama-cpp`` sets it up once. A process that uses it starts as ``command()`` says, because its C library may be
-a newer one than this machine's; ``logits`` does so by itself.
+``benchmarks/llama-cpp`` sets it up once. A process that uses it starts as ``command()`` says, because its C library may
+be a newer one than this machine's; ``logits`` does so by itself.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import torch
 
 from turnout.errors import ShapeError, UsageError
 from turnout.run.compiled import rows_times, suits_rows
+from turnout.run.compiled.engine import array
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -111,3 +112,14 @@ def test_gradients_are_not_its_business():
     assert not suits_rows(x_MI, weight_OI)
     with torch.no_grad():
         assert suits_rows(x_MI, weight_OI)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_memory_that_a_kernel_has_seen_may_still_be_given_up(dtype):
+    """FSDP2 gathers parameters into memory that it frees after use."""
+    given = torch.arange(6).reshape(2, 3).to(dtype)
+    seen = array(given)
+    seen[1, 2] = seen[0, 0]
+    assert given[1, 2] == given[0, 0] and array(given[:, 1:]).strides == (3 * given.itemsize, given.itemsize)
+    assert array(given[:0]).shape == (0, 3)
+    given.untyped_storage().resize_(0)

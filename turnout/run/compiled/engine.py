@@ -108,7 +108,8 @@ def array(tensor: Tensor) -> np.ndarray:
     Source: none; a view.
     """
     same = _AS.get(tensor.dtype)
-    return (tensor.detach() if same is None else tensor.detach().view(same)).numpy()
+    # Not Tensor.numpy(), after which torch never resizes the memory again: FSDP2 frees what it gathered so.
+    return np.from_dlpack(tensor.detach() if same is None else tensor.detach().view(same))
 
 
 def threads() -> int:
