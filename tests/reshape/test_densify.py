@@ -38,4 +38,4 @@ def test_rows_and_factors_are_added_up() -> None:
 def test_user_mistakes() -> None:
     with pytest.raises(UsageError, match="a dense one"):
         densify(make())
-    assert densify(sparse())[1].notes == ("nothing was factored or merged",)
+    assert densify(sparse())[1].notes == ("nothing was factored, merged or in few bits",)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.taught import EXPERTS, STEPS, TOP_K, taught
-from turnout.models.checkpoint.zipnn import decode, encode
+from turnout.models.zipnn import decode, encode
 
 # What the abstract says: 33 % saved, at times over 50 %, and 17 % better than vanilla compression.
 _LEFT, _HALF, _BETTER = 0.67, 0.5, 0.83

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from turnout.cli.main import main
 from turnout.errors import CheckpointError, StorageError, TurnoutError
 from turnout.models import LM, LMConfig, checkpoint
-from turnout.models.checkpoint.zipnn import decode, encode, joined, planes
 from turnout.models.checkpoint.zipped import END, ZippedFile, unzip, zip_weights
+from turnout.models.zipnn.planes import decode, encode, joined, planes
 
 TINY = LMConfig(vocab_size=300, width=32, layers=2, heads=2, hidden=48)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from turnout.errors import CheckpointError, word
-from turnout.models.checkpoint.zipnn import CODES, decode, encode
+from turnout.models.zipnn.planes import CODES, decode, encode
 from turnout.reading import Refuse, check_fields, check_safetensors, open_regular, parse_json
 from turnout.storage import check_seal, create, digest, flush, read_error, sealed
 
