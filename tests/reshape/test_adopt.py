@@ -1,6 +1,8 @@
 """In place: transformers' own models compute, train, generate and save as before, through turnout's executors."""
 
+import contextlib
 import copy
+import functools
 import subprocess
 import sys
 
@@ -212,21 +214,27 @@ def test_save_and_reload_do_not_know_about_it(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
 def test_bf16_and_autocast(family):
-    """As close to the fp32 model as transformers' own implementation is."""
-    model, ids = make(family), tokens()
+    """As close to the fp32 model as transformers' own implementation is; a token whose experts nearly tie may go either
+    way in both, which puts one text in eight further off in one of them, or in the other.
+    """
+    model = make(family)
     model.set_experts_implementation("eager")  # the default refuses bf16 widths that are not multiples of 8
+    half, texts = copy.deepcopy(model).bfloat16(), [tokens(seed=seed) for seed in range(16)]
+    cast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+    def off(model, about=contextlib.nullcontext):
+        with torch.no_grad(), about():
+            return torch.stack([(model(ids).logits.float() - logits).norm() for ids, logits in exact])
+
     with torch.no_grad():
-        exact = model(ids).logits
-        half = copy.deepcopy(model).bfloat16()
-        theirs = (half(ids).logits.float() - exact).norm()
-        logits = adopt(half)[0](ids).logits
-        assert logits.dtype == torch.bfloat16
-        assert (logits.float() - exact).norm() <= 1.25 * theirs
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs = (model(ids).logits.float() - exact).norm()
-        output = adopt(model)[0](ids, labels=ids)
-    assert (output.logits.float() - exact).norm() <= 1.25 * theirs
-    output.loss.backward()
+        exact = [(ids, model(ids).logits) for ids in texts]
+        assert adopt(copy.deepcopy(half))[0](texts[0]).logits.dtype == torch.bfloat16
+    theirs, theirs_cast = off(half), off(model, cast)
+    ours, ours_cast = off(adopt(half)[0]), off(adopt(model)[0], cast)
+    for mine, its in ((ours, theirs), (ours_cast, theirs_cast)):
+        assert float((mine / its).median()) <= 1.05 and float(mine.sum() / its.sum()) <= 1.25
+    with cast():
+        model(texts[0], labels=texts[0]).loss.backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 

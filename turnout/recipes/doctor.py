@@ -31,6 +31,8 @@ _PARTS = {
     "tensorboard": ("tensorboard", "TensorBoard events"),
     "peft": ("peft", "adapters, trained by PEFT"),
     "numba": ("cpu", "few tokens on a CPU: kernels compiled for it"),
+    "gguf": ("gguf", "models for llama.cpp"),
+    "compressed-tensors": ("compressed", "folders in few bits, read by transformers"),
     "triton": ("triton", "GPU kernels, on Linux; torch for CUDA brings it"),
 }
 # Tokens, experts, top-k, width, hidden: training, serving and decoding.
@@ -60,7 +62,7 @@ def examine(*, calibrate: bool = False, say: Callable[[str], None] = lambda text
             found = "MISSING: pip install turnout"
             if extra is not None:
                 found = f"missing: pip install 'turnout[{extra}]'"
-        yield f"  {name:<15} {found:<40} {purpose}"
+        yield f"  {name:<18} {found:<40} {purpose}"
     if calibrate:
         yield f"calibrated      {_calibrate(say)}, kept in {tuning_path()}"
     yield from _chosen()

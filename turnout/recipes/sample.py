@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from turnout.errors import DataError, UsageError, word
-from turnout.models import LM, Piece, generate
+from turnout.models import LM, Generated, Piece, generate
 from turnout.models.ends import own_ends
 from turnout.reading import read_text
 from turnout.recipes.calibration import find_tokenizer
@@ -121,8 +121,8 @@ def sample_model(
         for rows in _together(texts):
             told = _Told(tokenizer.decode(texts[rows[0]]), stream, progress, asked.tokens or 0, len(texts) > len(rows))
             made = _made(found.lm, [texts[row] for row in rows], tokenizer, asked, ends, told)
-            for row, text in zip(rows, made, strict=True):
-                done[row] = tokenizer.decode(texts[row]) + text
+            for place, row in enumerate(rows):
+                done[row] = _said(tokenizer, texts[row], made, place)
     finally:
         progress.stop()
     return tuple(done)
@@ -169,9 +169,9 @@ class _Told:
 
 def _made(
     lm: LM, texts: Sequence[Sequence[int]], tokenizer: Tokenizer, asked: Sampling, ends: Sequence[int], told: _Told
-) -> tuple[str, ...]:
+) -> Generated:
     """What follows each prompt."""
-    made = generate(
+    return generate(
         lm,
         texts,
         tokens=asked.tokens or 0,
@@ -187,7 +187,13 @@ def _made(
         seed=asked.seed,
         stream=told,
     )
-    return made.text_B or ()
+
+
+def _said(tokenizer: Tokenizer, text: Sequence[int], made: Generated, row: int) -> str:
+    """A prompt and what follows it, read as one: bytes that make no character spoil those beside them."""
+    if made.why_B[row] == "stop" and made.text_B is not None:
+        return tokenizer.decode(text) + made.text_B[row]
+    return tokenizer.decode([*text, *made.rows[row]])
 
 
 def _together(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
