@@ -347,13 +347,14 @@ def test_ties_that_rounding_decides_are_told_from_faults(seed: int, dtype: torch
     moe = MoEConfig(num_experts=8, top_k=2, hidden=12, shared_hidden=10)
     a = make(dataclasses.replace(CONFIG, moe=moe, init_std=0.1, qkv_bias=False, out_bias=False), seed=seed)
     b = copy.deepcopy(a).to(dtype)
-    rounded = certify(a, b, ids(8), bound=bound)
+    text = ids(8 if dtype == torch.bfloat16 else 32)  # float16 turns one token in hundreds
+    rounded = certify(a, b, text, bound=bound)
     assert sum(routing.changed for routing in rounded.routings) > 0
     assert any("tied to the bound" in note for note in rounded.notes)
     assert rounded.verdict == "within bound" or rounded.parted.part == "router"
     for tensor in (b.blocks[1].ff.bank.up, b.blocks[1].ff.bank.down):
         tensor.data[[3, 6]] = tensor.data[[6, 3]]
-    parted = certify(a, b, ids(8), bound=bound).parted
+    parted = certify(a, b, text, bound=bound).parted
     assert (parted.layer, parted.part, parted.experts) == ("blocks.1", "experts", (3, 6))
 
 

@@ -73,9 +73,9 @@ def unpack(words: Tensor, scale: Tensor, shape: Iterable[int]) -> Packed:
         scale: (O, I / group).
         shape: (O, I).
 
-    >>> one = Packed.of(torch.tensor([[1, -8, 7, 0]]), torch.ones(1, 1), group=4, bits=8)
+    >>> one = Packed.of(torch.tensor([[1, -8, 7, 0, 5, 6, 7, 99]]), torch.ones(1, 1), group=8, bits=8)
     >>> unpack(*pack(one).values()).values()
-    tensor([[ 1, -8,  7,  0]], dtype=torch.int8)
+    tensor([[ 1, -8,  7,  0,  5,  6,  7, 99]], dtype=torch.int8)
 
     Source: as ``pack``.
     """
@@ -88,8 +88,9 @@ def unpack(words: Tensor, scale: Tensor, shape: Iterable[int]) -> Packed:
 
 
 def bits_of(words: int, inner: int) -> int | None:
-    """The bits of a weight, of 4 and 8, that so many words of a row of ``inner`` hold; None for others."""
-    return next((bits for bits in (4, 8) if math.ceil(inner * bits / _WORD) == words and inner * bits % 8 == 0), None)
+    """The bits of a weight, of 4 and 8, that so many words of a row of ``inner`` hold; None for others, or for both."""
+    fit = [bits for bits in (4, 8) if math.ceil(inner * bits / _WORD) == words and inner * bits % 8 == 0]
+    return fit[0] if len(fit) == 1 else None
 
 
 def settings(packed: Mapping[str, Packed], whole: Iterable[str]) -> dict[str, Any]:
