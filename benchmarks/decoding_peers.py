@@ -89,7 +89,7 @@ class Turnout(Peer):
 
     def generate(self, id_S: np.ndarray, tokens: int) -> list[int]:
         """By ``turnout.generate``."""
-        from turnout.models.generate import generate
+        from turnout.models.generation import generate
 
         return list(generate(self.lm, [id_S.tolist()], tokens=tokens, temperature=0.0, eos=None).rows[0])[-tokens:]
 

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import heading, provenance, write
-from turnout.run import sort
+from turnout.run import packed_reference, sort
 from turnout.run.compiled import why_not_compiled
 from turnout.run.compiled.engine import array, kernel
 from turnout.run.compiled.experts import experts_times
-from turnout.types import ExpertWeights, Routing
-from turnout.types.packed import Packed
+from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 
 ROWS = (1, 2, 4)
 # By format: what M = 1, 2 and 4 may take over the sweep. For bits there is one bar.
@@ -107,6 +106,8 @@ def measure(form: str, shape: Shape, rounds: int) -> dict[str, object]:
             weights = [ExpertWeights(up.mT.contiguous(), down.mT.contiguous()) for up, down in banks]
             calls[f"torch M={rows}"] = lambda x=x_TD, r=routing, w=weights: [sort(x, r, each) for each in w]
             check(experts_times(x_TD, routing, *banks[0]), sort(x_TD, routing, weights[0]))
+        else:
+            check(experts_times(x_TD, routing, *banks[0]), packed_reference(x_TD, routing, PackedWeights(*banks[0])))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

@@ -25,8 +25,9 @@ _ONCE = 512
 
 
 def _place() -> Path:
-    cache = os.environ.get("TURNOUT_CACHE")
-    return (Path(cache) if cache else Path.home() / ".cache" / "turnout") / "llama-cpp"
+    # As turnout.storage.cache_folder, whose module loads torch: a process that runs llama.cpp has another C library.
+    own, cache = os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "llama-cpp"
 
 
 def why_not() -> str | None:

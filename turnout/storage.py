@@ -22,6 +22,7 @@ from turnout.errors import StorageError, TurnoutError, word
 from turnout.reading import Refuse, check_safetensors, open_regular
 
 __all__ = [
+    "cache_folder",
     "check_seal",
     "create",
     "digest",
@@ -39,6 +40,23 @@ __all__ = [
 _BINARY = getattr(os, "O_BINARY", 0)
 # The byte that is locked on Windows, where nobody may read what is locked: far behind all that a file of ours holds.
 _FAR = 1 << 30
+
+
+def cache_folder() -> Path | None:
+    """Where this user's measurements and compiled kernels are kept: $TURNOUT_CACHE, or turnout in the user's cache.
+
+    Returns:
+        The folder, which need not be there; None where this user has no home.
+
+    >>> cache_folder() is None or cache_folder().is_absolute() or "TURNOUT_CACHE" in os.environ
+    True
+
+    Source: the XDG Base Directory Specification, for $XDG_CACHE_HOME.
+    """
+    own, cache = os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):  # a container's user that no list of users has, without HOME
+        return Path(own or Path(cache or Path.home() / ".cache") / "turnout")
+    return None
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:

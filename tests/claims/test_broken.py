@@ -247,7 +247,7 @@ CASES = {
         taught=20,
     ),
     "stragglers": Case(patched("stragglers", "find", other_layers, "claims"), "lost"),
-    "zipnn": Case(patched("zipnn", "planes", shuffled, "models.checkpoint"), "near", taught=20),
+    "zipnn": Case(patched("planes", "planes", shuffled, "models.zipnn"), "near", taught=20),
     "upcycle": Case(
         patched("upcycle", "_experts", lambda f: lambda *a: tuple(0.02 * torch.randn(part.shape) for part in f(*a))),
         "lost",

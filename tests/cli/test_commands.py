@@ -11,22 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_run
 
 from turnout import recipes
 from turnout.cli.main import COMMANDS, main
 
-SMALL = (
-    "width=16 model.layers=2 heads=2 kv_heads=1 model.hidden=16 model.moe.hidden=8 num_experts=4 vocab_size=300 "
-    "max_seq=32 seq=32 batch=4 steps=4 warmup=1 eval_every=2 checkpoint_every=2 log_every=1 eval_tokens=512"
-).split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for n in range(40):
-        (folder / f"{n}.txt").write_text(f"document {n}: " + " ".join(str(n * k) for k in range(60)))
-    return folder
+SMALL = [*small_run.SMALL, "steps=4"]
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,6 @@ from turnout.models import LM, LMConfig, checkpoint
 from turnout.recipes.steps import Drop, Merge, Split, Upcycle
 from turnout.train.data import train_tokenizer
 
-SMALL = (
-    "width=16 model.layers=2 heads=2 kv_heads=1 model.hidden=16 model.moe.hidden=8 num_experts=4 vocab_size=300 "
-    "max_seq=32 seq=32 batch=4 steps=2 warmup=1 eval_every=2 checkpoint_every=2 log_every=1 eval_tokens=512"
-).split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for n in range(40):
-        (folder / f"{n}.txt").write_text(f"document {n}: " + " ".join(str(n * k) for k in range(60)))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory, text) -> Path:
@@ -36,13 +23,6 @@ def llama(tmp_path_factory, text) -> Path:
     texts = [file.read_text() for file in sorted(text.iterdir())]
     train_tokenizer(texts, vocab_size=300).save(str(folder / "tokenizer.json"))
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(text, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "x"
-    assert main(["train", "tiny", *SMALL, "--data", f"numbers={text}", "--out", str(out), "--quiet"]) == 0
-    return out
 
 
 def test_a_chain_on_the_command_line(llama, text, tmp_path, capsys):

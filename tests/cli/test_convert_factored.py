@@ -1,7 +1,5 @@
 """``turnout convert`` to factored experts, what ``eval`` and ``sample`` make of them, and out again."""
 
-from pathlib import Path
-
 import pytest
 
 from turnout.cli.convert import read_steps
@@ -9,26 +7,6 @@ from turnout.cli.main import main
 from turnout.errors import UsageError
 from turnout.models import checkpoint
 from turnout.recipes.steps import Compress, Densify, Latent, step_from_json, step_json
-
-SMALL = (
-    "width=16 model.layers=2 heads=2 kv_heads=1 model.hidden=16 model.moe.hidden=8 num_experts=4 vocab_size=300 "
-    "max_seq=32 seq=32 batch=4 steps=2 warmup=1 eval_every=2 checkpoint_every=2 log_every=1 eval_tokens=512"
-).split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for n in range(40):
-        (folder / f"{n}.txt").write_text(f"document {n}: " + " ".join(str(n * k) for k in range(60)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(text, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "x"
-    assert main(["train", "tiny", *SMALL, "--data", f"numbers={text}", "--out", str(out), "--quiet"]) == 0
-    return out
 
 
 def test_merged_compressed_evaluated_sampled_and_out_again(run, text, tmp_path, capsys) -> None:

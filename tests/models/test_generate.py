@@ -259,4 +259,4 @@ def test_scores_that_are_no_numbers_are_told() -> None:
 
 def test_results_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        greedy(TEXTS).start = 3  # type: ignore[misc]
+        greedy(TEXTS).start = 3  # type: ignore[misc] - it is frozen, which is what is tested

@@ -3,8 +3,8 @@
 from turnout.models import checkpoint
 from turnout.models.draw import Drawing
 from turnout.models.fused import token_loss
-from turnout.models.generate import generate
 from turnout.models.generated import Asked, Generated, Piece
+from turnout.models.generation import generate
 from turnout.models.head import LMLoss, head_loss
 from turnout.models.jets import Jets
 from turnout.models.lm import LM, Cache, FactoredConfig, LMConfig, LMOutput, MLAConfig, MoEConfig, QuantizedConfig

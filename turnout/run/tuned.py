@@ -14,6 +14,7 @@ import torch
 from turnout.errors import CheckpointError, StorageError, TurnoutError, word
 from turnout.reading import check_fields, read_json
 from turnout.run.shipped import shipped
+from turnout.storage import cache_folder
 from turnout.types.processor import processor
 from turnout.types.tuning import Tuning
 
@@ -21,6 +22,7 @@ __all__ = ["as_tuned", "forget", "kept", "tuning", "tuning_path"]
 
 _HERE = threading.local()
 _TIMED = {"sort", "grouped", "kernels"}
+_FILE = "executors.json"
 _FIX = "remove it, or measure again with turnout doctor --calibrate"
 
 
@@ -57,25 +59,19 @@ def tuning_path() -> Path:
     Raises:
         StorageError: neither is set, and this user has no home.
     """
-    path = _path(os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME"))
-    if path is None:
+    folder = cache_folder()
+    if folder is None:
         fix = "set TURNOUT_CACHE to a folder that can be written"
         where = "turnout.run.calibrate"
         raise StorageError(word("the cache", got="a user without a home", allowed="have a place", where=where, fix=fix))
-    return path
-
-
-def _path(own: str | None, cache: str | None) -> Path | None:
-    try:
-        return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "executors.json"
-    except RuntimeError:  # a container's user that no list of users has, without HOME
-        return None
+    return folder / _FILE
 
 
 @functools.cache
 def _read(own: str | None, cache: str | None, threads: int) -> Tuning:
     """What is wrong with the file, or that it holds nothing for here, is said once: a cache is no reason not to run."""
-    path, usual = _path(own, cache), shipped(processor(), threads)
+    folder, usual = cache_folder(), shipped(processor(), threads)
+    path = None if folder is None else folder / _FILE
     try:
         found = {} if path is None else kept(path)
     except (OSError, TurnoutError) as error:

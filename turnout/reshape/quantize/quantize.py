@@ -63,7 +63,8 @@ def quantize(
         parts: kinds of maps, of "experts", "shared", "dense", "attention" and "head"; those not there are passed over.
         scale: the dtype of scales.
         packed: whether the weights are held in few bits; else they are rounded, and held as before.
-        damping, act_order: as ``gptq`` in ``turnout.reshape.quantize.gptq``.
+        damping: of GPTQ, as ``gptq`` in ``turnout.reshape.quantize.gptq`` has it.
+        act_order: of GPTQ, likewise.
         batches: (B, S) token ids, for "gptq", and to compare on; random tokens when None.
         seed: of those tokens.
 

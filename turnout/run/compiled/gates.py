@@ -9,6 +9,7 @@ from torch import Tensor
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.lanes import prange, wide
 from turnout.run.compiled.narrow import narrow
+from turnout.run.compiled.pointwise import exponential
 from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE
 
 __all__ = ["activated", "activation_slopes", "suits_gates"]
@@ -108,21 +109,7 @@ def activation_slopes(
 
 @kernel()
 def _sigmoid(q):
-    """1 / (1 + exp(-q)): exp by its polynomial on [-ln 2 / 2, ln 2 / 2], times the power of two that is left."""
-    z = -q
-    z = np.float32(87) if z > np.float32(87) else z
-    z = np.float32(-87) if z < np.float32(-87) else z
-    k = np.floor(z * np.float32(1.44269504) + np.float32(0.5))
-    r = z - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    e = p * r * r + r + np.float32(1)
-    # The bits of a bfloat16 of exponent k.
-    two = wide(np.uint16((np.int32(k) + np.int32(127)) << np.int32(7)))
-    return np.float32(1) / (np.float32(1) + e * two)
+    return np.float32(1) / (np.float32(1) + exponential(-q))
 
 
 @kernel()

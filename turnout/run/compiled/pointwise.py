@@ -6,8 +6,9 @@ import numpy as np
 
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import as_float
+from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["KINDS", "activated", "exponential"]
+__all__ = ["KINDS", "activated", "clamped", "exponential"]
 
 # What g is, of act(h) = g(gate) * value or act(h) = g(h); "oai" takes clamped gates and values + 1.
 KINDS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "geglu_tanh": 2, "gelu_tanh": 2, "reglu": 3, "relu": 3}
@@ -18,7 +19,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
 _C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2))
 _C3, _C2, _ONE = np.float32(1.6666665459e-1), np.float32(0.5), np.float32(1)
-_SLOPE, _LIMIT = np.float32(1.702), np.float32(7)
+_SLOPE, _LIMIT = np.float32(OAI_SLOPE), np.float32(OAI_LIMIT)
 _TANH, _CUBE = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 _ROOT = np.float32(math.sqrt(0.5))
 
@@ -35,7 +36,9 @@ def exponential(x):
     r = t - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]) * r + _C3) * r + _C2
     power = np.int32(n if n == n else _ONE)
-    return (p * r * r + r + _ONE) * as_float((power + np.int32(127)) << np.int32(23))
+    half = power >> np.int32(1)  # twice, since 2^128 alone is beyond fp32 and e^88.7 is not
+    y = (p * r * r + r + _ONE) * as_float((half + np.int32(127)) << np.int32(23))
+    return y * as_float((power - half + np.int32(127)) << np.int32(23))
 
 
 @kernel(exact=True)

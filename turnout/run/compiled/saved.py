@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from turnout.storage import cache_folder
+
 __all__ = ["keep", "kernels_path"]
 
 
@@ -29,10 +31,8 @@ def kernels_path() -> Path | None:
 
     Source: none; plain bookkeeping.
     """
-    own, cache = os.environ.get("TURNOUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(RuntimeError):  # a container's user that no list of users has, without HOME
-        return Path(own or Path(cache or Path.home() / ".cache") / "turnout") / "kernels"
-    return None
+    folder = cache_folder()
+    return None if folder is None else folder / "kernels"
 
 
 def keep(dispatcher: Any, files: Iterable[str], threaded: bool) -> None:
