@@ -51,11 +51,11 @@ def quantize(
 ) -> tuple[LM, Report]:
     """The model with its maps in few bits: each weight a level of [-1, 1] times the scale of its group of inputs.
 
-    Norms, routers, biases and embeddings stay; the output layer does unless "head" is a part. What comes out is run,
-    saved and read as any model, and not trained; ``densify`` writes its weights out again.
+    Norms, routers, biases and embeddings stay; the output layer does unless "head" is a part. What comes out is run
+    and saved as any model, not trained; ``densify`` writes its weights out again.
 
     Args:
-        lm: a model with whole weights; it is left as it is.
+        lm: a model with whole weights, left as it is.
         bits: 4 or 8; with ``packed`` off 3 to 8.
         group: how many neighbouring inputs share a scale; None for one scale a row.
         codes: what the codes stand for: "int", "float", "nf4" or "quantile"; 8 bits are held packed as "int" alone.
@@ -63,17 +63,17 @@ def quantize(
         parts: kinds of maps, of "experts", "shared", "dense", "attention" and "head"; those not there are passed over.
         scale: the dtype of scales.
         packed: whether the weights are held in few bits; else they are rounded, and held as before.
-        damping: of GPTQ, as ``gptq`` in ``turnout.reshape.quantize.gptq`` has it.
-        act_order: of GPTQ, likewise.
+        damping: of GPTQ; see ``gptq`` in ``turnout.reshape.quantize.gptq``.
+        act_order: of GPTQ too.
         batches: (B, S) token ids, for "gptq", and to compare on; random tokens when None.
         seed: of those tokens.
 
     Returns:
-        The model; and ``bits_per_weight`` of the maps, scales included, each layer's |W' - W| / |W|, ``kl_nats`` (the
-        mean KL(before || after) a token), ``top1`` (how often the likeliest token is the same), the bill, bytes too.
+        The model; ``bits_per_weight`` of the maps with scales, each layer's |W' - W| / |W|, ``kl_nats`` (mean
+        KL(before || after) a token), ``top1`` (how often the likeliest token is the same), the bill, bytes too.
 
     Raises:
-        UsageError: bits that are not stored, a group that does not divide, an unknown word, or no text for "gptq".
+        UsageError: bits that are not stored, a group that does not divide, unknown words, no text for "gptq".
 
     >>> from turnout.models import MoEConfig
     >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, moe=MoEConfig(4, 2, hidden=8)))
@@ -89,10 +89,9 @@ def quantize(
     _check_method(method, text)
     held = planned_parts(config, parts)
     work = _Work(lm, bits, group, codes, held, getattr(torch, scale), packed, damping, act_order, text)
-    found = _rounded(work, method)
-    new = rebuild(lm, config, _tensors(found))
-    told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "parts": list(held)}
-    told |= {"packed": packed} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
+    new = rebuild(lm, config, _tensors(found := _rounded(work, method)))
+    told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "packed": packed}
+    told |= {"parts": list(held)} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
     return new, Report("quantize", told)
 
 
