@@ -42,12 +42,13 @@ Refuse = Callable[[str], TurnoutError]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How one matrix is packed: the bits, the inputs that share a scale and all of them, the dtype of scales."""
+    """How one matrix is packed: bits, the inputs that share a scale and all of them, the dtype of scales, the codes."""
 
     bits: int
     group: int
     inner: int
     scale: str
+    codes: str = "int"
 
 
 def pack(packed: Packed) -> dict[str, Tensor]:

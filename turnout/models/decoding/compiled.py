@@ -11,6 +11,8 @@ from turnout.models.decoding.entries import Entries
 from turnout.models.decoding.ring import Rings, Taken
 from turnout.models.lm import LM
 from turnout.run.compiled.engine import threads
+from turnout.run.compiled.formats import blocks
+from turnout.run.compiled.kept import Kept
 from turnout.run.compiled.step import step
 from turnout.run.compiled.tables import CODES, INS, OUTS
 
@@ -33,9 +35,10 @@ class CompiledSteps:
     def _point(self) -> None:
         """Says where the caches are, and sets aside room for sums between weights."""
         self._parts = threads()
-        layers = self._entries.layers
+        layers, table, kept = self._entries.layers, self._entries.matrices, Kept()
         for layer, (keys, values) in zip(layers, self._rings.pairs_L, strict=True):
-            layer["keys"], layer["values"], layer["slots"] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+            table[layer["keys"]] = kept.matrix(keys.flatten(0, 1), by_input=False)
+            table[layer["values"]] = kept.matrix(values.flatten(0, 1).transpose(1, 2), by_input=True)
             layer["cache_code"] = CODES[keys.dtype]
         self._room_F = torch.zeros(self._numbers(self._parts))
         self._room_I = np.zeros(len(self._place_B) * max(1, int(layers["top_k"].max())) * 4 + 1, np.int64)
@@ -44,17 +47,21 @@ class CompiledSteps:
         """How many a step writes between weights, when it is shared by so many threads."""
         model, layers, table = self._entries.models[0], self._entries.layers, self._entries.matrices
         rows, width = len(self._place_B), self._lm.config.width
+        laid = rows * blocks(int(table[layers["qkv"], INS].max()))
         heads = int((layers["heads"] // layers["key_heads"]).max())
-        looking = rows * 2 * int(table[layers["qkv"], OUTS].max()) + parts * heads * self._rings.room
+        each = heads * (self._rings.room + blocks(self._lm.config.head_width))
+        out = int(table[layers["out"], INS].max())
+        looking = rows * (int(table[layers["qkv"], OUTS].max()) + out) + max(laid, rows * blocks(out), parts * each)
         feeding = 0
         for layer in layers:
             most = max(1, int(layer["top_k"]))
             for up, down in (("up", "down"), ("shared_up", "shared_down")):
-                wide = int(table[layer[up], OUTS] + table[layer[down], INS])
-                feeding = max(feeding, rows * most * (2 + 2 * width + wide))
+                wide, hidden = int(table[layer[up], OUTS]), int(table[layer[down], INS])
+                each = 2 + width + blocks(width) + wide + blocks(hidden)
+                feeding = max(feeding, rows * most * each)
             routes = int(table[layer["router"], OUTS]) if layer["routed"] else 0
-            feeding = max(feeding, rows * (2 * most + routes))
-        return rows * (3 * width + 4 * int(model["pairs"])) + max(looking, feeding)
+            feeding = max(feeding, rows * (2 * most + routes) + laid)
+        return rows * (3 * width + 4 * int(model["pairs"])) + max(looking, feeding, laid)
 
     def prefill(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
         """(B, V) the scores after each row's last token; what was there before is forgotten."""

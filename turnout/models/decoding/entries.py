@@ -10,9 +10,12 @@ from turnout.models.attention import Attention
 from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, Norm
-from turnout.paths import Bank, FeedForward
+from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedWeight
 from turnout.run.compiled.curves import ACTIVATIONS
-from turnout.run.compiled.tables import CODES, LAYER, MODEL, NORM, Kept
+from turnout.run.compiled.kept import Kept
+from turnout.run.compiled.tables import CODES, COLUMNS, LAYER, MODEL, NORM
+from turnout.types import Packed
+from turnout.types.weights import GATED
 
 __all__ = ["Entries", "router_entries"]
 
@@ -35,6 +38,9 @@ class Entries:
         self.models = np.zeros(1, MODEL)
         self._model(lm, self.models[0])
         self.layers = np.concatenate(layers)
+        for name in ("keys", "values"):  # rows that are filled in by whoever has caches
+            self.layers[name] = range(len(self._matrices), len(self._matrices) + len(layers))
+            self._matrices += [(0,) * COLUMNS] * len(layers)
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
 
     def _norm(self, norm: Norm | None) -> int:
@@ -47,7 +53,8 @@ class Entries:
         self._norms.append(found)
         return len(self._norms) - 1
 
-    def _matrix(self, name: str, stack: Tensor, bias: Tensor | None, *shape: int) -> int:
+    def _matrix(self, name: str, held: Tensor | PackedWeight, bias: Tensor | None, *shape: int) -> int:
+        stack: Tensor | Packed = held if isinstance(held, Tensor) else held.packed
         fits = bias is None or bias.shape[-1] == shape[-2]
         if tuple(stack.shape) != shape or not fits:
             fix = "build the model with the sizes of its weights"
@@ -96,19 +103,20 @@ class Entries:
             of["up"], of["down"] = self._dense(ff, name, D)
         return made
 
-    def _dense(self, ff: FeedForward, name: str, D: int) -> tuple[int, int]:
+    def _dense(self, ff: FeedForward | PackedFeedForward, name: str, D: int) -> tuple[int, int]:
+        wide = ff.hidden * (2 if ff.activation in GATED else 1)
         return (
-            self._matrix(f"{name}.up", ff.up, ff.up_bias, ff.up.shape[0], D),
+            self._matrix(f"{name}.up", ff.up, ff.up_bias, wide, D),
             self._matrix(f"{name}.down", ff.down, ff.down_bias, D, ff.hidden),
         )
 
     def _routed(self, of: np.void, moe: MoE, name: str, D: int) -> None:
         bank, router = moe.bank, moe.router
-        assert isinstance(bank, Bank) and isinstance(router, Router)
-        E, F = bank.num_experts, bank.hidden
-        up, down = (stack.detach().transpose(1, 2) for stack in (bank.up_EDH, bank.down_EFD))
+        assert isinstance(bank, Bank | PackedBank) and isinstance(router, Router)
+        E, F, wide = bank.num_experts, bank.hidden, bank.hidden * (2 if bank.activation in GATED else 1)
+        up, down = (bank.up, bank.down) if isinstance(bank, PackedBank) else _lying(bank)
         of["routed"], of["activation"] = 1, ACTIVATIONS.index(bank.activation)
-        of["up"] = self._matrix(f"{name}.bank.up", up, bank.up_bias, E, up.shape[1], D)
+        of["up"] = self._matrix(f"{name}.bank.up", up, bank.up_bias, E, wide, D)
         of["down"] = self._matrix(f"{name}.bank.down", down, bank.down_bias, E, D, F)
         if moe.label_E is not None:
             of["labels"] = self.kept.at(moe.label_E.long().contiguous())
@@ -121,6 +129,11 @@ class Entries:
             of["shared_up"], of["shared_down"] = self._dense(moe.shared, f"{name}.shared", D)
             assert moe.shared.activation == bank.activation
             of["shared_gate"] = self.kept.wide(None if moe.shared_gate is None else moe.shared_gate[0])
+
+
+def _lying(bank: Bank) -> tuple[Tensor, Tensor]:
+    """(E, H, D) and (E, D, F) the experts' matrices."""
+    return bank.up_EDH.detach().transpose(1, 2), bank.down_EFD.detach().transpose(1, 2)
 
 
 def router_entries(of: np.void, router: Router, kept: Kept) -> None:
