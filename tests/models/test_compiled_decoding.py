@@ -18,9 +18,6 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 # What the step does not know, and why.
 PLAIN = {
-    "latent": "LatentAttention",
-    "latent queries": "LatentAttention",
-    "latent, capped": "LatentAttention",
     "hash": "Hash",
 }
 
