@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.reshape.quantize.codebooks import Codebook
-from turnout.reshape.quantize.nearest import Coded, check_weight
+from turnout.reshape.quantize.nearest import Coded, check_scale, check_weight
 
 __all__ = ["gptq"]
 
@@ -45,7 +45,8 @@ def gptq(
 
     Raises:
         ShapeError: shapes that do not fit, or a group that does not divide.
-        UsageError: a damping that is not above 0, or weights or moments that are not finite.
+        UsageError: a damping that is not above 0, weights or moments that are not finite, or a scale too large for its
+            dtype.
 
     >>> from turnout.reshape.quantize.codebooks import codebook
     >>> from turnout.reshape.quantize.nearest import nearest
@@ -75,6 +76,7 @@ def gptq(
     scale = torch.empty(*work_NOI.shape[:2], inner // group, device=work_NOI.device) if fixed is None else fixed
     state = _State(work_NOI, upper_NII, scale, fixed is None, order_NI // group, book, group, dtype)
     index_NOI = torch.cat([_block(state, at, min(at + _BLOCK, inner)) for at in range(0, inner, _BLOCK)], 2)
+    check_scale(scale, dtype)
     return Coded(_columns(index_NOI, order_NI.argsort(dim=1)), scale, group, book)
 
 
