@@ -20,7 +20,10 @@ __all__ = ["CompiledSteps"]
 
 
 class CompiledSteps:
-    """Prompts and steps for a model that ``why_plain`` has nothing against."""
+    """Prompts and steps for a model that ``why_plain`` has nothing against.
+
+    Of longrope all rows are on the same side of its border; ``turnout.models.decoding.sides`` sees to that.
+    """
 
     def __init__(self, lm: LM, batch: int, room: int) -> None:
         self._lm, self._entries, self._rings = lm, Entries(lm), Rings(lm, batch, room)
@@ -81,6 +84,7 @@ class CompiledSteps:
         """(B, V) the scores after each row's last token; what was there before is forgotten."""
         lengths = length_B.tolist()
         id_BS = id_BS[:, : max(lengths)]
+        self._entries.of_texts(id_BS.shape[1])
         if self._rings.grow(id_BS.shape[1]):
             self._point()
         whole = min(lengths) == id_BS.shape[1]

@@ -31,7 +31,7 @@ class Entries:
     """
 
     def __init__(self, lm: LM) -> None:
-        self.kept = Kept()
+        self.kept, self._border = Kept(), lm.rope.border
         self._matrices: list[tuple[int, ...]] = []
         self._norms: list[tuple[int, int, int, float]] = []
         layers = [self._layer(lm, number, block) for number, block in enumerate(lm._blocks())]
@@ -42,6 +42,11 @@ class Entries:
             self.layers[name] = range(len(self._matrices), len(self._matrices) + len(layers))
             self._matrices += [(0,) * COLUMNS] * len(layers)
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
+
+    def of_texts(self, length: int) -> None:
+        """From here on all rows are of texts on the same side of longrope's border as one of so many tokens."""
+        border = self._border
+        self.models[0]["frequencies"] = self._sides[border is not None and length > border]
 
     def _norm(self, norm: Norm | None) -> int:
         if norm is None:
@@ -76,7 +81,9 @@ class Entries:
             of["positions"], of["positions_code"] = self.kept.at(at), CODES[at.dtype]
         of["head"] = self._matrix("head.weight", lm.embedding if lm.head is None else lm.head.weight, None, *size)
         of["divisor"], of["softcap"] = config.logit_divisor, config.logit_softcap or 0
-        of["frequencies"], of["pairs"] = self.kept.wide(lm.rope.frequency_P), lm.rope.frequency_P.numel()
+        of["pairs"] = lm.rope.frequency_P.numel()
+        of["frequencies"] = self.kept.wide(lm.rope.frequency_P)
+        self._sides = int(of["frequencies"]), self.kept.wide(lm.rope.long_P)
         of["magnitude"] = lm.rope.magnitude
         if lm.local_rope is not None:
             of["local_frequencies"] = self.kept.wide(lm.local_rope.frequency_P)

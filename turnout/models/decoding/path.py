@@ -94,8 +94,6 @@ def _why_modules(lm: nn.Module) -> str | None:
             return f"{where} has no router of its own"
         if isinstance(module, PackedWeight) and not knows(module.packed, torch.float32):
             return f"{where} has groups of {module.group}, which no kernel reads, or is no plain tensor of a CPU"
-        if isinstance(module, Rope) and module.long_P is not None:
-            return f"{where} changes with the length of the text (longrope)"
     return None
 
 
