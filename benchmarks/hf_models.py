@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,37 @@ def wrong(found: dict[str, dict[str, Tensor]], exact: dict[str, Tensor], dtype: 
     return ""
 
 
-def check(model: Any, ids: Tensor, dtype: str, contestants: Sequence[str]) -> None:
+def few_wrong(found: dict[str, Tensor], exact: Tensor, dtype: str) -> str:
+    """What is not as it must be in the logits of few tokens.
+
+    One token of eight that takes another of two nearly tied experts is a third of the whole distance, so in bf16 it is
+    the typical token that may not be much further off than the eager loop's.
+    """
+    rows = {name: (one - exact).norm(dim=-1) / exact.norm(dim=-1) for name, one in found.items()}
+    for name, row in rows.items():
+        error = float(row.max() if dtype == "fp32" else row.median())
+        allowed = 1e-4 if dtype == "fp32" else 1.5 * float(rows["eager"].median()) + 1e-3
+        if not error <= allowed or not bool(row.isfinite().all()):
+            return f"{name}, logits of few tokens are off by {error:.1e}, where {allowed:.1e} is allowed"
+    return ""
+
+
+def check(model: Any, ids: Tensor, dtype: str) -> None:
     """Ends the run if any contestant's logits or gradients are wrong."""
-    found = {contestant: answers(model, contestant, ids) for contestant in contestants}
+    found = {contestant: answers(model, contestant, ids) for contestant in CONTESTANTS}
     switch(model, "eager")
     exact = found["eager"] if dtype == "fp32" else answers(copy.deepcopy(model).float(), "eager", ids)
-    if why := wrong(found, exact, dtype):
+    why = wrong(found, exact, dtype)
+    del found, exact
+    few, true = ids[:1, :8], copy.deepcopy(model).float()
+    with torch.no_grad():
+        logits = dict[str, Tensor]()
+        for contestant in FEW:
+            switch(model, contestant)
+            logits[contestant] = model(few).logits.float()
+        switch(true, "eager")
+        why = why or few_wrong(logits, true(few).logits, dtype)
+    if why:
         raise SystemExit(f"no times for wrong answers: {why}")
 
 
@@ -236,8 +261,7 @@ def main() -> None:
                 config = model.config
                 experts = getattr(config, "num_local_experts", None) or config.num_experts
                 notes.append(f"- {family}: top {config.num_experts_per_tok} of {experts} experts, {sizes(model)}.")
-            check(model, draw(options, 0)[:, :128], dtype, CONTESTANTS)
-            check(model, draw(options, 0)[:1, :8], dtype, FEW)
+            check(model, draw(options, 0)[:, :128], dtype)
             for job in options.jobs:
                 times = measure(model, job, options)
                 count = options.tokens if job == "decoding" else options.batch * options.seq

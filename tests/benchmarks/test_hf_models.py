@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from benchmarks.hf_models import CONTESTANTS, bars, best, rows, wrong
+from benchmarks.hf_models import CONTESTANTS, FEW, bars, best, few_wrong, rows, wrong
 
 
 def planted(**off):
@@ -32,6 +32,22 @@ def test_what_is_no_number_is_wrong():
     found, exact = planted()
     found["turnout"]["gate"][3] = torch.nan
     assert "turnout, gate is off by nan" in wrong(found, exact, "bf16")
+
+
+def test_of_few_tokens_the_typical_one_counts_in_bf16_and_every_one_in_fp32():
+    g = torch.Generator().manual_seed(0)
+    exact = torch.randn(1, 8, 50, generator=g)
+    found = {name: exact * off for name, off in zip(FEW, (1.01, 1.011, 1.009, 1.01), strict=True)}
+    assert few_wrong(found, exact, "bf16") == ""
+    found["turnout"][0, 3] *= 1.5  # one took another expert
+    assert few_wrong(found, exact, "bf16") == ""
+    assert "turnout, logits of few tokens" in few_wrong(found | {"turnout": exact * 1.03}, exact, "bf16")
+    found["turnout"][0, 3] = torch.inf
+    assert "turnout, logits of few tokens" in few_wrong(found, exact, "bf16")
+    same = {name: exact.clone() for name in FEW}
+    assert few_wrong(same, exact, "fp32") == ""
+    same["batched_mm"][0, 3] *= 1.001
+    assert "batched_mm, logits of few tokens are off by 1.0e-03" in few_wrong(same, exact, "fp32")
 
 
 def test_bars_are_held_against_the_fastest_of_transformers_own():
