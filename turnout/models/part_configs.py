@@ -14,7 +14,9 @@ __all__ = ["FactoredConfig", "MLAConfig", "MoEConfig", "QuantizedConfig", "posit
 
 # The kinds of maps that may be held in few bits; the output layer only where it is asked for.
 MAPS = ("experts", "shared", "dense", "attention", "head")
-CODES = ("int", "float", "nf4", "quantile")
+CODES = ("int", "float", "nf4", "quantile", "mxfp4")
+# Of "mxfp4": the inputs that share a scale, and the dtype that holds every power of two there is.
+_MX = {"bits": 4, "group": 32, "scale": "bfloat16"}
 
 # Routers: those of single layers, and the one that routes all layers at once.
 _ROUTERS = (*token.__all__, "PreGate")
@@ -150,7 +152,8 @@ class QuantizedConfig:
         bits: 4 or 8, of each weight.
         group: how many neighbouring inputs share a scale; divides the inputs of every map. None for one scale a row.
         codes: what the codes stand for: whole numbers ("int"), or with 4 bits sixteen levels that are stored beside
-            them, "float", "nf4" or "quantile".
+            them, "float", "nf4" or "quantile"; or "mxfp4", which is read and never rounded to: the levels of gpt-oss in
+            groups of 32, with scales that are powers of two.
         scale: the dtype of the scales.
         parts: the kinds of maps: of "experts" (routed), "shared" (experts that are always on), "dense" (feed-forward
             layers), "attention", and "head", an output layer that is not the embedding.
@@ -163,7 +166,7 @@ class QuantizedConfig:
 
     bits: Literal[4, 8]
     group: int | None = 64
-    codes: Literal["int", "float", "nf4", "quantile"] = "int"
+    codes: Literal["int", "float", "nf4", "quantile", "mxfp4"] = "int"
     scale: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     parts: tuple[str, ...] = MAPS[:-1]
 
@@ -175,6 +178,10 @@ class QuantizedConfig:
             positive("group", self.group, "QuantizedConfig")
         if self.codes not in CODES:
             raise nearest(str(self.codes), CODES, kind="codes", where="QuantizedConfig")
+        for name, wanted in _MX.items() if self.codes == "mxfp4" else ():
+            if (got := getattr(self, name)) != wanted:
+                fix = f"{name}={wanted!r}, or other codes"
+                refuse(name, got, f"be {wanted!r} with codes='mxfp4'", "QuantizedConfig", fix)
         if self.bits == 8 and self.codes != "int":
             refuse("codes", self.codes, "be 'int' with bits=8", "QuantizedConfig", "codes='int', or bits=4")
         if self.scale not in ("bfloat16", "float16", "float32"):

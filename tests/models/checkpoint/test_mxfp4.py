@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turnout.errors import CheckpointError
-from turnout.models import LM, LMConfig, MoEConfig, checkpoint
-from turnout.models.checkpoint.mxfp4 import unpack
+from turnout.errors import CheckpointError, UnknownNameError, UsageError
+from turnout.models import LM, LMConfig, MoEConfig, QuantizedConfig, checkpoint
+from turnout.models.checkpoint.mxfp4 import matrix_of, stored, unpack
+from turnout.reshape import densify, quantize
 
 MOE = MoEConfig(3, 2, 32, activation="swiglu_oai", bias=True, router_options={"bias": True})
 CONFIG = LMConfig(
@@ -94,6 +95,83 @@ def test_a_packed_model_is_read_and_written_unpacked(folder: Path, tmp_path: Pat
         want = hf.eval()(id_BS).logits
         assert want.std() > 0.01
         torch.testing.assert_close(wide(id_BS).logits_BSV, want, rtol=0, atol=1e-4)
+
+
+def test_every_scale_and_code_is_held_as_the_number_that_it_is() -> None:
+    scales = torch.arange(256, dtype=torch.uint8).view(2, 32, 4)
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(16).view(2, 32, 4, 16)
+    held = matrix_of(blocks, scales)
+    want = torch.stack([unpack(*pair) for pair in zip(blocks, scales, strict=True)]).transpose(1, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.testing.assert_close(held.dequantised(dtype), want.to(dtype), rtol=0, atol=0, equal_nan=True)
+    for part, given in zip(stored(held).values(), (blocks, scales), strict=True):
+        assert torch.equal(part, given)
+
+
+def bytes_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_held_as_they_lie_and_written_to_the_byte(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    whole, held = (checkpoint.from_hf(folder, dtype=dtype, packed=packed) for packed in (False, True))
+    bank = held.blocks[1].ff.bank
+    assert (bank.up.packed.bits, bank.up.packed.group, bank.up.packed.shape) == (4, 32, (3, 64, 64))
+    assert torch.equal(bank.up.packed.dequantised(dtype), whole.blocks[1].ff.bank.up_EDH.transpose(1, 2))
+    assert torch.equal(bank.down.packed.dequantised(dtype), whole.blocks[1].ff.bank.down_EFD.transpose(1, 2))
+    assert held.blocks[0].attention.qkv.weight.dtype == dtype
+    id_BS = torch.randint(67, (2, 53), generator=torch.Generator().manual_seed(0))
+    allowed = 1e-5 if dtype == torch.float32 else 0.1
+    for few in (id_BS, id_BS[:1, :3]):  # written out, and from the codes
+        want, got = (lm(few).logits_BSV.float() for lm in (whole, held))
+        torch.testing.assert_close(got, want, rtol=0, atol=allowed * float(want.abs().max()))
+    if dtype == torch.float32:
+        want = theirs_from(folder, dtype)(id_BS[:1, :3]).logits
+        torch.testing.assert_close(held(id_BS[:1, :3]).logits_BSV, want, rtol=0, atol=1e-4)
+        return
+    assert checkpoint.to_hf(held, tmp_path / "again") == "GptOssForCausalLM"
+    assert bytes_of(tmp_path / "again").keys() == bytes_of(folder).keys()
+    shards = [name for name in bytes_of(folder) if name.endswith(".safetensors")]
+    for name in [*shards, "config.json"]:
+        assert bytes_of(tmp_path / "again")[name] == bytes_of(folder)[name], name
+
+
+@torch.no_grad()
+def test_held_experts_go_through_our_own_format_and_out_again(folder: Path, tmp_path: Path) -> None:
+    held = checkpoint.from_hf(folder, packed=True)
+    checkpoint.save(tmp_path / "own", held)
+    back = checkpoint.load(tmp_path / "own")
+    assert back.config == held.config and back.config.quantized is not None
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in held.state_dict().items())
+    back.origin = None
+    checkpoint.to_hf(back, tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "mxfp4" and "lm_head" in settings["modules_to_not_convert"]
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    before = {name: tensor for part in files for name, tensor in part.items()}
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    plain, _ = densify(held)
+    assert plain.config == checkpoint.from_hf(folder).config
+    id_BS = torch.arange(20)[None]
+    want = checkpoint.from_hf(folder)(id_BS).logits_BSV
+    torch.testing.assert_close(plain(id_BS).logits_BSV, want, rtol=0, atol=0)
+
+
+def test_what_mxfp4_cannot_say_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    held = checkpoint.from_hf(folder, packed=True)
+    with pytest.raises(UsageError, match=r"quantized.codes is 'mxfp4'.*densify"):
+        checkpoint.to_hf(held, tmp_path / "x", architecture="MixtralForCausalLM")
+    held.blocks[0].ff.bank.up.scale.mul_(1.5)
+    with pytest.raises(UsageError, match=r"the scales must be powers of two.*densify"):
+        checkpoint.to_hf(held, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for name, value in (("group", 64), ("bits", 8), ("scale", "float16")):
+        with pytest.raises(UsageError, match=f"{name} must be .* with codes='mxfp4'"):
+            QuantizedConfig(**{"bits": 4, "group": 32, "codes": "mxfp4"} | {name: value})  # pyrefly: ignore
+    with pytest.raises(UnknownNameError, match="mxfp4"):
+        quantize(LM(CONFIG), bits=4, group=32, codes="mxfp4")  # pyrefly: ignore
 
 
 def test_what_is_packed_wrongly_is_refused(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turnout.errors import TurnoutError
+from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.compressed import Kind, pack, settings
 from turnout.models.checkpoint.own import outline
 from turnout.models.config import LMConfig
@@ -23,10 +24,10 @@ __all__ = ["Held", "held_slots", "packed_tensors", "quantized_as"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-    """One matrix of a folder, in a model that holds it in few bits.
+    """One matrix or stack of a folder, in a model that holds it in few bits.
 
     Args:
-        code: the view of its codes.
+        code: the view of its codes, (O, I) or (E, O, I) in the folder's order; O may be two axes.
         scale: of its scales.
         owner: the module that holds it, perhaps with others.
     """
@@ -38,13 +39,16 @@ class Held:
     @property
     def packed(self) -> Packed:
         """The matrix; a copy where others lie between its rows."""
-        its = self.owner
-        return Packed(self.code.contiguous(), self.scale.contiguous(), its.group, its.bits, its.levels)
+        its, rows = self.owner, (self.code.ndim > 3) + 1
+        code, scale = (one.contiguous().flatten(-1 - rows, -2) for one in (self.code, self.scale))
+        return Packed(code, scale, its.group, its.bits, its.levels)
 
     def fill(self, packed: Packed) -> None:
         """Copies the matrix in, to the bit."""
-        self.code.copy_(packed.code)
-        self.scale.copy_(packed.scale)
+        self.code.copy_(packed.code.view(self.code.shape))
+        self.scale.copy_(packed.scale.view(self.scale.shape))
+        if packed.levels is not None and self.owner.levels is not None:
+            self.owner.levels.copy_(packed.levels)
 
 
 def held_slots(lm: LM, names: Names) -> tuple[dict[str, Slot], dict[str, Held]]:
@@ -72,8 +76,13 @@ def held_slots(lm: LM, names: Names) -> tuple[dict[str, Slot], dict[str, Held]]:
         if owner is None:
             whole[name] = slot
         else:
-            held[name] = Held(slot.view, scale_slots[name].view, owner)
+            held[name] = Held(_rows(slot, names), _rows(scale_slots[name], names), owner)
     return whole, held
+
+
+def _rows(slot: Slot, names: Names) -> Tensor:
+    """The view with inputs last, where folders have them so when they are packed."""
+    return slot.view.movedim(1, -1) if names.alternating and slot.view.ndim > 2 else slot.view
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -96,6 +105,11 @@ def packed_tensors(lm: LM, names: Names, others: Iterable[Names]) -> tuple[dict[
     """
     whole, held = held_slots(lm, names)
     packed = {name: one.packed for name, one in held.items()}
+    if lm.config.quantized is not None and lm.config.quantized.codes == mxfp4.METHOD:
+        bytes_of = {
+            f"{name}{end}": Slot(part) for name, one in packed.items() for end, part in mxfp4.stored(one).items()
+        }
+        return whole | bytes_of, mxfp4.SETTINGS
     if lm.config.packs("experts") is not None:
         packed = {name: dataclasses.replace(one, scale=one.scale.float()) for name, one in packed.items()}
     found = dict(whole)
@@ -123,12 +137,12 @@ def quantized_as(config: LMConfig, kinds: Mapping[str, Kind], names: Names, refu
     """
     if not kinds:
         raise refuse("none that are packed")
-    by_row = all(kind.group == kind.inner for kind in kinds.values())
-    ways = {(kind.bits, None if by_row else kind.group, kind.scale) for kind in kinds.values()}
+    by_row = all(kind.group == kind.inner and kind.codes == "int" for kind in kinds.values())
+    ways = {(kind.bits, None if by_row else kind.group, kind.scale, kind.codes) for kind in kinds.values()}
     if len(ways) != 1:
         raise refuse(f"matrices packed in {len(ways)} ways, of which a model holds one")
-    ((bits, group, scale),) = ways
-    said: dict[str, Any] = {"bits": bits, "group": group, "scale": scale}
+    ((bits, group, scale, codes),) = ways
+    said: dict[str, Any] = {"bits": bits, "group": group, "scale": scale, "codes": codes}
     parts = []
     for part in config.map_inputs():
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.hub import located
+from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.few_bits import Held, held_slots, packed_tensors, quantized_as
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import (
@@ -65,7 +66,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
             ``org/name`` or ``org/name@revision``: see ``turnout.hub.located``.
         dtype: of the weights; None for the one they are stored in: of several, as in transformers, the one that
             config.json names. A correction bias of a router stays in fp32.
-        packed: hold what compressed-tensors packed in few bits as it is; such a model is not trained.
+        packed: hold what compressed-tensors or MXFP4 packed in few bits as it is; such a model is not trained.
 
     Raises:
         CheckpointError: an architecture that is not supported, or a file that is missing, damaged, pickled, quantised
@@ -107,7 +108,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
 def _held(path: Path, found: Survey) -> LMConfig:
     def refuse(problem: str) -> CheckpointError:
         fix = "read it with packed=False, as the numbers that its weights stand for"
-        allowed = "be packed by compressed-tensors, all of a kind in the same way"
+        allowed = "be packed by compressed-tensors or in MXFP4, all of a kind in the same way"
         return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
 
     return quantized_as(found.config, found.packed.kinds, found.names, refuse)
@@ -132,7 +133,8 @@ def to_hf(
 
     What an architecture cannot be without, and the model has not, is written as zeros that add nothing: the shared
     expert of Qwen2-MoE, for one. Maps in few bits are written so, as compressed-tensors packs them: transformers loads
-    that where the library of this name is installed. vLLM names the same format; that was not tried.
+    that where the library of this name is installed. vLLM names the same format; that was not tried. Experts that were
+    read in MXFP4 (``packed=True``) are written in it, byte for byte.
 
     Args:
         lm: the model.
@@ -207,6 +209,13 @@ def _check_tied(path: Path, where: Mapping[str, str], lm: LM) -> None:
 
 
 # ---- writing
+
+
+def _as_before(settings: dict[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """How weights are packed, in the words of the old folder where it has them in MXFP4 too."""
+    was, now = (keys.get("quantization_config") for keys in (old, settings))
+    same = was and now and was.get("quant_method") == now["quant_method"] == mxfp4.METHOD
+    return {"quantization_config": was} if same else settings
 
 
 def _old_keys(like: Path | None) -> dict[str, Any]:
@@ -359,6 +368,7 @@ def _write_config(
     settings: dict[str, Any],
 ) -> None:
     stored, same = str(dtype).removeprefix("torch."), family_of(old) is family
+    settings = _as_before(settings, old)
     names: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     kept = _kept(old, family, config) if same else {}
     alike = same and meaning(family.read(family.keys(old))) == meaning(config)

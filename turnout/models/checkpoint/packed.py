@@ -37,7 +37,8 @@ class Packed:
         scales: name -> the file of its scales.
         block: of fp8: the rows and columns that share a scale; None for one scale a tensor.
         left_out: scales of inputs, which the folder holds and nothing here uses.
-        shapes, kinds: of compressed-tensors: name -> the shape when it is whole, and how it is packed.
+        shapes: of compressed-tensors: name -> the shape when it is whole.
+        kinds: of those that a model can hold as they are stored: name -> how it is packed.
     """
 
     method: Literal["mxfp4", "fp8", "compressed-tensors"] | None = None
@@ -59,11 +60,11 @@ class Packed:
         if self.method == compressed.METHOD:
             slot.view.copy_(slot.cut(self.matrix(file, path, name).dequantised(slot.view.dtype)))
             return
-        end = (mxfp4.BLOCKS, mxfp4.SCALES) if self.method == "mxfp4" else ("", fp8.SCALES)
+        end = (mxfp4.BLOCKS, mxfp4.SCALES) if self.method == mxfp4.METHOD else ("", fp8.SCALES)
         bits = file.get_tensor(name + end[0])
         with opened(path / self.scales[name]) as beside:
             scales = beside.get_tensor(name + end[1])
-        if self.method == "mxfp4":
+        if self.method == mxfp4.METHOD:
             for expert, view in enumerate(slot.view):
                 view.copy_(slot.cut(mxfp4.unpack(bits[expert], scales[expert])))
             return
@@ -78,9 +79,11 @@ class Packed:
             view.copy_(slot.cut(fp8.unpack(bits[expert], one, block)))
 
     def matrix(self, file: Any, path: Path, name: str) -> Matrix:
-        """One of compressed-tensors' as it is stored, in few bits; ``file``, ``path`` and ``name`` as for ``read``."""
+        """One of ``kinds`` as it is stored, in few bits; ``file``, ``path`` and ``name`` as for ``read``."""
         words, scale, _ = compressed.parts_of(name)
         with opened(path / self.scales[name]) as beside:
+            if self.method == mxfp4.METHOD:
+                return mxfp4.matrix_of(file.get_tensor(name + mxfp4.BLOCKS), beside.get_tensor(name + mxfp4.SCALES))
             return compressed.unpack(file.get_tensor(words), beside.get_tensor(scale), self.shapes[name])
 
     def notes(self, dtype: torch.dtype) -> tuple[str, ...]:
@@ -116,13 +119,14 @@ def find_packed(
     if not settings:
         return Packed()
     method = settings.get("quant_method", "unknown")
-    if method == "mxfp4" and method in family.unpacks:
-        scales = {}
+    if method == mxfp4.METHOD and method in family.unpacks:
+        scales, kinds = {}, {}
         for name in mxfp4.unpacked(dtypes):
             bits, beside = name + mxfp4.BLOCKS, name + mxfp4.SCALES
             where[name], scales[name] = where.pop(bits), where.pop(beside)
             shapes[name], dtypes[name] = mxfp4.shape_of(shapes.pop(bits), shapes.pop(beside)), "BF16"
-        return Packed("mxfp4", scales)
+            kinds[name] = compressed.Kind(4, mxfp4.BLOCK, sum(shapes[name][1:2]), "bfloat16", mxfp4.METHOD)
+        return Packed(mxfp4.METHOD, scales, kinds=kinds)
     if method == compressed.METHOD:
         return _find_compressed(path, settings, where, dtypes, shapes)
     if method != "fp8":

@@ -98,9 +98,13 @@ def _few_bits(config: LMConfig, family: Family) -> str | None:
     """Why maps in few bits cannot be written in this architecture."""
     quantized, names = config.quantized, family.layouts[0]
     assert quantized is not None
+    if quantized.codes in family.unpacks and quantized.parts == ("experts",):
+        return None
+    if quantized.codes == "mxfp4":
+        return f"quantized.codes is 'mxfp4', which GptOssForCausalLM has of experts alone: {_FIXES['quantized']}"
     if quantized.codes != "int":
         return f"quantized.codes is {quantized.codes!r}, there it would be 'int': round with codes='int' (--codes int)"
-    whole = "write its weights out in full (--densify, turnout.reshape.densify)"
+    whole = _FIXES["quantized"]
     if names.views is not None:
         return f"{family.architecture} has no linear maps that others read in few bits: {whole}"
     if names.fused is not None and "experts" in quantized.parts:

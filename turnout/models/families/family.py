@@ -67,7 +67,7 @@ class Family:
         write: the keys for a configuration; what the architecture has no key for is lost, and ``express`` notices.
         layouts: the names of its tensors: as folders have them, and as transformers 5 has them in memory.
         limits: further reasons why a configuration cannot be of this architecture.
-        unpacks: the quantisations that are read beside fp8, and never written.
+        unpacks: the quantisations that are read beside fp8, and whose bytes a model may hold and write again.
         aliases: second name of a key -> the key. Where config.json holds both, transformers takes the second name's.
         also_called: other model types whose code is this architecture's, line by line.
         silent: the configuration with parts that add nothing, which the architecture cannot be without; None where
@@ -215,6 +215,8 @@ def read_scaling(keys: Keys, given: Mapping[str, Any], theta: float) -> tuple[fl
         raise refusal("rope_type", repr(kind), allowed, "use a model whose frequencies do not change with the length")
     if kind != "linear":
         _read_before(keys, given)
+    if "truncate" in given:  # null is no in transformers, not its default
+        given["truncate"] = bool(given["truncate"])
     stretched = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
     return float(theta), stretched, share
 
