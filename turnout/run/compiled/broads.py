@@ -68,7 +68,7 @@ def broads(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list
     """Each expert's rows times its matrix, summed in fp32: as ``turnout.run.compiled.dots``, stored (E, I, O).
 
     >>> rows, stack, out = torch.ones(1, 2), torch.ones(1, 2, 64), torch.empty(1, 64)
-    >>> broads(rows, stack, [0], [0, 1], out) if suits_broads(rows, stack) else out.fill_(2) and None
+    >>> _ = broads(rows, stack, [0], [0, 1], out) if suits_broads(rows, stack) else out.fill_(2)
     >>> float(out.sum())
     128.0
 
@@ -93,7 +93,7 @@ def outers(left_NO: Tensor, right_NI: Tensor, expert_G: list[int], bound_G: list
         grad_EOI: of all experts.
 
     >>> left, right, grad = torch.ones(3, 6), torch.ones(3, 64), torch.zeros(1, 6, 64)
-    >>> outers(left, right, [0], [0, 3], grad) if suits_outers(left, right, grad, 3) else grad.fill_(3) and None
+    >>> _ = outers(left, right, [0], [0, 3], grad) if suits_outers(left, right, grad, 3) else grad.fill_(3)
     >>> float(grad.sum()) == 3 * 6 * 64
     True
 

@@ -68,7 +68,7 @@ def dots(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list[i
         out_NO: what is written to, contiguous, in the same dtype.
 
     >>> rows, stack, out = torch.ones(1, 16), torch.ones(1, 4, 16).transpose(1, 2), torch.empty(1, 4)
-    >>> dots(rows, stack, [0], [0, 1], out) if suits_dots(rows, stack) else out.fill_(16) and None
+    >>> _ = dots(rows, stack, [0], [0, 1], out) if suits_dots(rows, stack) else out.fill_(16)
     >>> out.tolist()
     [[16.0, 16.0, 16.0, 16.0]]
 
