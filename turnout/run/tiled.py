@@ -15,6 +15,7 @@ __all__ = ["suits_tiles", "tiled_outers", "tiled_products"]
 def suits_tiles(x_TD: Tensor, weights: ExpertWeights, rows: float) -> bool:
     """Whether all products of these experts, of so many rows each, are turnout's own.
 
+    >>> import torch
     >>> suits_tiles(torch.ones(4, 3), ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)), 4)
     False
 
