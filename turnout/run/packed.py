@@ -16,7 +16,7 @@ __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 # As many entries as are run from the codes; more are worth writing the weights out.
 _FEW = 64
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
-_ONCE = 1 << 24
+_ONCE = 1 << 22
 
 
 def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Tensor:
