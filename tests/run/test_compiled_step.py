@@ -9,11 +9,13 @@ from turnout.models.norm import LayerNorm, RMSNorm
 from turnout.run import activate
 from turnout.run.compiled.curves import ACTIVATIONS, activated, bounded, grown
 from turnout.run.compiled.engine import array, kernel
-from turnout.run.compiled.look import looked, rounded, softened
+from turnout.run.compiled.formats import blocks
+from turnout.run.compiled.kept import Kept
+from turnout.run.compiled.look import looked, softened, stored
 from turnout.run.compiled.norms import normed, turned
 from turnout.run.compiled.route import chosen
-from turnout.run.compiled.tables import CODES, LAYER, NORM, Kept
-from turnout.run.compiled.times import times
+from turnout.run.compiled.tables import CODES, LAYER, NORM
+from turnout.run.compiled.times import laid_out, times
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -29,9 +31,8 @@ def of_each(kind, x_N, out_N):
 
 
 @kernel()
-def bits_of(x_N, out_N):
-    for n in range(x_N.shape[0]):
-        out_N[n] = rounded(x_N[n])
+def stored_at(code, address, x_N):
+    stored(code, address, x_N)
 
 
 @kernel()
@@ -40,10 +41,15 @@ def normed_by(norms, x_I, out_I):
 
 
 @kernel()
-def times_all(table, e, x_MI, out_MO):
-    middle = out_MO.shape[1] // 2
-    times(table, 0, e, x_MI, out_MO, middle, out_MO.shape[1])
-    times(table, 0, e, x_MI, out_MO, 0, middle)
+def times_all(table, e, x_MI, room, out_MO):
+    middle, wide_MI = out_MO.shape[1] // 2, laid_out(table, 0, x_MI, room)
+    times(table, 0, e, wide_MI, out_MO, middle, out_MO.shape[1])
+    times(table, 0, e, wide_MI, out_MO, 0, middle)
+
+
+@kernel()
+def looked_at(table, item, q_GW, sinks, softcap, scale, score_GT, out_GV, room):
+    looked(table, 0, 1, item, laid_out(table, 0, q_GW, room), sinks, softcap, scale, score_GT, out_GV)
 
 
 @kernel()
@@ -64,12 +70,13 @@ def test_exponentials_are_right_to_the_last_digits_and_keep_what_is_no_number() 
         assert nothing.isnan().all()
 
 
-def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+@pytest.mark.parametrize("dtype", CODES)
+def test_numbers_are_stored_as_torch_rounds_them(dtype: torch.dtype) -> None:
     bits = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
     x = torch.cat((bits.view(torch.float32), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, np.inf, -np.inf, torch.nan, 0.0])))
-    got = torch.empty(len(x), dtype=torch.bfloat16)
-    bits_of(array(x), array(got))
-    torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    got = torch.empty(len(x), dtype=dtype)
+    stored_at(CODES[dtype], got.data_ptr(), array(x))
+    torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -114,7 +121,7 @@ def test_products_of_either_order(rows: int, dtype: torch.dtype) -> None:
             for added in (bias, None):
                 kept = Kept()
                 table = np.array([kept.matrix(weight, added)], np.int64)
-                times_all(table, 2, array(x_MI), array(got))
+                times_all(table, 2, array(x_MI), array(torch.full((rows * blocks(ins),), torch.nan)), array(got))
                 want = x_MI.double() @ stack[2].double().t() + (0 if added is None else added[2].double())
                 torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
 
@@ -161,13 +168,16 @@ def test_routers(name: str) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_attention_over_a_cache(sinks: bool, softcap: float, dtype: torch.dtype) -> None:
-    for heads, seen, width in ((1, 1, 4), (3, 9, 10), (6, 70, 16)):
+    for heads, seen, width in ((1, 1, 4), (3, 9, 10), (6, 70, 16), (2, 5, 1)):
         q, keys, values = draw(heads, width), draw(80, width, seed=1).to(dtype), draw(80, width, seed=2).to(dtype)
         sink = draw(heads, seed=3) if sinks else torch.empty(0)
         score, got = torch.empty(heads, seen), torch.empty(heads, width)
-        at = keys.data_ptr(), values.data_ptr()
-        cap, scale = np.float32(softcap), np.float32(0.4)
-        looked(CODES[dtype], *at, seen, array(q), array(sink), cap, scale, array(score), array(got))
+        kept, room = Kept(), torch.empty(heads * blocks(width))
+        stack = torch.stack((torch.full_like(keys, torch.nan), keys))
+        both = torch.stack((keys, values)).transpose(1, 2)
+        at = [kept.matrix(stack, by_input=False), kept.matrix(both, by_input=True)]
+        given = array(q), array(sink), np.float32(softcap), np.float32(0.4), array(score), array(got), array(room)
+        looked_at(np.array(at, np.int64), 1, *given)
         want = q.double() @ keys[:seen].double().t() * 0.4
         want = softcap * (want / softcap).tanh() if softcap else want
         share = torch.cat((want, sink[:, None].double()), 1).softmax(1)[:, :seen] if sinks else want.softmax(1)

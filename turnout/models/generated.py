@@ -140,13 +140,15 @@ class Asked:
         """The tokens that end a row.
 
         Args:
-            own: those that the model names.
+            own: those that the model names; what is no token of the vocabulary is never drawn, and ends nothing.
             vocab_size: V.
 
         Raises:
             UsageError: no token of the vocabulary.
         """
-        given: Any = own if self.eos == "model" else () if self.eos is None else self.eos
+        if self.eos == "model":
+            return [one for one in own if 0 <= one < vocab_size]
+        given: Any = () if self.eos is None else self.eos
         ends = list(given) if isinstance(given, Sequence) else [given]
         if wrong := [one for one in ends if not _is_whole(one) or not 0 <= one < vocab_size]:
             allowed = f"be token ids from 0 to {vocab_size - 1}, 'model' or None"

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from turnout.expects import expects
 from turnout.models.checkpoint.live import lm_or_itself
 from turnout.models.decoding import Decoder
+from turnout.models.decoding.sides import Sides
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
-from turnout.models.generated import Asked, Generated, Piece
-from turnout.models.going_on import go_on
+from turnout.models.generated import WHERE, Asked, Generated, Piece, refusal
+from turnout.models.going_on import Steps, go_on
 from turnout.models.lm import LM
 from turnout.models.prompts import Given
+from turnout.models.wishes import own_wishes, say_unmet
 from turnout.wrappers import unwrapped
 
 __all__ = ["generate"]
@@ -71,9 +73,20 @@ def generate(
     asked = Asked(tokens, drawing, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
     inside = unwrapped(model)
     own = own_ends(inside) if eos == "model" else ()
+    say_unmet(own_wishes(inside), drawing, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = functools.partial(Decoder if isinstance(run, LM) else _Foreign, run)
+    steps = functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
     return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+
+
+def _foreign(model: Any, batch: int, room: int) -> Steps:
+    """The steps of a model of transformers, as it is."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return _Foreign(model, batch, room)
+    name = "original_max_position_embeddings"  # beside the others, or in them
+    return Sides(lambda rows: _Foreign(model, rows, room), getattr(config, name, None) or rope[name])
 
 
 class _Foreign:
@@ -108,5 +121,17 @@ class _Foreign:
         place_BT = (self._real_BT.long().cumsum(1) - 1).clamp(min=0)
         told = {"attention_mask": self._real_BT.long(), "position_ids": place_BT[:, -id_BS.shape[1] :]}
         out = self._model(input_ids=id_BS, past_key_values=self._cache, use_cache=True, **told)
-        self._cache = out.past_key_values
+        self._keep(out)
         return out.logits[:, -1]
+
+    def _keep(self, out: Any) -> None:
+        """Takes the cache of what was read so far; without one each step would see its own token alone."""
+        self._cache, got = getattr(out, "past_key_values", None), f"a {type(self._model).__name__}"
+        kind, fix = type(self._cache).__name__, "call its own generate"
+        if not hasattr(self._cache, "batch_select_indices"):
+            allowed = "keep a cache of keys and values (past_key_values) from step to step"
+            raise refusal("a model that is run as it is", got, allowed, fix)
+        if kind != "DynamicCache" and not bool(self._real_BT.all()):
+            # Nobody knows what else than attention would see the padding.
+            allowed = f"be given prompts of one length, because it keeps a {kind}"
+            raise refusal("a model that is run as it is", got, allowed, "generate from each prompt by itself")

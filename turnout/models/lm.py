@@ -93,6 +93,8 @@ class LM(Called):
     origin: Path | None = None
     # The tokens that end a text, where the model that this one was made of said so.
     ends: tuple[int, ...] = ()
+    # What else its generation configuration asked for.
+    wishes: dict[str, Any] | None = None
 
     def __init__(self, config: LMConfig, *, seed: int = 0) -> None:
         super().__init__()

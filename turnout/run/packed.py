@@ -46,7 +46,7 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
     x_MI = x.reshape(-1, x.shape[-1])
     if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
         return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
-    return linear(x, weight.dequantised(x.dtype), bias_O)
+    return linear(x, weight.dequantised(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
 
 def packed_reference(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:

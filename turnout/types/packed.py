@@ -30,7 +30,7 @@ class Packed:
         scale: (..., O, I / group), fp32, bf16 or fp16. Contiguous.
         group: how many neighbouring inputs share a scale; divides I, and is I for one scale a row.
         bits: 8 or 4.
-        levels: (16,) fp32, what the codes of 4 bits stand for; None for code - 8.
+        levels: (16,) fp32, what the codes of 4 bits stand for; None for code - 8. Contiguous.
 
     Raises:
         UsageError: other bits, another dtype, levels with 8 bits, or memory that is not contiguous.
@@ -155,8 +155,8 @@ def _check_dtypes(packed: Packed) -> None:
         raise _wrong("code", str(packed.code.dtype), f"be {wanted} with bits={packed.bits}", fix)
     if packed.scale.dtype not in _SCALE:
         raise _wrong("scale", str(packed.scale.dtype), "be fp32, bf16 or fp16", "pass scale.float()")
-    for name, tensor in (("code", packed.code), ("scale", packed.scale)):
-        if not tensor.is_contiguous():
+    for name, tensor in (("code", packed.code), ("scale", packed.scale), ("levels", packed.levels)):
+        if tensor is not None and not tensor.is_contiguous():
             raise _wrong(name, f"strides {tensor.stride()}", "be contiguous", f"pass {name}.contiguous()")
     levels = packed.levels
     if levels is None:

@@ -3,6 +3,7 @@
 import copy
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,16 @@ def spoilt(how: str) -> nn.Module:
         layer.input_layernorm.variance_epsilon = 0.5
     elif how == "the configuration":
         hf.config.rms_norm_eps = 0.5
+    elif how == "a base of RoPE":
+        hf.config.rope_parameters["rope_theta"] = 3.0
+    elif how == "angles":
+        hf.model.rotary_emb.inv_freq.mul_(0.5)
+    elif how == "a scale":
+        hf = theirs("gemma")
+        hf.model.embed_tokens.embed_scale.mul_(0.5)
+    elif how == "a head":
+        hf = theirs("llama tied, llama3 rope")
+        hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach() * 2)
     elif how == "meta":
         hf.to("meta")
     elif how == "subclass":
@@ -158,6 +169,10 @@ def spoilt(how: str) -> nn.Module:
         ("another activation", r"model\.layers\.1\.mlp\.act_fn, a ReLU of torch.*, where its configuration has a SiLU"),
         ("a setting", r"model\.layers\.1\.input_layernorm, whose variance_epsilon is 0\.5, not 0\.03"),
         ("the configuration", r"whose variance_epsilon is 0\.03, not 0\.5"),
+        ("a base of RoPE", r"model\.rotary_emb, whose inv_freq is not what its configuration makes it"),
+        ("angles", r"model\.rotary_emb, whose inv_freq is not"),
+        ("a scale", r"model\.embed_tokens, whose embed_scale is not"),
+        ("a head", r"an lm_head\.weight of its own.*tie_word_embeddings = False"),
         ("meta", r"weights on meta"),
         ("subclass", r"a LlamaForCausalLM of mine"),
     ],
@@ -179,8 +194,10 @@ def test_other_architectures_and_adapters_are_told_apart() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = get_peft_model(theirs("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UsageError, match=r"first: model\.merge_and_unload\(\)"):
-        turnout.generate(peft, [[3, 4]], tokens=2)
+        named = get_peft_model(theirs("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for one in (peft, named):
+        with pytest.raises(UsageError, match=r"first: model\.merge_and_unload\(\)"):
+            turnout.generate(one, [[3, 4]], tokens=2)
     merged = peft.merge_and_unload()
     assert isinstance(checkpoint.from_live(merged), LM)
     with pytest.raises(UsageError, match="a Linear of torch"):
@@ -225,3 +242,94 @@ def test_changes_show_after_making_it_anew() -> None:
             parameter.add_(0.05)
         torch.testing.assert_close(checkpoint.from_live(hf)(id_BS).logits_BSV, hf(id_BS).logits, rtol=0, atol=1e-4)
         assert not torch.equal(lm(id_BS).logits_BSV, again(id_BS).logits)  # experts are the model's own
+
+
+def test_a_head_of_its_own_is_taken_once_that_is_said() -> None:
+    hf, id_BS = spoilt("a head"), torch.arange(3, 13)[None]
+    hf.config.tie_word_embeddings = False
+    torch.testing.assert_close(checkpoint.from_live(hf)(id_BS).logits_BSV, hf(id_BS).logits, rtol=0, atol=1e-4)
+
+
+def test_angles_that_were_rounded_with_the_weights_are_said() -> None:
+    hf = theirs("llama").to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"inv_freq was rounded to bfloat16 .*from_pretrained"):
+        lm = checkpoint.from_live(hf)
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config)  # as from_pretrained(..., dtype=torch.bfloat16) has it
+    torch.testing.assert_close(lm.rope.frequency_P, checkpoint.from_live(hf).rope.frequency_P, rtol=0, atol=0)
+
+
+STRANGERS = {
+    "mamba": "keep a cache of keys and values",
+    "bert": "keep a cache of keys and values",
+    "prompt tuning": "read a text and what follows it as they are",
+    "minimax": "one length, because it keeps a MiniMaxCache",
+}
+
+
+def stranger(name: str) -> nn.Module:
+    import transformers as hf
+
+    sizes = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if name == "mamba":
+        return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=67, hidden_size=16, num_hidden_layers=1, state_size=4))
+    if name == "bert":  # sees what follows, unless its configuration says that it is a decoder
+        return hf.BertLMHeadModel(hf.BertConfig(intermediate_size=16, **sizes))
+    if name == "minimax":
+        kinds = {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 2, "head_dim": 8}
+        return hf.MiniMaxForCausalLM(hf.MiniMaxConfig(intermediate_size=16, num_local_experts=2, **sizes, **kinds))
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(theirs("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_cannot_go_on_step_by_step_is_refused(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf = stranger(name).eval()
+        with pytest.raises(UsageError, match=STRANGERS[name]):
+            turnout.generate(hf, [[3, 4, 5], [6]], tokens=3, temperature=0, fallback=True)
+        if name == "minimax":
+            made = turnout.generate(hf, [[3, 4], [6, 7]], tokens=3, temperature=0, fallback=True)
+            ask = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            assert made.id_BT.tolist() == hf.generate(torch.tensor([[3, 4], [6, 7]]), **ask).tolist()
+
+
+@pytest.mark.parametrize(
+    ("asks", "passed", "said"),
+    [
+        (
+            {"repetition_penalty": 1.5},
+            {},
+            r"does not do repetition_penalty=1\.5, .* fix: pass repetition_penalty=1\.5\.",
+        ),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.2}, None),
+        (
+            {"bad_words_ids": [[3]], "no_repeat_ngram_size": 2},
+            {},
+            r"no_repeat_ngram_size=2 and bad_words_ids=\[\[3\]\]",
+        ),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {}, None),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            {"temperature": 1},
+            r"pass temperature=0\.6, top_p=0\.9",
+        ),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.7}, None),
+        ({"do_sample": True, "min_length": 0, "num_beams": 1, "top_k": 0, "typical_p": 1.0}, {"temperature": 1}, None),
+    ],
+)
+def test_what_the_generation_configuration_asks_for_is_not_passed_over(
+    asks: dict, passed: dict, said: str | None, tmp_path: Path
+) -> None:
+    """Of a live model, of the LM made of it, and of one read from its folder."""
+    from transformers import GenerationConfig
+
+    hf, ask = theirs("llama"), {"tokens": 2, "eos": None, "temperature": 0} | passed
+    hf.generation_config = GenerationConfig(eos_token_id=[2, 900], **asks)  # 900 is no token, and is never drawn
+    hf.save_pretrained(tmp_path)
+    for model in (hf, checkpoint.from_live(hf), checkpoint.from_hf(tmp_path)):
+        with warnings.catch_warnings() if said is None else pytest.warns(UserWarning, match=said):
+            turnout.generate(model, [[3, 4]], **ask)
+            turnout.generate(model, [[3, 4]], **ask | {"eos": "model"})

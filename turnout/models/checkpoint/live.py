@@ -5,14 +5,15 @@ import itertools
 import types
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from turnout.errors import TurnoutError, UsageError, word
 from turnout.expects import expects
-from turnout.models.checkpoint.own import Unset, outline
+from turnout.models.checkpoint.own import outline
 from turnout.models.checkpoint.survey import CORRECTION, layout
 from turnout.models.ends import own_ends
 from turnout.models.families import FAMILIES
@@ -21,6 +22,7 @@ from turnout.models.families.family import Family, Names
 from turnout.models.families.foreign import refuse_foreign_windows
 from turnout.models.families.tensors import slots
 from turnout.models.lm import LM, LMConfig
+from turnout.models.wishes import own_wishes
 from turnout.wrappers import unwrapped
 
 __all__ = ["from_live", "lm_or_itself"]
@@ -30,6 +32,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What may be set on a module without changing what it computes in evaluation.
 _FREE = ("training", "gradient_checkpointing", "p", "attention_dropout", "name_or_path")
 _AS_IT_IS = "generate with the model as it is: turnout.generate(..., fallback=True)"
+_MERGE = "merge the adapters first: model.merge_and_unload()"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -74,7 +77,7 @@ def from_live(hf_model: nn.Module) -> LM:
         for name, slot in slots(lm, names).items():
             if name not in shared:
                 slot.view.copy_(slot.cut(stored[name]))
-    lm.ends = own_ends(inside)
+    lm.ends, lm.wishes = own_ends(inside), own_wishes(inside)
     return lm.requires_grad_(False).eval()
 
 
@@ -91,6 +94,9 @@ def lm_or_itself(hf_model: nn.Module, *, fallback: bool) -> nn.Module:
             raise
         if getattr(getattr(hf_model, "config", None), "is_encoder_decoder", None) is not False:
             raise
+        if getattr(getattr(hf_model, "active_peft_config", None), "is_prompt_learning", False):
+            got, fix = "one of PEFT's that puts tokens of its own before a text", "call its own generate"
+            raise _refusal(got, "read a text and what follows it as they are", fix) from error
         warnings.warn(f"turnout.generate runs the model as it is, with transformers: {error}", stacklevel=5)
         return hf_model
 
@@ -108,7 +114,7 @@ def _read(model: nn.Module) -> tuple[Family, LMConfig, torch.dtype]:
         raise _refusal(f"a {type(model).__name__}", f"be one of {known}", _AS_IT_IS)
     config = _config(family, keys)
     if strange := next(_strange(model), None):
-        fix = "merge the adapters first: model.merge_and_unload()" if " of peft." in strange else _AS_IT_IS
+        fix = _MERGE if " of peft." in strange else _AS_IT_IS
         raise _refusal(strange, "consist of what transformers makes it of", fix)
     return family, config, _dtype(model)
 
@@ -143,14 +149,16 @@ def _keys(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if not callable(getattr(config, "to_dict", None)) or not type(model).__module__.startswith("transformers."):
         got = f"a {type(model).__name__} of {type(model).__module__.partition('.')[0]}"
-        fix = "pass AutoModelForCausalLM.from_pretrained(FOLDER)"
+        fix = (
+            _MERGE if ".peft." in f".{type(model).__module__}" else "pass AutoModelForCausalLM.from_pretrained(FOLDER)"
+        )
         raise _refusal(got, "be a causal language model of transformers", fix)
     return config.to_dict() | {"architectures": [type(model).__name__]}
 
 
 def _strange(model: nn.Module) -> Iterator[str]:
     """What a part has that transformers did not give it: a class, a setting, a forward of its own, hooks."""
-    with torch.device("meta"), Unset():
+    with _Light():
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     for name, module in model.named_modules():
         shown, kind = name or "the model", type(module)
@@ -163,10 +171,38 @@ def _strange(model: nn.Module) -> Iterator[str]:
         for key in mine:
             if mine[key] != its.get(key):
                 yield f"{shown}, whose {key} is {its.get(key)!r:.80}, not {mine[key]!r:.80}"
+        yield from _buffers(shown, module, like)
         if "forward" in vars(module):
             yield f"{shown}, whose forward was replaced"
         if any(getattr(module, hooks) for hooks in _HOOKS):
             yield f"{shown}, which has hooks"
+
+
+class _Light(TorchFunctionMode):
+    """Weights without memory or time, and everything that is worked out from a configuration as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.normal_:
+            return args[0]
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
+
+
+def _buffers(shown: str, module: nn.Module, like: nn.Module) -> Iterator[str]:
+    """What a module has worked out from its configuration, which no folder holds, where it is something else."""
+    for key in sorted(module._non_persistent_buffers_set):
+        its, mine = module._buffers.get(key), like._buffers.get(key)
+        if its is None or mine is None or its.is_meta:
+            continue
+        if key == "inv_freq" and getattr(module, "rope_type", "") == "longrope":
+            continue  # which of two, every forward pass decides anew
+        its = its.cpu()
+        if torch.equal(its.to(mine.dtype), mine):
+            continue
+        if its.shape != mine.shape or not torch.equal(its, mine.to(its.dtype)):
+            yield f"{shown}, whose {key} is not what its configuration makes it"
+        what = f"{shown}.{key} was rounded to {str(its.dtype).removeprefix('torch.')} with the weights"
+        fix = "from_pretrained(..., dtype=...), not .to(dtype)"
+        warnings.warn(f"{what}; turnout computes with it as it was. Nearest fix: {fix}.", UserWarning, stacklevel=6)
 
 
 def _settings(module: nn.Module) -> dict[str, object]:
@@ -179,8 +215,10 @@ def _settings(module: nn.Module) -> dict[str, object]:
 def _tensors(model: nn.Module, config: LMConfig) -> dict[str, Tensor]:
     """The weights by name, as a folder would hold them."""
     stored = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    if config.tie_embeddings:
-        stored.pop("lm_head.weight", None)
+    head = stored.pop("lm_head.weight", None) if config.tie_embeddings else None
+    if head is not None and not torch.equal(head, cast("Any", model).get_input_embeddings().weight):
+        got, allowed = "an lm_head.weight of its own", "be the embedding, as tie_word_embeddings says"
+        raise _refusal(got, allowed, "set model.config.tie_word_embeddings = False")
     return stored
 
 

@@ -6,14 +6,15 @@ from torch.nn.modules import module as of_torch
 
 from turnout.decide import token
 from turnout.layers import MoE
-from turnout.models.attention import Attention, Projection
+from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, RMSNorm
 from turnout.models.rope import Rope
-from turnout.paths import Bank, FeedForward
+from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.run.compiled import why_not_compiled
 from turnout.run.compiled.engine import takes
+from turnout.run.compiled.formats import knows
 from turnout.run.compiled.tables import CODES
 from turnout.run.composed import transformed
 from turnout.run.product import replaced
@@ -23,7 +24,9 @@ __all__ = ["decoding_path", "why_plain"]
 # What the compiled step knows, and nothing that is derived from it.
 _ROUTERS = (token.TopK, token.LossFree, token.GroupLimited, token.Switch, token.GShard)
 _KNOWN = (
-    LM, Block, Attention, Projection, RMSNorm, LayerNorm, Rope, FeedForward, MoE, Bank, nn.ModuleList, *_ROUTERS
+    LM, Block, Attention, LatentAttention, Projection, RMSNorm, LayerNorm, Rope, FeedForward, MoE, Bank,
+    PackedLinear, PackedFeedForward,
+    PackedBank, PackedWeight, nn.ModuleList, *_ROUTERS,
 )  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -89,14 +92,17 @@ def _why_modules(lm: nn.Module) -> str | None:
             return f"{where} is told to run by {module.backend}"
         if isinstance(module, MoE) and module.router is None:
             return f"{where} has no router of its own"
-        if isinstance(module, Rope) and module.long_P is not None:
-            return f"{where} changes with the length of the text (longrope)"
+        if isinstance(module, PackedWeight) and not knows(module.packed, torch.float32):
+            return f"{where} has groups of {module.group}, which no kernel reads, or is no plain tensor of a CPU"
     return None
 
 
 def _why_tensors(lm: nn.Module) -> str | None:
+    packed = {id(one) for module in lm.modules() if isinstance(module, PackedWeight) for one in module.buffers()}
     tensors: list[tuple[str, Tensor]] = [*lm.named_parameters(), *lm.named_buffers()]
     for name, tensor in tensors:
+        if id(tensor) in packed:  # looked at above
+            continue
         if not takes(tensor) or tensor.layout != torch.strided:
             return f"{name} is on {tensor.device}, or no plain tensor"
         if tensor.is_floating_point() and tensor.dtype not in CODES:

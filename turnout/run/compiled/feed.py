@@ -5,8 +5,9 @@ import numpy as np
 from turnout.run.compiled.curves import GATED, activated
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import prange
-from turnout.run.compiled.tables import INS, OUTS
-from turnout.run.compiled.times import share, times
+from turnout.run.compiled.span import lay_out, place
+from turnout.run.compiled.tables import INS, OUTS, SPLIT
+from turnout.run.compiled.times import ROW_BLOCK, blocks_of, share, times
 
 __all__ = ["fed", "grouped", "whole"]
 
@@ -45,9 +46,9 @@ def grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R):
 
 
 @kernel(threaded=True)
-def _widened(table, up, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts):
-    """The hidden numbers of all groups; a thread makes the same part of each expert's gates and values."""
-    hidden = act_RF.shape[1]
+def _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts):
+    """The activations of all groups, laid out; a thread makes the same part of each expert's gates and values."""
+    hidden, split = table[down, INS], table[down, SPLIT] != 0
     for part in prange(parts):
         first, last = share(hidden, part, parts), share(hidden, part + 1, parts)
         for g in range(groups):
@@ -58,7 +59,10 @@ def _widened(table, up, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, 
                 times(table, up, e, x_RD[start:end], wide_MH, hidden + first, hidden + last)
             else:
                 times(table, up, e, x_RD[start:end], wide_MH, first, wide_MH.shape[1] if code < GATED else last)
-            activated(wide_MH, code, first, last, act_RF[start:end])
+            activated(wide_MH, code, first, last, wide_MH[:, :hidden])
+            for r in range(start, end):
+                for f in range(first, last):
+                    act_RF[r, place(f, split)] = wide_RH[r, f]
 
 
 @kernel(threaded=True)
@@ -80,16 +84,18 @@ def _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, m
 def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, room_F, parts):
     """Adds to y what the experts of all groups make of their rows, weighted."""
     rows, width = start_G[groups], h_BD.shape[1]
-    wide, hidden = table[up, OUTS], table[down, INS]
-    at_made, at_wide = rows * width, 2 * rows * width
+    wide, hidden, split = table[up, OUTS], table[down, INS], table[up, SPLIT] != 0
+    size, full = blocks_of(width), blocks_of(hidden)
+    at_made = rows * size
+    at_wide = at_made + rows * width
     at_act = at_wide + rows * wide
-    x_RD = room_F[:at_made].reshape(rows, width)
+    x_RD = room_F[:at_made].reshape(rows, size)
     made_RD = room_F[at_made:at_wide].reshape(rows, width)
     wide_RH = room_F[at_wide:at_act].reshape(rows, wide)
-    act_RF = room_F[at_act : at_act + rows * hidden].reshape(rows, hidden)
+    act_RF = room_F[at_act : at_act + rows * full].reshape(rows, full)
     for r in range(rows):
-        x_D, h_D = x_RD[r], h_BD[row_R[r]]
-        for d in range(width):
-            x_D[d] = h_D[d]
-    _widened(table, up, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
+        lay_out(h_BD[row_R[r]], 0, width, room_F, r * size, split)
+        for f in range(full - ROW_BLOCK, full):
+            act_RF[r, f] = np.float32(0)
+    _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
     _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts)

@@ -6,11 +6,12 @@ from turnout.run.compiled.curves import bounded, grown
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.feed import fed, grouped, whole
 from turnout.run.compiled.lanes import wide
+from turnout.run.compiled.latent import latent_attention
 from turnout.run.compiled.look import looked_all
 from turnout.run.compiled.norms import angles, normed, turned
 from turnout.run.compiled.route import chosen
-from turnout.run.compiled.tables import FLOAT, OUTS, brains, floats, wholes
-from turnout.run.compiled.times import spread, times
+from turnout.run.compiled.tables import BRAIN, FLOAT, OUTS, brains, floats, halves, wholes
+from turnout.run.compiled.times import laid_out, spread, times
 
 __all__ = ["step"]
 
@@ -68,35 +69,18 @@ def _attention(layer, norms, table, h_BD, place_B, cos_BP, sin_BP, room_F, y_BD,
     qkv_BO = _cut(room_F, 0, rows, (heads + 2 * key_heads) * width)
     mixed_BQ = _cut(room_F, qkv_BO.size, rows, heads * width)
     score_F = room_F[qkv_BO.size + mixed_BQ.size :]
-    spread(table, layer.qkv, h_BD, qkv_BO, parts)
+    spread(table, layer.qkv, h_BD, score_F, qkv_BO, parts)
     for b in range(rows):
         _heads(layer, norms, 0, heads, layer.q_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
         _heads(layer, norms, heads * width, key_heads, layer.k_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
-    looked_all(
-        layer.cache_code,
-        layer.keys,
-        layer.values,
-        layer.slots,
-        layer.window,
-        place_B,
-        qkv_BO,
-        heads,
-        key_heads,
-        width,
-        layer.sinks,
-        layer.softcap,
-        layer.scale,
-        score_F,
-        mixed_BQ,
-        parts,
-    )
-    spread(table, layer.out, mixed_BQ, y_BD, parts)
+    looked_all(table, layer, place_B, qkv_BO, score_F, mixed_BQ, parts)
+    spread(table, layer.out, mixed_BQ, score_F, y_BD, parts)
 
 
 @kernel()
-def _routed(layer, table, h_BD, logit_BE, weight_BK, choice_BK):
+def _routed(layer, table, h_BD, room_F, logit_BE, weight_BK, choice_BK):
     """Which experts each row takes, and with what weight."""
-    times(table, layer.router, 0, h_BD, logit_BE, 0, logit_BE.shape[1])
+    times(table, layer.router, 0, laid_out(table, layer.router, h_BD, room_F), logit_BE, 0, logit_BE.shape[1])
     for b in range(h_BD.shape[0]):
         chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b])
         if layer.labels != 0:
@@ -121,7 +105,7 @@ def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
         logit_BE = _cut(rest_F, 0, rows, table[layer.router, OUTS])
         weight_BK = _cut(rest_F, logit_BE.size, rows, most)
         choice_BK = room_I[3 * entries + 1 : 4 * entries + 1].reshape(rows, most)
-        _routed(layer, table, h_BD, logit_BE, weight_BK, choice_BK)
+        _routed(layer, table, h_BD, rest_F[logit_BE.size + weight_BK.size :], logit_BE, weight_BK, choice_BK)
         groups = grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R)
     code = layer.activation
     fed(table, layer.up, layer.down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, rest_F, parts)
@@ -143,14 +127,21 @@ def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
 def _embedded(address, code, index, scale, x_D, adds):
     """A row of a table of embeddings, scaled, in the place of x or added to it."""
     D = x_D.shape[0]
+    if not adds:
+        for d in range(D):
+            x_D[d] = np.float32(0)
     if code == FLOAT:
         row_D = floats(address + index * D * 4, D)
         for d in range(D):
-            x_D[d] = row_D[d] * scale + (x_D[d] if adds else np.float32(0))
-    else:
-        bits_D = brains(address + index * D * 2, D)
+            x_D[d] += row_D[d] * scale
+    elif code == BRAIN:
+        brain_D = brains(address + index * D * 2, D)
         for d in range(D):
-            x_D[d] = wide(bits_D[d]) * scale + (x_D[d] if adds else np.float32(0))
+            x_D[d] += wide(brain_D[d]) * scale
+    else:
+        half_D = halves(address + index * D * 2, D)
+        for d in range(D):
+            x_D[d] += wide(half_D[d]) * scale
 
 
 @kernel()
@@ -174,13 +165,16 @@ def step(models, layers, norms, table, id_B, place_B, room_F, room_I, logits_BV,
         layer = layers[number]
         cos, sin = (near_cos_BP, near_sin_BP) if layer.local != 0 else (cos_BP, sin_BP)
         _before(norms, layer.norm, x_BD, h_BD)
-        _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+        if layer.latent != 0:
+            latent_attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+        else:
+            _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
         _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts)
         _added(norms, layer.ff_out_norm, layer.residual, y_BD, x_BD)
     _before(norms, model.norm, x_BD, h_BD)
-    spread(table, model.head, h_BD, logits_BV, parts)
+    spread(table, model.head, h_BD, rest_F, logits_BV, parts)
     for b in range(B):
         for v in range(V):
             logit = logits_BV[b, v] / model.divisor

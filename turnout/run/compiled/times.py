@@ -1,126 +1,202 @@
-"""Rows against a matrix that a table describes, whatever its numbers and its order in memory."""
+"""Rows against a matrix that a table describes, whatever its numbers and its order in memory.
+
+For each format there is a kernel, whose address stands in the table: a step is compiled once, and calls what it finds.
+"""
+
+import functools
+import importlib
+from typing import Any
 
 import numpy as np
 
-from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.engine import Kernel, Lazy, kernel
 from turnout.run.compiled.lanes import prange, wide
+from turnout.run.compiled.span import lay_out, span
 from turnout.run.compiled.tables import (
     AT,
     BIAS,
     BIAS_NEXT,
-    BY_INPUT,
-    CODE,
-    FLOAT,
+    COLUMNS,
+    GROUP,
+    GROUPS,
     INS,
+    KERNEL,
+    LEVELS,
     NEXT,
     OUTS,
+    SCALE,
+    SCALE_NEXT,
+    SPLIT,
     STRIDE,
-    brains,
+    begins,
     floats,
+    view,
+    wholes,
 )
+from turnout.run.compiled.tile import splits
 
-__all__ = ["across", "along", "share", "spread", "times"]
+__all__ = ["ROW_BLOCK", "address", "blocks_of", "laid_out", "share", "split", "spread", "times"]
 
 # As many rows of a matrix as stay in the processor's cache until all rows of the other factor have met them.
 _BLOCK = 16
+# What rows are filled up to, as ``turnout.run.compiled.span.lay_out`` does.
+ROW_BLOCK = 32
+# What a kernel is told in whole numbers after the two pointers that have a type: see ``by_output``.
+_NUMBERS = 9
+
+
+@kernel(exact=True)
+def _biased(row, e, rows, out, outs, first, last):
+    """Adds the bias of the e-th matrix of a stack."""
+    if row[BIAS] != 0:
+        bias_O = floats(row[BIAS] + e * row[BIAS_NEXT] * 4, row[OUTS])
+        for m in range(rows):
+            for o in range(first, last):
+                out[m * outs + o] += bias_O[o]
+
+
+@kernel(exact=True)
+def by_output(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """out[m outs + o] = sum over i of x[m size + i] w_e[o, i], plus a bias: each output's weights after each other.
+
+    Of a stack that the row at ``at_row`` of a table describes, for m in [0, rows) and o in [first, last). x, laid out,
+    and out are addresses.
+    """
+    row = wholes(at_row, COLUMNS)
+    codes, scales = view(code, (row[OUTS] - 1) * row[STRIDE] + 1), view(scale, row[OUTS] * row[GROUPS])
+    weights = codes, scales, floats(row[LEVELS], 16), row[NEXT], row[STRIDE], row[GROUPS], row[GROUP]
+    x_F, out_F = floats(x, rows * size), floats(out, rows * outs)
+    span(weights, e * row[NEXT], e * row[SCALE_NEXT], x_F, 0, size, rows, out_F, 0, outs, first, last)
+    _biased(row, e, rows, out_F, outs, first, last)
+    return 0
 
 
 @kernel()
-def _four(a_I, b_I, c_I, d_I, row_I):
-    """The sums of four rows with the weights of one output."""
-    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-    for i in range(row_I.shape[0]):
-        w = wide(row_I[i])
-        a += w * a_I[i]
-        b += w * b_I[i]
-        c += w * c_I[i]
-        d += w * d_I[i]
-    return a, b, c, d
-
-
-@kernel()
-def _two(a_I, b_I, row_I):
-    a, b = np.float32(0), np.float32(0)
-    for i in range(row_I.shape[0]):
-        w = wide(row_I[i])
-        a += w * a_I[i]
-        b += w * b_I[i]
-    return a, b
-
-
-@kernel()
-def _one(a_I, row_I):
-    a = np.float32(0)
-    for i in range(row_I.shape[0]):
-        a += wide(row_I[i]) * a_I[i]
-    return a
-
-
-@kernel()
-def along(x_MI, weight, stride, out_MO, first, last):
-    """out[m, o] = sum over i of x[m, i] weight[o stride + i]: each output's weights lie after each other."""
-    rows, ins = x_MI.shape
-    for o in range(first, last):
-        row_I, m = weight[o * stride : o * stride + ins], 0
-        while m + 4 <= rows:
-            a, b, c, d = _four(x_MI[m], x_MI[m + 1], x_MI[m + 2], x_MI[m + 3], row_I)
-            out_MO[m, o], out_MO[m + 1, o], out_MO[m + 2, o], out_MO[m + 3, o] = a, b, c, d
-            m += 4
-        if m + 2 <= rows:
-            out_MO[m, o], out_MO[m + 1, o] = _two(x_MI[m], x_MI[m + 1], row_I)
-            m += 2
-        if m < rows:
-            out_MO[m, o] = _one(x_MI[m], row_I)
-
-
-@kernel()
-def across(x_MI, weight, stride, out_MO, first, last):
-    """out[m, o] = sum over i of x[m, i] weight[i stride + o]: each input's weights lie after each other."""
-    rows, ins = x_MI.shape
+def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """The same where each input's weights lie after each other, of the first ``ins`` inputs."""
+    row = wholes(at_row, COLUMNS)
+    stride, start = row[STRIDE], e * row[NEXT]
+    weight = view(code, start + (ins - 1) * stride + row[OUTS])[start:]
+    x_F, out_F = floats(x, rows * size), floats(out, rows * outs)
     for m in range(rows):
         for o in range(first, last):
-            out_MO[m, o] = np.float32(0)
-    for start in range(0, ins, _BLOCK):
-        end, m = min(ins, start + _BLOCK), 0
+            out_F[m * outs + o] = np.float32(0)
+    for begin in range(0, ins, _BLOCK):
+        end, m = min(ins, begin + _BLOCK), 0
         while m + 2 <= rows:
-            a_O, b_O = out_MO[m, first:last], out_MO[m + 1, first:last]
-            for i in range(start, end):
-                row_O, a, b = weight[i * stride + first : i * stride + last], x_MI[m, i], x_MI[m + 1, i]
+            a_O, b_O = out_F[m * outs + first : m * outs + last], out_F[(m + 1) * outs + first : (m + 1) * outs + last]
+            for i in range(begin, end):
+                row_O = weight[i * stride + first : i * stride + last]
+                a, b = x_F[m * size + i], x_F[(m + 1) * size + i]
                 for o in range(row_O.shape[0]):
                     w = wide(row_O[o])
                     a_O[o] += a * w
                     b_O[o] += b * w
             m += 2
         if m < rows:
-            a_O = out_MO[m, first:last]
-            for i in range(start, end):
-                row_O, a = weight[i * stride + first : i * stride + last], x_MI[m, i]
+            a_O = out_F[m * outs + first : m * outs + last]
+            for i in range(begin, end):
+                row_O, a = weight[i * stride + first : i * stride + last], x_F[m * size + i]
                 for o in range(row_O.shape[0]):
                     a_O[o] += a * wide(row_O[o])
+    _biased(row, e, rows, out_F, outs, first, last)
+    return 0
+
+
+@kernel()
+def by_input_packed(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """The same of weights in few bits, where a group is of outputs."""
+    row = wholes(at_row, COLUMNS)
+    stride, groups, group, levels = row[STRIDE], row[GROUPS], row[GROUP], floats(row[LEVELS], 16)
+    codes = view(code, (e + 1) * row[NEXT] + ins * stride)[e * row[NEXT] :]
+    scales = view(scale, (e + 1) * row[SCALE_NEXT] + ins * groups)[e * row[SCALE_NEXT] :]
+    x_F, out_F, halved, weight_O = (
+        floats(x, rows * size),
+        floats(out, rows * outs),
+        stride < row[OUTS],
+        np.empty(last, np.float32),
+    )
+    for m in range(rows):
+        for o in range(first, last):
+            out_F[m * outs + o] = np.float32(0)
+    for i in range(ins):
+        for o in range(first, last):
+            if halved:
+                value = levels[(codes[i * stride + o // 2] >> (4 * (o & 1))) & 15]
+            else:
+                value = wide(codes[i * stride + o])
+            weight_O[o] = value * wide(scales[i * groups + o // group])
+        for m in range(rows):
+            a, out_O = x_F[m * size + i], out_F[m * outs : m * outs + last]
+            for o in range(first, last):
+                out_O[o] += a * weight_O[o]
+    _biased(row, e, rows, out_F, outs, first, last)
+    return 0
+
+
+def address(code: np.dtype, scale: np.dtype, *, by_input: bool) -> int:
+    """Where the kernel of a format is, compiled if it has not been; as ``engine.array`` shows codes and scales."""
+    few = code in (np.int8, np.uint8)
+    return _address((_BY_INPUT_PACKED if few else _BY_INPUT) if by_input else _BY_OUTPUT, code, scale)
+
+
+@functools.cache
+def _address(of: Kernel, code: np.dtype, scale: np.dtype) -> int:
+    numba = importlib.import_module("numba")
+    types, known = numba.types, numba.np.numpy_support.from_dtype
+    kinds = (*(types.CPointer(known(each)) for each in (code, scale)), *[types.int64] * (_NUMBERS + 1))
+    made = of.made()
+    made.compile(kinds)
+    found = made.overloads[kinds]
+    return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+
+
+_BY_OUTPUT, _BY_INPUT, _BY_INPUT_PACKED = by_output, by_input, by_input_packed
+
+
+@kernel(exact=True)
+def _splits(code):
+    return splits(code)
+
+
+@functools.cache
+def split(code: np.dtype) -> bool:
+    """Whether rows that meet codes like these are laid out by place."""
+    return bool(_splits(np.zeros(0, code)))
+
+
+def _calls() -> Any:
+    types = importlib.import_module("numba").types
+    ir = importlib.import_module("numba.core.cgutils").ir  # llvmlite's, as numba itself has it
+
+    @importlib.import_module("numba.extending").intrinsic
+    def calls(context: Any, address: Any, told: Any) -> Any:
+        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            word, counted = ir.IntType(64), list(enumerate(told.types))
+            kind = ir.FunctionType(word, [word] * len(counted)).as_pointer()
+            each = [builder.extract_value(given[1], place) for place, _ in counted]
+            each = [context.cast(builder, one, its, types.int64) for one, (_, its) in zip(each, counted, strict=True)]
+            return builder.call(builder.inttoptr(given[0], kind), each)
+
+        return types.int64(types.int64, told), lower
+
+    return calls
+
+
+# calls(address, told): what the function at this address, which takes and gives whole numbers, makes of them.
+_called: Any = Lazy(_calls)
 
 
 @kernel()
 def times(table, which, e, x_MI, out_MO, first, last):
-    """Out = x times the e-th matrix of a stack, plus its bias, from one output to another."""
-    at, stride = table[which, AT] + e * table[which, NEXT], table[which, STRIDE]
-    ins, outs = table[which, INS], table[which, OUTS]
-    if table[which, BY_INPUT] != 0:
-        count = (ins - 1) * stride + outs
-        if table[which, CODE] == FLOAT:
-            across(x_MI, floats(at, count), stride, out_MO, first, last)
-        else:
-            across(x_MI, brains(at, count), stride, out_MO, first, last)
-    else:
-        count = (outs - 1) * stride + ins
-        if table[which, CODE] == FLOAT:
-            along(x_MI, floats(at, count), stride, out_MO, first, last)
-        else:
-            along(x_MI, brains(at, count), stride, out_MO, first, last)
-    if table[which, BIAS] != 0:
-        bias_O = floats(table[which, BIAS] + e * table[which, BIAS_NEXT] * 4, outs)
-        for m in range(out_MO.shape[0]):
-            for o in range(first, last):
-                out_MO[m, o] += bias_O[o]
+    """Out = x, laid out, times the e-th matrix of a stack, plus its bias, from one output to another.
+
+    Of a stack by inputs those count that x has. Rows of x and out may lie apart.
+    """
+    ins, at = min(table[which, INS], x_MI.shape[1]), begins(table) + which * (COLUMNS * 8)
+    x, out = (begins(x_MI), x_MI.strides[0] // 4, x_MI.shape[0]), (begins(out_MO), out_MO.strides[0] // 4)
+    told = table[which, AT], table[which, SCALE], at, e, ins, *x, *out, first, last
+    _called(table[which, KERNEL], told)
 
 
 @kernel()
@@ -131,9 +207,25 @@ def share(count, part, parts):
     return count * part // parts // 16 * 16
 
 
+@kernel()
+def blocks_of(ins):
+    """As ``turnout.run.compiled.formats.blocks``: the room for a row of so many numbers."""
+    return (ins + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
+
+
+@kernel()
+def laid_out(table, which, x_MI, room_F):
+    """(M, blocks of I) the rows as this matrix takes them, in the room."""
+    rows, ins, split = x_MI.shape[0], x_MI.shape[1], table[which, SPLIT] != 0
+    size = blocks_of(ins)
+    for m in range(rows):
+        lay_out(x_MI[m], 0, ins, room_F, m * size, split)
+    return room_F[: rows * size].reshape(rows, size)
+
+
 @kernel(threaded=True)
-def spread(table, which, x_MI, out_MO, parts):
+def spread(table, which, x_MI, room_F, out_MO, parts):
     """Out = x times a matrix, plus its bias; each thread makes a part of the outputs."""
-    outs = table[which, OUTS]
+    outs, wide_MI = table[which, OUTS], laid_out(table, which, x_MI, room_F)
     for part in prange(parts):
-        times(table, which, 0, x_MI, out_MO, share(outs, part, parts), share(outs, part + 1, parts))
+        times(table, which, 0, wide_MI, out_MO, share(outs, part, parts), share(outs, part + 1, parts))
