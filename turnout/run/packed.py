@@ -15,7 +15,7 @@ from turnout.types import Packed, PackedWeights, Routing
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
-_ONCE = 1 << 24
+_ONCE = 1 << 22
 
 
 def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Tensor:
