@@ -13,7 +13,7 @@ from turnout.models.decoding import Decoder
 from turnout.models.decoding.sides import Sides
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
-from turnout.models.generated import Asked, Generated, Piece, WHERE, refusal
+from turnout.models.generated import WHERE, Asked, Generated, Piece, refusal
 from turnout.models.going_on import Steps, go_on
 from turnout.models.lm import LM
 from turnout.models.prompts import Given

@@ -45,8 +45,7 @@ def gptq(
 
     Raises:
         ShapeError: shapes that do not fit, or a group that does not divide.
-        UsageError: a damping that is not above 0, weights or moments that are not finite, or a scale too large for its
-            dtype.
+        UsageError: a damping that is not above 0, what is not finite, or a scale too large for its dtype.
 
     >>> from turnout.reshape.quantize.codebooks import codebook
     >>> from turnout.reshape.quantize.nearest import nearest
@@ -67,10 +66,9 @@ def gptq(
     inner = weight_NOI.shape[2]
     work_NOI, power_NI = weight_NOI.float().clone(), moment_NII.diagonal(dim1=1, dim2=2)
     order_NI = torch.arange(inner, device=work_NOI.device).expand(len(work_NOI), -1)
-    fixed = None
+    fixed = book.scale(weight_NOI, group, dtype) if act_order else None
     if act_order:
         order_NI = power_NI.argsort(dim=1, descending=True, stable=True)
-        fixed = book.scale(weight_NOI, group, dtype)
     upper_NII = _upper(moment_NII, order_NI, damping)
     work_NOI = _columns(work_NOI, order_NI)
     scale = torch.empty(*work_NOI.shape[:2], inner // group, device=work_NOI.device) if fixed is None else fixed
