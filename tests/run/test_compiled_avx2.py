@@ -1,4 +1,4 @@
-"""Kernels compiled for a processor with AVX2 and no more: the same tests, in a process of its own with its own cache."""
+"""Kernels compiled for a processor with AVX2 and no more: the same tests, in a process and a cache of their own."""
 
 import os
 import platform
