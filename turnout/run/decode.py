@@ -16,6 +16,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from turnout.run.compiled import compiled_here
 from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import own_alone, product
@@ -40,9 +41,9 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
     Source: none; measured, see docs/performance.md.
     """
-    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
     if _compiles(x_TD, routing, weights):
         return True
+    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
     return (
         0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
@@ -57,7 +58,7 @@ def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
     """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
     entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
     few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= tuning().compiled_rows * experts
-    return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
+    return few and compiled_here() and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
 def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
