@@ -18,9 +18,6 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 # What the step does not know, and why.
 PLAIN = {
-    "latent": "LatentAttention",
-    "latent queries": "LatentAttention",
-    "latent, capped": "LatentAttention",
     "hash": "Hash",
 }
 
@@ -104,6 +101,17 @@ def test_both_paths_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["dense", "moe", "gemma"])
+@torch.no_grad()
+def test_the_last_layer_does_no_more_than_is_asked(name: str) -> None:
+    lm, id_BS = make(name), ids(2, 5)
+    seen: list[int] = []
+    lm.blocks[-1].ff.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    whole, some = lm.hidden(id_BS)[0], lm.hidden(id_BS, only_B=torch.tensor([4, 2]))[0]
+    assert seen == [5, 1] and some.shape == (2, 1, lm.config.width)
+    torch.testing.assert_close(some[:, 0], whole[[0, 1], [4, 2]], rtol=0, atol=2e-5)
+
+
 @torch.no_grad()
 def test_caches_grow_by_pages_and_rings_do_not() -> None:
     config = dataclasses.replace(TINY, max_seq=300, window=5, window_layers=(1,), init_std=0.2)
@@ -118,10 +126,30 @@ def test_caches_grow_by_pages_and_rings_do_not() -> None:
     assert rings.grow(300) and rings.room == 300
 
 
-@pytest.mark.parametrize("name", ["head norm", "moe in one layer", "gpt-oss", "gemma", "gpt-2", "groups"])
+@pytest.mark.parametrize("latent", [False, True])
 @torch.no_grad()
-def test_bfloat16_is_no_further_from_the_truth_than_the_modules(name: str) -> None:
-    lm = make(name).bfloat16()
+def test_texts_that_come_to_the_border_of_longrope(latent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = {"short_factor": (1.0, 1.2, 1.5)[: 3 if latent else 2] + (2.0,) * (not latent) * 2}
+    factors["long_factor"] = tuple(3 * each + 1 for each in factors["short_factor"])
+    rope = {"rope_type": "longrope", "attention_factor": 1.2, "original_max_position_embeddings": 16} | factors
+    sizes = VARIANTS["latent"] if latent else {}
+    lm = LM(dataclasses.replace(TINY, **sizes, rope_scaling=rope, init_std=0.2)).eval()
+    id_BS, length_B, found = ids(4, 34), torch.tensor([9, 20, 4, 16]), []
+    assert why_plain(lm) is None
+    for _ in range(2):
+        decoder = Decoder(lm, 4, 4)
+        found.append([decoder.prefill(id_BS[:, :20], length_B).clone()])
+        found[-1] += [decoder.step(id_B).clone() for id_B in id_BS[:, 20:].T]
+        monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    assert decoder.why_plain == "TURNOUT_COMPILED=0 is set"
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["head norm", "moe in one layer", "gpt-oss", "gemma", "gpt-2", "groups", "latent"])
+@torch.no_grad()
+def test_sixteen_bits_are_no_further_from_the_truth_than_the_modules(name: str, dtype: torch.dtype) -> None:
+    lm = make(name).to(dtype)
     truth, id_BS = make(name), ids(4, 30)
     truth.load_state_dict({key: value.float() for key, value in lm.state_dict().items()})
     want = truth(id_BS).logits_BSV[:, 19:]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from variants import TINY, VARIANTS, ids
 
-from turnout.models import LM, MoEConfig
+from turnout.models import LM, MLAConfig, MoEConfig
 from turnout.models.decoding import Decoder
 from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
@@ -20,6 +20,13 @@ ODD = {"width": 30, "heads": 3, "kv_heads": 1, "head_dim": 10, "hidden": 36}
 EVEN = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 96, "window": 7, "window_layers": (1,)}
 ALL = ("experts", "shared", "dense", "attention", "head")
 SHARED = MoEConfig(num_experts=5, top_k=2, hidden=34, shared_hidden=18, shared_gate=True, layers=(1,))
+LATENT = {
+    "attention": "mla",
+    "kv_heads": None,
+    "width": 64,
+    "mla": MLAConfig(kv_rank=64, rope_dim=6, nope_dim=10, v_dim=16, q_rank=32, interleaved=False),
+    "moe": dataclasses.replace(SHARED, hidden=64, shared_hidden=32),
+}
 CASES = {
     "eight bits": (ODD | {"moe": SHARED}, {"bits": 8, "group": None, "parts": ALL, "scale": "float32"}),
     "eight bits, odd": (ODD | {"width": 33, "hidden": 35, "heads": 3, "head_dim": 11, "rope_layers": ()},
@@ -36,6 +43,10 @@ CASES = {
                               router_options={"num_groups": 3, "top_groups": 2})},
                       {"bits": 4, "group": 32, "parts": ("experts",)}),
     "all but experts": (EVEN | {"moe": SHARED}, {"bits": 8, "group": 32, "parts": ("attention", "head")}),
+    "latent, eight bits": (VARIANTS["latent"] | {"moe": SHARED, "window": 6, "window_layers": (0,)},
+                           {"bits": 8, "group": None, "parts": ALL, "scale": "float32"}),
+    "latent, levels": (LATENT, {"bits": 4, "group": 32, "codes": "nf4"}),
+    "latent, four bits": (VARIANTS["latent"], {"bits": 4, "group": None, "parts": ("attention",)}),
     "gpt-oss": (VARIANTS["gpt-oss"] | EVEN | {"window": 6, "moe": dataclasses.replace(
         VARIANTS["gpt-oss"]["moe"], hidden=32)}, {"bits": 4, "group": 32, "codes": "float"}),
 }  # fmt: skip

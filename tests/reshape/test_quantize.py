@@ -106,6 +106,13 @@ def test_what_cannot_be_rounded_is_refused(weight, group, error, said):
         nearest(weight, codebook("int", 4), group, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_what_cannot_be_rounded_is_refused_with_errors_made_good_too(act_order):
+    weight_NOI, moment_NII = torch.full((1, 2, 4), 1e6), torch.eye(4)[None]
+    with pytest.raises(UsageError, match=r"every scale must be finite.*float16"):
+        gptq(weight_NOI, moment_NII, codebook("int", 4), 4, act_order=act_order, dtype=torch.float16)
+
+
 # ---- GPTQ
 
 

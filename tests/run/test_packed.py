@@ -76,3 +76,13 @@ def test_experts_are_the_reference(monkeypatch, once, experts, tokens, bits, bia
 def test_nobody_taken_is_nothing_written_out(monkeypatch):
     routing = Routing.from_topk(torch.zeros(0, 1, dtype=torch.long), torch.ones(0, 1), num_experts=E)
     assert packed_experts(torch.ones(0, D), routing, bank()).shape == (0, D)
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_a_bias_in_fp32_is_taken_by_both_ways(rows):
+    """As few rows are from their codes, so are many, whose weights are written out in the rows' dtype."""
+    weight, x, b = some(12, 32, group=8, bits=4), torch.randn(rows, 32).bfloat16(), torch.randn(12)
+    want = x.float() @ weight.dequantised().t() + b
+    got = packed_linear(x, weight, b)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))

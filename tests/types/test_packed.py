@@ -76,6 +76,7 @@ CODE4, CODE8, SCALE = torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(2, 8, dt
         ((CODE4[0], SCALE, 4, 4), ShapeError, "matrix or a stack"),
         ((CODE8, SCALE, 4, 8, NF4_LIKE), UsageError, "levels must come with bits=4"),
         ((CODE4, SCALE, 4, 4, NF4_LIKE[:8]), UsageError, r"levels must be fp32 of shape \(16,\)"),
+        ((CODE4, SCALE, 4, 4, NF4_LIKE.repeat_interleave(2)[::2]), UsageError, "levels must be contiguous"),
         ((CODE4, SCALE, 4, 4, NF4_LIKE.half()), UsageError, "levels must be fp32"),
     ],
 )

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from turnout.expects import expects
 from turnout.models.checkpoint.live import lm_or_itself
 from turnout.models.decoding import Decoder
+from turnout.models.decoding.sides import Sides
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
 from turnout.models.generated import WHERE, Asked, Generated, Piece, refusal
-from turnout.models.going_on import go_on
+from turnout.models.going_on import Steps, go_on
 from turnout.models.lm import LM
 from turnout.models.prompts import Given
 from turnout.models.wishes import own_wishes, say_unmet
@@ -74,8 +75,18 @@ def generate(
     own = own_ends(inside) if eos == "model" else ()
     say_unmet(own_wishes(inside), drawing, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = functools.partial(Decoder if isinstance(run, LM) else _Foreign, run)
+    steps = functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
     return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+
+
+def _foreign(model: Any, batch: int, room: int) -> Steps:
+    """The steps of a model of transformers, as it is."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return _Foreign(model, batch, room)
+    name = "original_max_position_embeddings"  # beside the others, or in them
+    return Sides(lambda rows: _Foreign(model, rows, room), getattr(config, name, None) or rope[name])
 
 
 class _Foreign:

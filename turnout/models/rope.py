@@ -61,6 +61,11 @@ class Rope(nn.Module):
             cos_SP, sin_SP = cos_SP * self.magnitude, sin_SP * self.magnitude
         return cos_SP.to(dtype), sin_SP.to(dtype)
 
+    @property
+    def border(self) -> int | None:
+        """The most tokens of a text that has other frequencies than longer ones; None where all have the same."""
+        return None if self.long_P is None else typing.cast(Any, self._scaling)["original_max_position_embeddings"]
+
     def changes(self, start: int, length: int, places: Places | None) -> bool:
         """Whether the first ``start`` positions were turned by other frequencies than they are with further ones."""
         if self.long_P is None or start == 0 or self._is_long(start, places):
@@ -68,11 +73,11 @@ class Rope(nn.Module):
         return self._is_long(start + length, places)
 
     def _is_long(self, end: int, places: Places | None) -> bool:
-        if self.long_P is None or self._scaling is None:
+        if self.border is None:
             return False
         if places is not None and places.aside:
             end = int(places.place_BT[:, :end].max()) + 1
-        return end > typing.cast(int, self._scaling["original_max_position_embeddings"])
+        return end > self.border
 
     def _long(self) -> Tensor | None:
         scaling: Mapping[str, Any] = self._scaling or {}

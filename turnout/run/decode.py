@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
-from turnout.run.product import product
+from turnout.run.product import own_alone, product
 from turnout.run.reference import activate
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
@@ -27,8 +27,9 @@ from turnout.types import ExpertWeights, Routing
 __all__ = ["decode", "decoder", "suits_decoding"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# From about this many rows an expert on, torch's products are faster than kernels that read weights at memory's speed.
-_ROWS_COMPILED = 8
+# MKL multiplies a matrix (out, in) by two or three rows in half the time where the matrix is the first factor, and
+# short rows up to eight (an AMD Zen 4; docs/performance.md). In 16 bits it is slower.
+_TURNED, _TURNED_SHORT, _SHORT = 3, 8, 512
 
 
 def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
@@ -70,7 +71,7 @@ def decoder(
 def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
     """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
     entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
-    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= _ROWS_COMPILED * experts
+    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= tuning().compiled_rows * experts
     return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
@@ -145,7 +146,16 @@ def _spans(routing: Routing) -> list[tuple[int, int, int]]:
 
 def _products(stack_EIO: Tensor, spans: list[tuple[int, int, int]], row_RI: Tensor) -> Tensor:
     """(R, O) each row times the matrix of its expert."""
-    out_RO = row_RI.new_empty(row_RI.shape[0], stack_EIO.shape[2])
+    _, inside, outside = stack_EIO.shape
+    out_RO, fp32 = row_RI.new_empty(row_RI.shape[0], outside), row_RI.dtype == torch.float32
+    turned = (_TURNED_SHORT if inside < _SHORT else _TURNED) if fp32 else 0
+    own = own_alone(row_RI.dtype, row_RI.shape[0] * inside * outside)
     for expert, start, end in spans:
-        product(row_RI[start:end], stack_EIO[expert], out_MN=out_RO[start:end])
+        matrix_IO, of_MI = stack_EIO[expert], row_RI[start:end]
+        if not own:
+            product(of_MI, matrix_IO, out_MN=out_RO[start:end])
+        elif 1 < end - start <= turned:
+            out_RO[start:end].copy_(torch.mm(matrix_IO.t(), of_MI.t()).t())
+        else:
+            torch.mm(of_MI, matrix_IO, out=out_RO[start:end])
     return out_RO

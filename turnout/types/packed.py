@@ -14,6 +14,7 @@ _WHERE = "turnout.types.Packed"
 _CODE = {8: torch.int8, 4: torch.uint8}
 _SCALE = (torch.float32, torch.bfloat16, torch.float16)
 _LEVELS = 16  # of four bits
+_PIECE = 1 << 20  # weights that are written out at once: what is there for the moment stays small, and in the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Packed:
         scale: (..., O, I / group), fp32, bf16 or fp16. Contiguous.
         group: how many neighbouring inputs share a scale; divides I, and is I for one scale a row.
         bits: 8 or 4.
-        levels: (16,) fp32, what the codes of 4 bits stand for; None for code - 8.
+        levels: (16,) fp32, what the codes of 4 bits stand for; None for code - 8. Contiguous.
 
     Raises:
         UsageError: other bits, another dtype, levels with 8 bits, or memory that is not contiguous.
@@ -117,10 +118,15 @@ class Packed:
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., O, I), the weights: value times scale in fp32, rounded once to ``dtype``."""
-        value = self.values()
-        real = value.float() if self.levels is None else self.levels[value.int()]
-        grouped = real.unflatten(-1, (-1, self.group)) * self.scale.float().unsqueeze(-1)
-        return grouped.flatten(-2).to(dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.code.device)
+        each = max(1, _PIECE // max(1, self.shape[-1]))
+        pieces = (tensor.flatten(0, -2).split(each) for tensor in (weight, self.code, self.scale))
+        for some, code, scale in zip(*pieces, strict=True):
+            value = dataclasses.replace(self, code=code, scale=scale).values()
+            real = value.float() if self.levels is None else self.levels[value.int()]
+            grouped = real.unflatten(-1, (-1, self.group)) * scale.float().unsqueeze(-1)
+            some.copy_(grouped.flatten(-2))
+        return weight
 
     def __getitem__(self, index: int | slice) -> Self:
         """One matrix of a stack, or some of them; nothing is copied."""
@@ -149,8 +155,8 @@ def _check_dtypes(packed: Packed) -> None:
         raise _wrong("code", str(packed.code.dtype), f"be {wanted} with bits={packed.bits}", fix)
     if packed.scale.dtype not in _SCALE:
         raise _wrong("scale", str(packed.scale.dtype), "be fp32, bf16 or fp16", "pass scale.float()")
-    for name, tensor in (("code", packed.code), ("scale", packed.scale)):
-        if not tensor.is_contiguous():
+    for name, tensor in (("code", packed.code), ("scale", packed.scale), ("levels", packed.levels)):
+        if tensor is not None and not tensor.is_contiguous():
             raise _wrong(name, f"strides {tensor.stride()}", "be contiguous", f"pass {name}.contiguous()")
     levels = packed.levels
     if levels is None:

@@ -103,6 +103,9 @@ REFUSED = {
     "format": (lambda t, c, g: g.update(format="marlin-24"), "marlin-24"),
     "by blocks": (lambda t, c, g: g["weights"].update(strategy="block"), "block"),
     "actorder": (lambda t, c, g: g["weights"].update(actorder="group"), "another order"),
+    "keys": (lambda t, c, g: c.update(kv_cache_scheme={"num_bits": 8, "dynamic": True}), "kv_cache_scheme"),
+    "rotated": (lambda t, c, g: c.update(transform_config={"config_groups": {"R3": {"type": "hadamard"}}}), "rotated"),
+    "sparse": (lambda t, c, g: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
     "no groups": (lambda t, c, g: c.pop("config_groups"), "config_groups"),
 }
 

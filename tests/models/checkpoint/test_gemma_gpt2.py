@@ -170,3 +170,32 @@ def test_a_gemma_that_sees_is_refused_and_its_text_part_read(tmp_path: Path) -> 
     part.model, part.lm_head = whole.model.language_model, whole.lm_head
     part.save_pretrained(tmp_path / "text")
     assert_same(whole, checkpoint.from_hf(tmp_path / "text"))
+
+
+def test_where_transformers_looks_for_the_cut_of_yarn(tmp_path: Path) -> None:
+    """Beside the kinds of layers, where a Gemma 3 has nothing: its borders are always whole numbers."""
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    ropes = {"full_attention": yarn | {"truncate": False}, "sliding_attention": {"rope_type": "default"}}
+    torch.manual_seed(0)
+    config = transformers().Gemma3TextConfig(**GEMMA | {"head_dim": 64}, initializer_range=0.3, rope_parameters=ropes)
+    hf = transformers().Gemma3ForCausalLM(
+        config.__class__(**config.to_dict() | {"layer_types": ["full_attention"] * 4})
+    )
+    hf.eval().save_pretrained(tmp_path / "a")
+    lm = checkpoint.from_hf(tmp_path / "a")
+    assert_same(hf, lm)
+    checkpoint.to_hf(lm, tmp_path / "b")
+    assert_same(stock(tmp_path / "b"), lm)
+
+
+def test_no_word_on_the_cut_of_yarn_is_a_no(tmp_path: Path) -> None:
+    """``null`` is not what transformers does where the key is missing."""
+    torch.manual_seed(0)
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    sizes = {name: value for name, value in GEMMA.items() if name != "sliding_window"} | {"head_dim": 64}
+    config = transformers().LlamaConfig(**sizes, initializer_range=0.3, rope_parameters=yarn | {"truncate": None})
+    hf = transformers().LlamaForCausalLM(config).eval()
+    hf.save_pretrained(tmp_path)
+    if "truncate" not in json.loads((tmp_path / "config.json").read_text())["rope_parameters"]:
+        change(tmp_path, rope_parameters=yarn | {"truncate": None})
+    assert_same(hf, checkpoint.from_hf(tmp_path))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_huggingface import LONG, theirs, transformers
 
+import turnout
 from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, Cache, LMConfig, checkpoint
 
@@ -37,6 +38,17 @@ def both(tmp_path: Path) -> tuple[Any, LM, Path]:
     return hf, checkpoint.from_hf(tmp_path / "a"), tmp_path / "a"
 
 
+@pytest.fixture(scope="module")
+def wild() -> tuple[Any, LM]:
+    """Weights so large that other angles mean other tokens."""
+    hf = theirs("phi3 long")
+    with torch.no_grad():
+        for tensor in hf.parameters():
+            if tensor.ndim == 2:
+                tensor.mul_(4)
+    return hf, checkpoint.from_live(hf)
+
+
 def change(folder: Path, **keys: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | keys).items() if v is not ...}))
@@ -52,17 +64,38 @@ def test_the_length_of_the_batch_decides(both: tuple[Any, LM, Path]) -> None:
     assert not torch.allclose(lm(id_BS[:, :BEFORE]).logits_BSV, lm(id_BS).logits_BSV[:, :BEFORE], atol=1e-3)
 
 
-@pytest.mark.parametrize("lengths", [(12, 12), (4, 12), (16, 3), (17, 30)])
-@pytest.mark.parametrize("max_new", [1, 5, 12])
-def test_generation_across_the_change(lengths: tuple[int, int], max_new: int, both: tuple[Any, LM, Path]) -> None:
-    """transformers throws the cache away there, and so do we: left-padded rows too."""
-    hf, lm, _ = both
-    total = max(lengths)
-    id_BS = torch.randint(3, 67, (2, total), generator=torch.Generator().manual_seed(2))
-    mask_BS = (torch.arange(total) >= total - torch.tensor(lengths)[:, None]).long()
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    want = hf.generate(id_BS, attention_mask=mask_BS, max_new_tokens=max_new, **options)
-    assert lm.generate(id_BS, tokens=max_new, temperature=0, attention_mask=mask_BS).tolist() == want.tolist()
+def alone(hf: Any, prompts: list[torch.Tensor], count: int) -> list[list[int]]:
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
+    return [hf.generate(prompt[None], **options)[0, len(prompt) :].tolist() for prompt in prompts]
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (16, 3), (30, 1, 16, 15)])
+@pytest.mark.parametrize("fallback", [False, True])
+def test_generation_across_the_change(lengths: tuple[int, ...], fallback: bool, wild: tuple[Any, LM]) -> None:
+    """transformers throws the cache away there; each row goes on as it does there alone, whatever is beside it."""
+    hf, lm = wild
+    id_BS = torch.randint(3, 67, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(2))
+    prompts = [id_S[:length] for id_S, length in zip(id_BS, lengths, strict=True)]
+    want = alone(hf, prompts, 20)
+    if not fallback:
+        assert list(turnout.generate(lm, prompts, tokens=20, temperature=0, eos=None).rows) == want
+        return
+    hook = hf.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hook"):
+        made = turnout.generate(hf, prompts, tokens=20, temperature=0, eos=None, fallback=True)
+    hook.remove()
+    assert list(made.rows) == want
+
+
+def test_a_row_that_ends_changes_nothing_for_the_others(wild: tuple[Any, LM]) -> None:
+    """Whose frequencies it set, where one length stood for all."""
+    hf, lm = wild
+    id_BS = torch.randint(3, 67, (2, 24), generator=torch.Generator().manual_seed(4))
+    prompts = [id_BS[0], id_BS[1, :5]]
+    want = alone(hf, prompts, 30)
+    end = next(token for token in want[0] if token not in want[1])
+    made = turnout.generate(lm, prompts, tokens=30, temperature=0, eos=end)
+    assert made.why_B == ("eos", "tokens") and made.rows[1] == want[1]
 
 
 @torch.no_grad()

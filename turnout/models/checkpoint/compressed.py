@@ -30,6 +30,13 @@ METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _WEIGHT, _PACKED, _SCALE, _SHAPE = ".weight", ".weight_packed", ".weight_scale", ".weight_shape"
 _WORD = 32
+# What a configuration may ask for beside packed weights.
+_MORE = {
+    "kv_cache_scheme": "keys and values that are rounded too",
+    "transform_config": "weights of inputs that are rotated first",
+    "sparsity_config": "weights of which zeros are left out",
+    "moe_sparsity_config": "layers with experts left out",
+}
 Refuse = Callable[[str], TurnoutError]
 
 
@@ -130,6 +137,9 @@ def check_settings(given: Mapping[str, Any], refuse: Refuse) -> None:
         TurnoutError: what ``refuse`` words.
     """
     check_fields(given, {"format": str, "config_groups": dict[str, dict]}, refuse)
+    for name, what in _MORE.items():
+        if (given.get(name) or {}) not in ({}, {"format": "dense"}):
+            raise refuse(f"{what} ({name})")
     for name, scheme in given["config_groups"].items():
         weights = scheme.get("weights") or {}
         form = scheme.get("format") or given["format"]

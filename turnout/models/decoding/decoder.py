@@ -1,5 +1,7 @@
 """Decoder: what generation asks of a model, prompts once and then steps of one token a row."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.models.decoding.compiled import CompiledSteps
 from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
+from turnout.models.decoding.sides import Sides
 from turnout.models.lm import LM
 
 __all__ = ["Decoder"]
@@ -50,7 +53,11 @@ class Decoder:
         self.lm, self.batch, self.room = lm, batch, room
         self.length_B = torch.zeros(batch, dtype=torch.int64)
         self.why_plain = why_plain(lm)  # None where steps are compiled
-        self._steps = CompiledSteps(lm, batch, room) if self.why_plain is None else PlainSteps(lm)
+        border = lm.rope.border
+        self._steps: Any = self._made(batch) if border is None else Sides(self._made, border)
+
+    def _made(self, batch: int) -> Any:
+        return PlainSteps(self.lm) if self.why_plain is not None else CompiledSteps(self.lm, batch, self.room)
 
     @torch.no_grad()
     def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:

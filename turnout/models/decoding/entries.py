@@ -6,11 +6,11 @@ from torch import Tensor
 from turnout.decide import token
 from turnout.errors import ShapeError, word
 from turnout.layers import MoE
-from turnout.models.attention import Attention
+from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, Norm
-from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedWeight
+from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.run.compiled.curves import ACTIVATIONS
 from turnout.run.compiled.kept import Kept
 from turnout.run.compiled.tables import CODES, COLUMNS, LAYER, MODEL, NORM
@@ -31,7 +31,7 @@ class Entries:
     """
 
     def __init__(self, lm: LM) -> None:
-        self.kept = Kept()
+        self.kept, self._border = Kept(), lm.rope.border
         self._matrices: list[tuple[int, ...]] = []
         self._norms: list[tuple[int, int, int, float]] = []
         layers = [self._layer(lm, number, block) for number, block in enumerate(lm._blocks())]
@@ -42,6 +42,11 @@ class Entries:
             self.layers[name] = range(len(self._matrices), len(self._matrices) + len(layers))
             self._matrices += [(0,) * COLUMNS] * len(layers)
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
+
+    def of_texts(self, length: int) -> None:
+        """From here on all rows are of texts on the same side of longrope's border as one of so many tokens."""
+        border = self._border
+        self.models[0]["frequencies"] = self._sides[border is not None and length > border]
 
     def _norm(self, norm: Norm | None) -> int:
         if norm is None:
@@ -55,12 +60,14 @@ class Entries:
 
     def _matrix(self, name: str, held: Tensor | PackedWeight, bias: Tensor | None, *shape: int) -> int:
         stack: Tensor | Packed = held if isinstance(held, Tensor) else held.packed
-        fits = bias is None or bias.shape[-1] == shape[-2]
-        if tuple(stack.shape) != shape or not fits:
-            fix = "build the model with the sizes of its weights"
-            raise ShapeError(word(name, got=tuple(stack.shape), allowed=f"be {shape}", where="the model", fix=fix))
+        self._fits(name, stack, bias, *shape)
         self._matrices.append(self.kept.matrix(stack, bias))
         return len(self._matrices) - 1
+
+    def _fits(self, name: str, stack: Tensor | Packed, bias: Tensor | None, *shape: int) -> None:
+        if tuple(stack.shape) != shape or not (bias is None or bias.shape[-1] == shape[-2]):
+            fix = "build the model with the sizes of its weights"
+            raise ShapeError(word(name, got=tuple(stack.shape), allowed=f"be {shape}", where="the model", fix=fix))
 
     def _model(self, lm: LM, of: np.void) -> None:
         config, size = lm.config, (lm.config.vocab_size, lm.config.width)
@@ -74,25 +81,27 @@ class Entries:
             of["positions"], of["positions_code"] = self.kept.at(at), CODES[at.dtype]
         of["head"] = self._matrix("head.weight", lm.embedding if lm.head is None else lm.head.weight, None, *size)
         of["divisor"], of["softcap"] = config.logit_divisor, config.logit_softcap or 0
-        of["frequencies"], of["pairs"] = self.kept.wide(lm.rope.frequency_P), lm.rope.frequency_P.numel()
+        of["pairs"] = lm.rope.frequency_P.numel()
+        of["frequencies"] = self.kept.wide(lm.rope.frequency_P)
+        self._sides = int(of["frequencies"]), self.kept.wide(lm.rope.long_P)
         of["magnitude"] = lm.rope.magnitude
         if lm.local_rope is not None:
             of["local_frequencies"] = self.kept.wide(lm.local_rope.frequency_P)
 
     def _layer(self, lm: LM, number: int, block: Block) -> np.ndarray:
         made, attention = np.zeros(1, LAYER), block.attention
-        of, config, name = made[0], lm.config, f"blocks.{number}.attention"
-        assert isinstance(attention, Attention)
-        q, kv, D = attention.heads * attention.head_width, attention.key_heads * attention.head_width, config.width
-        for key in ("heads", "key_heads", "head_width", "rotated", "scale"):
-            of[key] = getattr(attention, key)
+        of, config, D = made[0], lm.config, lm.config.width
         of["window"], of["softcap"] = attention.window or 0, attention.softcap or 0
+        of["heads"], of["scale"] = attention.heads, attention.scale
         of["local"] = lm.local_rope is not None and config.window_of(number) is not None
         of["norm"], of["out_norm"] = self._norm(block.attention_norm), self._norm(block.attention_out_norm)
-        of["qkv"] = self._matrix(f"{name}.qkv.weight", attention.qkv.weight, attention.qkv.bias, q + 2 * kv, D)
-        of["out"] = self._matrix(f"{name}.out.weight", attention.out.weight, attention.out.bias, D, q)
-        of["q_norm"], of["k_norm"] = self._norm(attention.q_norm), self._norm(attention.k_norm)
-        of["qk_full"], of["sinks"] = attention.qk_norm == "full", self.kept.wide(attention.sinks)
+        of["q_norm"], of["k_norm"] = -1, -1
+        name = f"blocks.{number}.attention"
+        if isinstance(attention, LatentAttention):
+            self._latent(of, attention, name, D)
+        else:
+            assert isinstance(attention, Attention)
+            self._grouped(of, attention, name, D)
         of["ff_norm"], of["ff_out_norm"] = self._norm(block.ff_norm), self._norm(block.ff_out_norm)
         of["residual"], of["shared_up"] = block.scale, -1
         ff, name = block.ff, f"blocks.{number}.ff"
@@ -102,6 +111,37 @@ class Entries:
             of["activation"] = ACTIVATIONS.index(ff.activation)
             of["up"], of["down"] = self._dense(ff, name, D)
         return made
+
+    def _grouped(self, of: np.void, attention: Attention, name: str, D: int) -> None:
+        q, kv = attention.heads * attention.head_width, attention.key_heads * attention.head_width
+        for key in ("key_heads", "head_width", "rotated"):
+            of[key] = getattr(attention, key)
+        of["qkv"] = self._map(f"{name}.qkv", attention.qkv, q + 2 * kv, D)
+        of["out"] = self._map(f"{name}.out", attention.out, D, q)
+        of["q_norm"], of["k_norm"] = self._norm(attention.q_norm), self._norm(attention.k_norm)
+        of["qk_full"], of["sinks"] = attention.qk_norm == "full", self.kept.wide(attention.sinks)
+
+    def _latent(self, of: np.void, attention: LatentAttention, name: str, D: int) -> None:
+        mla, H = attention.mla, attention.heads
+        of["latent"], of["rotated"], of["neighbours"] = mla.kv_rank, mla.rope_dim, mla.interleaved
+        of["key_heads"], of["head_width"], of["q_down"], inner = 1, mla.kv_rank + mla.rope_dim, -1, D
+        of["k_norm"] = self._norm(attention.kv_norm)
+        if attention.q_down is not None and attention.q_norm is not None:
+            inner = attention.q_norm.weight.numel()
+            of["q_down"] = self._map(f"{name}.q_down", attention.q_down, inner, D)
+            of["q_norm"] = self._norm(attention.q_norm)
+        of["q_up"] = self._map(f"{name}.q_up", attention.q_up, H * (mla.nope_dim + mla.rope_dim), inner)
+        of["kv_down"] = self._map(f"{name}.kv_down", attention.kv_down, mla.kv_rank + mla.rope_dim, D)
+        of["out"] = self._map(f"{name}.out", attention.out, D, H * mla.v_dim)
+        # Of each head first what makes keys, which queries meet from the other side, then what makes values.
+        held, wide = attention.kv_up.weight, mla.nope_dim + mla.v_dim
+        both = held.detach() if isinstance(held, Tensor) else held.packed
+        self._fits(f"{name}.kv_up.weight", both, None, H * wide, mla.kv_rank)
+        self._matrices += self.kept.parted(both, H, mla.nope_dim)
+        of["k_up"], of["v_up"] = len(self._matrices) - 2, len(self._matrices) - 1
+
+    def _map(self, name: str, of: Projection | PackedLinear, *shape: int) -> int:
+        return self._matrix(f"{name}.weight", of.weight, of.bias, *shape)
 
     def _dense(self, ff: FeedForward | PackedFeedForward, name: str, D: int) -> tuple[int, int]:
         wide = ff.hidden * (2 if ff.activation in GATED else 1)

@@ -6,7 +6,7 @@ from torch.nn.modules import module as of_torch
 
 from turnout.decide import token
 from turnout.layers import MoE
-from turnout.models.attention import Attention, Projection
+from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, RMSNorm
@@ -24,7 +24,8 @@ __all__ = ["decoding_path", "why_plain"]
 # What the compiled step knows, and nothing that is derived from it.
 _ROUTERS = (token.TopK, token.LossFree, token.GroupLimited, token.Switch, token.GShard)
 _KNOWN = (
-    LM, Block, Attention, Projection, RMSNorm, LayerNorm, Rope, FeedForward, MoE, Bank, PackedLinear, PackedFeedForward,
+    LM, Block, Attention, LatentAttention, Projection, RMSNorm, LayerNorm, Rope, FeedForward, MoE, Bank,
+    PackedLinear, PackedFeedForward,
     PackedBank, PackedWeight, nn.ModuleList, *_ROUTERS,
 )  # fmt: skip
 _HOOKS = (
@@ -93,8 +94,6 @@ def _why_modules(lm: nn.Module) -> str | None:
             return f"{where} has no router of its own"
         if isinstance(module, PackedWeight) and not knows(module.packed, torch.float32):
             return f"{where} has groups of {module.group}, which no kernel reads, or is no plain tensor of a CPU"
-        if isinstance(module, Rope) and module.long_P is not None:
-            return f"{where} changes with the length of the text (longrope)"
     return None
 
 

@@ -12,21 +12,43 @@ _PAGE = 64
 
 
 class Rings:
-    """For each layer keys and values (B, heads, slots, width): position p of a row lies in slot p.
+    """For each layer what attention looks at, (B, heads, slots, width): position p of a row lies in slot p.
 
-    A layer with a window keeps no more than that many: position p lies in slot p mod window, where the position that it
-    no longer sees was. The order of slots is of no meaning to attention.
+    That is keys and values; of latent attention latents and the rotated keys that all heads share, side by side in the
+    same memory. A layer with a window keeps no more than that many: position p lies in slot p mod window, where the
+    position that it no longer sees was. The order of slots is of no meaning to attention.
     """
 
     def __init__(self, lm: LM, batch: int, room: int) -> None:
         config, dtype = lm.config, lm.embedding.dtype
         self.windows = [config.window_of(layer) for layer in range(len(lm.blocks))]
         self.room = min(-(-room // _PAGE) * _PAGE, config.max_seq)
-        self._most = config.max_seq
-        self.pairs_L: list[tuple[Tensor, Tensor]] = []
-        for window in self.windows:
-            shape = (batch, config.key_heads, self.slots(window), config.head_width)
-            self.pairs_L.append((torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)))
+        self._most, self.latent = config.max_seq, None if config.mla is None else config.mla.kv_rank
+        heads, width = config.key_heads, config.head_width
+        if config.mla is not None:
+            heads, width = 1, config.mla.kv_rank + config.mla.rope_dim
+        shapes = [(batch, heads, self.slots(window), width) for window in self.windows]
+        self._held_L = [tuple(torch.empty(shape, dtype=dtype) for _ in self._parts) for shape in shapes]
+
+    @property
+    def _parts(self) -> range:
+        """The memories of a layer."""
+        return range(2 if self.latent is None else 1)
+
+    @property
+    def pairs_L(self) -> list[tuple[Tensor, Tensor]]:
+        """For each layer keys and values, or latents and rotated keys."""
+        if self.latent is None:
+            return [(held[0], held[1]) for held in self._held_L]
+        return [(held[0][..., : self.latent], held[0][..., self.latent :]) for held in self._held_L]
+
+    @property
+    def looked_L(self) -> list[tuple[Tensor, Tensor]]:
+        """(B · heads, slots, width) for each layer what queries meet, and what is summed."""
+        if self.latent is None:
+            return [(held[0].flatten(0, 1), held[1].flatten(0, 1)) for held in self._held_L]
+        both_L = [held[0].flatten(0, 1) for held in self._held_L]
+        return [(both, both[..., : self.latent]) for both in both_L]
 
     def slots(self, window: int | None) -> int:
         """How many a layer has."""
@@ -35,16 +57,16 @@ class Rings:
     @property
     def memory_bytes(self) -> int:
         """What is set aside in all."""
-        return sum(part.numel() * part.element_size() for pair in self.pairs_L for part in pair)
+        return sum(part.nbytes for held in self._held_L for part in held)
 
     def grow(self, end: int) -> bool:
         """Makes room for ``end`` positions a row; whether anything moved."""
         if end <= self.room:
             return False
         self.room = min(max(end, self.room + max(_PAGE, self.room // 4)), self._most)
-        for layer, (window, (keys, values)) in enumerate(zip(self.windows, self.pairs_L, strict=True)):
-            if self.slots(window) > keys.shape[2]:
-                self.pairs_L[layer] = self._grown(keys, window), self._grown(values, window)
+        for layer, (window, held) in enumerate(zip(self.windows, self._held_L, strict=True)):
+            if self.slots(window) > held[0].shape[2]:
+                self._held_L[layer] = tuple(self._grown(part, window) for part in held)
         return True
 
     def _grown(self, held_BGSW: Tensor, window: int | None) -> Tensor:
@@ -55,7 +77,7 @@ class Rings:
 
     def keep(self, row_N: Tensor) -> None:
         """Goes on with these rows alone, in this order."""
-        self.pairs_L = [(keys[row_N], values[row_N]) for keys, values in self.pairs_L]
+        self._held_L = [tuple(part[row_N] for part in held) for held in self._held_L]
 
     def fill(self, layer: int, new_BGSW: tuple[Tensor, Tensor], length_B: list[int]) -> None:
         """Takes the first positions of each row, padding after them."""

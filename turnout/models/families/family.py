@@ -215,6 +215,8 @@ def read_scaling(keys: Keys, given: Mapping[str, Any], theta: float) -> tuple[fl
         raise refusal("rope_type", repr(kind), allowed, "use a model whose frequencies do not change with the length")
     if kind != "linear":
         _read_before(keys, given)
+    if "truncate" in given:  # null is no in transformers, not its default
+        given["truncate"] = bool(given["truncate"])
     stretched = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
     return float(theta), stretched, share
 

@@ -40,6 +40,7 @@ def _read_rope(keys: Keys) -> dict[str, Any]:
         allowed = f"give rotary parameters for {WHOLE!r} and {WINDOWED!r}: transformers looks at no others"
         raise refusal("the key 'rope_parameters'", repr(given)[:200], allowed, "write them for both kinds of layers")
     whole = {**(given.get(WHOLE) or {}), **(keys.get("rope_scaling") or {})}
+    whole.pop("truncate", None)  # transformers looks for it beside the kinds of layers, and finds none
     local = given.get(WINDOWED) or {}
     theta, scaling, share = read_scaling(keys, whole, keys.get("rope_theta") or _THETA)
     local_theta, local_scaling, local_share = read_scaling(

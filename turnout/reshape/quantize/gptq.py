@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.reshape.quantize.codebooks import Codebook
-from turnout.reshape.quantize.nearest import Coded, check_weight
+from turnout.reshape.quantize.nearest import Coded, check_scale, check_weight
 
 __all__ = ["gptq"]
 
@@ -45,7 +45,7 @@ def gptq(
 
     Raises:
         ShapeError: shapes that do not fit, or a group that does not divide.
-        UsageError: a damping that is not above 0, or weights or moments that are not finite.
+        UsageError: a damping that is not above 0, what is not finite, or a scale too large for its dtype.
 
     >>> from turnout.reshape.quantize.codebooks import codebook
     >>> from turnout.reshape.quantize.nearest import nearest
@@ -66,15 +66,15 @@ def gptq(
     inner = weight_NOI.shape[2]
     work_NOI, power_NI = weight_NOI.float().clone(), moment_NII.diagonal(dim1=1, dim2=2)
     order_NI = torch.arange(inner, device=work_NOI.device).expand(len(work_NOI), -1)
-    fixed = None
+    fixed = book.scale(weight_NOI, group, dtype) if act_order else None
     if act_order:
         order_NI = power_NI.argsort(dim=1, descending=True, stable=True)
-        fixed = book.scale(weight_NOI, group, dtype)
     upper_NII = _upper(moment_NII, order_NI, damping)
     work_NOI = _columns(work_NOI, order_NI)
     scale = torch.empty(*work_NOI.shape[:2], inner // group, device=work_NOI.device) if fixed is None else fixed
     state = _State(work_NOI, upper_NII, scale, fixed is None, order_NI // group, book, group, dtype)
     index_NOI = torch.cat([_block(state, at, min(at + _BLOCK, inner)) for at in range(0, inner, _BLOCK)], 2)
+    check_scale(scale, dtype)
     return Coded(_columns(index_NOI, order_NI.argsort(dim=1)), scale, group, book)
 
 

@@ -9,7 +9,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.reshape.quantize.codebooks import Codebook
 from turnout.types import Packed
 
-__all__ = ["Coded", "check_weight", "nearest"]
+__all__ = ["Coded", "check_scale", "check_weight", "nearest"]
 
 _WHERE = "turnout.reshape.quantize"
 
@@ -71,7 +71,7 @@ def nearest(weight: Tensor, book: Codebook, group: int, *, dtype: torch.dtype = 
     """
     check_weight(weight, group)
     scale = book.scale(weight, group, dtype)
-    _check_scale(scale, dtype)
+    check_scale(scale, dtype)
     return Coded(book.index(weight, scale.repeat_interleave(group, -1)), scale, group, book)
 
 
@@ -92,7 +92,12 @@ def check_weight(weight: Tensor, group: int) -> None:
         raise UsageError(word("every weight", got=got, allowed="be finite", where=_WHERE, fix=fix))
 
 
-def _check_scale(scale: Tensor, dtype: torch.dtype) -> None:
+def check_scale(scale: Tensor, dtype: torch.dtype) -> None:
+    """Refuses scales that their dtype cannot hold.
+
+    Raises:
+        UsageError: one is not finite.
+    """
     if not bool(torch.isfinite(scale).all()):
         got, fix = f"one beyond the reach of {dtype}", "pass scale='bfloat16'"
         raise UsageError(word("every scale", got=got, allowed="be finite", where=_WHERE, fix=fix))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnout.run.compiled.formats import matrices
+from turnout.run.compiled.formats import Matrices, matrices
 from turnout.run.compiled.tables import COLUMNS
 from turnout.run.compiled.times import address, split
 from turnout.types.packed import Packed
@@ -46,12 +46,34 @@ class Kept:
         found = matrices(stack.transpose(-1, -2) if by_input and isinstance(stack, Tensor) else stack)
         self.tensors += [found.code, found.scale, found.levels]
         outs, ins = stack.shape[-2:]
-        row = (
-            address(found.code.dtype, found.scale.dtype, by_input=by_input),
-            *(each.ctypes.data for each in (found.code, found.scale, found.levels)),
-            found.stride_expert, found.stride_out, outs, ins, found.groups, found.group,
-            int(not by_input and split(found.code.dtype)),
-            self.wide(bias), 0 if bias is None else bias.shape[-1],
-        )  # fmt: skip
+        between, few = (found.stride_expert, found.stride_out, outs * found.groups), (found.groups, found.group)
+        added = self.wide(bias), 0 if bias is None else bias.shape[-1]
+        by_place = int(not by_input and split(found.code.dtype))
+        row = *self._begin(found, by_input=by_input), *between, outs, ins, *few, by_place, *added
         assert len(row) == COLUMNS
         return row
+
+    def parted(self, weight: Tensor | Packed, heads: int, first: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rows for two stacks that one matrix (H O, I) holds: of each of H heads the first O rows, and the rest.
+
+        The first is one of (I, O) matrices, by input: what the others make of I numbers meets O numbers there.
+        """
+        found, (outs, ins) = matrices(weight), weight.shape
+        self.tensors += [found.code, found.scale, found.levels]
+        each = outs // heads
+        stride, groups = found.stride_out, found.groups
+        between = each * stride, stride, each * groups
+        kernel, code, scale, levels = self._begin(found, by_input=False)
+        code, scale = code + first * stride * found.code.itemsize, scale + first * groups * found.scale.itemsize
+        few = groups, found.group
+        start = self._begin(found, by_input=True)
+        return (
+            (*start, *between, ins, first, *few, 0, 0, 0),
+            (kernel, code, scale, levels, *between, each - first, ins, *few, int(split(found.code.dtype)), 0, 0),
+        )
+
+    @staticmethod
+    def _begin(found: Matrices, *, by_input: bool) -> tuple[int, int, int, int]:
+        """Its kernel, and where codes, scales and levels are."""
+        code, scale, levels = (each.ctypes.data for each in (found.code, found.scale, found.levels))
+        return address(found.code.dtype, found.scale.dtype, by_input=by_input), code, scale, levels

@@ -7,7 +7,7 @@ import numpy as np
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.tables import floats
 
-__all__ = ["angles", "normed", "turned"]
+__all__ = ["angles", "neighbours_turned", "normed", "turned"]
 
 
 @kernel()
@@ -53,3 +53,13 @@ def turned(head_W, cos_P, sin_P):
         a, b = head_W[p], head_W[p + P]
         head_W[p] = a * cos_P[p] - b * sin_P[p]
         head_W[p + P] = b * cos_P[p] + a * sin_P[p]
+
+
+@kernel()
+def neighbours_turned(head_W, cos_P, sin_P, out_W):
+    """The same of pairs 2 p and 2 p + 1, which come out as p and p + P."""
+    P = cos_P.shape[0]
+    for p in range(P):
+        a, b = head_W[2 * p], head_W[2 * p + 1]
+        out_W[p] = a * cos_P[p] - b * sin_P[p]
+        out_W[p + P] = b * cos_P[p] + a * sin_P[p]

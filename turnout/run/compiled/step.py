@@ -6,6 +6,7 @@ from turnout.run.compiled.curves import bounded, grown
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.feed import fed, grouped, whole
 from turnout.run.compiled.lanes import wide
+from turnout.run.compiled.latent import latent_attention
 from turnout.run.compiled.look import looked_all
 from turnout.run.compiled.norms import angles, normed, turned
 from turnout.run.compiled.route import chosen
@@ -164,7 +165,10 @@ def step(models, layers, norms, table, id_B, place_B, room_F, room_I, logits_BV,
         layer = layers[number]
         cos, sin = (near_cos_BP, near_sin_BP) if layer.local != 0 else (cos_BP, sin_BP)
         _before(norms, layer.norm, x_BD, h_BD)
-        _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+        if layer.latent != 0:
+            latent_attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+        else:
+            _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
         _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts)

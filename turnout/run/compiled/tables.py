@@ -21,17 +21,20 @@ CODES = {torch.float32: FLOAT, torch.bfloat16: BRAIN, torch.float16: HALF}
 SIZES = (4, 2, 2)
 
 # A matrix, or a stack of them for experts: the address of the kernel for its format (``turnout.run.compiled.times``),
-# of its numbers or codes, of scales and levels; how many codes lie between two matrices and between two rows of one;
-# its sizes; scales of a row, and the inputs that share one; whether rows that meet it are laid out by place
-# (``turnout.run.compiled.span``); the address of its biases in fp32, 0 for none, and how many lie between two.
-KERNEL, AT, SCALE, LEVELS, NEXT, STRIDE, OUTS, INS, GROUPS, GROUP, SPLIT, BIAS, BIAS_NEXT = range(13)
-COLUMNS = 13
+# of its numbers or codes, of scales and levels; how many codes lie between two matrices and between two rows, and
+# how many scales between two matrices; its sizes; scales of a row, and the numbers that share one; whether rows that
+# meet it are laid out by place (``turnout.run.compiled.span``); the address of its biases in fp32, 0 for none, and how
+# many lie between two.
+KERNEL, AT, SCALE, LEVELS, NEXT, STRIDE, SCALE_NEXT, OUTS, INS, GROUPS, GROUP, SPLIT, BIAS, BIAS_NEXT = range(14)
+COLUMNS = 14
 # A norm: fp32 weights and biases (0 for none); by mean and variance (layer), or by the root mean square.
 NORM = np.dtype([("weight", "i8"), ("bias", "i8"), ("layer", "i8"), ("eps", "f4")], align=True)
 _LAYER = {
     # of attention; -1 where there is no such norm
     "i8": "norm qkv out out_norm q_norm k_norm qk_full heads key_heads head_width rotated local window keys "
     "values cache_code sinks "
+    # of latent attention, where ``latent`` is not 0: the width of latents, maps, and how pairs are turned
+    "latent q_down q_up kv_down k_up v_up neighbours "
     # of the feed-forward layer: where routed, how
     "ff_norm ff_out_norm routed router sigmoid correction groups top_groups best_two renormalize top_k labels "
     "up down shared_up shared_down shared_gate",

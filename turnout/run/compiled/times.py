@@ -25,6 +25,7 @@ from turnout.run.compiled.tables import (
     NEXT,
     OUTS,
     SCALE,
+    SCALE_NEXT,
     SPLIT,
     STRIDE,
     begins,
@@ -65,7 +66,7 @@ def by_output(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last
     codes, scales = view(code, (row[OUTS] - 1) * row[STRIDE] + 1), view(scale, row[OUTS] * row[GROUPS])
     weights = codes, scales, floats(row[LEVELS], 16), row[NEXT], row[STRIDE], row[GROUPS], row[GROUP]
     x_F, out_F = floats(x, rows * size), floats(out, rows * outs)
-    span(weights, e * row[NEXT], e * row[OUTS] * row[GROUPS], x_F, 0, size, rows, out_F, 0, outs, first, last)
+    span(weights, e * row[NEXT], e * row[SCALE_NEXT], x_F, 0, size, rows, out_F, 0, outs, first, last)
     _biased(row, e, rows, out_F, outs, first, last)
     return 0
 
@@ -102,9 +103,41 @@ def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last)
     return 0
 
 
+@kernel()
+def by_input_packed(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """The same of weights in few bits, where a group is of outputs."""
+    row = wholes(at_row, COLUMNS)
+    stride, groups, group, levels = row[STRIDE], row[GROUPS], row[GROUP], floats(row[LEVELS], 16)
+    codes = view(code, (e + 1) * row[NEXT] + ins * stride)[e * row[NEXT] :]
+    scales = view(scale, (e + 1) * row[SCALE_NEXT] + ins * groups)[e * row[SCALE_NEXT] :]
+    x_F, out_F, halved, weight_O = (
+        floats(x, rows * size),
+        floats(out, rows * outs),
+        stride < row[OUTS],
+        np.empty(last, np.float32),
+    )
+    for m in range(rows):
+        for o in range(first, last):
+            out_F[m * outs + o] = np.float32(0)
+    for i in range(ins):
+        for o in range(first, last):
+            if halved:
+                value = levels[(codes[i * stride + o // 2] >> (4 * (o & 1))) & 15]
+            else:
+                value = wide(codes[i * stride + o])
+            weight_O[o] = value * wide(scales[i * groups + o // group])
+        for m in range(rows):
+            a, out_O = x_F[m * size + i], out_F[m * outs : m * outs + last]
+            for o in range(first, last):
+                out_O[o] += a * weight_O[o]
+    _biased(row, e, rows, out_F, outs, first, last)
+    return 0
+
+
 def address(code: np.dtype, scale: np.dtype, *, by_input: bool) -> int:
     """Where the kernel of a format is, compiled if it has not been; as ``engine.array`` shows codes and scales."""
-    return _address(_BY_INPUT if by_input else _BY_OUTPUT, code, scale)
+    few = code in (np.int8, np.uint8)
+    return _address((_BY_INPUT_PACKED if few else _BY_INPUT) if by_input else _BY_OUTPUT, code, scale)
 
 
 @functools.cache
@@ -118,7 +151,7 @@ def _address(of: Kernel, code: np.dtype, scale: np.dtype) -> int:
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
 
 
-_BY_OUTPUT, _BY_INPUT = by_output, by_input
+_BY_OUTPUT, _BY_INPUT, _BY_INPUT_PACKED = by_output, by_input, by_input_packed
 
 
 @kernel(exact=True)
@@ -158,11 +191,11 @@ _called: Any = Lazy(_calls)
 def times(table, which, e, x_MI, out_MO, first, last):
     """Out = x, laid out, times the e-th matrix of a stack, plus its bias, from one output to another.
 
-    Of a stack by inputs those count that x has.
+    Of a stack by inputs those count that x has. Rows of x and out may lie apart.
     """
     ins, at = min(table[which, INS], x_MI.shape[1]), begins(table) + which * (COLUMNS * 8)
-    x = begins(x_MI), x_MI.shape[1], x_MI.shape[0]
-    told = table[which, AT], table[which, SCALE], at, e, ins, *x, begins(out_MO), out_MO.shape[1], first, last
+    x, out = (begins(x_MI), x_MI.strides[0] // 4, x_MI.shape[0]), (begins(out_MO), out_MO.strides[0] // 4)
+    told = table[which, AT], table[which, SCALE], at, e, ins, *x, *out, first, last
     _called(table[which, KERNEL], told)
 
 
