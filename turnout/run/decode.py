@@ -12,6 +12,7 @@ either costs several times what it costs in a loop: the fewer, the better.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from turnout.run.reference import activate
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["decode", "suits_decoding"]
+__all__ = ["decode", "decoder", "suits_decoding"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # MKL multiplies a matrix (out, in) by two or three rows in half the time where the matrix is the first factor, and
@@ -41,10 +42,23 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
     Source: none; measured, see docs/performance.md.
     """
+    return decoder(x_TD, routing, weights) is not None
+
+
+def decoder(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights
+) -> Callable[[Tensor, Routing, ExpertWeights], Tensor] | None:
+    """What ``decode`` runs these inputs by, asked once; None where it does not suit them.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> decoder(torch.ones(1, 3, device="meta"), routing, ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)))
+
+    Source: none; plain bookkeeping.
+    """
     if _compiles(x_TD, routing, weights):
-        return True
+        return few_rows
     up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
-    return (
+    suits = (
         0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
         and x_TD.device.type == "cpu"
@@ -52,6 +66,7 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
         and x_TD.dtype in _DTYPES
         and (entries <= here.decode_rows * up_EDH.shape[0] or not up_EDH.is_contiguous())
     )
+    return _by_torch if suits else None
 
 
 def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
@@ -76,8 +91,10 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     Source: none; the weighted sum of rows that torch has for embeddings.
     """
-    if _compiles(x_TD, routing, weights):
-        return few_rows(x_TD, routing, weights)
+    return (few_rows if _compiles(x_TD, routing, weights) else _by_torch)(x_TD, routing, weights)
+
+
+def _by_torch(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     up_EDH, down_EFD, T, dtype = weights.up_EDH, weights.down_EFD, x_TD.shape[0], x_TD.dtype
     R = routing.token_R.shape[0]
     tables = up_EDH.is_contiguous() and down_EFD.is_contiguous()

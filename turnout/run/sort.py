@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turnout.run.compiled.sums import add_rows, suits_sums
 from turnout.run.composed import composes, slopes
-from turnout.run.decode import decode, suits_decoding
+from turnout.run.decode import decoder
 from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
 from turnout.run.product import own_alone, product
@@ -56,8 +56,8 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     dtype = x_TD.dtype
     x_TD, weights = prepare(x_TD, routing, weights, cast_weights=False)
     train = trains(x_TD, routing, weights)
-    if not train and suits_decoding(x_TD, routing, weights):
-        return decode(x_TD, routing, weights).to(dtype)
+    if not train and (few := decoder(x_TD, routing, weights)) is not None:
+        return few(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
         plan = plan_rows(routing, weights, x_TD)
