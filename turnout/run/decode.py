@@ -16,6 +16,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from turnout.run.compiled import compiled_here
 from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import own_alone, product
@@ -26,8 +27,6 @@ from turnout.types import ExpertWeights, Routing
 __all__ = ["decode", "suits_decoding"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# From about this many rows an expert on, torch's products are faster than kernels that read weights at memory's speed.
-_ROWS_COMPILED = 8
 # MKL multiplies a matrix (out, in) by two or three rows in half the time where the matrix is the first factor, and
 # short rows up to eight (an AMD Zen 4; docs/performance.md). In 16 bits it is slower.
 _TURNED, _TURNED_SHORT, _SHORT = 3, 8, 512
@@ -42,9 +41,9 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
     Source: none; measured, see docs/performance.md.
     """
-    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
     if _compiles(x_TD, routing, weights):
         return True
+    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
     return (
         0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
@@ -58,8 +57,8 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
     """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
     entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
-    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= _ROWS_COMPILED * experts
-    return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
+    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= tuning().compiled_rows * experts
+    return few and compiled_here() and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
 def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

@@ -17,6 +17,7 @@ from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
 from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
+from turnout.run.tiled import tiled_outers, tiled_products
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
 
@@ -72,7 +73,9 @@ def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tens
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     matrices = stack[first : group.experts[-1] + 1]
-    if group.batched:
+    if tiled_products(rows, stack, group.experts, group.bound, out):
+        pass
+    elif group.batched:
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
@@ -92,6 +95,8 @@ def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Each expert's left^T right over its rows, written to its place in ``grad`` (E, I, O) in that dtype."""
     if grad.stride(1) == 1 and grad.stride(2) != 1:  # stored (E, O, I): make it there directly
         left, right, grad = right, left, grad.transpose(1, 2)
+    if tiled_outers(left, right, group.experts, group.bound, grad):
+        return
     first, count, cast = group.experts[0], len(group.experts), grad.dtype != left.dtype
     if group.batched:
         pair = left.view(count, -1, left.shape[1]).transpose(1, 2), right.view(count, -1, right.shape[1])
