@@ -13,6 +13,7 @@ from turnout.expects import expects
 from turnout.measure.gap import logit_gap
 from turnout.models import LM, LMConfig, QuantizedConfig
 from turnout.models.checkpoint.own import stored
+from turnout.models.part_configs import MAPS
 from turnout.reshape.calibrate import checked, difference, evaluating, probe, refuse_no_text
 from turnout.reshape.quantize.codebooks import Codebook, Codes, codebook
 from turnout.reshape.quantize.gptq import gptq
@@ -140,6 +141,12 @@ def planned(
         UsageError: as ``quantize``.
     """
     of = config.map_inputs()
+    if isinstance(parts, str):
+        fix = f"pass parts=({parts!r},)"
+        raise UsageError(word("parts", got=repr(parts), allowed="be several words", where=_WHERE, fix=fix))
+    for part in parts:
+        if part not in MAPS:
+            raise nearest(str(part), MAPS, kind="part", where=_WHERE)
     if config.moe is not None and config.moe.factored is not None and "experts" in parts:
         got, fix = "one with factored experts", "densify it first, or leave 'experts' out of the parts"
         raise UsageError(word("the model", got=got, allowed="have whole matrices", where=_WHERE, fix=fix))
