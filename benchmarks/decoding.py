@@ -2,343 +2,127 @@
 
     python -m benchmarks.decoding --quick
     python -m benchmarks.decoding [--shapes moe olmoe dense] [--kinds fp32 bf16 int8 int4] [--threads 1 2]
-        [--streams 1 4 16] [--context 128 2048] [--rounds 5] [--out benchmarks/results] [--docs docs/performance.md]
+        [--streams 1 4 16] [--context 128 2048] [--rounds 5] [--work DIR] [--out benchmarks/results]
+        [--docs docs/performance.md]
 
-Each runs in one long-lived process and they take turns in shuffled order in every round, each for a few tokens, so that
-what else the machine does meets all of them; ratios are of the same round. Before anything is timed each one's logits,
-by the very calls that are timed, are compared with those of transformers in fp32: no times for wrong answers. llama.cpp
-takes part where benchmarks/llama-cpp has set it up.
+Each runs in a process of its own and they take turns in shuffled order in every round, each for a few tokens, so that
+what else the machine does meets all of them; ratios are of the same round. So does the limit: a sweep over the bytes
+that a step must read, or the bare products of a prompt. Before anything is timed each one's logits, by the very calls
+that are timed, are compared with those of transformers in fp32: no times for wrong answers. llama.cpp takes part where
+benchmarks/llama-cpp has set it up.
+
+A piece is one model in one kind with so many threads, in processes of its own; ``--work`` keeps what was measured of
+each, and a run that was cut goes on where it was. A piece that fails is named, and the others go on.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import importlib.util
 import json
 import os
-import random
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks import decoding_bars, few_tokens, llama_cpp
-from benchmarks.contestants import Case
-from benchmarks.decoding_models import KINDS, SHAPES, prepare
-from benchmarks.tables import heading, provenance, spread, write
+from benchmarks import decoding_page, few_rows
+from benchmarks.decoding_models import KINDS, SHAPES
+from benchmarks.decoding_piece import PEERS, piece
+from benchmarks.tables import provenance, write
 
-__all__ = ["Cell", "main", "run", "section"]
+__all__ = ["main", "run"]
 
-PEERS = ("turnout", "transformers", "adopted", "llama.cpp")
-# |logits - those of transformers in fp32| over the norm of those. Ours in few bits are compared with the same weights,
-# llama.cpp's with whole ones: it rounds for itself. And it keeps keys and values in fp16.
-ALLOWED = {"fp32": 1e-4, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2}
-ALLOWED_LLAMA = {"fp32": 2e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-1}
-UNMEASURED = "\nNot measured yet.\n"
-BEGIN, END = "<!-- decoding: written by benchmarks.decoding --docs -->", "<!-- decoding: end -->"
+# How benchmarks.few_rows calls what its experts are held in, by kind.
+ALONE = {"fp32": "fp32", "bf16": "bf16", "int8": "int8 a row", "int4": "int4 of 64"}
+# What two pieces must agree in to stand on one page; the commit may be another where that is asked for.
+SAME = ("processor", "cores", "torch", "transformers", "executors", "rounds", "tokens", "prefill", "streams", "context",
+        "peers")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One thing that is timed.
-
-    Args:
-        job: "steps", "prefill" or "generate".
-        streams: that go on at once.
-        context: the tokens that each has read before.
-        tokens: of one turn, each stream.
-    """
-
-    job: str
-    streams: int
-    context: int
-    tokens: int
-
-    @property
-    def says(self) -> str:
-        """In words."""
-        if self.job == "steps":
-            return f"{self.streams} stream{'s' * (self.streams > 1)} after {self.context}, a token"
-        return f"prefill of {self.tokens}" if self.job == "prefill" else f"generate {self.tokens} after {self.context}"
-
-    @property
-    def units(self) -> int:
-        """What a turn's time is divided by: the tokens that came out, for steps."""
-        return self.streams * self.tokens if self.job == "steps" else 1
-
-    def room(self, rounds: int) -> int:
-        """The positions of a stream."""
-        return self.context + self.tokens * (rounds + 1 if self.job == "steps" else 1)
-
-    def ask(self, turn: int) -> dict[str, Any]:
-        """What is asked of everyone in a turn."""
-        more = {"prompt": self.context} if self.job == "generate" else {}
-        return {"do": self.job, "tokens": self.tokens, "seed": 100 + turn} | more
-
-
-class Process:
-    """One peer in its process."""
-
-    def __init__(self, name: str, threads: int, errors: Path) -> None:
-        python, environment = llama_cpp.command() if name == "llama.cpp" else ([sys.executable], dict(os.environ))
-        root = str(Path(__file__).resolve().parents[1])
-        paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
-        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        self.name, self._errors, self.doing = name, errors, ""
-        with errors.open("w", encoding="utf-8") as file:
-            self._process = subprocess.Popen(
-                [*python, "-m", "benchmarks.decoding_peers", name, str(threads)],
-                env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                encoding="utf-8",
-            )
-
-    def tell(self, request: Mapping[str, Any]) -> None:
-        """Asks, and does not wait."""
-        assert self._process.stdin is not None
-        self.doing = str(request["do"])
-        with contextlib.suppress(BrokenPipeError):  # hear says why
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-
-    def hear(self) -> dict[str, Any]:
-        """What it answered."""
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return json.loads(line)
-        said = self._errors.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise SystemExit(f"{self.name} ended while it did {self.doing!r}:\n{said}")
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Asks, and waits."""
-        self.tell(request)
-        return self.hear()
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        self._process.kill()
-        self._process.wait()
-
-
-@contextlib.contextmanager
-def started(names: list[str], threads: int, work: Path) -> Iterator[dict[str, Process]]:
-    """The peers' processes, ended afterwards."""
-    made = dict[str, Process]()
-    try:
-        for name in names:
-            made[name] = Process(name, threads, work / f"{name}.stderr")
-        yield made
-    finally:
-        for process in made.values():
-            process.close()
-
-
-def everyone(processes: dict[str, Process], request: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Asks all at once, and waits for all."""
-    for process in processes.values():
-        process.tell(request)
-    return {name: process.hear() for name, process in processes.items()}
-
-
-def why_absent(name: str, shape: str, kind: str) -> str | None:
-    """Why a peer has no part in it; None where it has."""
-    if name == "llama.cpp":
-        return llama_cpp.why_not() or ("no package gguf" if importlib.util.find_spec("gguf") is None else None)
-    if name == "adopted" and not SHAPES[shape].has_experts:
-        return "a dense model has no experts to adopt"
-    if kind in ("int8", "int4") and name != "turnout":
-        return "no kernel for few bits without other packages"
-    return None
-
-
-def compare(name: str, kind: str, found: np.ndarray, wanted: np.ndarray) -> float:
-    """How far logits are off, relative to the norm; too far ends the run."""
-    if found.shape != wanted.shape:
-        raise SystemExit(f"no times for wrong answers: logits of {name}, {kind}, are {found.shape}, not {wanted.shape}")
-    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-    allowed = (ALLOWED_LLAMA if name == "llama.cpp" else ALLOWED)[kind]
-    if not error <= allowed:
-        raise SystemExit(f"no times for wrong answers: logits of {name}, {kind}, are off by {error:.1e} > {allowed}")
-    return error
-
-
-def expected(name: str, kind: str, folder: Path) -> np.ndarray:
-    """The logits that a peer must come to."""
-    own = ".own" if name == "turnout" and kind in ("int8", "int4") else ""
-    return np.load(folder / f"{kind}{own}.npy")
-
-
-def check(processes: dict[str, Process], kind: str, folder: Path) -> dict[str, float]:
-    """How far off everyone's logits are."""
-    errors = {}
-    for name, process in processes.items():
-        path = folder / f"{name}.logits.npy"
-        process.ask({"do": "logits", "path": str(path)})
-        errors[name] = compare(name, kind, np.load(path), expected(name, kind, folder))
-    return errors
-
-
-def measure(processes: dict[str, Process], cell: Cell, rounds: int, order: random.Random) -> dict[str, Any]:
-    """Milliseconds of CPU and wall of everyone in every round, and what they generated."""
-    context = cell.context if cell.job == "steps" else 0
-    everyone(processes, {"do": "begin", "streams": cell.streams, "context": context, "room": cell.room(rounds)})
-    times: dict[str, list[list[float]]] = {name: [] for name in processes}
-    made = dict[str, list[list[int]]]()
-    for turn in range(-1, rounds):
-        for name in order.sample(list(processes), len(processes)):
-            found = processes[name].ask(cell.ask(turn))
-            made.setdefault(name, []).append(found.get("tokens", []))
-            if turn >= 0:
-                times[name].append([1e3 * found[clock] / cell.units for clock in ("cpu_s", "wall_s")])
-    return {"times": times, "made": made}
-
-
-def cells(options: argparse.Namespace) -> list[Cell]:
-    """What is timed, memory first."""
-    steps = [Cell("steps", n, c, max(4, options.tokens // n)) for c in options.context for n in options.streams]
-    return [*steps, Cell("prefill", 1, 0, options.prefill), Cell("generate", 1, 32, options.tokens)]
-
-
-def of_model(shape: str, kind: str, threads: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Everything of one model in one kind with so many threads: the record's part, and lines of the page."""
-    absent = {name: why_absent(name, shape, kind) for name in options.peers}
-    names = [name for name in options.peers if absent[name] is None]
-    part: dict[str, Any] = {"cases": [], "memory": [], "errors": {}, "absent": {n: w for n, w in absent.items() if w}}
-    if not names:
-        return part, []
-    folder, small, order = options.work / shape, options.work / "tiny", random.Random(0)
-    for which, place in (("tiny", small), (shape, folder)):
-        prepare(which, place, (kind,), gguf="llama.cpp" in names)
-    with started(names, threads, options.work) as processes:
-        everyone(processes, {"do": "load", "folder": str(small), "shape": "tiny", "kind": kind})
-        check(processes, kind, small)
-        before = everyone(processes, {"do": "memory"})
-        loaded = everyone(processes, {"do": "load", "folder": str(folder), "shape": shape, "kind": kind})
-        part["errors"] = check(processes, kind, folder)
-        for cell in cells(options):
-            found = measure(processes, cell, options.rounds, order)
-            if kind == "fp32" and len({json.dumps(tokens) for tokens in _greedy(found["made"])}) > 1:
-                raise SystemExit("no times for wrong answers: turnout and transformers generate other tokens in fp32")
-            about = {"shape": shape, "kind": kind, "threads": threads} | dataclasses.asdict(cell)
-            part["cases"].append(about | {"says": cell.says, "times": found["times"]})
-            if not part["memory"]:
-                positions = cell.streams * cell.room(options.rounds)
-                cache = SHAPES[shape].cache_bytes(positions, 4 if kind == "fp32" else 2)
-                for name, now in everyone(processes, {"do": "memory"}).items():
-                    held = {"before_bytes": before[name]["resident_bytes"], "cache_bytes": cache}
-                    part["memory"].append(
-                        {"shape": shape, "kind": kind, "threads": threads, "peer": name} | now | loaded[name] | held
-                    )
-    return part, rows(shape, kind, threads, part)
-
-
-def _greedy(made: dict[str, list[list[int]]]) -> list[list[list[int]]]:
-    return [made[name] for name in ("turnout", "transformers", "adopted") if name in made]
-
-
-def rows(shape: str, kind: str, threads: int, part: dict[str, Any]) -> list[str]:
-    """The section of a page."""
-    names = list(part["errors"])
-    others = [name for name in names if name != "turnout"] if "turnout" in names else []
-    lines = ["", f"## {shape}, {kind}, {threads} thread{'s' * (threads > 1)}", ""]
-    lines += ["Logits are off by " + ", ".join(f"{error:.0e} ({name})" for name, error in part["errors"].items()) + "."]
-    for name, why in part["absent"].items():
-        lines.append(f"Without {name}: {why}.")
-    columns = [*(f"{name}, ms" for name in names), *(f"turnout over {name}" for name in others)]
-    lines += ["", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for case in part["cases"]:
-        for wall in (False, True)[: 1 + (threads > 1)]:
-            times = case["times"]
-            shown = [f"{statistics.median([one[wall] for one in times[name]]):.2f}" for name in names]
-            shown += [spread(decoding_bars.ratios(times, name, wall=wall)) for name in others]
-            lines.append(f"| {case['says']}{', wall' * wall} | {' | '.join(shown)} |")
-    lines += ["", "Memory over weights and cache, resident (at most): "]
-    lines[-1] += ", ".join(
-        f"{decoding_bars.resident(one):.2f} ({decoding_bars.resident(one, peak=True):.2f}) of "
-        f"{one['weights_bytes'] / 1e6:.0f} MB {one['peer']}"
-        for one in part["memory"]
-    )
-    return [*lines[:-1], lines[-1] + "."]
-
-
-def alone(shapes: list[str], kinds: list[str], rounds: int) -> list[dict[str, Any]]:
-    """The experts of each model by themselves, over one sweep of their weights."""
+def alone(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The experts of a model by themselves, over one sweep of their weights."""
+    keys = SHAPES[shape].keys
+    hidden = keys.get("moe_intermediate_size", keys["intermediate_size"])
+    sizes = few_rows.Shape(keys["num_experts"], keys["num_experts_per_tok"], keys["hidden_size"], hidden)
     found = []
-    for shape in shapes:
-        keys = SHAPES[shape].keys
-        if SHAPES[shape].has_experts:
-            hidden = keys.get("moe_intermediate_size", keys["intermediate_size"])
-            sizes = keys["hidden_size"], keys["num_experts"], keys["num_experts_per_tok"], hidden
-            for kind, counts in decoding_bars.ALONE.items():
-                for count in counts if kind in kinds else ():
-                    timed = few_tokens.decode(Case(count, *sizes, dtype=kind), rounds, same=True)
-                    found.append({"shape": shape, "kind": kind, "rows": count} | timed)
-    return found
+    for kind in options.kinds:
+        with torch.no_grad():
+            timed = few_rows.measure(ALONE[kind], sizes, options.rounds)
+        for rows, bar in zip(few_rows.ROWS, few_rows.BARS[ALONE[kind]], strict=True):
+            told = {
+                "shape": shape,
+                "form": ALONE[kind],
+                "rows": rows,
+                "bar": bar,
+                "ratio": timed["ratios"][f"M={rows}"],
+            }
+            found.append(told | {"sweep_gb_s": timed["sweep_gb_s"]})
+    return {"alone": found}
 
 
-def run(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """The page, and its numbers."""
-    torch.set_num_threads(1)
-    about = provenance() | {"rounds": options.rounds, "quick": options.quick}
-    record: dict[str, Any] = {"about": about, "cases": [], "memory": [], "errors": [], "absent": [], "alone": []}
-    said = about | {"threads": ", ".join(map(str, options.threads))}
-    lines = heading("Decoding on the CPU: turnout, transformers and llama.cpp", said)
-    lines += [f"Medians of {options.rounds} interleaved rounds; CPU time of the process with all its threads, "
-              "ratios of the same round (least-most); `OMP_WAIT_POLICY=PASSIVE` for all. llama.cpp is b11739, with its "
-              "default cache in fp16; q8_0 and q4_0 stand in the columns of int8 and int4, ours in the same groups of "
-              "32."]  # fmt: skip
-    print("\n".join(lines), flush=True)
+def pieces(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The name of each, and what measures it."""
     for shape in options.shapes:
         for kind in options.kinds:
             for threads in options.threads:
-                part, new = of_model(shape, kind, threads, options)
-                record["cases"] += part["cases"]
-                record["memory"] += part["memory"]
-                told = {"shape": shape, "kind": kind, "threads": threads}
-                record["errors"].append(told | {"errors": part["errors"]})
-                record["absent"].append(told | {"absent": part["absent"]})
-                print("\n".join(new), flush=True)
-                lines += new
-    if "turnout" in options.peers:
-        record["alone"] = alone(options.shapes, options.kinds, min(options.rounds, 3))
-    bars = ["", "## bars", "", *decoding_bars.table(decoding_bars.judge(record))]
-    print("\n".join(bars), flush=True)
-    return lines + bars, record
+                said = f"{shape}, {kind}, {threads} thread{'s' * (threads > 1)}"
+                about = {"shape": shape, "kind": kind, "threads": threads}
+                yield said, lambda about=about: about | piece(**about, options=options)
+        if "turnout" in options.peers and SHAPES[shape].has_experts:
+            yield f"{shape}, experts alone, {' '.join(options.kinds)}", lambda shape=shape: alone(shape, options)
 
 
-def section(record: dict[str, Any], page: str) -> str:
-    """What docs/performance.md says of a record: where and when it was measured, and the bars."""
-    about = record["about"]
-    quick = ", a quick run of few rounds" if about["quick"] else ""
-    said = [f"[The page]({page}){quick}: {about['cpu']}, {about['cores']} cores, torch {about['torch']}, commit "
-            f"{about['commit']}."]  # fmt: skip
-    return "\n".join([BEGIN, *said, "", *decoding_bars.table(decoding_bars.judge(record)), END])
+def kept(path: Path, about: dict[str, Any], options: argparse.Namespace) -> dict[str, Any] | None:
+    """What was measured of a piece by an earlier run that may stand beside this one's."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = (*SAME, *(() if options.other_commits else ("commit",)))
+    return found if all(found["about"].get(name) == about[name] for name in same) else None
 
 
-def into(document: str, new: str) -> str:
-    """The document with that section in place of the one it has."""
-    before, found, rest = document.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise SystemExit(f"no section between {BEGIN} and {END}")
-    return before + new + after
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of all pieces, those that are there already as they are."""
+    torch.set_num_threads(1)
+    told = {
+        name: getattr(options, name) for name in ("rounds", "quick", "tokens", "prefill", "streams", "context", "peers")
+    }
+    about = json.loads(json.dumps(provenance() | told))
+    record: dict[str, Any] = {"about": about, "pieces": [], "alone": [], "failed": []}
+    folder = options.work / "pieces"
+    folder.mkdir(exist_ok=True)
+    for name, measure in pieces(options):
+        path, start = folder / f"{name.replace(', ', '-').replace(' ', '_')}.json", time.perf_counter()
+        found = kept(path, about, options)
+        if found is None:
+            try:
+                found = {"about": about, "measured": measure()}
+            except (Exception, SystemExit) as error:  # the others are worth measuring all the same
+                record["failed"].append({"piece": name, "why": f"{type(error).__name__}: {error}"})
+                print(f"{name}: failed after {time.perf_counter() - start:.0f} s\n{error}", file=sys.stderr, flush=True)
+                continue
+            path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
+            path.with_suffix(".part").replace(path)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        add(record, found["measured"], found["about"]["commit"])
+    return record
+
+
+def add(record: dict[str, Any], measured: dict[str, Any], commit: str) -> None:
+    """Puts a piece into the record."""
+    if commit not in record["about"]["commit"]:
+        record["about"]["commit"] += f", {commit}"
+    if "cases" in measured:
+        record["pieces"].append(measured)
+        print("\n".join(decoding_page.rows(measured)), flush=True)
+    record["alone"] += measured.get("alone", [])
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one model, one thread, few rounds: two minutes")
+    parser.add_argument("--quick", action="store_true", help="one model, one thread, few rounds: TIME_QUICK")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS])
@@ -348,7 +132,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int, default=16, help="of a turn, over all streams, at least 4 each")
     parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument("--work", type=Path, help="keep the models there")
+    parser.add_argument("--work", type=Path, help="keep the models and what was measured there, and go on from it")
+    parser.add_argument("--other-commits", action="store_true", help="go on from what other commits measured, too")
     parser.add_argument("--out", type=Path, help="folder for a dated page (markdown) and all times (JSON)")
     parser.add_argument("--docs", type=Path, help="the document whose section is written anew; needs --out")
     options = parser.parse_args(arguments)
@@ -368,13 +153,19 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.work = (options.work or Path(folder)).absolute()
         options.work.mkdir(parents=True, exist_ok=True)
-        lines, record = run(options)
+        record = run(options)
+    lines = decoding_page.page(record)
+    print("\n".join(lines[lines.index("## bars") :]), flush=True)
     write(options.out, "decoding", lines, record)
     if options.docs:
         newest = max(options.out.glob("decoding-*.md"))
         page = Path(os.path.relpath(newest, options.docs.parent)).as_posix()
         text = options.docs.read_text(encoding="utf-8")
-        options.docs.write_text(into(text, section(record, page)), encoding="utf-8")
+        options.docs.write_text(decoding_page.into(text, decoding_page.section(record, page)), encoding="utf-8")
+    if record["failed"]:
+        raise SystemExit(
+            f"{len(record['failed'])} pieces failed: {'; '.join(one['piece'] for one in record['failed'])}"
+        )
 
 
 if __name__ == "__main__":

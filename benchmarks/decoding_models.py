@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["BITS", "KINDS", "SHAPES", "Sizes", "forced", "prepare"]
+__all__ = ["BITS", "KINDS", "LOADS", "SHAPES", "Sizes", "forced", "prepare"]
 
 SEED = 0
 BITS = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # -> of GGUF
@@ -23,6 +23,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ROUTER = 5.0
 # Of the check: streams, tokens that are read at once, steps after them.
 CHECK = (3, 24, 4)
+# What of all tokens each layer's experts take, a list of lists; measured on so many.
+LOADS, _COUNTED = "loads.json", 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ def forced(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare(name: str, folder: Path, kinds: tuple[str, ...], *, gguf: bool) -> None:
-    """Writes what is not there yet: ``fp32/``, ``bf16/``, ``int4/``, ``<kind>.gguf``, and the logits.
+    """Writes what is not there yet: ``fp32/``, ``bf16/``, ``int4/``, ``<kind>.gguf``, loads of experts, and the logits.
 
     ``<kind>.npy`` are those of the model before its weights were put in few bits, ``<kind>.own.npy`` those of the
     weights that turnout put in few bits, written out again; both by transformers in fp32.
@@ -110,6 +112,8 @@ def prepare(name: str, folder: Path, kinds: tuple[str, ...], *, gguf: bool) -> N
         del model
         for kind in missing:
             np.save(folder / f"{kind}.npy", _expected(SHAPES[name], folder / ("bf16" if kind == "bf16" else "fp32")))
+    if not (folder / LOADS).exists():
+        (folder / LOADS).write_text(json.dumps(_loads(SHAPES[name], folder / "fp32")), encoding="utf-8")
     for kind in kinds:
         if kind not in _DTYPES and not (folder / f"{kind}.own.npy").exists():
             _write_few_bits(SHAPES[name], folder, kind)
@@ -141,6 +145,21 @@ def _expected(sizes: Sizes, folder: Path) -> np.ndarray:
     id_BS = torch.from_numpy(np.concatenate((prompt_BS, step_NB.T), 1))
     logits_BSV = model.eval()(id_BS).logits[:, prompt_BS.shape[1] - 1 :]
     return logits_BSV.transpose(0, 1).contiguous().numpy()
+
+
+@torch.no_grad()
+def _loads(sizes: Sizes, folder: Path) -> list[list[float]]:
+    """(L, E) the share of random tokens that take each expert."""
+    import transformers
+
+    if not sizes.has_experts:
+        return []
+    model = getattr(transformers, f"{sizes.family}ForCausalLM").from_pretrained(folder, dtype=torch.float32).eval()
+    id_BS = torch.randint(sizes.keys["vocab_size"], (4, _COUNTED // 4), generator=torch.Generator().manual_seed(SEED))
+    scores = model.model(id_BS, output_router_logits=True).router_logits
+    top_k = sizes.keys["num_experts_per_tok"]
+    counts = [score_TE.topk(top_k).indices.flatten().bincount(minlength=score_TE.shape[1]) for score_TE in scores]
+    return [(count_E / _COUNTED).tolist() for count_E in counts]
 
 
 def _write_few_bits(sizes: Sizes, folder: Path, kind: str) -> None:

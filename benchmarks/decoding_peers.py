@@ -87,6 +87,26 @@ class Turnout(Peer):
         """By its step."""
         return self.decoder.step(self.torch.from_numpy(id_B)).float().numpy()
 
+    def fill(self, id_S: np.ndarray, streams: int) -> None:
+        """One stream reads, the others have a copy."""
+        from turnout.models.decoding import Decoder
+
+        self.decoder = Decoder(self.lm, 1, self.decoder.room)
+        self.read(id_S[None])
+        self.decoder._steps.keep(self.torch.zeros(streams, dtype=self.torch.int64))  # users have no need of copies
+        self.decoder.batch, self.decoder.length_B = streams, self.decoder.length_B.repeat(streams)
+
+    def read_bytes(self) -> dict[str, Any]:
+        """What a step reads: of ``rest`` all, of the embedding a row for each stream, experts, positions of a cache."""
+        config, tied = self.lm.config, self.lm.config.tie_embeddings
+        banks = [block.ff.bank for block in self.lm.blocks if hasattr(block.ff, "bank")]
+        held = [sum(part.nbytes for part in (*bank.parameters(), *bank.buffers())) for bank in banks]
+        embedding = self.lm.embedding
+        rest = self.weights_bytes - sum(held) - (0 if tied else embedding.nbytes)
+        position = 2 * config.layers * config.key_heads * config.head_width * embedding.element_size()
+        each = [size / bank.num_experts for size, bank in zip(held, banks, strict=True)]
+        return {"rest": rest, "row": embedding[0].nbytes, "expert": each, "position": position}
+
     def generate(self, id_S: np.ndarray, tokens: int) -> list[int]:
         """By ``turnout.generate``."""
         from turnout.models.generation import generate
@@ -211,17 +231,23 @@ class Server:
 
     def load(self, folder: str, shape: str, kind: str) -> dict[str, Any]:
         """Loads a model; another one before it is forgotten."""
-        self.peer, self.vocabulary = None, SHAPES[shape].keys["vocab_size"]
+        self.peer: Any = None
+        self.vocabulary = SHAPES[shape].keys["vocab_size"]
         self.peer = PEERS[self.name](Path(folder), shape, kind, self.threads)
         return {"weights_bytes": self.peer.weights_bytes}
 
+    def read_bytes(self) -> dict[str, Any]:
+        """What one of turnout's steps reads."""
+        return self.peer.read_bytes()
+
     def memory(self) -> dict[str, Any]:
         """Bytes of this process now, and at most so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         status = Path("/proc/self/status")
         lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-        resident = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), peak)
-        return {"resident_bytes": resident, "peak_bytes": peak}
+        said = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+        # VmHWM is of this program alone: getrusage begins with what the benchmark itself held when it started it.
+        return {"resident_bytes": said.get("VmRSS", most), "peak_bytes": said.get("VmHWM", most)}
 
     def logits(self, path: str) -> dict[str, Any]:
         """Writes (1 + N, B, V): after the prompts of the check, and after each of its steps."""
@@ -267,7 +293,13 @@ def main() -> None:
     """Answers until nobody asks."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    server = Server(sys.argv[1], int(sys.argv[2]))
+    name, threads = sys.argv[1], int(sys.argv[2])
+    if name == "limit":
+        from benchmarks.decoding_limit import Limit
+
+        server: Any = Limit(threads)
+    else:
+        server = Server(name, threads)
     for line in sys.stdin:
         print(json.dumps(server.answer(json.loads(line))), file=out, flush=True)
 

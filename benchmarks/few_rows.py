@@ -61,7 +61,7 @@ def stack(form: str, shape: tuple[int, int, int], generator: torch.Generator) ->
     if form in _DTYPES:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(_DTYPES[form])
     experts, outs, ins = shape
-    group, bits = (64, 4) if form == "int4 of 64" else (ins, 8)
+    group, bits = (min(64, ins), 4) if form == "int4 of 64" else (ins, 8)
     size = (experts, outs, ins * bits // 8)
     code = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     scale = torch.rand(experts, outs, ins // group, generator=generator) * ins**-0.5 * 2.0**-bits

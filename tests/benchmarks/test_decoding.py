@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import decoding, decoding_bars
+from benchmarks import decoding, decoding_bars, decoding_page, decoding_piece
+from benchmarks.decoding_limit import Limit, distinct, must_read, shares
 from benchmarks.decoding_models import SHAPES, prepare
 from benchmarks.decoding_peers import Server
 
@@ -33,12 +34,12 @@ def test_who_is_timed_gives_the_logits(kind: str, work: Path, tmp_path: Path) ->
         server = Server(name, 1)
         assert server.answer({"do": "load", "folder": str(work / "tiny"), "shape": "tiny", "kind": kind})
         server.answer({"do": "logits", "path": str(tmp_path / "logits.npy")})
-        found, wanted = np.load(tmp_path / "logits.npy"), decoding.expected(name, kind, work / "tiny")
+        found, wanted = np.load(tmp_path / "logits.npy"), decoding_piece.expected(name, kind, work / "tiny")
         assert wanted.std() > 0.1 and wanted.shape == (5, 3, 64)
-        decoding.compare(name, kind, found, wanted)
+        decoding_piece.compare(name, kind, found, wanted)
         for wrong in (found[:, ::-1], np.roll(found, 1, 0), found * 1.1, found[:2]):
             with pytest.raises(SystemExit, match=f"no times for wrong answers: logits of {name}"):
-                decoding.compare(name, kind, wrong, wanted)
+                decoding_piece.compare(name, kind, wrong, wanted)
 
 
 @pytest.mark.slow
@@ -61,18 +62,25 @@ def test_all_do_what_they_are_told_with_the_same_tokens(work: Path) -> None:
 def test_bars_are_the_worst_of_what_was_measured() -> None:
     one = {"turnout": [[2.0, 9.0], [3.0, 9.0], [9.0, 9.0]], "llama.cpp": [[4.0, 1.0], [4.0, 1.0], [4.0, 1.0]]}
     two = {"turnout": [[5.0, 9.0]], "llama.cpp": [[4.0, 1.0]], "transformers": [[20.0, 1.0]], "adopted": [[10.0, 1.0]]}
+    two["limit"] = [[3.0, 9.0]]
     memory = {"peer": "turnout", "shape": "moe", "kind": "fp32", "before_bytes": 100, "resident_bytes": 330,
               "peak_bytes": 400, "weights_bytes": 180, "cache_bytes": 20}  # fmt: skip
-    alone = {"shape": "moe", "kind": "bf16", "rows": 2, "ours_us": 26.0, "sweep_us": 20.0}
+    alone = {"shape": "moe", "form": "bf16", "rows": 2, "bar": 1.3, "ratio": 1.3}
+    memory["threads"] = 1
     cases = [case("steps", 1, one), case("steps", 1, two, "int4"), case("steps", 16, two), case("prefill", 1, two)]
     cases += [case("steps", 4, two), case("generate", 1, two), case("steps", 1, {"llama.cpp": [[1.0, 1.0]]})]
     cases.append(case("steps", 1, two) | {"threads": 2})
-    record = {"cases": cases, "memory": [memory, memory | {"peer": "transformers"}], "alone": [alone]}
+    pieces = [{"cases": cases[:2], "memory": [memory]}]
+    pieces += [{"cases": cases[2:], "memory": [memory | {"peer": "transformers"}]}]
+    record = {"pieces": pieces, "alone": [alone]}
     bars = {bar.what: bar for bar in decoding_bars.judge(record)}
     one_stream = bars["one stream, fp32, over llama.cpp"]
     assert one_stream.found == {"moe, after 128, 1 thread": 0.75, "moe, after 128, 2 threads": 1.25}
     assert one_stream.worst == "moe, after 128, 2 threads" and one_stream.met == 1
-    assert "1.25 | moe, after 128, 2 threads | 0.97 | **missed**, met in 1 of 2" in one_stream.row()
+    assert one_stream.least == {"moe, after 128, 2 threads": 0.75} and one_stream.beyond == 0
+    assert "1.25 | 0.75 | moe, after 128, 2 threads | 0.97 | 0.75 | **missed**, met in 1 of 2 |" in one_stream.row()
+    many = bars["16 streams, fp32, over llama.cpp"]
+    assert many.beyond == 1 and "met in 0 of 1; the limit is above the bar in 1 |" in many.row()
     found = {what: (bar.allowed, *bar.found.values()) for what, bar in bars.items() if what != one_stream.what}
     assert found == {
         "one stream, int4, over llama.cpp": (1.1, 1.25),
@@ -87,40 +95,102 @@ def test_bars_are_the_worst_of_what_was_measured() -> None:
     }
 
 
+def test_a_limit_reads_what_so_many_streams_take() -> None:
+    even_LE = np.full((3, 8), 2 / 8)
+    assert distinct(even_LE, 1).tolist() == pytest.approx([2.0] * 3)
+    assert distinct(even_LE, 2).tolist() == pytest.approx([8 * (1 - 0.75**2)] * 3)
+    one_LE = np.eye(8)[:1]
+    assert distinct(one_LE, 16).tolist() == [1.0]
+    told = {"rest": 100, "row": 4, "expert": [10.0] * 3, "position": 2}
+    assert must_read(told, even_LE, 1, 5) == pytest.approx(100 + 3 * 2 * 10 + 4 + 5 * 2)
+    assert must_read(told | {"expert": []}, np.zeros((0,)), 3, 0) == 100 + 3 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_the_bytes_of_a_step_are_those_of_the_model(kind: str, work: Path) -> None:
+    server, folder = Server("turnout", 1), work / "tiny"
+    server.answer({"do": "load", "folder": str(folder), "shape": "tiny", "kind": kind})
+    told, sizes = server.answer({"do": "read_bytes"}), SHAPES["tiny"]
+    share_LE = shares(folder)
+    assert share_LE.shape == (2, 4) and share_LE.sum(1).tolist() == pytest.approx([2.0, 2.0])
+    assert told["position"] == sizes.cache_bytes(1, 4 if kind == "fp32" else 2)
+    whole = must_read(told, np.ones((2, 4)), 1, 0)
+    embedding = 64 * told["row"]
+    assert whole == server.peer.weights_bytes - embedding + told["row"]
+    bits = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}[kind]
+    assert told["expert"] == pytest.approx([3 * 32 * 32 * bits / 8] * 2)
+    limit = Limit(1)
+    limit.answer({"do": "load", "folder": str(folder), "shape": "tiny", "kind": kind})
+    limit.answer({"do": "begin", "held_bytes": 3 << 20, "read_bytes": 5 << 20})
+    few, many = (min(limit.answer({"do": "steps", "tokens": n})["cpu_s"] for _ in range(5)) for n in (1, 10))
+    assert 4 < many / few < 25
+    assert limit.answer({"do": "prefill", "tokens": 16, "seed": 1})["cpu_s"] > 0
+
+
 def test_the_guide_says_what_its_page_measured() -> None:
     text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    said = text.partition(decoding.BEGIN)[2].partition(decoding.END)[0]
+    said = text.partition(decoding_page.BEGIN)[2].partition(decoding_page.END)[0]
     with pytest.raises(SystemExit, match="no section"):
-        decoding.into("none here", "new")
-    assert decoding.into(text, f"{decoding.BEGIN}{said}{decoding.END}") == text
-    if said == decoding.UNMEASURED:
+        decoding_page.into("none here", "new")
+    assert decoding_page.into(text, f"{decoding_page.BEGIN}{said}{decoding_page.END}") == text
+    if said == decoding_page.UNMEASURED:
         return
     page = said.partition("](")[2].partition(")")[0]
     record = json.loads((ROOT / "docs" / page).with_suffix(".json").read_text(encoding="utf-8"))
-    assert decoding.into(text, decoding.section(record, page)) == text
+    assert decoding_page.into(text, decoding_page.section(record, page)) == text
 
 
 def test_why_some_take_no_part() -> None:
-    assert decoding.why_absent("adopted", "dense", "fp32") == "a dense model has no experts to adopt"
-    assert "few bits" in str(decoding.why_absent("transformers", "moe", "int8"))
-    assert all(decoding.why_absent("turnout", shape, "int4") is None for shape in SHAPES)
+    assert decoding_piece.why_absent("adopted", "dense", "fp32") == "a dense model has no experts to adopt"
+    assert "few bits" in str(decoding_piece.why_absent("transformers", "moe", "int8"))
+    assert all(decoding_piece.why_absent("turnout", shape, "int4") is None for shape in SHAPES)
 
 
 @pytest.mark.slow
 def test_the_whole_of_it_on_small_models(work: Path, tmp_path: Path) -> None:
     guide = tmp_path / "guide.md"
-    guide.write_text(f"before\n{decoding.BEGIN}\n{decoding.END}\nafter\n", encoding="utf-8")
+    guide.write_text(f"before\n{decoding_page.BEGIN}\n{decoding_page.END}\nafter\n", encoding="utf-8")
     asked = "--kinds fp32 int4 --threads 1 --streams 1 16 --context 8 --rounds 2 --tokens 4 --prefill 16".split()
     asked += ["--peers", *OURS, "--work", str(work), "--out", str(tmp_path / "out"), "--docs", str(guide)]
     decoding.main(["--shapes", "tiny", "tiny dense", *asked])
     page, raw = (next((tmp_path / "out").glob(f"decoding-*.{kind}")).read_text() for kind in ("md", "json"))
     record = json.loads(raw)
-    assert {(one["shape"], one["kind"], *one["times"]) for one in record["cases"]} == {
-        ("tiny", "fp32", *OURS), ("tiny", "int4", "turnout"),
-        ("tiny dense", "fp32", *OURS[:2]), ("tiny dense", "int4", "turnout"),
+    cases = [one for piece in record["pieces"] for one in piece["cases"]]
+    assert not record["failed"] and {(one["shape"], one["kind"], *one["times"]) for one in cases} == {
+        (*one, *(("limit",) if limited else ()))
+        for one in (("tiny", "fp32", *OURS), ("tiny", "int4", "turnout"),
+                    ("tiny dense", "fp32", *OURS[:2]), ("tiny dense", "int4", "turnout"))
+        for limited in (True, False)
     }  # fmt: skip
-    assert all(value > 0 for one in record["cases"] for rows in one["times"].values() for row in rows for value in row)
-    assert page.count("16 streams after 8, a token") == 4 and "a dense model has no experts to adopt" in page
+    assert all(value > 0 for one in cases for rows in one["times"].values() for row in rows for value in row)
+    assert page.count("16 streams after 8, a token |") == 4 and "a dense model has no experts to adopt" in page
+    assert all(one["times"]["limit"] for one in cases if one["job"] != "generate")
+    assert page.count("turnout over limit") == 4 and "the limit is above" in page.partition("## bars")[2]
     assert "experts alone, fp32, 4 rows each, over a sweep" in page.partition("## bars")[2]
     said = guide.read_text(encoding="utf-8")
     assert said.startswith("before\n") and said.endswith("after\n") and "16 streams, fp32, over adopted" in said
+    again = tmp_path / "again"
+    decoding.main(["--shapes", "tiny", *asked[:-4], "--out", str(again)])
+    second = json.loads(next(again.glob("decoding-*.json")).read_text())
+    assert second["pieces"] == [one for one in record["pieces"] if one["shape"] == "tiny"]  # nothing was timed again
+
+
+@pytest.mark.slow
+def test_a_piece_that_fails_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(shape: str, kind: str, threads: int, options: object) -> dict[str, Any]:
+        if kind == "bf16":
+            raise SystemExit("no times for wrong answers: planted")
+        return {"cases": [], "memory": [], "errors": {}, "absent": {}}
+
+    monkeypatch.setattr(decoding, "piece", measured)
+    asked = ["--shapes", "tiny dense", "--kinds", "bf16", "fp32", "--threads", "1", "--work", str(tmp_path)]
+    with pytest.raises(SystemExit, match="1 pieces failed: tiny dense, bf16, 1 thread"):
+        decoding.main([*asked, "--out", str(tmp_path)])
+    page = next(tmp_path.glob("decoding-*.md")).read_text(encoding="utf-8")
+    assert "**Not measured: tiny dense, bf16, 1 thread**, SystemExit: no times for wrong answers: planted" in page
+    assert "## tiny dense, fp32, 1 thread" in page
+    kept = [path.name for path in (tmp_path / "pieces").iterdir()]
+    assert kept == ["tiny_dense-fp32-1_thread.json"]
