@@ -183,7 +183,7 @@ def test_what_is_no_number_stays_none() -> None:
 @torch.no_grad()
 def test_several_threads_say_the_same() -> None:
     before = torch.get_num_threads()
-    for name in ("moe in one layer", "gpt-oss", "gpt-2 with experts", "full norm"):
+    for name in ("moe in one layer", "gpt-oss", "gpt-2 with experts", "full norm", "latent queries"):
         lm, id_BS, found = make(name), ids(3, 24), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
