@@ -204,6 +204,24 @@ def test_online_what_is_needed_is_downloaded_and_no_more(online: list[dict[str, 
     assert len(online) == 3 and not online[2]["new"]
 
 
+def test_zipped_weights_are_downloaded_where_there_are_no_others(
+    online: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zipped = {f"{name}.zipnn": FILES[name] for name in WHOLE if name.endswith(".safetensors")}
+    for name, body in zipped.items():
+        monkeypatch.setitem(FILES, name, body)
+        monkeypatch.delitem(FILES, name.removesuffix(".zipnn"))
+    found = located("org/name")
+    assert {name for call in online for name in call["new"] if "model-" in name} == set(zipped)
+    assert [call["revision"] for call in online] == [None, HASH, HASH]
+    located("org/name")
+    assert len(online) == 4 and not online[3]["new"]
+    (found.folder / "model-2.safetensors.zipnn").unlink()
+    monkeypatch.delitem(FILES, "model-2.safetensors.zipnn")
+    with pytest.raises(CheckpointError, match=r"lacks 1: model-2\.safetensors"):
+        located("org/name")
+
+
 def fail(error: Callable[[], Exception]) -> Callable[..., str]:
     def download(repo: str, *, local_files_only: bool = False, **_: object) -> str:
         raise error()

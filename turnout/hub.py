@@ -17,6 +17,7 @@ _SMALL = [f"*{kind}" for kind in (".json", ".txt", ".model", ".jinja", ".md", ".
 _SMALL += ["*.py", "LICENSE", "NOTICE"]  # code that a tokenizer brings is carried along, and never run
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 _OPTIONAL = ["phatgoose.safetensors"]  # gates beside an adapter
+_ZIPPED = ".zipnn"  # behind the name of a file of weights that turnout convert --zip wrote
 _CACHED = "models--"
 
 
@@ -85,7 +86,8 @@ def located(path: str | Path, *, where: str = "turnout") -> Located:
     ``org/name`` is the commit that the branch main is at, ``org/name@revision`` that of another branch, a tag or a
     commit. A name without an owner, ``gpt2`` as it was once called, is looked for in the cache alone. Unless
     HF_HUB_OFFLINE is set the hub is asked, and what the cache lacks is downloaded: configurations, the
-    tokenizer's files and safetensors, never pickles. A folder ``models--org--name`` of a cache is its snapshot.
+    tokenizer's files and safetensors, zipped ones where there are no others, never pickles. A folder
+    ``models--org--name`` of a cache is its snapshot.
 
     Args:
         path: a folder, or a name on the hub; what is neither is given back as it is, for the reader to refuse.
@@ -190,6 +192,9 @@ def _fetched(repo: str, revision: str | None, where: str) -> Path:
         elif _lacking(folder):
             exactly = [glob.escape(name) for names in (*_weights(folder), _OPTIONAL) for name in names]
             snapshot_download(repo, revision=folder.name, allow_patterns=exactly)
+            if _lacking(folder):  # zipped ones only where there are no others
+                zipped = [name + _ZIPPED for name in exactly]
+                snapshot_download(repo, revision=folder.name, allow_patterns=zipped)
         return folder
     except errors.LocalEntryNotFoundError:  # the hub is out of reach: as transformers, take what is there
         return _cached(repo, revision, where)
@@ -241,8 +246,12 @@ def _weights(folder: Path) -> list[list[str]]:
 
 
 def _lacking(folder: Path) -> list[str]:
-    """The files of weights that are not there; none where one way to hold them is whole."""
-    missing = [[name for name in names if not (folder / name).is_file()] for names in _weights(folder)]
+    """The files of weights that are not there, as they are or zipped; none where one way to hold them is whole."""
+
+    def there(name: str) -> bool:
+        return (folder / name).is_file() or (folder / f"{name}{_ZIPPED}").is_file()
+
+    missing = [[name for name in names if not there(name)] for names in _weights(folder)]
     return missing[-1] if missing and all(missing) else []
 
 

@@ -15,6 +15,8 @@ import small_run
 
 from turnout import recipes
 from turnout.cli.main import COMMANDS, main
+from turnout.models import LM, LMConfig, checkpoint
+from turnout.run.compiled import compiled_here
 
 SMALL = [*small_run.SMALL, "steps=4"]
 
@@ -135,6 +137,16 @@ def test_doctor_explains_its_choice(capsys):
     said = capsys.readouterr().out
     assert "torch" in said
     assert "cpu float32:" in said
+
+
+def test_doctor_says_how_the_tokens_of_a_model_are_made(tmp_path, capsys, monkeypatch):
+    checkpoint.save(tmp_path / "model", LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, hidden=8)))
+    assert main(["doctor", str(tmp_path / "model")]) == 0
+    step = "one compiled step a token" if compiled_here() else "the model's modules, because"
+    assert f"decodes on a CPU by {step}" in capsys.readouterr().out
+    monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    assert main(["doctor", str(tmp_path / "model")]) == 0
+    assert "the model's modules, because TURNOUT_COMPILED=0 is set" in capsys.readouterr().out
 
 
 def test_lists(capsys):

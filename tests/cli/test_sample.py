@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ def test_a_stream_is_the_text(folder, capsys):
     assert "".join(pieces) == text == sample_model(folder, ["the cat"], asked)[0] and pieces[0] == "the cat"
     argv = (folder, "--prompt", "the cat", "--tokens", "20", "--temperature", "1.3", "--seed", "1")
     assert said(capsys, *argv, "--stream") == said(capsys, *argv) == text + "\n"
+
+
+def test_on_a_terminal_the_text_comes_as_it_is_made_with_its_speed(folder, capsys, monkeypatch):
+    argv = (folder, "--prompt", "the cat", "--tokens", "20", "--temperature", "1.3", "--seed", "1")
+    plain = said(capsys, *argv)
+    for stream, seen in ((sys.stdout, False), (sys.stderr, True)):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        assert main(["sample", *map(str, argv)]) == 0
+        out, err = capsys.readouterr()
+        assert out == plain
+        assert bool(re.fullmatch(r"first token after \d+\.\d\d s, then \d+\.\d tokens/s \(20 tokens\)\n", err)) == seen
+    assert main(["sample", *map(str, argv), "--no-stream"]) == 0
+    assert capsys.readouterr().out == plain
 
 
 def test_stops_and_ends(folder, tmp_path, capsys):

@@ -24,7 +24,11 @@ def place(tmp_path_factory) -> Path:
     """A dense Llama, a Mixtral of 8 experts, each with a tokenizer, and text."""
     folder = tmp_path_factory.mktemp("words")
     sizes = {"vocab_size": 300, "width": 16, "layers": 2, "heads": 2, "max_seq": 64}
-    for name, config in (("dense", LMConfig(**sizes, hidden=24)), ("moe", LMConfig(**sizes, moe=MoEConfig(8, 2, 12)))):
+    for name, config in (
+        ("dense", LMConfig(**sizes, hidden=24)),
+        ("tied", LMConfig(**sizes, hidden=24, tie_embeddings=True)),
+        ("moe", LMConfig(**sizes, moe=MoEConfig(8, 2, 12))),
+    ):
         checkpoint.to_hf(LM(config), folder / name)
         train_tokenizer([LINES], vocab_size=300).save(str(folder / name / "tokenizer.json"))
     (folder / "text.txt").write_text(LINES)
@@ -57,6 +61,21 @@ CASES = {
     "certify dense dense --bound 0": "pass --bound 1e-4, or leave it out",
     "certify dense dense --bound nan": "pass --bound 1e-4",
     "certify dense nowhere": "B must exist",
+    "convert moe --bits 3": "--bits must be 4 or 8.*got 3.*write --bits 4",
+    "convert moe --bits 16": "write --bits 8",
+    "convert moe --bits 4": "--group must divide the 1[26] inputs.*pass --group 4, or --group row",
+    "convert moe --bits 4 --group 5": "--group must divide.*got 5",
+    "convert moe --bits 8 --codes nf4": "--bits must be 4 with --codes 'nf4'.*pass --bits 4",
+    "convert tied --bits 8 --head": "--head must go with an output layer of its own.*leave --head out",
+    "convert moe --seed 99999999999999999999 --drop-experts 2 --by random": "--seed must be a whole number of 64 bits",
+    "convert moe --zip --calibration text.txt": "--zip must come without steps.*also --calibration",
+    "convert moe --gguf f32 --calibration text.txt": "--gguf must come without steps.*also --calibration",
+    "convert moe --gguf f32 --dry-run": "--dry-run must go with steps.*--gguf, which has no plan",
+    "parity dp_shard=2 --seed 99999999999999999999": "--seed must be a whole number of 64 bits",
+    "doctor nowhere": "MODEL must exist",
+    "doctor text.txt": "the folder must hold a model in turnout doctor",
+    "sample moe --prompt \udcff": "--prompt must be text.*got the byte 0xff",
+    "sample moe --stop \udcff": "--stop must be text",
     "sample moe --tokens 0": "pass --tokens 1",
     "sample moe --tokens 999": "pass --tokens 6[0-9]",
     "sample moe --temperature nan": "--temperature must be a number of at least 0",

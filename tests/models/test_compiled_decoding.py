@@ -101,6 +101,17 @@ def test_both_paths_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["dense", "moe", "gemma"])
+@torch.no_grad()
+def test_the_last_layer_does_no_more_than_is_asked(name: str) -> None:
+    lm, id_BS = make(name), ids(2, 5)
+    seen: list[int] = []
+    lm.blocks[-1].ff.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    whole, some = lm.hidden(id_BS)[0], lm.hidden(id_BS, only_B=torch.tensor([4, 2]))[0]
+    assert seen == [5, 1] and some.shape == (2, 1, lm.config.width)
+    torch.testing.assert_close(some[:, 0], whole[[0, 1], [4, 2]], rtol=0, atol=2e-5)
+
+
 @torch.no_grad()
 def test_caches_grow_by_pages_and_rings_do_not() -> None:
     config = dataclasses.replace(TINY, max_seq=300, window=5, window_layers=(1,), init_std=0.2)

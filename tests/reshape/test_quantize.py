@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import ids, make, sparse
 
-from turnout.errors import CheckpointError, ShapeError, UsageError
+from turnout.errors import CheckpointError, ShapeError, UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MLAConfig, MoEConfig, checkpoint
 from turnout.models.gguf import to_gguf
 from turnout.paths import PackedWeight
@@ -333,3 +333,11 @@ def test_stopped_in_between_it_ends_with_the_same_bits():
     with keeping(memory):
         again = quantize(lm, **options)[0]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_part_that_nobody_has_is_not_passed_over() -> None:
+    lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2))
+    with pytest.raises(UnknownNameError, match=r"atention.*Did you mean 'attention'"):
+        quantize(lm, group=8, parts=("dense", "atention"))
+    with pytest.raises(UsageError, match=r"parts must be several words.*pass parts=\('dense',\)"):
+        quantize(lm, group=8, parts="dense")

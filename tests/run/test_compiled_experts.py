@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from turnout.errors import ShapeError
 from turnout.run import execute
 from turnout.run.compiled.experts import experts_times, few_rows, suits_experts, suits_few_rows
 from turnout.types import ExpertWeights, Routing
@@ -161,3 +162,11 @@ def test_groups_that_are_no_blocks_are_left_alone():
     up = packed((2, 8, 48), bits=4, group=16, levels=False, scale=torch.float32, seed=3)
     down = packed((2, 48, 4), bits=4, group=4, levels=False, scale=torch.float32, seed=3)
     assert not suits_experts(rows(1, 48), decided(1, 2, 1), up, down)
+
+
+@pytest.mark.parametrize("token, offsets", [([0, 9], [0, 1, 2]), ([-1, 0], [0, 1, 2]), ([0, 0], [0, 2, 1])])
+def test_a_routing_that_is_none_is_not_followed(token, offsets):
+    weights = bank(experts=2)
+    routing = Routing(torch.tensor(token), torch.ones(2), torch.tensor(offsets), 1)
+    with pytest.raises(ShapeError):
+        few_rows(rows(1), routing, weights)

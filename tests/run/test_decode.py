@@ -9,7 +9,7 @@ import torch
 from turnout.paths import Bank
 from turnout.run import execute, sort
 from turnout.run.compiled.experts import few_rows
-from turnout.run.decode import decode, suits_decoding
+from turnout.run.decode import decode, decoder, suits_decoding
 from turnout.types import Routing
 
 
@@ -68,7 +68,7 @@ def test_tokens_with_none_one_and_all_experts():
 
 def test_sort_takes_it_without_gradients_alone(monkeypatch):
     called = []
-    monkeypatch.setattr(sys.modules["turnout.run.sort"], "decode", lambda *given: called.append(1) or decode(*given))
+    monkeypatch.setattr(sys.modules["turnout.run.sort"], "decoder", lambda *given: called.append(1) or decoder(*given))
     x_TD, routing, bank = case(2)
     sort(x_TD, routing, bank.weights()).sum().backward()
     assert not called and bank.up.grad is not None

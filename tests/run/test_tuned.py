@@ -151,6 +151,8 @@ def test_calibrate_keeps_what_is_read_beside_that_of_others(cache, monkeypatch):
     monkeypatch.setattr(
         "turnout.run.kernel_choice._LAYERS", dict.fromkeys(("group", "steps", "call"), (32, 8, 4, 2, 8))
     )
+    for name in ("_TILED", "_ENTRIES", "_ROWS"):
+        monkeypatch.setattr(f"turnout.run.kernel_choice.{name}", (2, 4))
     monkeypatch.setattr(importlib.import_module("turnout.run.calibrate"), "_PATIENCE_S", 0.0)
     shapes = [(4, 8, 2, 1, 8), (8, 16, 2, 1, 8), (16, 8, 4, 2, 8), (32, 16, 4, 2, 8)]
     other, said = here(processor="another"), []
@@ -187,10 +189,25 @@ def test_the_digest_is_that_of_the_choices():
         here(steps=0)
 
 
+def test_what_was_measured_before_there_were_more_choices_is_read_and_keeps_its_digest(cache):
+    old = Tuning("a processor", "2.13", 1)
+    assert old.digest == "8776c46f"
+    body = old.to_json_dict()
+    for name in ("compiled_rows", "packed_entries", "tiled_rows", "tiled_rows_short"):
+        assert body.pop(name) is not None
+        assert dataclasses.replace(old, **{name: 3}).digest != old.digest
+        with pytest.raises(UsageError, match=name):
+            dataclasses.replace(old, **{name: -1})
+    cache.write_text(json.dumps({"tunings": [body]}))
+    (read,) = kept(cache).values()
+    assert read == old
+
+
 def test_what_is_shipped_is_by_the_kind_of_processor():
     zen4, zen5 = (shipped(Processor("AMD EPYC", f"AuthenticAMD {n} AVX512"), 1) for n in (25, 26))
     assert zen4.origin == zen5.origin == "shipped" and zen4.onednn_turned is None
+    assert zen4.own_rows(torch.float32) == 1024 and zen4.own_rows(torch.bfloat16) == 512
     assert (zen5.onednn is not None) == has_onednn()
     intel = shipped(Processor("Xeon", "GenuineIntel 6 AVX512"), 1)
-    assert intel.origin == "assumed" and intel.onednn is None
+    assert intel.origin == "assumed" and intel.onednn is None and intel.own_rows(torch.float32) == 0
     assert (shipped(Processor("new", "HygonGenuine 30 AVX512"), 1).onednn is not None) == has_onednn()

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from turnout.cli.device import add_device
-from turnout.cli.early import check_there
+from turnout.cli.early import check_seed, check_there
 from turnout.errors import UsageError, word
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     grouped(arguments.given if not arguments.adapters else [])
     if not arguments.dry_run:
         _need_out(arguments)
+    check_seed(arguments.seed, "turnout convert")
     if arguments.calibration_tokens < 1:
         raise _refusal("--calibration-tokens", str(arguments.calibration_tokens), "be at least 1", "leave it out")
     import torch
@@ -239,14 +240,7 @@ def _gguf(arguments: argparse.Namespace, dtype: Any) -> int:
     from turnout.recipes.gguf import write_gguf
     from turnout.recipes.progress import progress_for
 
-    also = [option for option, _ in arguments.given]
-    also += ["--adapters"] if arguments.adapters else []
-    also += ["--as"] if arguments.as_format else []
-    if also:
-        raise _refusal(
-            "--gguf", f"also {', '.join(also)}", "come without steps", "convert first, then write that as GGUF"
-        )
-    _need_out(arguments)
+    _alone("--gguf", arguments, "convert first, then write that as GGUF")
     progress = progress_for(quiet=arguments.quiet)
     try:
         kind, tokenizer = arguments.gguf, not arguments.no_tokenizer
@@ -279,11 +273,16 @@ def _zip(arguments: argparse.Namespace) -> int:
 
 def _alone(name: str, arguments: argparse.Namespace, fix: str, *others: str) -> None:
     """Refuses steps, adapters and other formats beside an option that has a job of its own; and no --out."""
-    also = [*(option for option, _ in arguments.given), *others]
-    also += ["--adapters"] if arguments.adapters else []
-    also += ["--as"] if arguments.as_format else []
+    idle = {
+        "--adapters": arguments.adapters,
+        "--as": arguments.as_format,
+        "--calibration": arguments.calibration,
+    }
+    also = [*(option for option, _ in arguments.given), *others, *(option for option, given in idle.items() if given)]
     if also:
         raise _refusal(name, f"also {', '.join(also)}", "come without steps", fix)
+    if arguments.dry_run:
+        raise _refusal("--dry-run", f"{name}, which has no plan", "go with steps", "leave it out, and add --out")
     _need_out(arguments)
 
 
@@ -360,6 +359,8 @@ def _step(name: str, value: Any, options: Mapping[str, Any]) -> "Step":
 def _quantize(bits: int, options: Mapping[str, Any]) -> "Step":
     from turnout.recipes import steps
 
+    if bits not in (4, 8):
+        raise _refusal("--bits", str(bits), "be 4 or 8", f"write --bits {8 if bits > 4 else 4}")
     given = options.get("--group", "row" if bits == 8 else "64")
     if given != "row" and not (given.isdecimal() and int(given)):
         raise _refusal("--group", given, "be a whole number of at least 1, or row", "write --group 64")

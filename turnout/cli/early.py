@@ -7,7 +7,7 @@ from pathlib import Path
 from turnout.errors import UsageError, word
 from turnout.hub import is_hub_id, located, offline
 
-__all__ = ["check_data", "check_there", "check_writable"]
+__all__ = ["check_data", "check_seed", "check_there", "check_writable"]
 
 
 def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool = False) -> None:
@@ -48,6 +48,21 @@ def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool
             fix += "" if close else f"; a model of the hub has an owner before its name: ORG/{given}"
         got = f"{path}, which does not exist"
         raise UsageError(word(what, got=got, allowed="exist", where=where, fix=fix.rstrip("?") if close else fix))
+
+
+def check_seed(seed: int, where: str) -> None:
+    """Refuses a seed that torch's generators do not take.
+
+    Raises:
+        UsageError: it has more than 64 bits.
+
+    >>> check_seed(0, "turnout convert")
+
+    Source: none; the range of torch.Generator.manual_seed.
+    """
+    if not -(1 << 63) <= seed < 1 << 64:
+        allowed = "be a whole number of 64 bits"
+        raise UsageError(word("--seed", got=seed, allowed=allowed, where=where, fix="pass --seed 0"))
 
 
 def check_writable(where: str, **paths: str | None) -> None:

@@ -17,7 +17,7 @@ exit codes: 0 equal, 1 not equal, 2 a mistake in the input
 
 import argparse
 
-from turnout.cli.early import check_there
+from turnout.cli.early import check_seed, check_there
 from turnout.errors import UsageError, word
 
 HELP = "whether a plan for many processes has the gradients of one"
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     degrees = "=" in arguments.plan and not Path(arguments.plan).exists()
     if not degrees:
         check_there("PLAN", [arguments.plan], "turnout parity")
+    check_seed(arguments.seed, "turnout parity")
     if arguments.rows < 0:
         fix = "pass --rows 12"
         raise UsageError(word("--rows", got=arguments.rows, allowed="be 0 or more", where="turnout parity", fix=fix))

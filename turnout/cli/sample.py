@@ -1,17 +1,23 @@
 """Let a model continue prompts: of a run, of transformers, or what turnout convert wrote.
 
+On a terminal the text of one prompt comes word by word, and stderr has the time to the first token and tokens a second;
+in a pipe nothing but the text is written. Of --top-k, --top-p and --min-p any number: each leaves fewer tokens to draw
+from. turnout doctor RUN says whether its tokens are made by the compiled step, and why not.
+
 examples:
   turnout sample runs/x --prompt "def main("
-  turnout sample mixtral --prompt "Once upon a time" --temperature 0 --stream
+  turnout sample mixtral --prompt "Once upon a time" --temperature 0    the likeliest text, the same each time
   turnout sample runs/x --prompt "import" --tokens 200 --top-p 0.95 --stop "def " --seed 1
   turnout sample runs/x --prompts prompts.txt --min-p 0.05 --repetition-penalty 1.1
 """
 
 import argparse
 import sys
+import time
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
+from turnout.errors import UsageError, word
 
 HELP = "let a model continue a prompt"
 
@@ -44,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eos", action=argparse.BooleanOptionalAction, help="end where the text ends (default: where that is known)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0), the same alone and among others")
-    parser.add_argument("--stream", action="store_true", help="print the text of one prompt as it comes")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text of one prompt as it comes (default: on a terminal)",
+    )
     add_device(parser)
 
 
@@ -52,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the prompts and their continuations."""
     check_there("RUN", [arguments.run_folder], "turnout sample", hub=True)
     check_there("--prompts", [arguments.prompts], "turnout sample")
+    for flag, text in [("--prompt", arguments.prompt), *(("--stop", stop) for stop in arguments.stop)]:
+        _check_text(flag, text)
     from turnout.recipes.progress import progress_for
     from turnout.recipes.sample import Sampling, prompts_in, sample_model
 
@@ -68,17 +80,47 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     prompts = [arguments.prompt] if arguments.prompts is None else prompts_in(arguments.prompts)
+    one, watched = len(prompts) == 1, sys.stderr.isatty()
+    streams = arguments.stream if arguments.stream is not None else one and sys.stdout.isatty()
+    told = _Told(streams)
     texts = sample_model(
         arguments.run_folder,
         prompts,
         asked,
         device=arguments.device,
-        stream=_said if arguments.stream else None,
-        progress=progress_for(quiet=arguments.stream or not sys.stderr.isatty()),
+        stream=told if streams or (one and watched) else None,
+        progress=progress_for(quiet=streams or not watched),
     )
-    print("" if arguments.stream else "\n---\n".join(texts))
+    print("" if streams else "\n---\n".join(texts))
+    if one and watched:
+        print(told, file=sys.stderr)
     return 0
 
 
-def _said(piece: str) -> None:
-    print(piece, end="", flush=True)
+class _Told:
+    """Is given a prompt, then what each token adds: prints it, or not, and says how fast it came."""
+
+    def __init__(self, prints: bool) -> None:
+        self._prints = prints
+        self._at_s: list[float] = []
+
+    def __call__(self, piece: str) -> None:
+        self._at_s.append(time.perf_counter())
+        if self._prints:
+            print(piece, end="", flush=True)
+
+    def __str__(self) -> str:
+        start, first, last = self._at_s[0], self._at_s[1], self._at_s[-1]
+        further = len(self._at_s) - 2
+        speed = f", then {further / (last - first):.1f} tokens/s" if further and last > first else ""
+        return f"first token after {first - start:.2f} s{speed} ({further + 1} tokens)"
+
+
+def _check_text(flag: str, text: str) -> None:
+    """Refuses what a shell handed on as bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got, fix = f"the byte {ord(text[error.start]) & 0xFF:#04x}", "write it in UTF-8"
+        what = word(flag, got=got, allowed="be text", where="turnout sample", fix=fix)
+        raise UsageError(what) from error

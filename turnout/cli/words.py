@@ -17,6 +17,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "turnout.reshape.merge_experts": {"keep": "--merge-experts"},
     "turnout.reshape.compress_experts": {"rank": "--compress-experts", "rows": "--rows", "by": "--by"},
     "turnout.reshape.latent_experts": {"rank": "--latent", "share": "--share"},
+    "turnout.reshape.quantize": {"bits": "--bits", "group": "--group", "codes": "--codes", "method": "--method"},
     "turnout.reshape.drop_experts": {"share": "--drop-experts"},
     "turnout.recipes.steps.Drop": {"count": "--drop-experts", "by": "--by"},
     "turnout.measure.certify": {"bound": "--bound", "names": "--map"},
@@ -38,6 +39,21 @@ _TEXTS = (
     (re.compile(r", turnout\.[a-z][\w.]+\)"), ")"),
     (re.compile(r"\bbatches\b(?= must)"), "--calibration"),
 )
+# Of turnout convert alone: what a configuration says of few bits, elsewhere its own fields, was a flag here.
+_CONVERT = (
+    (
+        re.compile(r"quantized\.group must (.+) in LMConfig; (.+) pass group=(\d+), or None for one scale a row"),
+        r"--group must \1 in turnout convert; \2 pass --group \3, or --group row",
+    ),
+    (
+        re.compile(r"quantized\.bits must (.+) in LMConfig; (.+) pass bits=8"),
+        r"--bits must \1 in turnout convert; \2 pass --bits 8",
+    ),
+    (
+        re.compile(r"parts must be of [\w, ]+ in turnout\.reshape\.quantize; got 'head', of (.+)\. Nearest fix: .+"),
+        r"--head must go with an output layer of its own in turnout convert; got \1. Nearest fix: leave --head out.",
+    ),
+)
 _TRIPLES = re.compile(r"\bone of ((?:\(\d+, \d+, \d+\)(?:, )?)+)")
 
 
@@ -56,6 +72,8 @@ def in_flags(message: str, command: str) -> str:
     if command in _FIELDS:
         message = re.sub(r"=\((\d[\d.]*), (\d[\d.]*)\)", r"=[\1,\2]", message)
         return re.sub(r"\bor None\b", "or null", re.sub(r"=None\b", "=null", message))
+    for pattern, text in _CONVERT if command == "convert" else ():
+        message = pattern.sub(text, message)
     message = _TRIPLES.sub(_triples, message)
     where = next((name for name in _FLAGS if re.search(rf" in {re.escape(name)}[;:,.]? ", message)), None)
     if where is None:

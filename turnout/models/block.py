@@ -80,11 +80,15 @@ class Block(nn.Module):
         backend: str,
         generator: torch.Generator | None,
         routing: Routing | None = None,
+        only_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go."""
+        """The tokens after this layer, and where they went; a ``routing`` that is given is where they go.
+
+        With ``only_B`` one token a row goes on after the attention, (B, 1, D), in evaluation: of those alone is asked.
+        """
         call = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator, "routing": routing}
         if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self._run(x_BSD, angles, cache, places, **call)
+            return self._run(x_BSD, angles, cache, places, **call, only_B=only_B)
         # The second time a router draws what it drew the first time.
         state, run = None if generator is None else generator.get_state(), [False]
 
@@ -108,9 +112,13 @@ class Block(nn.Module):
         backend: str,
         generator: torch.Generator | None,
         routing: Routing | None = None,
+        only_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
         x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        if only_B is not None:
+            places, at = None, (torch.arange(len(x_BSD), device=x_BSD.device), only_B)
+            x_BSD, token_id_BS = x_BSD[at].unsqueeze(1), token_id_BS[at].unsqueeze(1)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
         ff: Any = self.ff  # or what wraps it
         if isinstance(unwrapped(ff), FeedForward | PackedFeedForward):

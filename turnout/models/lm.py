@@ -220,16 +220,23 @@ class LM(Called):
         cache: Cache | None = None,
         backend: str = "auto",
         generator: torch.Generator | None = None,
+        only_B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
-        """What the output layer reads, the decisions, and where there is padding."""
+        """What the output layer reads, the decisions, and where there is padding.
+
+        With ``only_B`` (B, 1, D) of that place in each row alone: the last layer does no more than is asked. Only for
+        models in which a token's experts do not depend on which other tokens there are.
+        """
         batch = self.begin(id_BS, attention_mask=attention_mask, cache=cache)
         x_BSD, places = batch.x_BSD, batch.places
         call: dict[str, Any] = {"token_id_BS": id_BS, "backend": backend, "generator": generator}
         if self.pre_gate is not None:
             call["routing"] = self.pre_gate(id_BS, cache=cache, places=places)
         routings = []
-        for block, angles in zip(self._blocks(), batch.angles_L, strict=True):
-            x_BSD, routing = block(x_BSD, angles, cache, places, **call)
+        last = len(self.blocks) - 1
+        for layer, (block, angles) in enumerate(zip(self._blocks(), batch.angles_L, strict=True)):
+            some = {} if only_B is None or layer < last else {"only_B": only_B}
+            x_BSD, routing = block(x_BSD, angles, cache, places, **call, **some)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

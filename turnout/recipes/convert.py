@@ -32,6 +32,7 @@ from turnout.recipes.stock import check_with_transformers, said
 from turnout.reshape.resumable import keeping
 from turnout.show import ConversionData, conversion_html
 from turnout.storage import digest, write_whole
+from turnout.train.allocator import return_freed_memory
 from turnout.types import Report
 
 __all__ = ["Conversion", "convert", "is_conversion", "repeat"]
@@ -275,6 +276,7 @@ def _take(
         say(f"step {number} of {len(plan.steps)}: {step.name}")
         with keeping(place.pieces(f"{number}-{step.name}")):
             lm, report = step.run(lm, text.batches if text else None, seed)
+        return_freed_memory()  # what this step worked with is not what the next one needs
         reports.append(json.loads(report.to_json()))
     with keeping(place.pieces("after")):
         after = None if text is None else measured(lm, text)
@@ -306,6 +308,7 @@ def _write(lm: LM, plan: Plan, result: Path) -> None:
 
 def _compare(plan: Plan, result: Path, out: Path) -> Certificate:
     """What was read against what was written, both from the disk."""
+    return_freed_memory()
     if plan.dtype is None:
         found, _ = certify_folders(plan.path, result, device="cpu")
     else:

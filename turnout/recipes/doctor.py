@@ -1,15 +1,19 @@
 """What ``turnout doctor`` prints: what is installed, and which backend each device would use and why."""
 
 import importlib.metadata
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from turnout.errors import Interrupted
 from turnout.measure import hardware
+from turnout.models.decoding import decoding_path
+from turnout.recipes.models import opened
 from turnout.run import calibrate as measure_backends
 from turnout.run import choose
-from turnout.run.compiled import kernels_path, why_not_compiled
+from turnout.run.compiled import kernels_path, rows_times, why_not_compiled
 from turnout.run.tuned import tuning, tuning_path
 from turnout.types import ExpertWeights, Routing
 from turnout.types.device import find_device, find_precision, shown, there
@@ -78,6 +82,21 @@ def examine(*, calibrate: bool = False, say: Callable[[str], None] = lambda text
                 yield from _choice(device, dtype, *shape)
 
 
+def decoding_of(path: str | Path) -> str:
+    """How a model's tokens are made after the prompt on this machine's CPU: by one compiled step, or not and why.
+
+    Args:
+        path: a folder of a run, of transformers, or that a conversion wrote, or a model of the hub.
+
+    Raises:
+        TurnoutError: there is no model.
+
+    Source: see ``turnout.models.decoding.decoding_path``.
+    """
+    found = opened(path, "turnout doctor", "cpu")
+    return f"{path} decodes on a CPU by {decoding_path(found.lm)}"
+
+
 def _calibrate(say: Callable[[str], None]) -> Tuning:
     try:
         return measure_backends(say=say)
@@ -95,11 +114,20 @@ def _chosen() -> Iterator[str]:
     yield f"  {'experts at once, in intermediate numbers':<42} {here.group:,}"
     yield f"  {'rows of 16 bits rounded up to a part of':<42} 1/{here.steps}, near the mean 1/{here.steps_near}"
     yield f"  {'few tokens, row by row':<42} {here.decode_tokens}, and {here.decode_rows} an expert"
+    yield f"  {'few tokens, compiled':<42} {here.compiled_rows} an expert; in few bits {here.packed_entries} in all"
+    yield f"  {'products of our own up to rows an expert':<42} {here.tiled_rows}, of 16 bits {here.tiled_rows_short}"
     why = why_not_compiled()
-    found = "compiled, kept in" if why is None else "not compiled, two to three times as long:"
+    found = f"compiled ({_first_use()}), kept in" if why is None else "not compiled, two to three times as long:"
     yield f"  {'few rows of weights stored (out, in)':<42} {found} {kernels_path() if why is None else why}"
     if here.origin != "measured":
         yield "  turnout doctor --calibrate measures this machine, in about half a minute"
+
+
+def _first_use() -> str:
+    """How long the first use of a kernel takes here: compiled for this processor, or read from where it is kept."""
+    weight_OI, before = torch.ones(64, 64), time.perf_counter()
+    rows_times(torch.ones(1, 64), weight_OI)
+    return f"first use {time.perf_counter() - before:.1f} s"
 
 
 def _choice(

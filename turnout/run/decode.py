@@ -12,10 +12,12 @@ either costs several times what it costs in a loop: the fewer, the better.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from turnout.run.compiled import compiled_here
 from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import own_alone, product
@@ -23,11 +25,9 @@ from turnout.run.reference import activate
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["decode", "suits_decoding"]
+__all__ = ["decode", "decoder", "suits_decoding"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# From about this many rows an expert on, torch's products are faster than kernels that read weights at memory's speed.
-_ROWS_COMPILED = 8
 # MKL multiplies a matrix (out, in) by two or three rows in half the time where the matrix is the first factor, and
 # short rows up to eight (an AMD Zen 4; docs/performance.md). In 16 bits it is slower.
 _TURNED, _TURNED_SHORT, _SHORT = 3, 8, 512
@@ -42,10 +42,23 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
     Source: none; measured, see docs/performance.md.
     """
-    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
+    return decoder(x_TD, routing, weights) is not None
+
+
+def decoder(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights
+) -> Callable[[Tensor, Routing, ExpertWeights], Tensor] | None:
+    """What ``decode`` runs these inputs by, asked once; None where it does not suit them.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> decoder(torch.ones(1, 3, device="meta"), routing, ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)))
+
+    Source: none; plain bookkeeping.
+    """
     if _compiles(x_TD, routing, weights):
-        return True
-    return (
+        return few_rows
+    up_EDH, entries, here = weights.up_EDH, routing.token_R.shape[0], tuning()
+    suits = (
         0 < routing.num_tokens <= here.decode_tokens
         and entries > 0
         and x_TD.device.type == "cpu"
@@ -53,13 +66,14 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
         and x_TD.dtype in _DTYPES
         and (entries <= here.decode_rows * up_EDH.shape[0] or not up_EDH.is_contiguous())
     )
+    return _by_torch if suits else None
 
 
 def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
     """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
     entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
-    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= _ROWS_COMPILED * experts
-    return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
+    few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= tuning().compiled_rows * experts
+    return few and compiled_here() and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
 def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
@@ -77,8 +91,10 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     Source: none; the weighted sum of rows that torch has for embeddings.
     """
-    if _compiles(x_TD, routing, weights):
-        return few_rows(x_TD, routing, weights)
+    return (few_rows if _compiles(x_TD, routing, weights) else _by_torch)(x_TD, routing, weights)
+
+
+def _by_torch(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     up_EDH, down_EFD, T, dtype = weights.up_EDH, weights.down_EFD, x_TD.shape[0], x_TD.dtype
     R = routing.token_R.shape[0]
     tables = up_EDH.is_contiguous() and down_EFD.is_contiguous()

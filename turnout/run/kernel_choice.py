@@ -8,11 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from turnout.run.compiled import compiled_here
+from turnout.run.compiled.rows import MOST_ROWS
+from turnout.run.packed import packed_experts
 from turnout.run.product import product
 from turnout.run.shipped import has_onednn
 from turnout.run.sort import sort
 from turnout.run.tuned import as_tuned
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 from turnout.types.tuning import Tuning
 
 __all__ = ["Shape", "choose_kernels", "clock", "layer"]
@@ -29,6 +32,8 @@ _GROUPS = (1 << 15, 1 << 17, 1 << 19)
 _STEPS = ((16, 32), (8, 16), (64, 128))
 _CALLS = (3_000_000, 0, 12_000_000)
 _ROWS = (1, 2, 4, 8, 16)
+# Rows for each expert, and entries: of each the most that a limit is measured at.
+_TILED, _ENTRIES = (16, 64, 256, 512, 1024), (8, 16, 32, 64, 128, 256)
 # On which layer each is measured.
 _LAYERS: dict[str, Shape] = {
     "group": (1024, 256, 64, 6, 64),
@@ -85,7 +90,7 @@ def layer(
 
 
 def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
-    """The tuning with everything measured but ``seconds``, in about ten seconds on one thread.
+    """The tuning with everything measured but ``seconds``, in about twenty seconds on one thread.
 
     Args:
         tuning: what is shipped for this machine; a choice moves away from it where that is clearly faster.
@@ -111,7 +116,15 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
     calls = [dataclasses.replace(tuning, call=call) for call in _first(tuning.call, _CALLS)]
     tuning = _fastest(calls, _LAYERS["call"], torch.bfloat16)
     say("few tokens")
-    return dataclasses.replace(tuning, decode_rows=_decode_rows(tuning))
+    tuning = dataclasses.replace(tuning, decode_rows=_few_rows(tuning, "decode_rows", tables=True))
+    if not compiled_here():
+        return tuning
+    say("compiled products")
+    tuning = dataclasses.replace(tuning, tiled_rows=_tiled_rows(tuning, "tiled_rows", torch.float32))
+    short = _tiled_rows(tuning, "tiled_rows_short", torch.bfloat16)
+    tuning = dataclasses.replace(tuning, tiled_rows_short=short)
+    tuning = dataclasses.replace(tuning, compiled_rows=_few_rows(tuning, "compiled_rows", tables=False))
+    return dataclasses.replace(tuning, packed_entries=_packed_entries(tuning))
 
 
 def _first(usual: _T, others: Sequence[_T]) -> list[_T]:
@@ -152,21 +165,61 @@ def _fastest(candidates: Sequence[Tuning], shape: Shape, dtype: torch.dtype) -> 
     return candidates[best] if seconds[best] * _BETTER < seconds[0] else candidates[0]
 
 
-def _decode_rows(tuning: Tuning) -> int:
-    """Up to how many rows for each expert weights are best read row by row, at few tokens."""
+def _few_rows(tuning: Tuning, field: str, *, tables: bool) -> int:
+    """Up to how many rows for each expert weights are best read row by row, at few tokens; ``tables`` as ``layer``."""
     found, experts = 0, 8
     for rows in _ROWS:
-        tokens = min(rows * experts // 2, tuning.decode_tokens)
+        tokens = min(rows * experts // 2, tuning.decode_tokens if tables else MOST_ROWS)
         top_k = max(1, min(rows * experts // max(tokens, 1), experts))
-        run = layer((tokens, 512, experts, top_k, 256), torch.float32, "cpu", False, tables=True)
-
-        def by(limit: int, run: Callable[..., object] = run) -> None:
-            with as_tuned(dataclasses.replace(tuning, decode_rows=limit)):
-                run(sort)
-
-        ways = [lambda by=by, n=rows: by(n), lambda by=by: by(0)]
-        alone, products = least(ways, 9)
-        if alone > products:
+        run = layer((tokens, 512, experts, top_k, 256), torch.float32, "cpu", False, tables=tables)
+        if not _wins(run, tuning, field, rows):
             break
         found = rows
     return found
+
+
+def _tiled_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
+    """Up to how many rows for each expert, products of turnout's own make a step of training faster."""
+    found, experts = 0, 8
+    for rows in _TILED:
+        run = layer((rows * experts // 2, 256, experts, 2, 256), dtype, "cpu", True)
+        if not _wins(run, tuning, field, rows):
+            break
+        found = rows
+    return found
+
+
+def _packed_entries(tuning: Tuning) -> int:
+    """Up to how many entries experts in four bits are best read from their codes."""
+    found, experts, width, hidden = 0, 8, 512, 256
+    g = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Packed:
+        code = torch.randint(-8, 8, shape, generator=g)
+        return Packed.of(code, torch.full((*shape[:-1], shape[-1] // 32), 0.01), group=32, bits=4)
+
+    weights = PackedWeights(some(experts, 2 * hidden, width), some(experts, width, hidden))
+    for entries in _ENTRIES:
+        x_TD = torch.randn(entries // 2, width, generator=g)
+        weight_TK, index_TK = torch.rand(entries // 2, experts, generator=g).topk(2)
+        routing = Routing.from_topk(index_TK, weight_TK, num_experts=experts)
+
+        def run(_: object, x: Tensor = x_TD, routing: Routing = routing) -> None:
+            with torch.no_grad():
+                packed_experts(x, routing, weights)
+
+        if not _wins(run, tuning, "packed_entries", entries):
+            break
+        found = entries
+    return found
+
+
+def _wins(run: Callable[[Callable[..., Tensor]], object], tuning: Tuning, field: str, limit: int) -> bool:
+    """Whether this limit is no slower than none at all on what it just lets in."""
+
+    def by(value: int) -> None:
+        with as_tuned(dataclasses.replace(tuning, **{field: value})):  # pyrefly: ignore[bad-argument-type]
+            run(sort)
+
+    there, never = least([lambda: by(limit), lambda: by(0)], 9)
+    return there <= never

@@ -9,14 +9,13 @@ from turnout.run.compiled import rows_times, suits_rows
 from turnout.run.compiled.experts import experts_times, suits_experts
 from turnout.run.product import linear
 from turnout.run.reference import reference
+from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
-# As many entries as are run from the codes; more are worth writing the weights out.
-_FEW = 64
 # The most weights of a bank that are written out at once: what is there only for a moment stays small.
-_ONCE = 1 << 24
+_ONCE = 1 << 22
 
 
 def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Tensor:
@@ -109,7 +108,11 @@ def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
     """Whether so few entries are routed, and so, that experts are read from their codes."""
     given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
     wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
-    return routing.num_entries <= _FEW and not wanted and suits_experts(x_TD, routing, *_stacks(weights))
+    return (
+        routing.num_entries <= tuning().packed_entries
+        and not wanted
+        and suits_experts(x_TD, routing, *_stacks(weights))
+    )
 
 
 def _stacks(weights: PackedWeights) -> tuple[Packed, Packed, Tensor | None, Tensor | None]:

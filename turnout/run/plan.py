@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 from turnout.types.tuning import Tuning
@@ -18,7 +19,8 @@ __all__ = ["Group", "Plan", "plan_rows"]
 # to 8, and so that there are few: in fp32, where six of half a MB are kept for each, to about an eighth of themselves
 # or a 16th of the mean (``Tuning.steps``), which costs nothing that shows. In 16 bits, where it would, loads near the
 # mean, which have most rows when they are even, are rounded to a 32nd of it (``steps_near``), and the others, which
-# differ most from step to step, to a 16th of the mean or of themselves. MKL compiles nothing: its counts stay.
+# differ most from step to step, to a 16th of the mean or of themselves. MKL compiles nothing for a count, nor do
+# turnout's own products: counts stay.
 _LEAST = 8
 _NEAR = (0.75, 1.5)
 # Up to this many tokens (decoding) there are few counts to compile for, and rounding up would multiply the work.
@@ -111,7 +113,8 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     step = max(here.group // weights.hidden, 1)
     short = x_TD.dtype.itemsize == 2
     mean = routing.num_entries / max(len(load) - load.count(0), 1)
-    if routing.num_tokens > _FEW and _compiles(x_TD, mean * weights.width * weights.hidden, here):
+    compiles = _compiles(x_TD, mean * weights.width * weights.hidden, here)
+    if routing.num_tokens > _FEW and compiles and not suits_tiles(x_TD, weights, mean):
         load = [_rounded(count, mean, short, here) for count in load]
         size = weights.width * weights.hidden
         groups = _batches(load, size, step, here.call) if short else _neighbours(load, step)

@@ -54,7 +54,9 @@ _KNOWN = {
     "AuthenticAMD 26 AVX512": Tuning("", "", 1, onednn=_LEAST, onednn_turned=_LEAST, seconds=_ZEN5),
     # MKL 94, oneDNN 101 GFLOP/s at best, a sixth more in large products, and half of MKL's for gradients of small
     # experts, for which it turns the rows first.
-    "AuthenticAMD 25 AVX512": Tuning("", "", 1, onednn=1 << 30, group=1 << 19, seconds=_ZEN4),
+    "AuthenticAMD 25 AVX512": Tuning(
+        "", "", 1, onednn=1 << 30, group=1 << 19, tiled_rows=1024, tiled_rows_short=512, seconds=_ZEN4
+    ),
 }
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from turnout.run.compiled.sums import add_rows, suits_sums
 from turnout.run.composed import composes, slopes
-from turnout.run.decode import decode, suits_decoding
+from turnout.run.decode import decoder
 from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
 from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
+from turnout.run.tiled import tiled_outers, tiled_products
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Routing
 
@@ -55,8 +56,8 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     dtype = x_TD.dtype
     x_TD, weights = prepare(x_TD, routing, weights, cast_weights=False)
     train = trains(x_TD, routing, weights)
-    if not train and suits_decoding(x_TD, routing, weights):
-        return decode(x_TD, routing, weights).to(dtype)
+    if not train and (few := decoder(x_TD, routing, weights)) is not None:
+        return few(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
         plan = plan_rows(routing, weights, x_TD)
@@ -72,7 +73,9 @@ def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tens
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     matrices = stack[first : group.experts[-1] + 1]
-    if group.batched:
+    if tiled_products(rows, stack, group.experts, group.bound, out):
+        pass
+    elif group.batched:
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
@@ -92,6 +95,8 @@ def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Each expert's left^T right over its rows, written to its place in ``grad`` (E, I, O) in that dtype."""
     if grad.stride(1) == 1 and grad.stride(2) != 1:  # stored (E, O, I): make it there directly
         left, right, grad = right, left, grad.transpose(1, 2)
+    if tiled_outers(left, right, group.experts, group.bound, grad):
+        return
     first, count, cast = group.experts[0], len(group.experts), grad.dtype != left.dtype
     if group.batched:
         pair = left.view(count, -1, left.shape[1]).transpose(1, 2), right.view(count, -1, right.shape[1])

@@ -14,6 +14,7 @@ _WHERE = "turnout.types.Packed"
 _CODE = {8: torch.int8, 4: torch.uint8}
 _SCALE = (torch.float32, torch.bfloat16, torch.float16)
 _LEVELS = 16  # of four bits
+_PIECE = 1 << 20  # weights that are written out at once: what is there for the moment stays small, and in the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,10 +118,15 @@ class Packed:
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., O, I), the weights: value times scale in fp32, rounded once to ``dtype``."""
-        value = self.values()
-        real = value.float() if self.levels is None else self.levels[value.int()]
-        grouped = real.unflatten(-1, (-1, self.group)) * self.scale.float().unsqueeze(-1)
-        return grouped.flatten(-2).to(dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.code.device)
+        each = max(1, _PIECE // max(1, self.shape[-1]))
+        pieces = (tensor.flatten(0, -2).split(each) for tensor in (weight, self.code, self.scale))
+        for some, code, scale in zip(*pieces, strict=True):
+            value = dataclasses.replace(self, code=code, scale=scale).values()
+            real = value.float() if self.levels is None else self.levels[value.int()]
+            grouped = real.unflatten(-1, (-1, self.group)) * scale.float().unsqueeze(-1)
+            some.copy_(grouped.flatten(-2))
+        return weight
 
     def __getitem__(self, index: int | slice) -> Self:
         """One matrix of a stack, or some of them; nothing is copied."""

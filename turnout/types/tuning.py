@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import torch
+
 from turnout.errors import UsageError, word
 from turnout.fields import build, plain
 
@@ -15,6 +17,8 @@ __all__ = ["Tuning"]
 _WHERE = "turnout.types.Tuning"
 _COSTS = 4
 _ABOUT = ("processor", "torch", "threads", "origin")
+# What tunings had no word for at first: at its usual value it changes nothing, the digest neither.
+_LATER = ("compiled_rows", "packed_entries", "tiled_rows", "tiled_rows_short")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Tuning:
         call: multiply-adds that cost as much as one call of a 16-bit product: neighbours share a call below that.
         decode_tokens: without gradients, up to this many tokens read each chosen expert's weights row by row.
         decode_rows: and up to this many rows for each expert.
+        compiled_rows: where kernels can be compiled, up to this many rows for each expert, and 64 tokens, use those
+            that read every weight once.
+        packed_entries: up to this many entries, experts in few bits are read as they lie, and else written out first.
+        tiled_rows: up to this many rows for each expert, products in fp32 are turnout's own, and else torch's.
+        tiled_rows_short: likewise in 16 bits.
         seconds: by "device dtype pass" and executor, what a call, an expert, a multiply-add and a moved number cost.
 
     Raises:
@@ -60,12 +69,16 @@ class Tuning:
     call: int = 3_000_000
     decode_tokens: int = 16
     decode_rows: int = 4
+    compiled_rows: int = 8
+    packed_entries: int = 64
+    tiled_rows: int = 0
+    tiled_rows_short: int = 0
     seconds: Mapping[str, Mapping[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("threads", "group", "steps", "steps_near"):
             self._refuse(name, getattr(self, name) >= 1, "be 1 or more")
-        for name in ("onednn", "onednn_turned", "call", "decode_tokens", "decode_rows"):
+        for name in ("onednn", "onednn_turned", "call", "decode_tokens", "decode_rows", *_LATER):
             self._refuse(name, (getattr(self, name) or 0) >= 0, "be 0 or more")
         for situation, costs in self.seconds.items():
             whole = "sort" in costs and all(len(each) == _COSTS for each in costs.values())
@@ -80,8 +93,14 @@ class Tuning:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits: the same for tunings that make the executors choose the same."""
+        usual = {one.name: one.default for one in dataclasses.fields(self) if one.name in _LATER}
         values = {name: value for name, value in plain(self).items() if name not in _ABOUT}
+        values = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    def own_rows(self, dtype: torch.dtype) -> int:
+        """Up to how many rows for each expert products are turnout's own."""
+        return self.tiled_rows_short if dtype.itemsize == 2 else self.tiled_rows
 
     def __str__(self) -> str:
         return f"{self.origin} for {self.processor}, {self.threads} threads, torch {self.torch} ({self.digest})"

@@ -247,7 +247,7 @@ def test_the_plan_counts_the_memory_of_what_is_read(tmp_path: Path) -> None:
     path = make(tmp_path / "fp8", "mixtral")
     plan = make_plan(path, [], as_format="model")
     assert plan.rows[0].memory_bytes == 2 * checkpoint.from_hf(path).cost(seq=8).params
-    assert "weights are stored as fp8 in blocks of 16 x 16; read as bfloat16, and written so" in str(plan)
+    assert "weights are stored as fp8 in blocks of 16 x 16; read as bfloat16, which is what is written" in str(plan)
 
 
 def changed(path: Path, **keys: object) -> None:

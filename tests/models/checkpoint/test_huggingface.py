@@ -16,6 +16,7 @@ import torch
 from turnout.errors import CheckpointError, StorageError, UnknownNameError, UsageError
 from turnout.models import LM, Cache, LMConfig, MLAConfig, MoEConfig, checkpoint
 from turnout.models.families import FAMILIES
+from turnout.models.families.express import architecture_of
 
 SIZES = {
     "vocab_size": 67,
@@ -932,3 +933,11 @@ def run_alone(act: str, folder: Path) -> float:
     done = subprocess.run([sys.executable, "-c", _PEAK, act, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
+
+
+def test_a_model_of_one_expert_is_written_whatever_other_architectures_say() -> None:
+    """OLMoE, which is asked as well, takes no heads that do not divide the width; that was read as a top-k of 2."""
+    config = LMConfig(vocab_size=16, width=20, layers=1, heads=7, head_dim=4, moe=MoEConfig(1, 1, 12))
+    assert architecture_of(config)[0].architecture == "MixtralForCausalLM"
+    with pytest.raises(UsageError, match=r"heads must divide width=20"):
+        architecture_of(config, only="OlmoeForCausalLM")

@@ -122,6 +122,11 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         lm.embedding[3, 5] = 1e5
     with pytest.raises(UsageError, match=r"numbers up to 100000.*bf16"):
         to_gguf(lm, tmp_path / "x.gguf", kind="f16", tokenizer=False)
+    for kind, number in (("q8_0", 1e7), ("q4_0", 1e7), ("bf16", 3.4e38)):  # whose scale is beyond fp16, or itself
+        with torch.no_grad():
+            lm.embedding[3, 5] = number
+        with pytest.raises(UsageError, match=f"be below .* in {'q8_0' if kind == 'q4_0' else kind} .*got numbers"):
+            to_gguf(lm, tmp_path / "x.gguf", kind=kind, tokenizer=False)  # pyrefly: ignore[bad-argument-type]
     with torch.no_grad():
         lm.embedding[3, 5] = float("nan")
     with pytest.raises(UsageError, match=r"token_embd\.weight must be finite"):

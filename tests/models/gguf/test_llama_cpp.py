@@ -72,6 +72,22 @@ def test_its_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeyp
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 if stock.CASES[name][0] in LOOKED_UP else 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama", "olmo2", "olmoe", "qwen2_moe"])
+def test_a_tied_output_layer_is_written_where_llama_cpp_asks_for_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = (CASES | {name: stock.CASES[name] for name in AS_THERE})[kind][1]
+    monkeypatch.setitem(stock.CASES, "tied", (kind, keys | {"tie_word_embeddings": True}))
+    hf = stock.theirs("tied")
+    to_gguf(checkpoint.from_live(hf), tmp_path / "model.gguf", kind="f32", tokenizer=False)
+    id_BS = stock.batch(hf.config.vocab_size, 0)
+    with torch.no_grad():
+        want = hf(id_BS).logits.numpy()
+    got = np.stack(llama_cpp.logits(tmp_path / "model.gguf", id_BS.tolist()))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 def test_every_architecture_is_compared() -> None:
     kinds = {(CASES | {name: stock.CASES[name] for name in AS_THERE})[name][0] for name in [*CASES, *AS_THERE]}
     assert kinds == set(ARCHITECTURES)

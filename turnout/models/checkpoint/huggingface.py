@@ -54,7 +54,7 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_e
 def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool = False) -> LM:
     """The model in a folder that transformers wrote, on the CPU, in evaluation mode.
 
-    Shards are read one after the other, each tensor straight into its place: memory peaks at the model and one shard.
+    Each tensor is read straight into its place: memory peaks at the model, a tensor and 32 MiB.
 
     Quantised weights are read as the numbers that they stand for, rounded once to the dtype of the others: FP8 with
     scales of blocks or tensors (DeepSeek-V3), gpt-oss's MXFP4, and what ``to_hf`` writes in few bits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,6 +19,7 @@ from turnout.errors import CheckpointError, TurnoutError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.hub import located
 from turnout.measure.memory import free_memory
+from turnout.models.checkpoint.mapped import MappedFile
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.checkpoint.zipped import ZippedFile, plain_or_zipped
 from turnout.models.lm import LM, LMConfig
@@ -305,8 +306,7 @@ def opened(path: Path) -> Iterator[Any]:
                 yield file
             return
         reading.check_safetensors(path, refuse)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
+        yield MappedFile(path, refuse)
     except FileNotFoundError as error:
         raise _refusal("the weights", f"{path}, which does not exist", "be there", "copy the file again") from error
     except IsADirectoryError as error:

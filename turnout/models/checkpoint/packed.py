@@ -92,7 +92,7 @@ class Packed:
             return ()
         stored = f"{len(self.scales)} weights are stored as {self.method}"
         stored += f" in blocks of {self.block[0]} x {self.block[1]}" if self.block else ""
-        said = f"{stored}; read as {str(dtype).removeprefix('torch.')}, and written so"
+        said = f"{stored}; read as {str(dtype).removeprefix('torch.')}, which is what is written"
         out = f"{self.left_out} scales of inputs are left out: inputs are not rounded to eight bits here"
         return (said, *([out] if self.left_out else []))
 

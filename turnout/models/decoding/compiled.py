@@ -89,9 +89,10 @@ class CompiledSteps:
             self._point()
         whole = min(lengths) == id_BS.shape[1]
         taken: Any = Taken(self._rings, lengths)
-        hidden_BSD = self._lm.hidden(id_BS, None if whole else length_B, taken)[0]
+        # What can be compiled routes each token for itself.
+        hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, only_B=length_B - 1)[0]
         self._place_B[:] = lengths
-        return self._lm.scores(hidden_BSD[torch.arange(len(id_BS)), length_B - 1]).float()
+        return self._lm.scores(hidden_B1D[:, 0]).float()
 
     def step(self, id_B: Tensor) -> Tensor:
         """(B, V) the scores after one more token of each row, in memory that the next step writes to again."""

@@ -79,9 +79,9 @@ def obstacles(config: LMConfig, family: Family) -> list[str]:
     try:
         theirs = meaning(family.read(Keys(family.write(config), {}, family.aliases)))
     except TurnoutError as error:
-        if config.moe is not None and config.moe.top_k == 1:
+        if config.moe is not None and config.moe.top_k == 1 < config.moe.num_experts:
             two = dataclasses.replace(config.moe, top_k=2, router="TopK", router_options={"renormalize": True})
-            others = [] if config.moe.num_experts == 1 else obstacles(dataclasses.replace(config, moe=two), family)
+            others = obstacles(dataclasses.replace(config, moe=two), family)
             fix = "train with top_k=2, or as Qwen2MoeForCausalLM, which leaves the weights as they are"
             return [f"moe.top_k is 1, and there the weights of a token sum to 1: {fix}", *others]
         return [str(error)]

@@ -17,6 +17,9 @@ from turnout.types.weights import GATED
 
 __all__ = ["Piece", "pieces"]
 
+# What llama.cpp does not load without an output layer of its own, also where that is the embedding.
+_UNTIED = ("gpt-oss", "olmo2", "olmoe", "qwen2moe")
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -53,7 +56,7 @@ def pieces(lm: LM, its: Architecture) -> Iterator[Piece]:
     yield from _norm("output_norm", lm.norm)
     if lm.head is not None:
         yield Piece.of("output.weight", lm.head.weight)
-    elif its.name == "gpt-oss":  # which does not load without
+    elif its.name in _UNTIED:
         yield Piece.of("output.weight", lm.embedding)
     yield from _factors(lm, its)
     for layer, block in enumerate(lm.blocks):

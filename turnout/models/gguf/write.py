@@ -27,8 +27,9 @@ __all__ = ["GGUFFile", "Kind", "to_gguf"]
 
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _WHERE = "turnout.models.gguf.to_gguf"
-# The largest number that fp16 holds.
+# The largest number that each type holds; in few bits the scale is what fp16 holds.
 _HALF_MOST = 65504.0
+_MOST = {"F16": _HALF_MOST, "BF16": 3.38e38, "Q8_0": 127 * _HALF_MOST, "Q4_0": 8 * _HALF_MOST}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def to_gguf(
 
     Raises:
         UsageError: llama.cpp has no architecture that computes what the model does, or no such tokenizer; the message
-            names why. Or weights that fp16 cannot hold. Or the package gguf is not installed.
+            names why. Or weights that the type cannot hold. Or the package gguf is not installed.
         StorageError: the file exists, or cannot be written.
 
     >>> from turnout.models.lm import LM, LMConfig
@@ -195,9 +196,10 @@ def _stored(piece: Piece, chosen: Any) -> np.ndarray:
         )
     if chosen.name == "F32":
         return wide
-    if chosen.name == "F16" and (most := float(np.abs(wide).max(initial=0))) > _HALF_MOST:
-        fix = "write it as bf16, or f32"
-        raise UsageError(word(piece.name, got=f"numbers up to {most:g}", allowed=f"be below {_HALF_MOST:g} in f16",
-                              where=_WHERE, fix=fix))  # fmt: skip
+    limit, most = _MOST[chosen.name], float(np.abs(wide).max(initial=0))
+    if most > limit:
+        got, allowed = f"numbers up to {most:g}", f"be below {limit:g} in {chosen.name.lower()}"
+        fix = "write it as f32" if chosen.name == "BF16" else "write it as bf16, or f32"
+        raise UsageError(word(piece.name, got=got, allowed=allowed, where=_WHERE, fix=fix))
     quantize = importlib.import_module("gguf.quants").quantize
     return quantize(wide, chosen).view(np.uint8)

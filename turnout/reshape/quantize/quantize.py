@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from turnout.expects import expects
 from turnout.measure.gap import logit_gap
 from turnout.models import LM, LMConfig, QuantizedConfig
 from turnout.models.checkpoint.own import stored
+from turnout.models.part_configs import MAPS
 from turnout.reshape.calibrate import checked, difference, evaluating, probe, refuse_no_text
-from turnout.reshape.quantize.codebooks import Codes, codebook
+from turnout.reshape.quantize.codebooks import Codebook, Codes, codebook
 from turnout.reshape.quantize.gptq import gptq
 from turnout.reshape.quantize.maps import Map, maps, planned_parts, work_layers
 from turnout.reshape.quantize.moments import Stream
@@ -29,8 +30,9 @@ __all__ = ["PARTS", "quantize"]
 _WHERE = "turnout.reshape.quantize"
 PARTS = ("experts", "shared", "dense", "attention")
 _METHODS = ("nearest", "gptq")
-# Numbers of second moments that are factored at once; tokens that the change is measured on.
-_ONCE, _MEASURED = 1 << 24, 8192
+# Numbers of second moments that are factored at once, weights that are rounded to nearest at once; tokens that the
+# change is measured on.
+_ONCE, _PIECE, _MEASURED = 1 << 24, 1 << 20, 8192
 
 
 @expects(lm=LM)
@@ -89,15 +91,9 @@ def quantize(
     _check_method(method, text)
     held = planned_parts(config, parts)
     work = _Work(lm, bits, group, codes, held, getattr(torch, scale), packed, damping, act_order, text)
-    new = rebuild(lm, config, _tensors(found := _rounded(work, method)))
-    told: dict[str, Any] = {"bits": bits, "group": group, "codes": codes, "method": method, "packed": packed}
-    told |= {"parts": list(held)} | _sizes(lm, new, found) | bill(lm, new) | _moved(lm, new, text or probe(lm, seed))
-    return new, Report("quantize", told)
-
-
-def _tensors(found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The new model's tensors by name."""
-    return {name: part for piece in found.values() for name, part in piece.items() if "|" not in name}
+    new, told = _made(work, method, config)
+    told |= {"method": method, "parts": list(held)} | bill(lm, new)
+    return new, Report("quantize", told | _moved(lm, new, text or probe(lm, seed)))
 
 
 def _check_method(method: str, text: tuple[Tensor, ...]) -> None:
@@ -105,6 +101,17 @@ def _check_method(method: str, text: tuple[Tensor, ...]) -> None:
         raise nearest(method, _METHODS, kind="method", where=_WHERE)
     if method == "gptq":
         refuse_no_text(text, "it rounds so that what maps make of it changes little", _WHERE)
+
+
+def _made(work: "_Work", method: str, config: LMConfig) -> tuple[LM, dict[str, Any]]:
+    """The model in few bits, and what its weights take and lost."""
+    found = _rounded(work, method)
+    told: dict[str, Any] = {"bits": work.bits, "group": work.group, "codes": work.codes, "packed": work.packed}
+    told |= _sizes(work.lm, work.parts if work.packed else (), found)
+    tensors = {name: part for piece in found.values() for name, part in piece.items() if "|" not in name}
+    found.clear()  # each tensor is let go when the new model has it
+    new = rebuild(work.lm, config, tensors)
+    return new, told | {"weight_bytes_before": _bytes(work.lm), "weight_bytes_after": _bytes(new)}
 
 
 def _rounded(work: "_Work", method: str) -> dict[int, Mapping[str, Tensor]]:
@@ -134,6 +141,12 @@ def planned(
         UsageError: as ``quantize``.
     """
     of = config.map_inputs()
+    if isinstance(parts, str):
+        fix = f"pass parts=({parts!r},)"
+        raise UsageError(word("parts", got=repr(parts), allowed="be several words", where=_WHERE, fix=fix))
+    for part in parts:
+        if part not in MAPS:
+            raise nearest(str(part), MAPS, kind="part", where=_WHERE)
     if config.moe is not None and config.moe.factored is not None and "experts" in parts:
         got, fix = "one with factored experts", "densify it first, or leave 'experts' out of the parts"
         raise UsageError(word("the model", got=got, allowed="have whole matrices", where=_WHERE, fix=fix))
@@ -181,34 +194,51 @@ class _Work:
         moments = {} if stream is None else stream.moments(layer, self.parts)
         found = dict[str, Tensor]()
         for one in maps(self.lm, layer, self.parts):
-            weight = one.weight
-            coded = self._coded(weight, moments.get(one.name))
-            real = coded.written_out()
-            lost = (real - weight.float()).double().square().sum()
-            found |= {f"{one.name}|lost": lost, f"{one.name}|size": weight.double().square().sum()}
-            if self.packed:
-                held = coded.packed(self.scale)
-                kept = {"code": held.code, "scale": held.scale, "levels": held.levels}
-                found |= {f"{one.name}.{name}": part for name, part in kept.items() if part is not None}
-            else:
-                real = real.to(weight.dtype)
-                found[one.name] = (real.transpose(1, 2) if one.is_stack else real).contiguous()
+            found |= self._map(one, moments.pop(one.name, None))
         return {name: part.cpu() for name, part in found.items()}
 
-    def _coded(self, weight: Tensor, moment_NII: Tensor | None) -> Coded:
+    def _map(self, one: Map, moment_NII: Tensor | None) -> dict[str, Tensor]:
+        """As ``layer``, of one map, a piece at a time: what takes eight bytes a weight stays small."""
+        weight = one.weight
         group = weight.shape[-1] if self.group is None else self.group
         book = codebook(self.codes, self.bits, weight=weight, group=group)
+        lost, had = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        parts, done = list[Tensor](), 0
+        for piece, coded in self._coded(weight, moment_NII, book, group):
+            real = coded.written_out()
+            lost += (real - piece.float()).double().square().sum()
+            had += piece.double().square().sum()
+            held = coded.packed(self.scale) if self.packed else None
+            made = (real.to(weight.dtype),) if held is None else (held.code, held.scale)
+            shapes = [(*weight.shape[:-1], part.shape[-1]) for part in made]
+            parts = parts or [
+                weight.new_empty(shape, dtype=part.dtype) for part, shape in zip(made, shapes, strict=True)
+            ]
+            rows = len(made[0].flatten(0, -2))
+            for part, some in zip(parts, made, strict=True):
+                part.flatten(0, -2)[done : done + rows] = some.flatten(0, -2)
+            done += rows
+        found = {f"{one.name}|lost": lost, f"{one.name}|size": had}
+        if not self.packed:
+            return found | {one.name: (parts[0].transpose(1, 2) if one.is_stack else parts[0]).contiguous()}
+        levels = {} if book.one_sided else {f"{one.name}.levels": book.level_N}
+        return (
+            found | {f"{one.name}.{name}": part for name, part in zip(("code", "scale"), parts, strict=True)} | levels
+        )
+
+    def _coded(
+        self, weight: Tensor, moment_NII: Tensor | None, book: Codebook, group: int
+    ) -> Iterator[tuple[Tensor, Coded]]:
+        """Pieces of the weight, rows or matrices in their order, and what each becomes."""
         if moment_NII is None:
-            return to_nearest(weight, book, group, dtype=self.scale)
-        weight_NOI = weight if weight.ndim == 3 else weight.unsqueeze(0)
+            for piece in weight.flatten(0, -2).split(max(1, _PIECE // weight.shape[-1])):
+                yield piece, to_nearest(piece, book, group, dtype=self.scale)
+            return
         once = max(1, _ONCE // weight.shape[-1] ** 2)
         how = {"damping": self.damping, "act_order": self.act_order, "dtype": self.scale}
-        pieces = [
-            gptq(some_NOI, moment, book, group, **how)
-            for some_NOI, moment in zip(weight_NOI.split(once), moment_NII.split(once), strict=True)
-        ]
-        index, scales = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("index", "scale"))
-        return Coded(index.view(weight.shape), scales.view(*weight.shape[:-1], -1), group, book)
+        pieces = weight.view(-1, *weight.shape[-2:]).split(once), moment_NII.split(once)
+        for piece, moment in zip(*pieces, strict=True):
+            yield piece, gptq(piece, moment, book, group, **how)
 
     def advance(self, layer: int, piece: Mapping[str, Tensor], stream: Stream | None) -> None:
         """Lets the text go on behind the layer as it is now."""
@@ -225,9 +255,9 @@ class _Work:
         return Packed(code, scale, group, self.bits, levels).dequantised(one.weight.dtype)
 
 
-def _sizes(before: LM, after: LM, found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """What the weights take, and each layer's error."""
-    weights = sum(module.weight.numel() for layer in found for module in maps(before, layer, _parts(after)))
+def _sizes(before: LM, parts: tuple[str, ...], found: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What a weight of the maps takes, and each layer's error."""
+    weights = sum(module.weight.numel() for layer in found for module in maps(before, layer, parts))
     held = [part for piece in found.values() for name, part in piece.items() if name.endswith((".code", ".scale"))]
     size = 8 * sum(part.nbytes for part in held) / max(weights, 1)
     layers = {}
@@ -236,14 +266,8 @@ def _sizes(before: LM, after: LM, found: Mapping[int, Mapping[str, Tensor]]) -> 
         layers["head" if layer == len(before.blocks) else str(layer)] = math.sqrt(lost / max(had, 1e-300))
     return {
         "bits_per_weight": size if held else None,
-        "weight_bytes_before": _bytes(before),
-        "weight_bytes_after": _bytes(after),
         "relative_error": layers,
     }
-
-
-def _parts(after: LM) -> tuple[str, ...]:
-    return () if after.config.quantized is None else after.config.quantized.parts
 
 
 def _bytes(lm: LM) -> int:

@@ -109,7 +109,8 @@ def array(tensor: Tensor) -> np.ndarray:
     """
     same = _AS.get(tensor.dtype)
     # Not Tensor.numpy(), after which torch never resizes the memory again: FSDP2 frees what it gathered so.
-    return np.from_dlpack(tensor.detach() if same is None else tensor.detach().view(same))
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    return np.from_dlpack(plain if same is None else plain.view(same))
 
 
 def threads() -> int:

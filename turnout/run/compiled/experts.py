@@ -1,5 +1,7 @@
 """A whole layer of experts for few tokens in one call: gather, gate and up, activation, down, weighted sum."""
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices
 from turnout.run.compiled.lanes import prange, wide
 from turnout.run.compiled.pointwise import KINDS, activated, clamped
-from turnout.run.compiled.span import lay_out, place, span
+from turnout.run.compiled.span import lay_out, place, span_before
 from turnout.run.compiled.tile import splits
 from turnout.types import ExpertWeights, Routing
 from turnout.types.packed import Packed
@@ -131,13 +133,12 @@ def experts_times(
     Source: none; one pass over the memory of what is chosen.
     """
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
-    _check(routing, tokens)
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
     several = entries if tokens > 1 else 0
     numbers = (tokens + several) * blocks(width) + entries * (blocks(hidden) + width + outs)
     out_TD, room = torch.empty(tokens, width), torch.empty(numbers)
     gates = (2 if interleaved else 1) if activation in GATED else 0
-    _experts(
+    sound = _experts(
         array(x_TD.contiguous()).reshape(-1),
         (array(routing.token_R), array(routing.offset_E), array(routing.weight_R.contiguous())),
         matrices(up_EHD).told,
@@ -148,39 +149,87 @@ def experts_times(
         array(room),
         array(out_TD).reshape(-1),
     )
+    if not sound:
+        routing.validate()
     return out_TD if x_TD.dtype == torch.float32 else out_TD.to(x_TD.dtype)
-
-
-def _check(routing: Routing, tokens: int) -> None:
-    """A kernel reads where it is told to: entries are looked at first."""
-    routing.bounds()
-    if routing.token_R.numel():
-        least, most = routing.token_R.aminmax()
-        if int(least) < 0 or int(most) >= tokens:
-            routing.validate()
 
 
 def _flat(bias: Tensor | None, weight: Tensor | Packed) -> np.ndarray:
     """The bias, or an empty one of the type that it most likely has, so that fewer kernels are compiled."""
-    if bias is not None:
-        return array(bias).reshape(-1)
-    return array(torch.empty(0, dtype=weight.dtype if isinstance(weight, Tensor) else torch.float32))
+    return (
+        _none(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+        if bias is None
+        else array(bias).reshape(-1)
+    )
+
+
+@functools.cache
+def _none(dtype: torch.dtype) -> np.ndarray:
+    return array(torch.empty(0, dtype=dtype, device="cpu"))
+
+
+@kernel(exact=True)
+def _sound(token_R, offset_E, tokens):
+    """Whether a kernel may read where it is told to: a routing made by hand may say anything."""
+    sound = offset_E[0] == 0 and offset_E[-1] == token_R.shape[0]
+    for e in range(offset_E.shape[0] - 1):
+        sound = sound and offset_E[e] <= offset_E[e + 1]
+    for r in range(token_R.shape[0]):
+        sound = sound and 0 <= token_R[r] < tokens
+    return sound
+
+
+@kernel(exact=True)
+def _shift(h_N, bias_N):
+    for n in range(h_N.shape[0]):
+        h_N[n] += wide(bias_N[n])
+
+
+@kernel(exact=True, inside=True)
+def _each(kind, gates, gate_F, value_F):
+    for f in range(gate_F.shape[0]):
+        gate, value = clamped(kind, gate_F[f], value_F[f])
+        gate = activated(kind, gate)
+        gate_F[f] = gate * value if gates else gate
+
+
+@kernel(exact=True)
+def _gated(kind, gates, gate_F, value_F):
+    """Activations in the place of their gates; each kind has a loop without branches, of which LLVM makes vectors."""
+    if kind == 0:
+        _each(0, gates, gate_F, value_F)
+    elif kind == 1:
+        _each(1, gates, gate_F, value_F)
+    elif kind == 2:
+        _each(2, gates, gate_F, value_F)
+    elif kind == 3:
+        _each(3, gates, gate_F, value_F)
+    else:
+        _each(4, gates, gate_F, value_F)
 
 
 @kernel(exact=True)
 def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, a, to, split):
     """Numbers [first, last) of one row's activations, from its up product h[at:] and its bias, laid out for down."""
-    for f in range(first, last):
-        gate, value = h[at + step * f], np.float32(0)
-        if bias.shape[0]:
-            gate += wide(bias[at_bias + step * f])
-        if gates:
-            value = h[at + step * f + beside]
-            if bias.shape[0]:
-                value += wide(bias[at_bias + step * f + beside])
-        gate, value = clamped(kind, gate, value)
-        gate = activated(kind, gate)
-        a[to + place(f, split)] = gate * value if gates else gate
+    low, high, beside = step * first, step * last, beside if gates else 0
+    if bias.shape[0]:
+        _shift(h[at + low : at + high], bias[at_bias + low : at_bias + high])
+        if gates and step == 1:
+            _shift(h[at + low + beside : at + high + beside], bias[at_bias + low + beside : at_bias + high + beside])
+    if step == 1:
+        gate_F = h[at + first : at + last]
+        _gated(kind, gates, gate_F, h[at + first + beside : at + last + beside])
+        _placed(gate_F, first, a, to, split)
+    else:
+        turn_F = h[at + low : at + high : 2]
+        _gated(kind, gates, turn_F, h[at + low + beside : at + high + beside : 2])
+        _placed(turn_F, first, a, to, split)
+
+
+@kernel(exact=True)
+def _placed(from_F, first, a, to, split):
+    for f in range(from_F.shape[0]):
+        a[to + place(first + f, split)] = from_F[f]
 
 
 @kernel(exact=True)
@@ -192,28 +241,57 @@ def _weigh(y, at, bias, at_bias, weight, first, last):
         y[at + d] *= weight
 
 
+@kernel(exact=True)
+def _next(weights, active_E, count, job, each, size):
+    """Where the weights of the job after this one begin, or its own where it is the last."""
+    job = min(job + 1, count * each - 1)
+    return active_E[job // each] * weights[3] + job % each * size * weights[4]
+
+
+@kernel(exact=True)
+def _active(offset_E, active_E):
+    """Writes which experts have entries, and gives how many."""
+    count = 0
+    for e in range(active_E.shape[0]):
+        if offset_E[e] < offset_E[e + 1]:
+            active_E[count] = e
+            count += 1
+    return count
+
+
+@kernel(exact=True)
+def _summed(y, at, token_R, width, tokens, first, last, out):
+    """Numbers [first, last) of every token's sum of its entries' results."""
+    for t in range(tokens):
+        for d in range(first, last):
+            out[t * width + d] = 0
+    for r in range(token_R.shape[0]):
+        for d in range(first, last):
+            out[token_R[r] * width + d] += y[at + r * width + d]
+
+
 @kernel(threaded=True, exact=True)
 def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
-    """The layer; ``active_E`` and ``room`` are its scratch.
+    """The layer, and True; or False, and nothing, where the routing is not sound.
 
-    Tokens are laid out once; experts with several rows have copies of theirs side by side.
+    ``active_E`` and ``room`` are its scratch. Tokens are laid out once; experts with several rows have copies of theirs
+    side by side.
     """
     token_R, offset_E, weight_R = decided
     up_bias, down_bias = biases
     tokens, width, wide_width, outs, hidden, wide_hidden, kind, gates = sizes
     entries = token_R.shape[0]
+    if not _sound(token_R, offset_E, tokens):
+        return False
     at_rows = tokens * wide_width
     at_a = at_rows + (entries * wide_width if tokens > 1 else 0)
     at_y = at_a + entries * wide_hidden
     at_h = at_y + entries * width
     step, beside = (2, 1) if gates == 2 else (1, hidden)
-    count, split = 0, splits(down[0])
+    count, split = _active(offset_E, active_E), splits(down[0])
     for t in range(tokens):
         lay_out(x, t * width, width, room, t * wide_width, splits(up[0]))
-    for e in range(active_E.shape[0]):
-        if offset_E[e] < offset_E[e + 1]:
-            active_E[count] = e
-            count += 1
+    for e in active_E[:count]:
         if offset_E[e] + 1 < offset_E[e + 1]:
             for r in range(offset_E[e], offset_E[e + 1]):
                 for i in range(wide_width):
@@ -228,10 +306,12 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
         rows, to = offset_E[e + 1] - r, at_h + r * outs
         of = token_R[r] * wide_width if rows == 1 else at_rows + r * wide_width
         low, high = step * first, step * last
-        at, at_scale = e * up[3], e * outs * up[5]
-        for _ in range(2 if gates == 1 else 1):
-            span(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high)
+        at, at_scale, then = e * up[3], e * outs * up[5], _next(up, active_E, count, job, each, step * _CHUNK)
+        if gates == 1:
+            value = at + (low + hidden) * up[4]
+            span_before(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high, value)
             low, high = low + hidden, high + hidden
+        span_before(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high, then)
         for m in range(r, r + rows):
             h, a = at_h + m * outs, at_a + m * wide_hidden
             _activate(room, h, step, beside, up_bias, e * outs, kind, gates, first, last, room, a, split)
@@ -240,14 +320,11 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
         e, first = active_E[job // parts], job % parts * _CHUNK
         r, last = offset_E[e], min(width, first + _CHUNK)
         rows, of, to = offset_E[e + 1] - r, at_a + r * wide_hidden, at_y + r * width
-        span(down, e * down[3], e * width * down[5], room, of, wide_hidden, rows, room, to, width, first, last)
+        at, at_scale, then = e * down[3], e * width * down[5], _next(down, active_E, count, job, parts, _CHUNK)
+        span_before(down, at, at_scale, room, of, wide_hidden, rows, room, to, width, first, last, then)
         for m in range(r, r + rows):
             _weigh(room, at_y + m * width, down_bias, e * width, wide(weight_R[m]), first, last)
     for part in prange(parts):
         first, last = part * _CHUNK, min(width, (part + 1) * _CHUNK)
-        for t in range(tokens):
-            for d in range(first, last):
-                out[t * width + d] = 0
-        for r in range(entries):
-            for d in range(first, last):
-                out[token_R[r] * width + d] += room[at_y + r * width + d]
+        _summed(room, at_y, token_R, width, tokens, first, last, out)
+    return True

@@ -2,9 +2,9 @@
 
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import LANES, wide
-from turnout.run.compiled.tile import tile_1, tile_1x4, tile_2, tile_4, tile_8
+from turnout.run.compiled.tile import OUTS, tile_1, tile_2, tile_4, tile_8
 
-__all__ = ["lay_out", "place", "span"]
+__all__ = ["lay_out", "place", "span", "span_before"]
 
 # What rows are filled up to: a block of the widest vectors.
 _BLOCK = 32
@@ -32,29 +32,31 @@ def lay_out(x, of, ins, wide_x, to, split):
 
 
 @kernel(exact=True)
-def span(weights, at, at_scale, x, of, ins, rows, out, to, outs, first, last):
-    """out[to + m outs + o] = sum over i of x[of + m ins + i] w[o, i] for m in [0, rows) and o in [first, last).
+def span_before(weights, at, at_scale, x, of, ins, rows, out, to, far, first, last, then):
+    """As ``span``; what is read next, and so fetched meanwhile, begins at ``code[then]``."""
+    code, scale, levels, _, stride, groups, group = weights
+    for o in range(first, last, OUTS):
+        here, there, outs = at + o * stride, at_scale + o * groups, min(OUTS, last - o)
+        row, into, left, after = of, to + o, rows, here + OUTS * stride if o + OUTS < last else then
+        while left >= 8 and LANES == 16:  # fewer registers hold the sums of four rows at most
+            tile_8(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, far, outs, after)
+            row, into, left = row + 8 * ins, into + 8 * far, left - 8
+        while left >= 4:
+            tile_4(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, far, outs, after)
+            row, into, left = row + 4 * ins, into + 4 * far, left - 4
+        if left >= 2:
+            tile_2(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, far, outs, after)
+            row, into, left = row + 2 * ins, into + 2 * far, left - 2
+        if left:
+            tile_1(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, far, outs, after)
+
+
+@kernel(exact=True)
+def span(weights, at, at_scale, x, of, ins, rows, out, to, far, first, last):
+    """out[to + m far + o] = sum over i of x[of + m ins + i] w[o, i] for m in [0, rows) and o in [first, last).
 
     Of the stack ``weights`` the matrix begins at ``code[at]``, its scales at ``scale[at_scale]``. x is as ``lay_out``
     makes it.
     """
-    code, scale, levels, _, stride, groups, group = weights
-    o, to = first, to + first
-    while rows == 1 and o + 4 <= last:
-        here, there = at + o * stride, at_scale + o * groups
-        tile_1x4(code, here, stride, scale, there, groups, group, levels, x, of, ins, out, to, outs)
-        o, to = o + 4, to + 4
-    while o < last:
-        here, there, row, into, left = at + o * stride, at_scale + o * groups, of, to, rows
-        while left >= 8:
-            tile_8(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, outs)
-            row, into, left = row + 8 * ins, into + 8 * outs, left - 8
-        if left >= 4:
-            tile_4(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, outs)
-            row, into, left = row + 4 * ins, into + 4 * outs, left - 4
-        if left >= 2:
-            tile_2(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, outs)
-            row, into, left = row + 2 * ins, into + 2 * outs, left - 2
-        if left:
-            tile_1(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, outs)
-        o, to = o + 1, to + 1
+    then = at + last * weights[4]
+    span_before(weights, at, at_scale, x, of, ins, rows, out, to, far, first, last, then)

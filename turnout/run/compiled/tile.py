@@ -1,23 +1,30 @@
 """The one inner loop: outputs of a matrix in any format, one after the other, with 1, 2, 4 or 8 rows of numbers.
 
 It is written in LLVM's own vectors, so that neither the width nor the order of sums is left to a compiler: a row
-has the same bits on one thread and on several, alone and among others. Memory is read as it lies, one output's weights
-after the other's: two streams at once are read at two thirds of the speed of one (AMD Zen 4). The sums of several
-outputs, each spread over a vector, are added up together at the end.
+has the same bits on one thread and on several, alone and among others. Several outputs are made at once, so that rows
+are read once for them and enough sums are under way. Two streams of memory at once are read at less than two thirds of
+the speed of one (AMD Zen 4): so while some outputs are made, what the next ones need is fetched in the order of memory.
+The sums of several outputs, each spread over a vector, are added up together at the end.
 
 A block is two vectors' worth of inputs. Of formats that put two numbers in one word, neighbours i and i + 1 part: the
 first vector has those of even place, the second those of odd; the rows that they meet are laid out so (``splits``), and
 end with zeros where a block is not full.
 """
 
-import functools
 import importlib
 from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 from turnout.run.compiled.lanes import LANES, features, widened
 
-__all__ = ["splits", "tile_1", "tile_1x4", "tile_2", "tile_4", "tile_8"]
+__all__ = ["OUTS", "splits", "tile_1", "tile_2", "tile_4", "tile_8"]
+
+# As many outputs as a tile makes.
+OUTS = 4
+# Bytes that are fetched at once, and LLVM's numbers for a fetch into all caches and into all but the first.
+_LINE, _FIRST, _SECOND = 64, 3, 2
+# Bytes of a tile's outputs from which on the first cache does not hold the next ones too; of Zen 4's 32 KiB.
+_NEAR = 4096
 
 
 def _ir() -> Any:
@@ -45,14 +52,15 @@ def _splits() -> Any:
 class _Tile:
     """Writes one tile: for each output, sums over groups of blocks, the last of which may not be full."""
 
-    def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int, outs: int) -> None:
+    def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int) -> None:
         self.types, self.tools = importlib.import_module("numba").types, importlib.import_module("numba.core.cgutils")
-        ir, self.context, self.builder, self.rows, self.outs = _ir(), context, builder, rows, outs
+        ir, self.context, self.builder, self.rows = _ir(), context, builder, rows
         self.ir, self.lanes = ir, LANES.made()
         self.real, self.long, self.word = ir.FloatType(), ir.IntType(32), ir.IntType(64)
         self.vector = ir.VectorType(self.real, self.lanes)
         code, self.at, self.stride, scale, self.at_scale, *rest = given
-        self.groups, self.group, levels, x, self.at_x, self.stride_x, out, self.at_out, self.stride_out = rest
+        self.groups, self.group, levels, x, self.at_x, self.stride_x, out, self.at_out, *rest = rest
+        self.stride_out, self.outs, self.then = rest
         kinds = signature.args
         self.kind, self.scale_kind = kinds[0].dtype, kinds[3].dtype
         self.code, self.scale, self.levels = (
@@ -62,6 +70,7 @@ class _Tile:
         self.scaled = self.kind in (self.types.int8, self.types.uint8)
         self.halved = self.kind == self.types.uint8
         self.table = self._table() if self.halved else []
+        self.together, self.near = self._together(), self._is_near()
 
     def _data(self, kind: Any, value: Any) -> Any:
         return self.context.make_array(kind)(self.context, self.builder, value).data
@@ -94,6 +103,29 @@ class _Tile:
         name = "llvm.fmuladd.f32" if a.type == self.real else f"llvm.fmuladd.v{self.lanes}f32"
         kind = self.ir.FunctionType(a.type, [a.type] * 3)
         return self.builder.call(self.tools.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
+
+    def _fetch(self, at: Any) -> None:
+        """Asks for the codes at this place, which are read some time later: all that a block of each output has."""
+        builder, ir = self.builder, self.ir
+        byte, long = ir.IntType(8).as_pointer(), self.long
+        kind = ir.FunctionType(ir.VoidType(), [byte, long, long, long])
+        fetch = self.tools.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        start = builder.bitcast(builder.gep(self.code, [at]), byte)
+        lines = range(0, max(1, self.together * self._bytes(2 * self.lanes)), _LINE)
+        with builder.if_else(self.near) as cases:
+            for level, case in zip((_FIRST, _SECOND), cases, strict=True):
+                with case:
+                    for line in lines:
+                        builder.call(fetch, [builder.gep(start, [self.word(line)]), long(0), long(level), long(1)])
+
+    def _bytes(self, codes: int) -> int:
+        """The memory of so many codes."""
+        return codes * self.kind.bitwidth // 8 // (2 if self.halved else 1)
+
+    def _is_near(self) -> Any:
+        """Whether the next outputs' codes, with these, leave most of the first cache to the rows."""
+        size = self.builder.mul(self.stride, self.word(OUTS * self.kind.bitwidth // 8))
+        return self.builder.icmp_signed("<=", size, self.word(_NEAR))
 
     # ---- what a format is in vectors
 
@@ -155,76 +187,106 @@ class _Tile:
 
     # ---- the loops
 
+    def _together(self) -> int:
+        """How many outputs' sums are in registers at once: rows are read once for them, and sums seldom wait."""
+        return min(OUTS, (16 if self.lanes == 16 else 8) // self.rows)
+
     def write(self) -> None:
         """The tile: each output's sums go to the stack as vectors, and there they are added up."""
         builder, tools = self.builder, self.tools
         # Who writes tiles is long: compiled once for all its callers, and its loops, of blocks already, not unrolled.
         for attribute in ("noinline", "optsize"):
             builder.function.attributes.add(attribute)
-        count = self.rows * self.outs
-        vectors = tools.alloca_once(builder, self.ir.ArrayType(self.vector, count))
-        with tools.for_range(builder, self.word(self.outs)) as loop:
-            for row, vector in enumerate(self._output(loop.index)):
-                at = builder.add(builder.mul(loop.index, self.word(self.rows)), self.word(row))
-                builder.store(vector, builder.gep(vectors, [self.word(0), at]), align=4)
-        places = [[self.word(0), self.word(each)] for each in range(count)]
-        sums = self._added([builder.load(builder.gep(vectors, place), align=4) for place in places])
-        for each in range(count):
-            out, row = divmod(each, self.rows)
-            at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
-            place = builder.gep(self.out, [builder.add(at, self.word(out))])
-            builder.store(builder.extract_element(sums, self.long(each)), place)
+        vectors = tools.alloca_once(builder, self.ir.ArrayType(self.vector, OUTS * self.rows))
+        last = builder.sub(self.outs, self.word(1))
+        with tools.for_range(builder, self.word(OUTS // self.together)) as loop:
+            first = builder.mul(loop.index, self.word(self.together))
+            each = [builder.add(first, self.word(out)) for out in range(self.together)]
+            # Where fewer outputs are left, the last one is made again.
+            made = self._made([builder.select(builder.icmp_signed("<", out, last), out, last) for out in each])
+            for out, rows in zip(each, made, strict=True):
+                for row, vector in enumerate(rows):
+                    at = builder.add(builder.mul(out, self.word(self.rows)), self.word(row))
+                    builder.store(vector, builder.gep(vectors, [self.word(0), at]), align=4)
+        for first in range(0, OUTS * self.rows, self.lanes):
+            some = range(first, min(first + self.lanes, OUTS * self.rows))
+            sums = self._added(
+                [builder.load(builder.gep(vectors, [self.word(0), self.word(at)]), align=4) for at in some]
+            )
+            for at in some:
+                self._write_sum(*divmod(at, self.rows), builder.extract_element(sums, self.long(at - first)), last)
 
-    def _output(self, out: Any) -> list[Any]:
-        """For each row the sums with this output's weights, as a vector."""
+    def _write_sum(self, out: int, row: int, number: Any, last: Any) -> None:
+        builder = self.builder
+        place = builder.select(builder.icmp_signed("<", self.word(out), last), self.word(out), last)
+        at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
+        builder.store(number, builder.gep(self.out, [builder.add(at, place)]))
+
+    def _made(self, outs: list[Any]) -> list[list[Any]]:
+        """For each of these outputs and each row the sums, as a vector."""
         builder, tools = self.builder, self.tools
-        code = builder.add(self.at, builder.mul(out, self.stride))
-        scales = builder.add(self.at_scale, builder.mul(out, self.groups))
-        sums, total = self._zeros(2), self._zeros(1)
+        codes = [builder.add(self.at, builder.mul(out, self.stride)) for out in outs]
+        scales = [builder.add(self.at_scale, builder.mul(out, self.groups)) for out in outs]
+        sums, totals = self._zeros(), self._zeros()
         size = self.word(2 * self.lanes)
         blocks = builder.udiv(self.group, size)
         left = builder.urem(self.group, size)
         with tools.for_range(builder, self.groups) as groups:
             start = builder.mul(groups.index, self.group)
-            scale, table = None, self.table
-            if self.scaled:
-                place = builder.gep(self.scale, [builder.add(scales, groups.index)])
-                scale = self._splat(widened(builder, builder.load(place), self.scale_kind), self.lanes)
-                table = [builder.fmul(each, scale) for each in table]
+            splats = [self._scale(builder.add(scale, groups.index)) for scale in scales] if self.scaled else []
+            tables = [[builder.fmul(each, scale) for each in self.table] for scale in splats]
             with tools.for_range(builder, blocks) as loop:
-                self._add_block(code, builder.add(start, builder.mul(loop.index, size)), table, sums)
+                self._add_block(codes, builder.add(start, builder.mul(loop.index, size)), tables, sums)
             with builder.if_then(builder.icmp_signed(">", left, self.word(0)), likely=False):
-                self._add_block(code, builder.add(start, builder.mul(blocks, size)), table, sums, left)
-            if scale is not None and not table:  # the levels have no scale in them
-                self._add_group(scale, sums, total)
-        found = total if self.scaled and not self.table else sums
-        return [functools.reduce(builder.fadd, [builder.load(each) for each in row]) for row in found]
+                self._add_block(codes, builder.add(start, builder.mul(blocks, size)), tables, sums, left)
+            if self.scaled and not self.table:  # the levels have no scale in them
+                for scale, rows, total in zip(splats, sums, totals, strict=True):
+                    self._add_group(scale, rows, total)
+        found = totals if self.scaled and not self.table else sums
+        return [[builder.load(row) for row in rows] for rows in found]
 
-    def _add_group(self, scale: Any, sums: list[list[Any]], total: list[list[Any]]) -> None:
-        """The sums of a group, times its scale, to the total; and from here they begin at 0."""
+    def _scale(self, at: Any) -> Any:
+        """The scale there, in all places of a vector."""
+        number = self.builder.load(self.builder.gep(self.scale, [at]))
+        return self._splat(widened(self.builder, number, self.scale_kind), self.lanes)
+
+    def _add_group(self, scale: Any, sums: list[Any], totals: list[Any]) -> None:
+        """The sums of a group, times its scale, to the totals; and from here they begin at 0."""
         builder = self.builder
-        for parts, (into,) in zip(sums, total, strict=True):
-            both = builder.fadd(*(builder.load(each) for each in parts))
-            builder.store(self._fused(both, scale, builder.load(into)), into)
-            for each in parts:
-                builder.store(self.vector([0.0] * self.lanes), each)
+        for part, into in zip(sums, totals, strict=True):
+            builder.store(self._fused(builder.load(part), scale, builder.load(into)), into)
+            builder.store(self.vector([0.0] * self.lanes), part)
 
-    def _zeros(self, parts: int) -> list[list[Any]]:
-        """For each row so many sums that begin at 0 here, which LLVM keeps in registers."""
-        made = [[self.tools.alloca_once(self.builder, self.vector) for _ in range(parts)] for _ in range(self.rows)]
-        for each in (one for row in made for one in row):
-            self.builder.store(self.vector([0.0] * self.lanes), each)
-        return made
+    def _zeros(self) -> list[list[Any]]:
+        """For each output and row a sum that begins at 0 here, which LLVM keeps in a register."""
 
-    def _add_block(self, code: Any, at: Any, table: list[Any], sums: list[list[Any]], left: Any = None) -> None:
+        def zero() -> Any:
+            made = self.tools.alloca_once(self.builder, self.vector)
+            self.builder.store(self.vector([0.0] * self.lanes), made)
+            return made
+
+        return [[zero() for _ in range(self.rows)] for _ in range(self.together)]
+
+    def _add_block(
+        self, codes: list[Any], at: Any, tables: list[list[Any]], sums: list[list[Any]], left: Any = None
+    ) -> None:
         builder = self.builder
         offset = builder.lshr(at, self.word(1)) if self.halved else at
-        for part, block in enumerate(self._block(builder.add(code, offset), table, left)):
+        tables = tables or [[]] * self.together
+        blocks = [
+            self._block(builder.add(code, offset), table, left) for code, table in zip(codes, tables, strict=True)
+        ]
+        if left is None:
+            ahead = builder.add(
+                builder.mul(offset, self.word(self.together)), builder.mul(self.stride, self.word(OUTS))
+            )
+            self._fetch(builder.add(codes[0], ahead))
+        for part in range(2):
             place = builder.add(self.at_x, builder.add(at, self.word(part * self.lanes)))
             for row in range(self.rows):
                 x = self._load(self.x, builder.add(place, builder.mul(self.stride_x, self.word(row))), self.vector)
-                into = sums[row][part]
-                builder.store(self._fused(block, x, builder.load(into)), into)
+                for block, rows in zip(blocks, sums, strict=True):
+                    builder.store(self._fused(block[part], x, builder.load(rows[row])), rows[row])
 
     def _added(self, vectors: list[Any]) -> Any:
         """The sum of each vector's numbers, upper half onto lower until one is left: one vector of all the sums."""
@@ -249,27 +311,29 @@ class _Tile:
         return vector
 
 
-def _tile(rows: int, outs: int = 1) -> Any:
+def _tile(rows: int) -> Any:
     types = importlib.import_module("numba").types
 
     @importlib.import_module("numba.extending").intrinsic
-    def tile(context, code, at, stride, scale, at_scale, groups, group, levels, x, at_x, ins, out, at_out, outs_):
+    def tile(
+        context, code, at, stride, scale, at_scale, groups, group, levels, x, at_x, ins, out, at_out, far, outs, then
+    ):
         def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            _Tile(context, builder, signature, given, rows, outs).write()
+            _Tile(context, builder, signature, given, rows).write()
             return context.get_dummy_value()
 
         n = types.intp
-        return types.void(code, n, n, scale, n, n, n, levels, x, n, n, out, n, n), lower
+        return types.void(code, n, n, scale, n, n, n, levels, x, n, n, out, n, n, n, n), lower
 
     return tile
 
 
 # splits(code): whether rows that meet this format are laid out with the even places of a block first.
 splits: Any = Lazy(_splits)
-# tile_MxO(code, at, stride, scale, at_scale, groups, group, levels, x, at_x, stride_x, out, at_out, stride_out): writes
-# the sums of M rows with O outputs, whose weights begin at ``at`` and lie ``stride`` apart, from ``at_out`` on.
+# tile_M(code, at, stride, scale, at_scale, groups, group, levels, x, at_x, stride_x, out, at_out, stride_out, outs,
+# then): writes the sums of M rows with ``outs`` outputs, 1 to 4, whose weights begin at ``at`` and lie ``stride``
+# apart, from ``at_out`` on; what is read after them begins at ``then``.
 tile_1: Any = Lazy(lambda: _tile(1))
-tile_1x4: Any = Lazy(lambda: _tile(1, 4))
 tile_2: Any = Lazy(lambda: _tile(2))
 tile_4: Any = Lazy(lambda: _tile(4))
 tile_8: Any = Lazy(lambda: _tile(8))

@@ -37,7 +37,7 @@ from turnout.run.compiled.tile import splits
 
 __all__ = ["ROW_BLOCK", "address", "blocks_of", "laid_out", "share", "split", "spread", "times"]
 
-# As many rows of a matrix as stay in the processor's cache until all rows of the other factor have met them.
+# As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
 # What rows are filled up to, as ``turnout.run.compiled.span.lay_out`` does.
 ROW_BLOCK = 32
@@ -72,6 +72,15 @@ def by_output(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last
 
 
 @kernel()
+def _four(weight, stride, x_4, out_O):
+    """Adds what four inputs make, so that each sum is read and written once for all of them."""
+    a, b, c, d = x_4[0], x_4[1], x_4[2], x_4[3]
+    second, third, fourth = weight[stride:], weight[2 * stride :], weight[3 * stride :]
+    for o in range(out_O.shape[0]):
+        out_O[o] += (a * wide(weight[o]) + b * wide(second[o])) + (c * wide(third[o]) + d * wide(fourth[o]))
+
+
+@kernel()
 def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
     """The same where each input's weights lie after each other, of the first ``ins`` inputs."""
     row = wholes(at_row, COLUMNS)
@@ -82,23 +91,17 @@ def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last)
         for o in range(first, last):
             out_F[m * outs + o] = np.float32(0)
     for begin in range(0, ins, _BLOCK):
-        end, m = min(ins, begin + _BLOCK), 0
-        while m + 2 <= rows:
-            a_O, b_O = out_F[m * outs + first : m * outs + last], out_F[(m + 1) * outs + first : (m + 1) * outs + last]
-            for i in range(begin, end):
-                row_O = weight[i * stride + first : i * stride + last]
-                a, b = x_F[m * size + i], x_F[(m + 1) * size + i]
-                for o in range(row_O.shape[0]):
-                    w = wide(row_O[o])
-                    a_O[o] += a * w
-                    b_O[o] += b * w
-            m += 2
-        if m < rows:
-            a_O = out_F[m * outs + first : m * outs + last]
-            for i in range(begin, end):
-                row_O, a = weight[i * stride + first : i * stride + last], x_F[m * size + i]
-                for o in range(row_O.shape[0]):
-                    a_O[o] += a * wide(row_O[o])
+        end = min(ins, begin + _BLOCK)
+        for m in range(rows):
+            out_O, i = out_F[m * outs + first : m * outs + last], begin
+            while i + 4 <= end:
+                _four(weight[i * stride + first :], stride, x_F[m * size + i : m * size + i + 4], out_O)
+                i += 4
+            while i < end:
+                a, row_O = x_F[m * size + i], weight[i * stride + first :]
+                for o in range(out_O.shape[0]):
+                    out_O[o] += a * wide(row_O[o])
+                i += 1
     _biased(row, e, rows, out_F, outs, first, last)
     return 0
 

@@ -1,0 +1,76 @@
+"""Whether the products of a layer are turnout's own, which take rows and matrices as they lie, or torch's."""
+
+import itertools
+
+from torch import Tensor
+
+from turnout.run.compiled.broads import broads, outers, suits_broads, suits_outers
+from turnout.run.compiled.dots import dots, suits_dots
+from turnout.run.tuned import tuning
+from turnout.types import ExpertWeights
+
+__all__ = ["suits_tiles", "tiled_outers", "tiled_products"]
+
+
+def suits_tiles(x_TD: Tensor, weights: ExpertWeights, rows: float) -> bool:
+    """Whether all products of these experts, of so many rows each, are turnout's own.
+
+    >>> import torch
+    >>> suits_tiles(torch.ones(4, 3), ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)), 4)
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    if rows > tuning().own_rows(x_TD.dtype):
+        return False
+    stacks = weights.up_EDH, weights.down_EFD
+    likes = [x_TD.new_empty(1, stack.shape[1]) for stack in stacks] + [
+        x_TD.new_empty(1, stack.shape[2]) for stack in stacks
+    ]
+    pairs = [*stacks, *(stack.transpose(1, 2) for stack in stacks)]
+    return all(suits_dots(like, one) or suits_broads(like, one) for like, one in zip(likes, pairs, strict=True))
+
+
+def tiled_products(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list[int], out_NO: Tensor) -> bool:
+    """Each expert's rows times its matrix, where that is turnout's own to do; whether it was.
+
+    Args:
+        row_NI: the rows of some experts, one expert's after the other's.
+        stack_EIO: the matrices of all experts.
+        expert_G: which experts.
+        bound_G: where each one's rows begin and the last one's end.
+        out_NO: what is written to.
+
+    Source: none; plain bookkeeping.
+    """
+    if row_NI.shape[0] > len(expert_G) * tuning().own_rows(row_NI.dtype) or not out_NO.is_contiguous():
+        return False
+    given = (row_NI, stack_EIO, expert_G, bound_G, out_NO)
+    if suits_dots(row_NI, stack_EIO):
+        dots(*given)
+    elif suits_broads(row_NI, stack_EIO):
+        broads(*given)
+    else:
+        return False
+    return True
+
+
+def tiled_outers(left_NO: Tensor, right_NI: Tensor, expert_G: list[int], bound_G: list[int], grad_EOI: Tensor) -> bool:
+    """Each expert's left^T right over its rows to its place in the gradient, likewise; whether it was done.
+
+    Args:
+        left_NO: rows of some experts, one expert's after the other's.
+        right_NI: the same rows' other factor.
+        expert_G: which experts.
+        bound_G: where each one's rows begin and the last one's end.
+        grad_EOI: of all experts.
+
+    Source: none; plain bookkeeping.
+    """
+    if left_NO.shape[0] > len(expert_G) * tuning().own_rows(left_NO.dtype):
+        return False
+    most = max(end - begin for begin, end in itertools.pairwise(bound_G))
+    if not suits_outers(left_NO, right_NI, grad_EOI, most):
+        return False
+    outers(left_NO, right_NI, expert_G, bound_G, grad_EOI)
+    return True
