@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices
 from turnout.run.compiled.lanes import prange, wide
-from turnout.run.compiled.pointwise import KINDS, activated, clamped
+from turnout.run.compiled.pointwise import KINDS, gated
 from turnout.run.compiled.span import lay_out, place, span_before
 from turnout.run.compiled.tile import splits
 from turnout.types import ExpertWeights, Routing
@@ -185,29 +185,6 @@ def _shift(h_N, bias_N):
         h_N[n] += wide(bias_N[n])
 
 
-@kernel(exact=True, inside=True)
-def _each(kind, gates, gate_F, value_F):
-    for f in range(gate_F.shape[0]):
-        gate, value = clamped(kind, gate_F[f], value_F[f])
-        gate = activated(kind, gate)
-        gate_F[f] = gate * value if gates else gate
-
-
-@kernel(exact=True)
-def _gated(kind, gates, gate_F, value_F):
-    """Activations in the place of their gates; each kind has a loop without branches, of which LLVM makes vectors."""
-    if kind == 0:
-        _each(0, gates, gate_F, value_F)
-    elif kind == 1:
-        _each(1, gates, gate_F, value_F)
-    elif kind == 2:
-        _each(2, gates, gate_F, value_F)
-    elif kind == 3:
-        _each(3, gates, gate_F, value_F)
-    else:
-        _each(4, gates, gate_F, value_F)
-
-
 @kernel(exact=True)
 def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, a, to, split):
     """Numbers [first, last) of one row's activations, from its up product h[at:] and its bias, laid out for down."""
@@ -218,11 +195,11 @@ def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, a, t
             _shift(h[at + low + beside : at + high + beside], bias[at_bias + low + beside : at_bias + high + beside])
     if step == 1:
         gate_F = h[at + first : at + last]
-        _gated(kind, gates, gate_F, h[at + first + beside : at + last + beside])
+        gated(kind, gates, gate_F, h[at + first + beside : at + last + beside], gate_F)
         _placed(gate_F, first, a, to, split)
     else:
         turn_F = h[at + low : at + high : 2]
-        _gated(kind, gates, turn_F, h[at + low + beside : at + high + beside : 2])
+        gated(kind, gates, turn_F, h[at + low + beside : at + high + beside : 2], turn_F)
         _placed(turn_F, first, a, to, split)
 
 

