@@ -54,10 +54,10 @@ def test_it_is_not_trained(run, text, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--bits", "5"], "bits must be 4 or 8, which are stored"),
+        (["--bits", "5"], "--bits must be 4 or 8 in turnout convert; got 5"),
         (["--bits", "4", "--group", "7"], "divide the 16 inputs"),
         (["--bits", "4", "--group", "x"], "--group"),
-        (["--bits", "4"], "group=8, or None"),
+        (["--bits", "4"], "--group 8, or --group row"),
         (["--bits", "8", "--codes", "float"], "codes must be 'int' with bits=8"),
         (["--bits", "4", "--codes", "nf5", "--group", "8"], "Did you mean 'nf4'"),
         (["--bits", "4", "--group", "8", "--method", "gptq"], "--calibration"),

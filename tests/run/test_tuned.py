@@ -151,7 +151,7 @@ def test_calibrate_keeps_what_is_read_beside_that_of_others(cache, monkeypatch):
     monkeypatch.setattr(
         "turnout.run.kernel_choice._LAYERS", dict.fromkeys(("group", "steps", "call"), (32, 8, 4, 2, 8))
     )
-    for name in ("_TILED", "_ENTRIES", "_ROWS"):
+    for name in ("_TILED", "_PACKED", "_ROWS"):
         monkeypatch.setattr(f"turnout.run.kernel_choice.{name}", (2, 4))
     monkeypatch.setattr(importlib.import_module("turnout.run.calibrate"), "_PATIENCE_S", 0.0)
     shapes = [(4, 8, 2, 1, 8), (8, 16, 2, 1, 8), (16, 8, 4, 2, 8), (32, 16, 4, 2, 8)]
@@ -193,7 +193,7 @@ def test_what_was_measured_before_there_were_more_choices_is_read_and_keeps_its_
     old = Tuning("a processor", "2.13", 1)
     assert old.digest == "8776c46f"
     body = old.to_json_dict()
-    for name in ("compiled_rows", "packed_entries", "tiled_rows", "tiled_rows_short"):
+    for name in ("compiled_rows", "packed_rows", "tiled_rows", "tiled_rows_short"):
         assert body.pop(name) is not None
         assert dataclasses.replace(old, **{name: 3}).digest != old.digest
         with pytest.raises(UsageError, match=name):

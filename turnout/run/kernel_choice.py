@@ -33,7 +33,7 @@ _STEPS = ((16, 32), (8, 16), (64, 128))
 _CALLS = (3_000_000, 0, 12_000_000)
 _ROWS = (1, 2, 4, 8, 16)
 # Rows for each expert, and entries: of each the most that a limit is measured at.
-_TILED, _ENTRIES = (16, 64, 256, 512, 1024), (8, 16, 32, 64, 128, 256)
+_TILED, _PACKED = (16, 64, 256, 512, 1024), (1, 2, 4, 8, 16, 32, 64)
 # On which layer each is measured.
 _LAYERS: dict[str, Shape] = {
     "group": (1024, 256, 64, 6, 64),
@@ -124,7 +124,7 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
     short = _tiled_rows(tuning, "tiled_rows_short", torch.bfloat16)
     tuning = dataclasses.replace(tuning, tiled_rows_short=short)
     tuning = dataclasses.replace(tuning, compiled_rows=_few_rows(tuning, "compiled_rows", tables=False))
-    return dataclasses.replace(tuning, packed_entries=_packed_entries(tuning))
+    return dataclasses.replace(tuning, packed_rows=_packed_rows(tuning))
 
 
 def _first(usual: _T, others: Sequence[_T]) -> list[_T]:
@@ -189,8 +189,8 @@ def _tiled_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
     return found
 
 
-def _packed_entries(tuning: Tuning) -> int:
-    """Up to how many entries experts in four bits are best read from their codes."""
+def _packed_rows(tuning: Tuning) -> int:
+    """Up to how many rows each experts in four bits are best read from their codes."""
     found, experts, width, hidden = 0, 8, 512, 256
     g = torch.Generator().manual_seed(0)
 
@@ -199,18 +199,18 @@ def _packed_entries(tuning: Tuning) -> int:
         return Packed.of(code, torch.full((*shape[:-1], shape[-1] // 32), 0.01), group=32, bits=4)
 
     weights = PackedWeights(some(experts, 2 * hidden, width), some(experts, width, hidden))
-    for entries in _ENTRIES:
-        x_TD = torch.randn(entries // 2, width, generator=g)
-        weight_TK, index_TK = torch.rand(entries // 2, experts, generator=g).topk(2)
+    for rows in _PACKED:
+        x_TD = torch.randn(rows * experts // 2, width, generator=g)
+        weight_TK, index_TK = torch.rand(rows * experts // 2, experts, generator=g).topk(2)
         routing = Routing.from_topk(index_TK, weight_TK, num_experts=experts)
 
         def run(_: object, x: Tensor = x_TD, routing: Routing = routing) -> None:
             with torch.no_grad():
                 packed_experts(x, routing, weights)
 
-        if not _wins(run, tuning, "packed_entries", entries):
+        if not _wins(run, tuning, "packed_rows", rows):
             break
-        found = entries
+        found = rows
     return found
 
 

@@ -105,11 +105,11 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
 
 
 def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
-    """Whether so few entries are routed, and so, that experts are read from their codes."""
+    """Whether so few rows come to each expert, and so, that experts are read from their codes."""
     given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
     wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
     return (
-        routing.num_entries <= tuning().packed_entries
+        routing.num_entries <= tuning().packed_rows * routing.num_experts
         and not wanted
         and suits_experts(x_TD, routing, *_stacks(weights))
     )

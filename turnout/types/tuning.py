@@ -18,7 +18,7 @@ _WHERE = "turnout.types.Tuning"
 _COSTS = 4
 _ABOUT = ("processor", "torch", "threads", "origin")
 # What tunings had no word for at first: at its usual value it changes nothing, the digest neither.
-_LATER = ("compiled_rows", "packed_entries", "tiled_rows", "tiled_rows_short")
+_LATER = ("compiled_rows", "packed_rows", "tiled_rows", "tiled_rows_short")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Tuning:
         decode_rows: and up to this many rows for each expert.
         compiled_rows: where kernels can be compiled, up to this many rows for each expert, and 64 tokens, use those
             that read every weight once.
-        packed_entries: up to this many entries, experts in few bits are read as they lie, and else written out first.
+        packed_rows: up to this many rows for each expert, experts in few bits are read as they lie, and else written
+            out first.
         tiled_rows: up to this many rows for each expert, products in fp32 are turnout's own, and else torch's.
         tiled_rows_short: likewise in 16 bits.
         seconds: by "device dtype pass" and executor, what a call, an expert, a multiply-add and a moved number cost.
@@ -70,7 +71,7 @@ class Tuning:
     decode_tokens: int = 16
     decode_rows: int = 4
     compiled_rows: int = 8
-    packed_entries: int = 64
+    packed_rows: int = 32
     tiled_rows: int = 0
     tiled_rows_short: int = 0
     seconds: Mapping[str, Mapping[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
