@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -184,14 +185,33 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
-def open_model(path: str | Path) -> tuple[LM, str]:
-    """The model in a folder, ours or of transformers, and the SHA-256 of its configuration."""
+def open_model(path: str | Path, *, packed: bool = False) -> tuple[LM, str]:
+    """The model in a folder, ours or of transformers, and the SHA-256 of its configuration.
+
+    With ``packed``, weights that a folder of transformers has in few bits are held as they lie, where that can be;
+    where not, it is said.
+    """
     folder = model_folder(path)
     body = own.read_json(folder / "config.json", _WHERE)
     foreign = "model_type" in body or "architectures" in body
-    lm = checkpoint.from_hf(folder) if foreign else checkpoint.load(folder)
+    if not foreign:
+        lm = checkpoint.load(folder)
+    elif packed and "quantization_config" in body:
+        lm = _held(folder)
+    else:
+        lm = checkpoint.from_hf(folder)
     text = json.dumps(lm.config.to_json_dict(), sort_keys=True)
     return lm, hashlib.sha256(text.encode()).hexdigest()
+
+
+def _held(folder: Path) -> LM:
+    try:
+        return checkpoint.from_hf(folder, packed=True)
+    except CheckpointError as error:
+        lm = checkpoint.from_hf(folder)  # what is wrong with the folder itself is raised here
+        why = str(error).partition(" Nearest fix")[0]
+        warnings.warn(f"its weights in few bits are held whole: {why}", UserWarning, stacklevel=2)
+        return lm
 
 
 def _open(a: str | Path, b: str | Path, prompts: str | Path | None, device: str | torch.device) -> Pair:

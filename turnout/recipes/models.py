@@ -31,11 +31,11 @@ class Opened:
     own: bool
 
 
-def opened(path: str | Path, where: str, device: str | torch.device) -> Opened:
-    """The model in a folder, on a device; ``where`` is the command that asks."""
+def opened(path: str | Path, where: str, device: str | torch.device, *, packed: bool = False) -> Opened:
+    """The model in a folder, on a device; ``where`` is the command that asks, ``packed`` as ``open_model`` has it."""
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
-    lm, _ = open_model(folder)
+    lm, _ = open_model(folder, packed=packed)
     return Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
 
 

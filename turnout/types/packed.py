@@ -116,8 +116,9 @@ class Packed:
         both = torch.stack((self.code & (_LEVELS - 1), self.code >> 4), -1).flatten(-2).to(torch.int8)
         return both if self.levels is not None else both - _LEVELS // 2
 
+    @torch.no_grad()
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(..., O, I), the weights: value times scale in fp32, rounded once to ``dtype``."""
+        """(..., O, I), the weights: value times scale in fp32, rounded once to ``dtype``. Scales get no gradients."""
         weight = torch.empty(self.shape, dtype=dtype, device=self.code.device)
         each = max(1, _PIECE // max(1, self.shape[-1]))
         pieces = (tensor.flatten(0, -2).split(each) for tensor in (weight, self.code, self.scale))

@@ -16,6 +16,7 @@ from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.models.checkpoint import compressed
 from turnout.models.gguf import to_gguf
+from turnout.recipes.models import opened
 from turnout.reshape import quantize
 from turnout.types import Packed
 
@@ -211,7 +212,9 @@ def test_what_a_model_cannot_hold_is_read_whole_alone(tmp_path: Path) -> None:
         [t.pop(f"{name}.weight{end}") for end in ("_packed", "_scale", "_shape")])  # fmt: skip
     with pytest.raises(CheckpointError, match=f"{name}.weight whole, and others of its kind packed.*packed=False"):
         checkpoint.from_hf(tmp_path / "x", packed=True)
-    assert not checkpoint.from_hf(tmp_path / "x").blocks[1].attention.qkv.weight[:32].any()
+    with pytest.warns(UserWarning, match=f"held whole: .*{name}.weight whole, and others of its kind packed"):
+        lm = opened(tmp_path / "x", "turnout sample", "cpu", packed=True).lm
+    assert lm.config.quantized is None and not lm.blocks[1].attention.qkv.weight[:32].any()
     checkpoint.to_hf(LM(DENSE), tmp_path / "y")
     with pytest.raises(CheckpointError, match="none that are packed"):
         checkpoint.from_hf(tmp_path / "y", packed=True)

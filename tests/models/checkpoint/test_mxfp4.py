@@ -13,6 +13,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, UnknownNameError, UsageError
 from turnout.models import LM, LMConfig, MoEConfig, QuantizedConfig, checkpoint
 from turnout.models.checkpoint.mxfp4 import matrix_of, stored, unpack
+from turnout.recipes.models import opened
 from turnout.reshape import densify, quantize
 
 MOE = MoEConfig(3, 2, 32, activation="swiglu_oai", bias=True, router_options={"bias": True})
@@ -157,6 +158,13 @@ def test_held_experts_go_through_our_own_format_and_out_again(folder: Path, tmp_
     id_BS = torch.arange(20)[None]
     want = checkpoint.from_hf(folder)(id_BS).logits_BSV
     torch.testing.assert_close(plain(id_BS).logits_BSV, want, rtol=0, atol=0)
+
+
+def test_the_command_line_decodes_from_the_codes(folder: Path, recwarn) -> None:
+    held, whole = (opened(folder, "turnout sample", "cpu", packed=packed).lm for packed in (True, False))
+    assert held.config.quantized is not None and whole.config.quantized is None and not recwarn.list
+    id_BS = torch.arange(5)[None]
+    torch.testing.assert_close(*(lm.generate(id_BS, tokens=8, temperature=0) for lm in (held.float(), whole.float())))
 
 
 def test_what_mxfp4_cannot_say_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
