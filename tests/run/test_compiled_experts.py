@@ -91,6 +91,14 @@ def test_tokens_with_none_one_and_all_experts_and_none_at_all():
         assert torch.equal(few_rows(rows(tokens), idle, weights), torch.zeros(tokens, 24))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_token_that_takes_an_expert_several_times(tokens):
+    # Wide enough for several parts: what one makes must not lie where rows wait for the next.
+    weights, index_TK = bank(experts=3, hidden=200), torch.tensor([[1, 1, 2, 1]]).expand(tokens, -1)
+    weight_TK = torch.rand(tokens, 4, generator=torch.Generator().manual_seed(3))
+    check(rows(tokens), Routing.from_topk(index_TK, weight_TK, num_experts=3), weights)
+
+
 def test_memory_of_any_order_and_experts_that_nobody_takes():
     weights, routing = bank(experts=16), decided(3, 16, 2)
     padded = torch.nn.functional.pad(weights.up_EDH.transpose(1, 2), (2, 3, 1, 0, 1, 0))[1:, 1:, 2:26]

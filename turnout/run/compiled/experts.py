@@ -134,8 +134,7 @@ def experts_times(
     """
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
-    several = entries if tokens > 1 else 0
-    numbers = (tokens + several) * blocks(width) + entries * (blocks(hidden) + width + outs)
+    numbers = (tokens + entries) * blocks(width) + entries * (blocks(hidden) + width + outs)
     out_TD, room = torch.empty(tokens, width), torch.empty(numbers)
     gates = (2 if interleaved else 1) if activation in GATED else 0
     sound = _experts(
@@ -261,7 +260,7 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
     if not _sound(token_R, offset_E, tokens):
         return False
     at_rows = tokens * wide_width
-    at_a = at_rows + (entries * wide_width if tokens > 1 else 0)
+    at_a = at_rows + entries * wide_width
     at_y = at_a + entries * wide_hidden
     at_h = at_y + entries * width
     step, beside = (2, 1) if gates == 2 else (1, hidden)
