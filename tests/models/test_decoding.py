@@ -1,10 +1,13 @@
 """The decoder: prompts and steps give what the whole text gives, each row as it does alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from variants import TINY, every_variant, ids, make
 
 from turnout.errors import ShapeError, UsageError
+from turnout.models import LM
 from turnout.models.decoding import Decoder
 
 LENGTHS = (9, 1, 14, 6)
@@ -44,6 +47,28 @@ def test_rows_that_are_kept_go_on(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
     again = decoder.prefill(id_BS[:2, :5]).clone()  # a decoder may begin anew
     torch.testing.assert_close(again, lm(id_BS[:2, :5]).logits_BSV[:, -1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [[2, 0], [1, 3, 0, 2], [3, 2, 1]])
+@torch.no_grad()
+def test_rows_on_both_sides_of_longrope_go_on_in_any_order(
+    rows: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    rope = {"rope_type": "longrope", "short_factor": (1.0, 1.2, 1.5, 2.0), "long_factor": (4.0, 5.0, 6.0, 7.0)}
+    rope |= {"attention_factor": 1.2, "original_max_position_embeddings": 16}
+    lm = LM(dataclasses.replace(TINY, rope_scaling=rope, init_std=0.2)).eval()
+    id_BS, kept = ids(4, 20), torch.tensor(rows)
+    for lengths in ([9, 5, 4, 7], [9, 17, 4, 14], [16, 15, 14, 14]):
+        decoder = Decoder(lm, batch=4, room=8)
+        decoder.prefill(id_BS[:, :17], torch.tensor(lengths))
+        decoder.keep(kept)
+        for end in (18, 19, 20):
+            got = decoder.step(id_BS[kept, end - 1])
+            want = [lm(torch.cat((id_BS[r, : lengths[r]], id_BS[r, 17:end]))[None]).logits_BSV[0, -1] for r in rows]
+            torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=3e-5)
 
 
 def test_bad_calls_are_refused() -> None:

@@ -45,7 +45,7 @@ class Sides:
         over = [row for row, text in enumerate(self._texts) if len(text) == self._border + 1]
         if over:
             self._only([row for row in range(len(self._texts)) if row not in over])
-        found = [(rows, steps.step(id_B if len(rows) == len(id_B) else id_B[rows])) for rows, steps in self._parts]
+        found = [(rows, steps.step(id_B[rows])) for rows, steps in self._parts]
         return _joined([*found, (over, self._read(over, id_B.device))] if over else found)
 
     def keep(self, row_N: Tensor) -> None:
