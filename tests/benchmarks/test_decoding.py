@@ -59,6 +59,39 @@ def test_all_do_what_they_are_told_with_the_same_tokens(work: Path) -> None:
     assert len(made[0]) == 5 and made[0] == made[1] == made[2]
 
 
+@pytest.mark.slow
+def test_streams_that_were_copied_go_on_as_streams_that_read(work: Path) -> None:
+    """What is timed begins with a copy, behind more tokens than the check reads: a page of cache, and the next one."""
+    drawn = np.random.default_rng(3).integers(0, 64, (72, 3))
+    for name in OURS:
+        server = Server(name, 1)
+        server.answer({"do": "load", "folder": str(work / "tiny"), "shape": "tiny", "kind": "fp32"})
+        server.answer({"do": "begin", "streams": 3, "context": 60, "room": 132})
+        found = np.stack([server.peer.step(id_B).copy() for id_B in drawn])
+        if name == OURS[0]:
+            first = found
+            text_BS = np.concatenate((np.repeat(server._drawn(1, (60,))[None], 3, 0), drawn.T), 1)
+            with server.peer.torch.no_grad():
+                read = server.peer.lm(server.peer.torch.from_numpy(text_BS)).logits_BSV[:, 60:].numpy()
+            decoding_piece.compare(name, "fp32", found, read.swapaxes(0, 1))
+        decoding_piece.compare(name, "fp32", found, first)
+
+
+@pytest.mark.slow
+def test_an_expert_in_the_place_of_another_gets_no_times(work: Path, tmp_path: Path) -> None:
+    kind = "fp32"  # what is allowed in 16 bits is more than two experts of this model differ by
+    server = Server("turnout", 1)
+    server.answer({"do": "load", "folder": str(work / "tiny"), "shape": "tiny", "kind": kind})
+    bank = server.peer.lm.blocks[1].ff.bank
+    for tensor in (*bank.parameters(), *bank.buffers()):
+        if tensor.ndim > 1:
+            tensor.data[:2] = tensor.data[:2].flip(0).clone()
+    server.answer({"do": "logits", "path": str(tmp_path / "logits.npy")})
+    with pytest.raises(SystemExit, match="no times for wrong answers"):
+        found = np.load(tmp_path / "logits.npy")
+        decoding_piece.compare("turnout", kind, found, decoding_piece.expected("turnout", kind, work / "tiny"))
+
+
 def test_bars_are_the_worst_of_what_was_measured() -> None:
     one = {"turnout": [[2.0, 9.0], [3.0, 9.0], [9.0, 9.0]], "llama.cpp": [[4.0, 1.0], [4.0, 1.0], [4.0, 1.0]]}
     two = {"turnout": [[5.0, 9.0]], "llama.cpp": [[4.0, 1.0]], "transformers": [[20.0, 1.0]], "adopted": [[10.0, 1.0]]}

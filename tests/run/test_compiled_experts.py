@@ -164,6 +164,10 @@ def test_few_bits(bits, group, levels, scale, dtype):
         got = experts_times(x_TD, routing, up, down)
         weights = ExpertWeights(up.dequantised().mT, down.dequantised().mT)
         check(x_TD, routing, weights, got)
+        for t in (0, 4):  # the bits of a token alone are those among others
+            (mine,) = (routing.token_R == t).nonzero(as_tuple=True)
+            alone = routing.keep(routing.token_R == t)
+            assert len(mine) == 2 and torch.equal(experts_times(x_TD, alone, up, down)[t], got[t])
 
 
 def test_groups_that_are_no_blocks_are_left_alone():

@@ -52,6 +52,29 @@ def test_gradients_go_through_a_map():
     assert torch.allclose(x.grad, weight.dequantised().sum(0).expand_as(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [8, 32])  # of 32 the codes could be read as they lie
+def test_gradients_go_through_experts_and_to_no_scale(group):
+    up, down = some(E, 64, 32, bits=4, group=group), some(E, 32, 32, bits=4, group=group, seed=1)
+    up.scale.requires_grad_()
+    assert not up.dequantised().requires_grad
+    weights, routing = PackedWeights(up, down), routed(3)
+    x, same = (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    packed_experts(x, routing, weights).square().sum().backward()
+    packed_reference(same, routing, weights).square().sum().backward()
+    assert x.grad.any() and torch.allclose(x.grad, same.grad, rtol=1e-4, atol=1e-3 * float(same.grad.abs().max()))
+    assert up.scale.grad is None
+
+
+def test_weights_are_written_out_in_fp32_and_rounded_once():
+    """Scales in another dtype than the weights are read in."""
+    value = torch.tensor([[3, -7, 5, 1]])
+    matrix = Packed.of(value, torch.tensor([[1.00390625, 0.33333334]]), group=2, bits=4)
+    exact = value.float() * matrix.scale.repeat_interleave(2, 1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(matrix.dequantised(dtype), exact.to(dtype))
+    assert matrix.bits_per_weight == 4 + 2 * 32 / 4 and matrix.memory_bytes == 2 + 8
+
+
 def test_a_map_of_other_inputs_is_refused():
     with pytest.raises(ShapeError, match="32 inputs"):
         packed_linear(torch.ones(2, 16), some(12, 32, bits=4, group=8))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from turnout.cli.main import main
 from turnout.errors import CheckpointError, StorageError, TurnoutError
 from turnout.models import LM, LMConfig, checkpoint
-from turnout.models.checkpoint.zipped import END, ZippedFile, unzip, zip_weights
+from turnout.models.checkpoint.zipped import END, ZippedFile, plain_or_zipped, unzip, zip_weights
 from turnout.models.zipnn.planes import decode, encode, joined, planes
+from turnout.storage import sealed
 
 TINY = LMConfig(vocab_size=300, width=32, layers=2, heads=2, hidden=48)
 
@@ -33,6 +35,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
         "int8": torch.randint(-5, 5, (400,)).to(torch.int8),
         "int64": torch.arange(9),
         "fp8": torch.randn(64).to(torch.float8_e4m3fn),
+        "scales": torch.arange(256).to(torch.uint8).view(torch.float8_e8m0fnu),
         "bool": torch.rand(17) > 0.5,
         "zeros": torch.zeros(5000),
         "none": torch.zeros(0, 4),
@@ -172,3 +175,72 @@ def test_an_altered_weight_of_a_zipped_folder_is_refused(tmp_path: Path) -> None
         checkpoint.load(tmp_path / "m")
     keys = json.loads((tmp_path / "m" / "config.json").read_text())
     assert keys["files"]["model.safetensors"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"),
+    [(torch.bfloat16, 0.6, 0.68), (torch.float16, 0.8, 0.93), (torch.float32, 0.8, 0.85), (torch.float64, 0.85, 0.95)],
+)
+def test_what_is_left_of_a_file_in_each_dtype(dtype: torch.dtype, least: float, most: float, tmp_path: Path) -> None:
+    drawn = torch.randn(60_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    save_file({"a": (drawn * 0.02).to(dtype)}, tmp_path / "a.safetensors")
+    assert least < zip_weights(tmp_path / "a.safetensors", tmp_path / "a.zipnn").share < most
+
+
+def test_bytes_of_six_bits_are_coded_and_random_ones_are_not() -> None:
+    rng = np.random.default_rng(0)
+    coded = {most: encode(rng.integers(0, most, 1 << 14, dtype=np.uint8).tobytes(), 1)[0] for most in (64, 256)}
+    assert coded[64][0] == "huffman" and len(coded[64][1]) < 0.77 * (1 << 14) and coded[256][0] == "raw"
+
+
+def test_what_comes_after_a_stream_or_is_missing_of_it_is_refused() -> None:
+    raw = bytes(range(16)) * 200
+    ((code, stream),) = encode(raw, 1)
+    assert code == "huffman" and decode([(code, stream)], len(raw)).tobytes() == raw
+    for wrong in (stream + b"\0", stream[:-1]):
+        with pytest.raises(CheckpointError, match="a stream must be 3200 bytes"):
+            decode([(code, wrong)], len(raw))
+
+
+def test_tensors_that_lie_in_another_order_than_they_are_named_come_back(tmp_path: Path) -> None:
+    entries = {"b": [24, 40], "a": [16, 24], "z": [0, 16]}
+    head = {name: {"dtype": "F32", "shape": [(e - s) // 4], "data_offsets": [s, e]} for name, (s, e) in entries.items()}
+    text, data = json.dumps(head).encode(), np.arange(10, dtype="<f4").tobytes()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    zip_weights(tmp_path / "a.safetensors", tmp_path / "a.zipnn")
+    unzip(tmp_path / "a.zipnn", tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    with ZippedFile(tmp_path / "a.zipnn") as file:
+        assert file.get_tensor("a").tolist() == [4, 5] and file.in_order() == ["z", "a", "b"]
+
+
+def test_a_file_that_is_there_is_read_rather_than_its_zipped_twin(zipped: Path, tmp_path: Path) -> None:
+    twin = zipped.rename(tmp_path / f"a.safetensors{END}")
+    assert plain_or_zipped(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    (tmp_path / "a.safetensors").unlink()
+    assert plain_or_zipped(tmp_path / "a.safetensors") == twin
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sealed_anew", "said"),
+    [
+        ("sha256_of_file", "0" * 64, True, "another SHA-256 than the file had"),
+        ("sha256_of_file", "0" * 64, False, "its content is not what its sha256 says"),
+        ("format", "turnout.zipnn/2", True, "of the format"),
+        ("chunks", {"a": [], "b": []}, True, "pieces of 0 bytes"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(
+    key: str, value: Any, sealed_anew: bool, said: str, zipped: Path, tmp_path: Path
+) -> None:
+    whole = zipped.read_bytes()
+    size = int.from_bytes(whole[-8:], "little")
+    body = json.loads(zlib.decompress(whole[-8 - size : -8])) | {key: value}
+    if sealed_anew:
+        body.pop("sha256")
+        body = sealed(body)
+    text = zlib.compress(json.dumps(body).encode())
+    zipped.write_bytes(whole[: -8 - size] + text + len(text).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match=said):
+        unzip(zipped, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists() and not list(tmp_path.glob("*.part"))
