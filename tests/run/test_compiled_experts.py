@@ -182,3 +182,10 @@ def test_a_routing_that_is_none_is_not_followed(token, offsets):
     routing = Routing(torch.tensor(token), torch.ones(2), torch.tensor(offsets), 1)
     with pytest.raises(ShapeError):
         few_rows(rows(1), routing, weights)
+
+
+def test_a_gate_far_below_lets_nothing_through():
+    """Beyond what fp32 has exponents for, too: -1e38 sigmoid(-1e38) is no third."""
+    routing = Routing.from_topk(torch.tensor([[0]]), torch.ones(1, 1), num_experts=1)
+    weights = ExpertWeights(-torch.ones(1, 1, 1), torch.ones(1, 1, 1), activation="silu")
+    assert few_rows(torch.tensor([[1e38]]), routing, weights).abs().item() < 1e-6

@@ -99,3 +99,24 @@ def test_import_turnout_loads_no_numba():
     code = "import sys, turnout.run.compiled.experts; print('numba' in sys.modules)"
     given = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=given, text=True, timeout=300).strip() == "False"
+
+
+SUMS = """
+import hashlib
+import torch
+from turnout.run.compiled.gates import activation_slopes
+g = torch.Generator().manual_seed(0)
+hidden, grad, weight = torch.randn(33, 96, generator=g), torch.randn(33, 48, generator=g), torch.rand(33, generator=g)
+made = torch.empty(33, 48), torch.empty(33, 96), torch.empty(33)
+activation_slopes("swiglu", hidden, grad, weight, *made)
+print(hashlib.sha256(b"".join(one.numpy().tobytes() for one in made)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_process_that_compiles_and_those_that_read_have_the_same_bits(tmp_path, compiled):
+    """Or a run that goes on would not be the run that it was: parts that may be summed otherwise are never called."""
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "TURNOUT_CACHE": str(tmp_path / "kept")}
+    command = [sys.executable, "-c", SUMS]
+    first, second = (subprocess.check_output(command, env=given, text=True, timeout=300) for _ in range(2))
+    assert first == second and list((tmp_path / "kept" / "kernels").iterdir())

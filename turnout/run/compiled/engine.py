@@ -222,6 +222,8 @@ class Kernel:
         own.__module__, own.__qualname__ = function.__module__, function.__qualname__
         free = False if self._exact else set(_FREE)
         options = {"nogil": True, "fastmath": free, "parallel": threaded and self._threaded, "error_model": "numpy"}
+        # Code that is free to be summed otherwise in another place is never called there, but a part of what calls it.
+        options["forceinline"] = not self._exact
         dispatcher = numba.njit(**options, inline="always" if self._inside else "never")(own)
         keep(dispatcher, self.files, threaded)
         return dispatcher

@@ -26,7 +26,7 @@ _ROOT = np.float32(math.sqrt(0.5))
 
 @kernel(exact=True)
 def exponential(x):
-    """The power x of e, within 2 units in the last place; x beyond fp32's range is brought to its ends, NaN stays.
+    """The power x of e, within 2 units in the last place; infinity above fp32's range, 1e-38 below it, NaN stays NaN.
 
     Source: Moshier, 1989, "Methods and Programs for Mathematical Functions" (Cephes, expf).
     """
@@ -38,7 +38,8 @@ def exponential(x):
     power = np.int32(n if n == n else _ONE)
     half = power >> np.int32(1)  # twice, since 2^128 alone is beyond fp32 and e^88.7 is not
     y = (p * r * r + r + _ONE) * as_float((half + np.int32(127)) << np.int32(23))
-    return y * as_float((power - half + np.int32(127)) << np.int32(23))
+    y *= as_float((power - half + np.int32(127)) << np.int32(23))
+    return np.float32(np.inf) if x > _MOST else y
 
 
 @kernel(exact=True)
