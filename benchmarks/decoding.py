@@ -122,7 +122,7 @@ def add(record: dict[str, Any], measured: dict[str, Any], commit: str) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one model, one thread, few rounds: TIME_QUICK")
+    parser.add_argument("--quick", action="store_true", help="one model, one thread, few rounds: about three minutes")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS])
