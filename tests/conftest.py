@@ -13,7 +13,7 @@ from turnout.run.compiled import why_not_compiled
 from turnout.types import Cost
 
 if os.environ.get("TURNOUT_COMPILED") == "0":  # then as on a machine without it: whoever imports it all the same fails
-    sys.modules["numba"] = None  # type: ignore[assignment]
+    sys.modules["numba"] = None  # type: ignore[assignment] - as the import system spells that there is no such module
 
 DOMAINS = ("library", "manual", "headers")
 TEXT = '''def partition(self, sep, /):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from turnout.cli.main import main
+from turnout.cli.sample import _Told
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.sample import Sampling, prompts_in, sample_model
 from turnout.train.data import train_tokenizer
@@ -60,6 +61,14 @@ def test_a_stream_is_the_text(folder, capsys):
     assert "".join(pieces) == text == sample_model(folder, ["the cat"], asked)[0] and pieces[0] == "the cat"
     argv = (folder, "--prompt", "the cat", "--tokens", "20", "--temperature", "1.3", "--seed", "1")
     assert said(capsys, *argv, "--stream") == said(capsys, *argv) == text + "\n"
+
+
+def test_speed_where_nothing_was_added():
+    told = _Told(prints=False)
+    told("a prompt")
+    assert str(told) == "no token was added"
+    told(" more")
+    assert re.fullmatch(r"first token after \d\.\d\d s \(1 tokens\)", str(told))
 
 
 def test_on_a_terminal_the_text_comes_as_it_is_made_with_its_speed(folder, capsys, monkeypatch):

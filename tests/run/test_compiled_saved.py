@@ -5,12 +5,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from turnout.errors import MissingExtraError
-from turnout.run.compiled import compiled_here, why_not_compiled
+from turnout.run.compiled import compiled_here, saved, why_not_compiled
 from turnout.run.compiled.engine import kernel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,22 @@ def test_import_turnout_loads_no_numba():
     code = "import sys, turnout.run.compiled.experts; print('numba' in sys.modules)"
     given = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=given, text=True, timeout=300).strip() == "False"
+
+
+def test_kernels_are_kept_by_all_that_writes_them(monkeypatch, compiled):
+    """Also what no kernel names: helpers of those that write vectors, and this version of turnout."""
+    made, read = SimpleNamespace(py_func=len), saved._text
+
+    def place() -> str:
+        saved.keep(made, [], False)
+        return made._cache.cache_path
+
+    places = [place(), place()]
+    monkeypatch.setattr(saved, "__version__", "another")
+    places.append(place())
+    monkeypatch.setattr(saved, "_text", lambda file: read(file) + "#" * file.endswith("vectors.py"))
+    places.append(place())
+    assert places[0] == places[1] and len(set(places)) == 3
 
 
 SUMS = """

@@ -110,8 +110,10 @@ class _Told:
             print(piece, end="", flush=True)
 
     def __str__(self) -> str:
-        start, first, last = self._at_s[0], self._at_s[1], self._at_s[-1]
-        further = len(self._at_s) - 2
+        start, *others = self._at_s
+        if not others:
+            return "no token was added"
+        first, last, further = others[0], others[-1], len(others) - 1
         speed = f", then {further / (last - first):.1f} tokens/s" if further and last > first else ""
         return f"first token after {first - start:.2f} s{speed} ({further + 1} tokens)"
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from turnout.run.compiled import compiled_here
 from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import own_alone, product
@@ -73,7 +72,7 @@ def _compiles(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
     """Whether the compiled kernels take these, and are the fastest for them: weights stored (out, in)."""
     entries, experts = routing.token_R.shape[0], weights.up_EDH.shape[0]
     few = 0 < routing.num_tokens <= MOST_ROWS and 0 < entries <= tuning().compiled_rows * experts
-    return few and compiled_here() and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
+    return few and not weights.up_EDH.is_contiguous() and suits_few_rows(x_TD, routing, weights)
 
 
 def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

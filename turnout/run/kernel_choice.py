@@ -32,7 +32,7 @@ _GROUPS = (1 << 15, 1 << 17, 1 << 19)
 _STEPS = ((16, 32), (8, 16), (64, 128))
 _CALLS = (3_000_000, 0, 12_000_000)
 _ROWS = (1, 2, 4, 8, 16)
-# Rows for each expert, and entries: of each the most that a limit is measured at.
+# Rows for each expert that these limits are measured at.
 _TILED, _PACKED = (16, 64, 256, 512, 1024), (1, 2, 4, 8, 16, 32, 64)
 # On which layer each is measured.
 _LAYERS: dict[str, Shape] = {

@@ -9,72 +9,44 @@ import importlib
 from typing import Any
 
 from turnout.run.compiled.engine import Lazy
+from turnout.run.compiled.vectors import WIDE, Vectors
 
-__all__ = ["BFLOAT", "OUTS", "ROWS", "dot_tile", "dot_tile_1"]
+__all__ = ["OUTS", "ROWS", "dot_tile", "dot_tile_1"]
 
 # Of the larger tile: 16 vectors of sums, beside four of the rows, in 32 registers.
 ROWS = 4
 OUTS = 4
-_LANES = 16
 
 
-class _Tile:
-    """Writes one tile in LLVM's vectors."""
+class _Tile(Vectors):
+    """Writes one tile."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int) -> None:
-        self.tools, types = importlib.import_module("numba.core.cgutils"), importlib.import_module("numba").types
-        self.ir, self.builder, self.rows = self.tools.ir, builder, rows
+        types, kinds, self.rows = importlib.import_module("numba").types, signature.args, rows
+        super().__init__(context, builder, short=kinds[0].dtype == types.uint16)
         x, self.at_x, self.stride_x, w, self.at_w, out, self.at_out, self.stride_out, self.ins = given
-        kinds = signature.args
-        self.x, self.w, self.out = (
-            context.make_array(kinds[place])(context, builder, value).data
-            for place, value in ((0, x), (3, w), (5, out))
-        )
-        self.real, self.long, self.word = self.ir.FloatType(), self.ir.IntType(32), self.ir.IntType(64)
-        self.vector = self.ir.VectorType(self.real, _LANES)
-        self.short = kinds[0].dtype == types.uint16
-        self.step = 2 * _LANES if self.short else _LANES
+        self.x, self.w, self.out = (self.data(kinds[place], value) for place, value in ((0, x), (3, w), (5, out)))
+        self.kind, self.step = (self.pairs, 2 * WIDE) if self.short else (self.vector, WIDE)
 
     def write(self) -> None:
         """The sums over all inputs, and where they go."""
-        builder, tools, count = self.builder, self.tools, self.rows * OUTS
+        builder = self.builder
         builder.function.attributes.add("noinline")  # long, and called from several places
-        sums = [tools.alloca_once(builder, self.vector) for _ in range(count)]
-        for each in sums:
-            builder.store(self.vector([0.0] * _LANES), each)
+        sums = self.zeros(self.rows * OUTS)
         rows = [builder.add(self.at_x, builder.mul(self.stride_x, self.word(row))) for row in range(self.rows)]
         outs = [builder.add(self.at_w, builder.mul(self.ins, self.word(out))) for out in range(OUTS)]
-        with tools.for_range(builder, builder.udiv(self.ins, self.word(self.step))) as loop:
+        with self.tools.for_range(builder, builder.udiv(self.ins, self.word(self.step))) as loop:
             at = builder.mul(loop.index, self.word(self.step))
-            x = [self._load(self.x, builder.add(row, at)) for row in rows]
+            x = [self.load(self.x, builder.add(row, at), self.kind) for row in rows]
             for out, start in enumerate(outs):
-                w = self._load(self.w, builder.add(start, at))
+                w = self.load(self.w, builder.add(start, at), self.kind)
                 for row in range(self.rows):
-                    into = sums[row * OUTS + out]
-                    builder.store(self._plus(builder.load(into), w, x[row]), into)
+                    self.add(w, x[row], sums[row * OUTS + out])
         added = self._added([builder.load(each) for each in sums])
         for row in range(self.rows):
             which = self.ir.VectorType(self.long, OUTS)([row * OUTS + out for out in range(OUTS)])
-            self._store(builder.shuffle_vector(added, added, which), row)
-
-    def _load(self, pointer: Any, at: Any) -> Any:
-        kind = self.vector if not self.short else self.ir.VectorType(BFLOAT.made(), 2 * _LANES)
-        place = self.builder.bitcast(self.builder.gep(pointer, [at]), kind.as_pointer())
-        return self.builder.load(place, align=1)
-
-    def _plus(self, total: Any, a: Any, b: Any) -> Any:
-        name = "llvm.x86.avx512bf16.dpbf16ps.512" if self.short else f"llvm.fma.v{_LANES}f32"
-        given = [total, a, b] if self.short else [a, b, total]
-        kind = self.ir.FunctionType(self.vector, [each.type for each in given])
-        return self.builder.call(self.tools.get_or_insert_function(self.builder.module, kind, name), given)
-
-    def _store(self, some: Any, row: int) -> None:
-        builder = self.builder
-        at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
-        if self.short:
-            some = builder.fptrunc(some, self.ir.VectorType(BFLOAT.made(), OUTS))
-        place = builder.bitcast(builder.gep(self.out, [at]), some.type.as_pointer())
-        builder.store(some, place, align=1)
+            at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
+            self.store(builder.shuffle_vector(added, added, which), self.out, at)
 
     def _added(self, vectors: list[Any]) -> Any:
         """One vector of each vector's sum: two of so many parts become one of twice as many, half as long."""
@@ -88,35 +60,12 @@ class _Tile:
 
         while len(vectors) > 1:
             pairs = zip(vectors[0::2], vectors[1::2], strict=True)
-            vectors = [halves(low, high, 2 * parts, _LANES // parts) for low, high in pairs]
+            vectors = [halves(low, high, 2 * parts, WIDE // parts) for low, high in pairs]
             parts *= 2
-        (vector,), length = vectors, _LANES // parts
+        (vector,), length = vectors, WIDE // parts
         while length > 1:
             vector, length = halves(vector, vector, parts, length), length // 2
         return vector
-
-
-def _bfloat() -> Any:
-    ir = importlib.import_module("numba.core.cgutils").ir
-
-    class Bfloat(ir.types.Type):
-        """LLVM's bfloat, which llvmlite does not name."""
-
-        intrinsic_name = "bf16"
-
-        def _to_string(self) -> str:
-            return "bfloat"
-
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, Bfloat)
-
-        def __hash__(self) -> int:
-            return hash("bfloat")
-
-    return Bfloat()
-
-
-BFLOAT = Lazy(_bfloat)
 
 
 def _tile(rows: int) -> Any:

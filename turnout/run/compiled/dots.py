@@ -14,12 +14,12 @@ from turnout.run.compiled.dot_tile import OUTS, ROWS, dot_tile, dot_tile_1
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.fetch import LINE, fetch
 from turnout.run.compiled.lanes import features, prange
+from turnout.run.compiled.vectors import WIDE
 
 __all__ = ["able", "dots", "suits_dots"]
 
 # Outputs that one thread makes at a time: their weights stay in its cache while rows pass by, so many bytes at once.
 _CHUNK, _PASS = 64, 1 << 17
-_LANES = 16
 _NEEDS = {torch.float32: {"avx512f"}, torch.bfloat16: {"avx512f", "avx512vl", "avx512bf16"}}
 
 
@@ -44,7 +44,7 @@ def suits_dots(row_NI: Tensor, stack_EIO: Tensor) -> bool:
     Source: none; plain bookkeeping.
     """
     ins, outs = stack_EIO.shape[1:]
-    unit = _LANES if row_NI.dtype == torch.float32 else 2 * _LANES
+    unit = WIDE if row_NI.dtype == torch.float32 else 2 * WIDE
     return (
         row_NI.dtype == stack_EIO.dtype
         and not ins % unit

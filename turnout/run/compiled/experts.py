@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices
-from turnout.run.compiled.lanes import prange, wide
+from turnout.run.compiled.lanes import BLOCK, prange, wide
 from turnout.run.compiled.pointwise import KINDS, gated
 from turnout.run.compiled.span import lay_out, place, span_before
 from turnout.run.compiled.tile import splits
@@ -19,7 +19,7 @@ from turnout.types.weights import GATED
 __all__ = ["experts_times", "few_rows", "suits_experts", "suits_few_rows"]
 
 # As many outputs as one thread makes at a time; whole blocks.
-_CHUNK, _BLOCK = 64, 32
+_CHUNK = 64
 
 
 def suits_few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bool:
@@ -273,7 +273,7 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
                 for i in range(wide_width):
                     room[at_rows + r * wide_width + i] = room[token_R[r] * wide_width + i]
     for r in range(entries):
-        for f in range(hidden // _BLOCK * _BLOCK, wide_hidden):
+        for f in range(hidden // BLOCK * BLOCK, wide_hidden):
             room[at_a + r * wide_hidden + f] = 0
     each = (hidden + _CHUNK - 1) // _CHUNK
     for job in prange(count * each):

@@ -4,10 +4,10 @@ import numpy as np
 
 from turnout.run.compiled.curves import GATED, activated
 from turnout.run.compiled.engine import kernel
-from turnout.run.compiled.lanes import prange
+from turnout.run.compiled.lanes import BLOCK, prange
 from turnout.run.compiled.span import lay_out, place
 from turnout.run.compiled.tables import INS, OUTS, SPLIT
-from turnout.run.compiled.times import ROW_BLOCK, blocks_of, share, times
+from turnout.run.compiled.times import blocks_of, share, times
 
 __all__ = ["fed", "grouped", "whole"]
 
@@ -95,7 +95,7 @@ def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD,
     act_RF = room_F[at_act : at_act + rows * full].reshape(rows, full)
     for r in range(rows):
         lay_out(h_BD[row_R[r]], 0, width, room_F, r * size, split)
-        for f in range(full - ROW_BLOCK, full):
+        for f in range(full - BLOCK, full):
             act_RF[r, f] = np.float32(0)
     _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
     _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled.engine import array, takes
+from turnout.run.compiled.lanes import BLOCK
 from turnout.types.packed import Packed
 
 __all__ = ["FLOATS", "Matrices", "blocks", "knows", "matrices"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# A block of the widest vectors, which a group of packed weights must consist of unless there is but one a row.
-_BLOCK = 32
 _NONE = np.zeros(0, np.float32)
 _WHOLE = np.arange(-8, 8, dtype=np.float32)  # what the codes of four bits stand for where nothing else is said
 
@@ -55,7 +54,7 @@ def blocks(ins: int) -> int:
 
     Source: none; plain bookkeeping.
     """
-    return -(-ins // _BLOCK) * _BLOCK
+    return -(-ins // BLOCK) * BLOCK
 
 
 def knows(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
@@ -67,7 +66,7 @@ def knows(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
     Source: none; plain bookkeeping.
     """
     if isinstance(weight, Packed):
-        fits = weight.group % _BLOCK == 0 or weight.group == weight.shape[-1]
+        fits = weight.group % BLOCK == 0 or weight.group == weight.shape[-1]
         return dtype in FLOATS and fits and takes(weight.code, weight.scale, weight.levels)
     return (
         weight.dtype == dtype and dtype in FLOATS and takes(weight) and (weight.stride(-1) == 1 or weight.shape[-1] < 2)

@@ -5,7 +5,10 @@ from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["LANES", "as_float", "features", "prange", "wide", "widened"]
+__all__ = ["BLOCK", "LANES", "as_float", "features", "prange", "wide", "widened"]
+
+# A block of the widest vectors: what rows are filled up to, and what groups of packed weights consist of.
+BLOCK = 32
 
 
 def _prange() -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from turnout import __version__
 from turnout.storage import cache_folder
 
 __all__ = ["keep", "kernels_path"]
@@ -40,14 +41,21 @@ def keep(dispatcher: Any, files: Iterable[str], threaded: bool) -> None:
 
     Args:
         dispatcher: numba's.
-        files: the sources of all that it is made of; numba itself looks at one alone.
+        files: the sources of all that it is made of, those of this package apart; numba itself looks at one alone.
         threaded: whether it is for several threads.
     """
     path = kernels_path()
     if path is not None:
         version = importlib.import_module("numba").__version__
-        digest = hashlib.sha256("".join(map(_text, sorted(files))).encode()).hexdigest()[:16]
+        source = __version__ + "".join(map(_text, (*_ours(), *sorted(files))))
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         dispatcher._cache = _Saved(dispatcher.py_func, path / f"{version}-{digest}-{int(threaded)}")
+
+
+@functools.cache
+def _ours() -> tuple[str, ...]:
+    """All files of kernels: what writes a kernel's code takes parts and numbers from others that it does not name."""
+    return tuple(sorted(map(str, Path(__file__).parent.glob("*.py"))))
 
 
 @functools.cache

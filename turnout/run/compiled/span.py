@@ -1,13 +1,10 @@
 """Some rows against some outputs of one matrix: the tiles of ``turnout.run.compiled.tile``, one after the other."""
 
 from turnout.run.compiled.engine import kernel
-from turnout.run.compiled.lanes import LANES, wide
+from turnout.run.compiled.lanes import BLOCK, LANES, wide
 from turnout.run.compiled.tile import OUTS, tile_1, tile_2, tile_4, tile_8
 
 __all__ = ["lay_out", "place", "span", "span_before"]
-
-# What rows are filled up to: a block of the widest vectors.
-_BLOCK = 32
 
 
 @kernel(exact=True)
@@ -25,7 +22,7 @@ def lay_out(x, of, ins, wide_x, to, split):
 
     It begins at ``wide_x[to]``, is as long as whole blocks are, and ends with zeros.
     """
-    for i in range(ins, (ins + _BLOCK - 1) // _BLOCK * _BLOCK):
+    for i in range(ins, (ins + BLOCK - 1) // BLOCK * BLOCK):
         wide_x[to + place(i, split)] = 0
     for i in range(ins):
         wide_x[to + place(i, split)] = wide(x[of + i])

@@ -15,14 +15,13 @@ import importlib
 from typing import Any
 
 from turnout.run.compiled.engine import Lazy
+from turnout.run.compiled.fetch import LINE, write_fetch
 from turnout.run.compiled.lanes import LANES, features, widened
 
 __all__ = ["OUTS", "splits", "tile_1", "tile_2", "tile_4", "tile_8"]
 
 # As many outputs as a tile makes.
 OUTS = 4
-# Bytes that are fetched at once, and LLVM's numbers for a fetch into all caches and into all but the first.
-_LINE, _FIRST, _SECOND = 64, 3, 2
 # Bytes of a tile's outputs from which on the first cache does not hold the next ones too; of Zen 4's 32 KiB.
 _NEAR = 4096
 
@@ -106,17 +105,13 @@ class _Tile:
 
     def _fetch(self, at: Any) -> None:
         """Asks for the codes at this place, which are read some time later: all that a block of each output has."""
-        builder, ir = self.builder, self.ir
-        byte, long = ir.IntType(8).as_pointer(), self.long
-        kind = ir.FunctionType(ir.VoidType(), [byte, long, long, long])
-        fetch = self.tools.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        start = builder.bitcast(builder.gep(self.code, [at]), byte)
-        lines = range(0, max(1, self.together * self._bytes(2 * self.lanes)), _LINE)
-        with builder.if_else(self.near) as cases:
-            for level, case in zip((_FIRST, _SECOND), cases, strict=True):
+        start = self.builder.bitcast(self.builder.gep(self.code, [at]), self.ir.IntType(8).as_pointer())
+        lines = range(0, max(1, self.together * self._bytes(2 * self.lanes)), LINE)
+        with self.builder.if_else(self.near) as cases:
+            for near, case in zip((True, False), cases, strict=True):
                 with case:
                     for line in lines:
-                        builder.call(fetch, [builder.gep(start, [self.word(line)]), long(0), long(level), long(1)])
+                        write_fetch(self.builder, start, self.word(line), near=near)
 
     def _bytes(self, codes: int) -> int:
         """The memory of so many codes."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from turnout.run.compiled.engine import Kernel, Lazy, kernel
-from turnout.run.compiled.lanes import prange, wide
+from turnout.run.compiled.lanes import BLOCK, prange, wide
 from turnout.run.compiled.span import lay_out, span
 from turnout.run.compiled.tables import (
     AT,
@@ -35,12 +35,10 @@ from turnout.run.compiled.tables import (
 )
 from turnout.run.compiled.tile import splits
 
-__all__ = ["ROW_BLOCK", "address", "blocks_of", "laid_out", "share", "split", "spread", "times"]
+__all__ = ["address", "blocks_of", "laid_out", "share", "split", "spread", "times"]
 
 # As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
-# What rows are filled up to, as ``turnout.run.compiled.span.lay_out`` does.
-ROW_BLOCK = 32
 # What a kernel is told in whole numbers after the two pointers that have a type: see ``by_output``.
 _NUMBERS = 9
 
@@ -213,7 +211,7 @@ def share(count, part, parts):
 @kernel()
 def blocks_of(ins):
     """As ``turnout.run.compiled.formats.blocks``: the room for a row of so many numbers."""
-    return (ins + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
+    return (ins + BLOCK - 1) // BLOCK * BLOCK
 
 
 @kernel()
