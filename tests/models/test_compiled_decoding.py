@@ -8,7 +8,8 @@ from variants import TINY, VARIANTS, ids, make
 
 from turnout.errors import ShapeError
 from turnout.models import LM
-from turnout.models.decoding import Decoder, decoding_path
+from turnout.models.decoding import Decoder, compiled, decoding_path
+from turnout.models.decoding.compiled import CompiledSteps
 from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
 from turnout.models.decoding.ring import Rings
@@ -98,6 +99,25 @@ def test_both_paths_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         found[-1] += [decoder.step(id_B).clone() for id_B in id_BS[:, 12:].T]
         monkeypatch.setenv("TURNOUT_COMPILED", "0")
     assert decoder.why_plain == "TURNOUT_COMPILED=0 is set"
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["moe", "gpt-oss", "gemma", "groups", "latent", "gpt-2 with experts"])
+@torch.no_grad()
+def test_few_tokens_of_prompts_are_one_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, id_BS, lengths, found = make(name), ids(4, 20), [3, 9, 1, 14], []
+    read: list[int] = []
+    monkeypatch.setattr(
+        CompiledSteps, "_run", lambda self, *given, run=CompiledSteps._run: read.append(1) or run(self, *given)
+    )
+    for most in (27, 26):
+        monkeypatch.setattr(compiled, "_FEW", most)
+        decoder = Decoder(lm, 4, 4)
+        found.append([decoder.prefill(id_BS[:, :14], torch.tensor(lengths)).clone()])
+        found[-1] += [decoder.step(id_B).clone() for id_B in id_BS[:, 14:].T]
+        windows = [lm.config.window_of(layer) or 14 for layer in range(lm.config.layers)]
+        assert read == [1] * (most < 27 or min(windows) < 14)
+        read.clear()
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
 
 

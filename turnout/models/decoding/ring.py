@@ -56,6 +56,10 @@ class Rings:
         """How many a layer has."""
         return self.room if window is None else min(window, self.room)
 
+    def hold(self, length: int) -> bool:
+        """Whether every layer has a slot for each of so many positions."""
+        return all(length <= self.slots(window) for window in self.windows)
+
     @property
     def memory_bytes(self) -> int:
         """What is set aside in all."""

@@ -64,32 +64,45 @@ def looked(table, keys, values, item, q_GW, sinks_G, softcap, scale, score_GT, o
 
 
 @kernel(threaded=True)
-def looked_all(table, layer, place_B, qkv_BO, score_F, out_BQ, parts):
-    """Attention of every row: its new keys and values go into the cache, then its heads look; a thread takes some.
-
-    A row of ``qkv`` is its queries, keys and values, head after head. Each part has room for its own queries and
-    scores.
-    """
-    # Threads are handed numbers and arrays, not the record that these come from.
+def _kept(table, layer, place_B, cache_B, qkv_BO, parts):
+    """The new keys and values of every row go into its cache."""
     heads, key_heads, width, code = layer.heads, layer.key_heads, layer.head_width, layer.cache_code
+    keys, values, window = layer.keys, layer.values, layer.window
+    slots, size = table[keys, OUTS], 4 if code == FLOAT else 2
+    for part in prange(parts):
+        for item in range(part, place_B.shape[0] * key_heads, parts):
+            b, g = item // key_heads, item % key_heads
+            slot = place_B[b] % window if window > 0 else place_B[b]
+            k = (heads + g) * width
+            v, new = k + key_heads * width, ((cache_B[b] * key_heads + g) * slots + slot) * width * size
+            stored(code, table[keys, AT] + new, qkv_BO[b, k : k + width])
+            stored(code, table[values, AT] + new, qkv_BO[b, v : v + width])
+
+
+@kernel(threaded=True)
+def looked_all(table, layer, place_B, cache_B, qkv_BO, score_F, out_BQ, parts):
+    """Attention of every row: its new keys and values go into its cache, then its heads look; a thread takes some.
+
+    A row of ``qkv`` is its queries, keys and values, head after head. Rows may be of one text: each looks no farther
+    than its own place. Each part has room for its own queries and scores.
+    """
+    _kept(table, layer, place_B, cache_B, qkv_BO, parts)
+    # Threads are handed numbers and arrays, not the record that these come from.
+    heads, key_heads, width = layer.heads, layer.key_heads, layer.head_width
     keys, values, window, sinks = layer.keys, layer.values, layer.window, layer.sinks
     softcap, scale = layer.softcap, layer.scale
-    B, share, slots = place_B.shape[0], heads // key_heads, table[keys, OUTS]
+    B, share = place_B.shape[0], heads // key_heads
     sinks_H = floats(sinks, heads if sinks != 0 else 0)
-    room, size = score_F.shape[0] // parts, 4 if code == FLOAT else 2
+    room = score_F.shape[0] // parts
     for part in prange(parts):
         room_F = score_F[part * room : (part + 1) * room]
         for item in range(part, B * key_heads, parts):
             b, g = item // key_heads, item % key_heads
-            row_O, slot, seen = qkv_BO[b], place_B[b], place_B[b] + 1
-            if window > 0:
-                slot, seen = slot % window, min(seen, window)
-            k, q = (heads + g) * width, g * share * width
-            v, new = k + key_heads * width, (item * slots + slot) * width * size
-            stored(code, table[keys, AT] + new, row_O[k : k + width])
-            stored(code, table[values, AT] + new, row_O[v : v + width])
-            q_GW = laid_out(table, keys, row_O[q : q + share * width].reshape(share, width), room_F)
+            seen = min(place_B[b] + 1, window) if window > 0 else place_B[b] + 1
+            q = g * share * width
+            q_GW = laid_out(table, keys, qkv_BO[b, q : q + share * width].reshape(share, width), room_F)
             out_GW = out_BQ[b, q : q + share * width].reshape(share, width)
             sinks_G = sinks_H[g * share : (g + 1) * share] if sinks != 0 else sinks_H
             score_GT = room_F[q_GW.size : q_GW.size + share * seen].reshape(share, seen)
-            looked(table, keys, values, item, q_GW, sinks_G, softcap, scale, score_GT, out_GW)
+            held = cache_B[b] * key_heads + g
+            looked(table, keys, values, held, q_GW, sinks_G, softcap, scale, score_GT, out_GW)

@@ -1,4 +1,4 @@
-"""One step of a decoder: a token for each row in, the scores of the next ones out, all in one call."""
+"""One step of a decoder: tokens in, the scores of those that come after some of them out, all in one call."""
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def _heads(layer, norms, first, count, which, row_Q, cos_P, sin_P):
 
 
 @kernel()
-def _attention(layer, norms, table, h_BD, place_B, cos_BP, sin_BP, room_F, y_BD, parts):
+def _attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room_F, y_BD, parts):
     """What the attention of a layer makes of normed rows; their keys and values are added to the cache."""
     rows, heads, key_heads, width = h_BD.shape[0], layer.heads, layer.key_heads, layer.head_width
     qkv_BO = _cut(room_F, 0, rows, (heads + 2 * key_heads) * width)
@@ -73,7 +73,7 @@ def _attention(layer, norms, table, h_BD, place_B, cos_BP, sin_BP, room_F, y_BD,
     for b in range(rows):
         _heads(layer, norms, 0, heads, layer.q_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
         _heads(layer, norms, heads * width, key_heads, layer.k_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
-    looked_all(table, layer, place_B, qkv_BO, score_F, mixed_BQ, parts)
+    looked_all(table, layer, place_B, cache_B, qkv_BO, score_F, mixed_BQ, parts)
     spread(table, layer.out, mixed_BQ, score_F, y_BD, parts)
 
 
@@ -145,9 +145,12 @@ def _embedded(address, code, index, scale, x_D, adds):
 
 
 @kernel()
-def step(models, layers, norms, table, id_B, place_B, room_F, room_I, logits_BV, parts):
-    """One token of each row at its place: all layers, and the scores of the next tokens."""
-    model, B, V = models[0], id_B.shape[0], logits_BV.shape[1]
+def step(models, layers, norms, table, id_B, place_B, cache_B, asked_N, room_F, room_I, logits_NV, parts):
+    """One token of each row at its place in its cache: all layers, and what comes after the rows that are asked for.
+
+    Rows with the same cache are of one text, whose tokens before them are in the cache or among them.
+    """
+    model, B, N, V = models[0], id_B.shape[0], asked_N.shape[0], logits_NV.shape[1]
     D, P = model.width, model.pairs
     x_BD, h_BD, y_BD = _cut(room_F, 0, B, D), _cut(room_F, B * D, B, D), _cut(room_F, 2 * B * D, B, D)
     at = 3 * B * D
@@ -166,16 +169,18 @@ def step(models, layers, norms, table, id_B, place_B, room_F, room_I, logits_BV,
         cos, sin = (near_cos_BP, near_sin_BP) if layer.local != 0 else (cos_BP, sin_BP)
         _before(norms, layer.norm, x_BD, h_BD)
         if layer.latent != 0:
-            latent_attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+            latent_attention(layer, norms, table, h_BD, place_B, cache_B, cos, sin, rest_F, y_BD, parts)
         else:
-            _attention(layer, norms, table, h_BD, place_B, cos, sin, rest_F, y_BD, parts)
+            _attention(layer, norms, table, h_BD, place_B, cache_B, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
         _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts)
         _added(norms, layer.ff_out_norm, layer.residual, y_BD, x_BD)
-    _before(norms, model.norm, x_BD, h_BD)
-    spread(table, model.head, h_BD, rest_F, logits_BV, parts)
-    for b in range(B):
+    for n in range(N):
+        _copied(x_BD[asked_N[n]], y_BD[n])
+    _before(norms, model.norm, y_BD[:N], h_BD[:N])
+    spread(table, model.head, h_BD[:N], rest_F, logits_NV, parts)
+    for n in range(N):
         for v in range(V):
-            logit = logits_BV[b, v] / model.divisor
-            logits_BV[b, v] = model.softcap * bounded(logit / model.softcap) if model.softcap > np.float32(0) else logit
+            logit = logits_NV[n, v] / model.divisor
+            logits_NV[n, v] = model.softcap * bounded(logit / model.softcap) if model.softcap > np.float32(0) else logit

