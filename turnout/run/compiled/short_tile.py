@@ -24,8 +24,6 @@ __all__ = ["NEEDS", "ShortTile"]
 _PAIRS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512bf16"})
 NEEDS = {torch.bfloat16: _PAIRS, torch.uint8: _PAIRS, torch.int8: _PAIRS | {"avx512vbmi"}}
 _LINE = 64
-# Bytes that are fetched ahead at least, where the next outputs are nearer: what memory gives while one line comes.
-_AHEAD = 4096
 
 
 def _brain(number: float) -> int:
@@ -106,9 +104,7 @@ class ShortTile(Tile):
         builder = self.builder
         codes = [builder.add(self.at, builder.mul(out, self.stride)) for out in outs]
         scales = [builder.add(self.at_scale, builder.mul(out, self.groups)) for out in outs]
-        few = builder.sub(self.word(_AHEAD * 8 // self.kind.bitwidth), builder.mul(self.stride, self.word(OUTS)))
-        few = builder.select(builder.icmp_signed(">", few, self.word(0)), few, self.word(0))
-        ahead = builder.add(builder.add(self.then, builder.sub(codes[0], self.at)), few)
+        ahead = builder.add(self.then, builder.sub(codes[0], self.at))
         sums = self._zeros()
         if not self.scaled:
             self._lines(codes, ahead, self.word(0), self.group, sums)

@@ -8,13 +8,20 @@ from turnout.run.compiled.tiles import tile_1, tile_2, tile_4, tile_8
 __all__ = ["span", "span_before"]
 
 
+# Bytes that are fetched ahead at least, of codes and of other numbers: what memory gives while one line comes.
+_FEW_AHEAD, _AHEAD = 4096, 8192
+
+
 @kernel(exact=True)
 def span_before(weights, at, at_scale, x, of, ins, rows, out, to, far, first, last, then):
     """As ``span``; what is read next, and so fetched meanwhile, begins at ``code[then]``."""
     code, scale, levels, _, stride, groups, group = weights
+    tile = max(1, OUTS * stride * code.itemsize)
+    ahead = ((_FEW_AHEAD if code.itemsize == 1 else _AHEAD) + tile - 1) // tile * OUTS
     for o in range(first, last, OUTS):
         here, there, outs = at + o * stride, at_scale + o * groups, min(OUTS, last - o)
-        row, into, left, after = of, to + o, rows, here + OUTS * stride if o + OUTS < last else then
+        row, into, left = of, to + o, rows
+        after = at + (o + ahead) * stride if o + ahead < last else then + (o + ahead - last) * stride
         while left >= 8 and LANES == 16:  # fewer registers hold the sums of four rows at most
             tile_8(code, here, stride, scale, there, groups, group, levels, x, row, ins, out, into, far, outs, after)
             row, into, left = row + 8 * ins, into + 8 * far, left - 8

@@ -104,7 +104,9 @@ class Tile:
         return codes * self.kind.bitwidth // 8 // (2 if self.halved else 1)
 
     def _is_near(self) -> Any:
-        """Whether the next outputs' codes, with these, leave most of the first cache to the rows."""
+        """Whether what comes goes into the first cache: few bits, of which it has to leave most to the rows."""
+        if not self.scaled:
+            return self.ir.IntType(1)(0)
         size = self.builder.mul(self.stride, self.word(OUTS * self.kind.bitwidth // 8))
         return self.builder.icmp_signed("<=", size, self.word(_NEAR))
 
