@@ -1,4 +1,8 @@
-"""Maps and experts in few bits: weights are written out for many rows, and read as they lie for few."""
+"""Maps and experts in few bits: read as they lie for few rows, for many written out a little at a time, or as a whole.
+
+Of many rows a number is written out as ``Packed.dequantised`` does it: value times scale, rounded once to x's dtype,
+which is what libraries that write out whole matrices compute with.
+"""
 
 import torch
 from torch import Tensor
@@ -7,8 +11,11 @@ from turnout.errors import ShapeError, word
 from turnout.run.choose import execute
 from turnout.run.compiled import rows_times, suits_rows
 from turnout.run.compiled.experts import experts_times, suits_experts
+from turnout.run.compiled.panels import panels, suits_panels
 from turnout.run.product import linear
 from turnout.run.reference import reference
+from turnout.run.sort import sort_packed
+from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
 
@@ -45,7 +52,20 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
     x_MI = x.reshape(-1, x.shape[-1])
     if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
         return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
+    if not torch.compiler.is_compiling() and not _wanted(x, bias_O) and suits_panels(x_MI, weight):
+        return _by_panels(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
     return linear(x, weight.dequantised(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+
+
+def _by_panels(x_MI: Tensor, weight: Packed, bias_O: Tensor | None) -> Tensor:
+    out_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
+    panels(x_MI, weight, [0], [0, x_MI.shape[0]], out_MO)
+    return out_MO if bias_O is None else out_MO.add_(bias_O)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether gradients are asked for."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 def packed_reference(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
@@ -88,6 +108,8 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
     if backend == "auto" and _suits(x_TD, routing, weights):
         return experts_times(x_TD, routing, *_stacks(weights), activation=weights.activation)
+    if backend == "auto" and not _asked(x_TD, routing, weights) and suits_tiles(x_TD, weights, 0):
+        return sort_packed(x_TD, routing, weights)
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
@@ -106,13 +128,16 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
 
 def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
     """Whether so few rows come to each expert, and so, that experts are read from their codes."""
-    given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
-    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
     return (
         routing.num_entries <= tuning().packed_rows * routing.num_experts
-        and not wanted
+        and not _asked(x_TD, routing, weights)
         and suits_experts(x_TD, routing, *_stacks(weights))
     )
+
+
+def _asked(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
+    """Whether gradients are asked of a layer."""
+    return _wanted(x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
 
 
 def _stacks(weights: PackedWeights) -> tuple[Packed, Packed, Tensor | None, Tensor | None]:

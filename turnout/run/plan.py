@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, PackedWeights, Routing
 from turnout.types.tuning import Tuning
 from turnout.types.weights import Activation
 
@@ -105,7 +105,7 @@ class Plan:
         )
 
 
-def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
+def plan_rows(routing: Routing, weights: ExpertWeights | PackedWeights, x_TD: Tensor) -> Plan:
     """The plan for these tokens: whose rows are next to each other, and how many each expert has."""
     here, bound = tuning(), routing.bounds()
     load = [b - a for a, b in itertools.pairwise(bound)]
@@ -125,7 +125,7 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     return Plan(
         routing=routing.detach(),
         activation=weights.activation,
-        interleaved=weights.interleaved,
+        interleaved=isinstance(weights, ExpertWeights) and weights.interleaved,
         hidden=weights.hidden,
         num_tokens=routing.num_tokens,
         token_P=token_P,

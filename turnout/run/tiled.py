@@ -6,14 +6,15 @@ from torch import Tensor
 
 from turnout.run.compiled.broads import broads, outers, suits_broads, suits_outers
 from turnout.run.compiled.dots import dots, suits_dots
+from turnout.run.compiled.panels import panels, suits_panels
 from turnout.run.tuned import tuning
-from turnout.types import ExpertWeights
+from turnout.types import ExpertWeights, Packed, PackedWeights
 
 __all__ = ["suits_tiles", "tiled_outers", "tiled_products"]
 
 
-def suits_tiles(x_TD: Tensor, weights: ExpertWeights, rows: float) -> bool:
-    """Whether all products of these experts, of so many rows each, are turnout's own.
+def suits_tiles(x_TD: Tensor, weights: ExpertWeights | PackedWeights, rows: float) -> bool:
+    """Whether all products of these experts, of so many rows each, are turnout's own; those in few bits of any number.
 
     >>> import torch
     >>> suits_tiles(torch.ones(4, 3), ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 2, 3)), 4)
@@ -21,6 +22,9 @@ def suits_tiles(x_TD: Tensor, weights: ExpertWeights, rows: float) -> bool:
 
     Source: none; plain bookkeeping.
     """
+    if isinstance(weights, PackedWeights):
+        pair = weights.up, weights.down
+        return all(suits_panels(x_TD.new_empty(1, stack.shape[-1]), stack) for stack in pair)
     if rows > tuning().own_rows(x_TD.dtype):
         return False
     stacks = weights.up_EDH, weights.down_EFD
@@ -31,18 +35,23 @@ def suits_tiles(x_TD: Tensor, weights: ExpertWeights, rows: float) -> bool:
     return all(suits_dots(like, one) or suits_broads(like, one) for like, one in zip(likes, pairs, strict=True))
 
 
-def tiled_products(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list[int], out_NO: Tensor) -> bool:
+def tiled_products(
+    row_NI: Tensor, stack_EIO: Tensor | Packed, expert_G: list[int], bound_G: list[int], out_NO: Tensor
+) -> bool:
     """Each expert's rows times its matrix, where that is turnout's own to do; whether it was.
 
     Args:
         row_NI: the rows of some experts, one expert's after the other's.
-        stack_EIO: the matrices of all experts.
+        stack_EIO: the matrices of all experts; those in few bits, (E, O, I), are of ``suits_tiles``.
         expert_G: which experts.
         bound_G: where each one's rows begin and the last one's end.
         out_NO: what is written to.
 
     Source: none; plain bookkeeping.
     """
+    if isinstance(stack_EIO, Packed):
+        panels(row_NI, stack_EIO, expert_G, bound_G, out_NO)
+        return True
     if row_NI.shape[0] > len(expert_G) * tuning().own_rows(row_NI.dtype) or not out_NO.is_contiguous():
         return False
     given = (row_NI, stack_EIO, expert_G, bound_G, out_NO)
