@@ -6,7 +6,7 @@ from torch import Tensor
 
 from turnout.run.compiled.broads import broads, outers, suits_broads, suits_outers
 from turnout.run.compiled.dots import dots, suits_dots
-from turnout.run.compiled.panels import panels, suits_panels
+from turnout.run.compiled.panels import panel_products, suits_panels
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Packed, PackedWeights
 
@@ -50,7 +50,7 @@ def tiled_products(
     Source: none; plain bookkeeping.
     """
     if isinstance(stack_EIO, Packed):
-        panels(row_NI, stack_EIO, expert_G, bound_G, out_NO)
+        panel_products(row_NI, stack_EIO, expert_G, bound_G, out_NO)
         return True
     if row_NI.shape[0] > len(expert_G) * tuning().own_rows(row_NI.dtype) or not out_NO.is_contiguous():
         return False

@@ -18,14 +18,14 @@ from turnout.run.compiled.lanes import BLOCK, features, prange
 from turnout.run.compiled.unpack import unpack
 from turnout.types.packed import Packed
 
-__all__ = ["panels", "suits_panels"]
+__all__ = ["panel_products", "suits_panels"]
 
 # The most outputs that are written out at once, and bytes of them: in a processor's second cache, beside the rows.
 _CHUNK, _PANEL = 64, 1 << 18
 
 
 def suits_panels(row_NI: Tensor, stack: Packed) -> bool:
-    """Whether ``panels`` takes rows and matrices like these, here and now: as ``suits_dots``, in whole blocks of codes.
+    """Whether ``panel_products`` takes these, here and now: as ``suits_dots``, in whole blocks of codes.
 
     >>> matrix = Packed.of(torch.ones(1, 4, 16, dtype=torch.int8), torch.ones(1, 4, 1), group=16, bits=8)
     >>> suits_panels(torch.ones(4, 16), matrix)
@@ -42,11 +42,10 @@ def suits_panels(row_NI: Tensor, stack: Packed) -> bool:
         and able(row_NI.dtype)
         and knows(stack, row_NI.dtype)
         and "avx512bw" in features()
-        and row_NI.is_contiguous()
     )
 
 
-def panels(row_NI: Tensor, stack: Packed, expert_G: list[int], bound_G: list[int], out_NO: Tensor) -> None:
+def panel_products(row_NI: Tensor, stack: Packed, expert_G: list[int], bound_G: list[int], out_NO: Tensor) -> None:
     """Each expert's rows times its transposed matrix, summed in fp32; bits as those of ``turnout.run.compiled.dots``.
 
     Args:
@@ -58,7 +57,7 @@ def panels(row_NI: Tensor, stack: Packed, expert_G: list[int], bound_G: list[int
 
     >>> matrix = Packed.of(torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1), group=32, bits=8)
     >>> rows, out = torch.ones(1, 32), torch.empty(1, 4)
-    >>> _ = panels(rows, matrix, [0], [0, 1], out) if suits_panels(rows, matrix) else out.fill_(32)
+    >>> _ = panel_products(rows, matrix, [0], [0, 1], out) if suits_panels(rows, matrix) else out.fill_(32)
     >>> out.tolist()
     [[32.0, 32.0, 32.0, 32.0]]
 
@@ -68,7 +67,13 @@ def panels(row_NI: Tensor, stack: Packed, expert_G: list[int], bound_G: list[int
     parts, chunk = threads(), max(OUTS, min(_CHUNK, _PANEL // (ins * size) // OUTS * OUTS))
     room = array(torch.empty(parts * chunk * ins, dtype=row_NI.dtype))
     bound, some = np.array(bound_G) - bound_G[0], rows_at_once(ins * size)
-    given = array(row_NI).reshape(-1), matrices(stack).told, np.array(expert_G), bound, array(out_NO).reshape(-1)
+    given = (
+        array(row_NI.contiguous()).reshape(-1),
+        matrices(stack).told,
+        np.array(expert_G),
+        bound,
+        array(out_NO).reshape(-1),
+    )
     _panels(*given, ins, outs, some, room, chunk, parts)
 
 
