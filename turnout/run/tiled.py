@@ -2,15 +2,21 @@
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from turnout.run.compiled.broads import broads, outers, suits_broads, suits_outers
 from turnout.run.compiled.dots import dots, suits_dots
+from turnout.run.compiled.engine import takes
 from turnout.run.compiled.panels import panel_products, suits_panels
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Packed, PackedWeights
 
-__all__ = ["suits_tiles", "tiled_outers", "tiled_products"]
+__all__ = ["suits_tiles", "tiled_map", "tiled_outers", "tiled_products"]
+
+# Maps of fewer rows than that are torch's, and of longer ones, in bytes: four outputs' weights would fill a processor's
+# first cache, and rows that lie a power of two apart push each other out of the second.
+_LEAST, _LONGEST = 64, 1 << 12
 
 
 def suits_tiles(x_TD: Tensor, weights: ExpertWeights | PackedWeights, rows: float) -> bool:
@@ -62,6 +68,40 @@ def tiled_products(
     else:
         return False
     return True
+
+
+def tiled_map(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """The affine map x W^T + b of many rows where that is turnout's own to do; no gradients.
+
+    Args:
+        x: (..., I).
+        weight_OI: (O, I).
+        bias_O: (O,) or None.
+
+    >>> tiled_map(torch.ones(4, 3), torch.ones(2, 3), None)
+
+    Source: none; plain bookkeeping.
+    """
+    rows, outs = x.numel() // max(1, x.shape[-1]), weight_OI.shape[0]
+    given = [x, weight_OI] if bias_O is None else [x, weight_OI, bias_O]
+    if (
+        not _LEAST <= rows <= tuning().own_rows(x.dtype)
+        or weight_OI.ndim != 2
+        or x.shape[-1] != weight_OI.shape[1]
+        or x.shape[-1] * x.element_size() > _LONGEST
+        or (torch.is_grad_enabled() and any(one.requires_grad for one in given))
+        or torch.is_autocast_enabled("cpu")
+        or not takes(*given)
+        or any(one.dtype != x.dtype for one in given)
+        or (bias_O is not None and bias_O.shape != (outs,))
+    ):
+        return None
+    x_MI, stack_1IO = x.reshape(rows, -1), weight_OI.t().unsqueeze(0)
+    if not suits_dots(x_MI, stack_1IO):
+        return None
+    out_MO = x.new_empty(rows, outs)
+    dots(x_MI, stack_1IO, [0], [0, rows], out_MO)
+    return (out_MO if bias_O is None else out_MO.add_(bias_O)).view(*x.shape[:-1], outs)
 
 
 def tiled_outers(left_NO: Tensor, right_NI: Tensor, expert_G: list[int], bound_G: list[int], grad_EOI: Tensor) -> bool:
