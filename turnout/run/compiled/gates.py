@@ -12,7 +12,7 @@ from turnout.run.compiled.narrow import narrow
 from turnout.run.compiled.pointwise import exponential
 from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["activated", "activation_slopes", "suits_gates"]
+__all__ = ["GATES", "activate_rows", "activated", "activation_slopes", "slope_rows", "suits_gates"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 16  # rows that one thread takes at a time
@@ -33,7 +33,7 @@ _SILU, _RELU = _Gate(np.float32(1)), _Gate(relu=True)
 _ROOT = 2 * (2 / np.pi) ** 0.5
 _GELU = _Gate(np.float32(_ROOT), np.float32(_ROOT * 0.044715))
 # All but the exact GELU, whose error function is no sigmoid.
-_GATES = {
+GATES = {
     "swiglu": _SILU,
     "silu": _SILU,
     "geglu_tanh": _GELU,
@@ -54,7 +54,7 @@ def suits_gates(kind: str, *tensors: Tensor | None) -> bool:
     """
     first = tensors[0]
     return (
-        kind in _GATES
+        kind in GATES
         and first is not None
         and first.dtype in _DTYPES
         and takes(*tensors)
@@ -74,7 +74,7 @@ def activated(hidden_NH: Tensor, kind: str, out_NF: Tensor, *, interleaved: bool
 
     Source: Shazeer, 2020, "GLU Variants Improve Transformer".
     """
-    _forward(array(hidden_NH), array(out_NF), kind in GATED, interleaved, *_GATES[kind])
+    activate_rows(array(hidden_NH), array(out_NF), kind in GATED, interleaved, *GATES[kind])
 
 
 def activation_slopes(
@@ -104,7 +104,7 @@ def activation_slopes(
     """
     of_weight = torch.empty(0) if grad_weight_N is None else grad_weight_N
     given = (array(one) for one in (hidden_NH, grad_NF, weight_N, out_NF, grad_NH, of_weight))
-    _backward(*given, kind in GATED, interleaved, *_GATES[kind])
+    slope_rows(*given, kind in GATED, interleaved, *GATES[kind])
 
 
 @kernel()
@@ -135,7 +135,8 @@ def _forward_row(gate_F, value_F, out_F, gated, a, b, limit, plus, relu):
 
 
 @kernel(threaded=True)
-def _forward(h_NH, out_NF, gated, interleaved, a, b, limit, plus, relu):
+def activate_rows(h_NH, out_NF, gated, interleaved, a, b, limit, plus, relu):
+    """``activated`` as kernels call it."""
     rows, F = out_NF.shape
     for chunk in prange((rows + _ROWS - 1) // _ROWS):
         for n in range(chunk * _ROWS, min(rows, (chunk + 1) * _ROWS)):
@@ -175,7 +176,8 @@ def _backward_row(gate_F, value_F, grad_F, w, out_F, grad_gate_F, grad_value_F, 
 
 
 @kernel(threaded=True)
-def _backward(h_NH, da_NF, w_N, out_NF, dh_NH, dw_N, gated, interleaved, a, b, limit, plus, relu):
+def slope_rows(h_NH, da_NF, w_N, out_NF, dh_NH, dw_N, gated, interleaved, a, b, limit, plus, relu):
+    """``activation_slopes`` as kernels call it; without gradients of weights ``dw_N`` is empty."""
     rows, F = out_NF.shape
     for chunk in prange((rows + _ROWS - 1) // _ROWS):
         for n in range(chunk * _ROWS, min(rows, (chunk + 1) * _ROWS)):
