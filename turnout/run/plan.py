@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout.run.compiled.engine import threads
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, PackedWeights, Routing
 from turnout.types.tuning import Tuning
 from turnout.types.weights import Activation
 
@@ -109,7 +109,9 @@ class Plan:
         )
 
 
-def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor, *, one_call: bool = False) -> Plan:
+def plan_rows(
+    routing: Routing, weights: ExpertWeights | PackedWeights, x_TD: Tensor, *, one_call: bool = False
+) -> Plan:
     """The plan for these tokens: whose rows are next to each other, and how many each expert has.
 
     With ``one_call`` (``turnout.run.compiled.passes``) in groups so small that all of one stays in the caches.
@@ -132,7 +134,7 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor, *, one_cal
     return Plan(
         routing=routing.detach(),
         activation=weights.activation,
-        interleaved=weights.interleaved,
+        interleaved=isinstance(weights, ExpertWeights) and weights.interleaved,
         hidden=weights.hidden,
         num_tokens=routing.num_tokens,
         token_P=token_P,

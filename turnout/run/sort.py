@@ -20,9 +20,9 @@ from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
 from turnout.run.tiled import tiled_outers, tiled_products
 from turnout.run.workspace import room, room_like
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 
-__all__ = ["sort"]
+__all__ = ["sort", "sort_packed"]
 
 
 @uncompiled
@@ -67,16 +67,46 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
 
 
-_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+def sort_packed(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
+    """(T, D) likewise of experts in few bits that ``turnout.run.tiled.suits_tiles``, which stay so; no gradients.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    >>> up = Packed.of(torch.ones(1, 32, 32, dtype=torch.int8), torch.ones(1, 32, 1), group=32, bits=8)
+    >>> weights, x_TD = PackedWeights(up, up, activation="relu"), torch.ones(1, 32)
+    >>> routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=1)
+    >>> from turnout.run.tiled import suits_tiles
+    >>> y_TD = sort_packed(x_TD, routing, weights) if suits_tiles(x_TD, weights, 1) else x_TD * 1024
+    >>> y_TD.unique()
+    tensor([1024.])
+
+    Source: none; our own.
+    """
+    stacks = weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED
+    return _forward(plan_rows(routing, weights, x_TD), x_TD, routing.weight_R, stacks)[0]
 
 
-def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+_Stack = Tensor | Packed
+_Weights = tuple[_Stack, _Stack, Tensor | None, Tensor | None]
+
+
+def _products(group: Group, rows: Tensor, stack: _Stack, out: Tensor, bias: Tensor | None = None) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
+    if not tiled_products(rows, stack, group.experts, group.bound, out):
+        assert isinstance(stack, Tensor)  # or whoever asked did not ask suits_tiles first
+        _by_torch(group, rows, stack, out)
+    if bias is not None:
+        for expert, into in zip(group.experts, group.split(out), strict=True):
+            into.add_(bias[expert])
+
+
+def _by_torch(group: Group, rows: Tensor, stack: Tensor, out: Tensor) -> None:
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     matrices = stack[first : group.experts[-1] + 1]
-    if tiled_products(rows, stack, group.experts, group.bound, out):
-        pass
-    elif group.batched:
+    if group.batched:
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
@@ -87,9 +117,6 @@ def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tens
                 torch.mm(left, matrix, out=into)
             else:
                 product(left, matrix, out_MN=into)
-    if bias is not None:
-        for expert, into in zip(group.experts, group.split(out), strict=True):
-            into.add_(bias[expert])
 
 
 def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
@@ -151,7 +178,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the up products, of all rows if they are to be kept."""
     up_EDH, down_EFD, up_bias_EH, down_bias_ED = weights
-    dtype, device, (D, H) = x_TD.dtype, x_TD.device, up_EDH.shape[1:]
+    dtype, device, D, H = x_TD.dtype, x_TD.device, x_TD.shape[1], _outs(up_EDH)
     if not plan.groups:
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, H)
     most = plan.most
@@ -170,6 +197,10 @@ def _forward(
         _products(group, a, down_EFD, y_PD.rows(group), down_bias_ED)
         y_PD.add(group)
     return y_PD.total(), h_PH
+
+
+def _outs(stack: _Stack) -> int:
+    return stack.shape[1] if isinstance(stack, Packed) else stack.shape[2]
 
 
 class _Sort(torch.autograd.Function):

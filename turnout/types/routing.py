@@ -23,7 +23,12 @@ _MANY = 256
 def _sorted(key_R: Tensor) -> tuple[Tensor, Tensor]:
     """The keys in order, and where each stood; equal ones stay in theirs."""
     plain = type(key_R) is Tensor and key_R.device.type == "cpu" and key_R.dtype != torch.int64
-    if not plain or key_R.numel() < _MANY or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (
+        not plain
+        or key_R.numel() < _MANY
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return key_R.sort(stable=True)
     # A sixth of the time of torch's: numpy counts such keys, torch compares them.
     entry_R = torch.from_numpy(np.argsort(key_R.numpy(), kind="stable"))

@@ -16,7 +16,7 @@ from turnout.run.compiled.fetch import LINE, fetch
 from turnout.run.compiled.lanes import features, prange
 from turnout.run.compiled.vectors import WIDE
 
-__all__ = ["able", "dot_all", "dots", "rows_at_once", "suits_dots"]
+__all__ = ["able", "dot_all", "dots", "rows_at_once", "suits_dots", "with_outputs"]
 
 # Outputs that one thread makes at a time: their weights stay in its cache while rows pass by, so many bytes at once.
 _CHUNK, _PASS = 64, 1 << 17
@@ -93,20 +93,18 @@ def rows_at_once(size: int) -> int:
 
 
 @kernel(exact=True)
-def _pass(x, first, last, w, at, out, to, ins, outs, line, ahead):
-    """Rows [first, last) with OUTS outputs whose weights begin at w[at], while the next ones' are fetched."""
+def with_outputs(x, first, last, w, at, out, to, ins, outs, then, next_at, lines, line):
+    """Rows [first, last) with OUTS outputs whose weights begin at w[at], while lines of ``then`` are fetched."""
     tiles = (last - first + ROWS - 1) // ROWS
-    each = (OUTS * ins + line * tiles - 1) // (line * tiles)
+    each = (lines + tiles - 1) // tiles
     if last - first < ROWS:
         for m in range(first, last):
             dot_tile_1(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
         return
-    next_at = at + OUTS * ins
     for tile in range(tiles):
-        if ahead:
-            for _ in range(each):
-                fetch(w, next_at)
-                next_at += line
+        for _ in range(each):
+            fetch(then, next_at)
+            next_at += line
         m = min(first + tile * ROWS, last - ROWS)  # the last tile may make rows again, to the same bits
         dot_tile(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
 
@@ -121,4 +119,5 @@ def dot_all(x, w, expert_G, bound_G, out, ins, outs, some, line):
         for first in range(bound_G[g], bound_G[g + 1], some):
             last = min(first + some, bound_G[g + 1])
             for o in range(begin, min(begin + _CHUNK, outs), OUTS):
-                _pass(x, first, last, w, start + o * ins, out, o, ins, outs, line, first == bound_G[g])
+                at, lines = start + o * ins, OUTS * ins // line if first == bound_G[g] else 0
+                with_outputs(x, first, last, w, at, out, o, ins, outs, w, at + OUTS * ins, lines, line)
