@@ -16,14 +16,13 @@ from turnout.errors import CheckpointError, StorageError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.hub import located
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.few_bits import Held, held_slots, packed_tensors, quantized_as
+from turnout.models.checkpoint.few_bits import Held, held_config, held_slots, packed_tensors
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import (
     AHEAD,
     CORRECTION,
     INDEX,
     SINGLE,
-    Survey,
     common_dtype,
     headers,
     layer_of,
@@ -85,7 +84,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
     """
     path = located(path, where="turnout.models.checkpoint.from_hf").folder
     found = survey(path, dtype)
-    config = _held(path, found) if packed else found.config
+    config = held_config(path, found) if packed else found.config
     where, lm = found.where, empty(config, found.dtype)
     target, held = held_slots(lm, found.names) if packed else (slots(lm, found.names), dict[str, Held]())
     with torch.no_grad():
@@ -103,15 +102,6 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
             _check_tied(path, where, lm)
     lm.origin = path
     return lm.eval()
-
-
-def _held(path: Path, found: Survey) -> LMConfig:
-    def refuse(problem: str) -> CheckpointError:
-        fix = "read it with packed=False, as the numbers that its weights stand for"
-        allowed = "be packed by compressed-tensors or in MXFP4, all of a kind in the same way"
-        return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
-
-    return quantized_as(found.config, found.packed.kinds, found.names, refuse)
 
 
 @expects(lm=LM, path=PATH)
