@@ -129,8 +129,9 @@ class Partial:
         return body["done"]
 
     def clear(self) -> None:
-        """Removes a result that was not finished."""
-        shutil.rmtree(self.result, ignore_errors=True)
+        """Removes a result that was not finished, and what writing it may have left beside it."""
+        for place in (self.result, self.result.with_name(f"{_RESULT}.part")):
+            shutil.rmtree(place, ignore_errors=True)
 
     def finish(self, body: Mapping[str, Any]) -> None:
         """Says that the weights of the result are all written, and what there is to tell of them."""
