@@ -76,7 +76,19 @@ class Kept:
         start = self._begin(found, by_input=True)
         return (
             (*start, *between, ins, first, *few, 0, 0, 0),
-            (kernel, code, scale, levels, *between, each - first, ins, *few, order_of(found.code.dtype, short=short), 0, 0),
+            (
+                kernel,
+                code,
+                scale,
+                levels,
+                *between,
+                each - first,
+                ins,
+                *few,
+                order_of(found.code.dtype, short=short),
+                0,
+                0,
+            ),
         )
 
     def _meets_short(self, weight: Tensor | Packed) -> bool:

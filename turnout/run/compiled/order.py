@@ -10,8 +10,19 @@ from turnout.run.compiled.lanes import BLOCK, LANES, wide
 from turnout.run.compiled.narrow import narrow
 from turnout.run.compiled.tables import begins, brains
 
-__all__ = ["BYTES", "NIBBLES", "PARTED", "PLAIN", "SHORT", "close", "close_at", "lay_out", "lay_out_at",
-           "order", "place"]
+__all__ = [
+    "BYTES",
+    "NIBBLES",
+    "PARTED",
+    "PLAIN",
+    "SHORT",
+    "close",
+    "close_at",
+    "lay_out",
+    "lay_out_at",
+    "order",
+    "place",
+]
 
 # In fp32: as they are, and the even places of a block before its odd ones. From SHORT on in bfloat16: as they are; as
 # bytes become words (``turnout.run.compiled.short_tile``), within 64; every fourth, within 128.

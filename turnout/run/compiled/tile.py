@@ -195,9 +195,7 @@ class Tile:
         for first in range(0, OUTS * self.rows, self.lanes):
             some = range(first, min(first + self.lanes, OUTS * self.rows))
             sums.append(
-                self._added(
-                    [builder.load(builder.gep(vectors, [self.word(0), self.word(at)]), align=4) for at in some]
-                )
+                self._added([builder.load(builder.gep(vectors, [self.word(0), self.word(at)]), align=4) for at in some])
             )
         with builder.if_else(builder.icmp_signed("==", self.outs, self.word(OUTS))) as (whole, parted):
             with whole:
