@@ -186,8 +186,9 @@ def test_a_bank_in_16_bits_with_experts_that_nobody_takes() -> None:
     g = torch.Generator().manual_seed(0)
     up, down = torch.randn(4, 6, 33, generator=g).bfloat16(), torch.randn(4, 33, 3, generator=g).bfloat16()
     up[2], down[2] = torch.nan, torch.nan
-    x, routing = torch.randn(3, 33, generator=g).bfloat16(), Routing.from_topk(
-        torch.tensor([[0, 1], [1, 3], [0, 3]]), torch.rand(3, 2, generator=g), num_experts=4
+    x, routing = (
+        torch.randn(3, 33, generator=g).bfloat16(),
+        Routing.from_topk(torch.tensor([[0, 1], [1, 3], [0, 3]]), torch.rand(3, 2, generator=g), num_experts=4),
     )
     got = experts_times(x, routing, up, down)
     from turnout.run import execute

@@ -59,7 +59,7 @@ def _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, ac
                 times(table, up, e, x_RD[start:end], wide_MH, hidden + first, hidden + last)
             else:
                 times(table, up, e, x_RD[start:end], wide_MH, first, wide_MH.shape[1] if code < GATED else last)
-            activated(wide_MH, code, first, last, wide_MH[:, :hidden])
+            activated(wide_MH, code, first, last, hidden)
             for r in range(start, end):
                 lay_out_at(wide_RH[r, first:last], first, act_RF[r], order)
 

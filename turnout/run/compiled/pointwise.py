@@ -9,7 +9,7 @@ from turnout.run.compiled.floats import as_bits, fused
 from turnout.run.compiled.lanes import as_float
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["KINDS", "activated", "exponential", "gated"]
+__all__ = ["KINDS", "activated", "exponential", "gated", "gated_here", "ungated_here"]
 
 # What g is, of act(h) = g(gate) * value or act(h) = g(h); "oai" takes clamped gates and values + 1.
 KINDS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "geglu_tanh": 2, "gelu_tanh": 2, "reglu": 3, "relu": 3}
@@ -83,9 +83,10 @@ def _each(kind, gates, gate_F, value_F, out_F):
 
 @kernel(exact=True)
 def gated(kind, gates, gate_F, value_F, out_F):
-    """Activations, which may be written in the place of their gates; without gates the values are not looked at.
+    """Activations, written elsewhere; without gates the values are not looked at.
 
-    Each kind has a loop without branches, of which LLVM makes vectors: a tenth of the time.
+    Each kind has a loop without branches, of which LLVM makes vectors: a tenth of the time. It does not where the loop
+    finds that it writes to what it reads: see ``gated_here``.
     """
     if kind == 0:
         _each(0, gates, gate_F, value_F, out_F)
@@ -97,3 +98,31 @@ def gated(kind, gates, gate_F, value_F, out_F):
         _each(3, gates, gate_F, value_F, out_F)
     else:
         _each(4, gates, gate_F, value_F, out_F)
+
+
+@kernel(exact=True)
+def gated_here(kind, gate_F, value_F):
+    """Activations in the place of their gates, which LLVM is told: one name, and so vectors."""
+    if kind == 0:
+        _each(0, True, gate_F, value_F, gate_F)
+    elif kind == 1:
+        _each(1, True, gate_F, value_F, gate_F)
+    elif kind == 2:
+        _each(2, True, gate_F, value_F, gate_F)
+    elif kind == 3:
+        _each(3, True, gate_F, value_F, gate_F)
+    else:
+        _each(4, True, gate_F, value_F, gate_F)
+
+
+@kernel(exact=True)
+def ungated_here(kind, gate_F):
+    """The same of a layer that has no values."""
+    if kind == 0:
+        _each(0, False, gate_F, gate_F, gate_F)
+    elif kind == 1:
+        _each(1, False, gate_F, gate_F, gate_F)
+    elif kind == 2:
+        _each(2, False, gate_F, gate_F, gate_F)
+    else:
+        _each(3, False, gate_F, gate_F, gate_F)
