@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices, meets_short
 from turnout.run.compiled.lanes import prange, wide
-from turnout.run.compiled.order import close, lay_out, order
+from turnout.run.compiled.order import close, lay_out, lay_row, order
 from turnout.run.compiled.pointwise import KINDS, gated
 from turnout.run.compiled.span import span_before
 from turnout.types import ExpertWeights, Routing
@@ -267,8 +267,7 @@ def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
     count = _active(offset_E, active_E)
     for t in range(tokens):
         row = rows_x[t * wide_width : (t + 1) * wide_width]
-        lay_out(x[t * width : (t + 1) * width], 0, row, order(up[0], rows_x))
-        close(row, width, order(up[0], rows_x))
+        lay_row(x[t * width : (t + 1) * width], row, order(up[0], rows_x))
     for e in active_E[:count]:
         if offset_E[e] + 1 < offset_E[e + 1]:
             for r in range(offset_E[e], offset_E[e + 1]):

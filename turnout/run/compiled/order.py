@@ -20,13 +20,18 @@ __all__ = [
     "close_at",
     "lay_out",
     "lay_out_at",
+    "lay_row",
     "order",
     "place",
 ]
 
 # In fp32: as they are, and the even places of a block before its odd ones. From SHORT on in bfloat16: as they are; as
 # bytes become words (``turnout.run.compiled.short_tile``), within 64; every fourth, within 128.
-PLAIN, PARTED, SHORT, BYTES, NIBBLES = range(5)
+PLAIN = 0
+PARTED = 1
+SHORT = 2
+BYTES = 3
+NIBBLES = 4
 
 
 def _order() -> Any:
@@ -111,6 +116,13 @@ def lay_out(x_N, first, room, order):
         _whole(x_N[begin : begin + 64], room, place(first + begin, order), order)
     for i in range(whole, count):
         room[place(first + i, order)] = narrow(wide(x_N[i]), room[0])
+
+
+@kernel(exact=True)
+def lay_row(x_I, room, order):
+    """A whole row, with the zeros after it."""
+    lay_out(x_I, 0, room, order)
+    close(room, x_I.shape[0], order)
 
 
 @kernel(exact=True)

@@ -8,7 +8,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
 from turnout.run.compiled.formats import blocks, knows, matrices, meets_short
 from turnout.run.compiled.lanes import prange, wide
-from turnout.run.compiled.order import close, lay_out, order
+from turnout.run.compiled.order import lay_row, order
 from turnout.run.compiled.span import span
 from turnout.types.packed import Packed
 
@@ -108,8 +108,7 @@ def _rows(x, weights, bias_O, wide_x, out, rows, ins, outs):
     size = wide_x.shape[0] // max(1, rows)
     for m in range(rows):
         row = wide_x[m * size : (m + 1) * size]
-        lay_out(x[m * ins : (m + 1) * ins], 0, row, order(weights[0], wide_x))
-        close(row, ins, order(weights[0], wide_x))
+        lay_row(x[m * ins : (m + 1) * ins], row, order(weights[0], wide_x))
     for chunk in prange((outs + _CHUNK - 1) // _CHUNK):
         first, last = chunk * _CHUNK, min(outs, (chunk + 1) * _CHUNK)
         span(weights, 0, 0, wide_x, 0, size, rows, out, 0, outs, first, last)

@@ -1,8 +1,8 @@
 """The inner loop where rows are bfloat16: the processor multiplies pairs of them, and sums in float32.
 
-Nothing is widened. Weights in bfloat16 are multiplied as they lie. Of 64 whole numbers in a line of memory the upper and
-lower bytes of their bfloat16, which is exact, are looked up by their absolute values, and put together to words; four
-bits are looked up as they are, 32 at a time, in every fourth number of 128. Rows are laid out to meet them so
+Nothing is widened. Weights in bfloat16 are multiplied as they lie. Of 64 whole numbers in a line of memory the upper
+and lower bytes of their bfloat16, which is exact, are looked up by their absolute values, and put together to words;
+four bits are looked up as they are, 32 at a time, in every fourth number of 128. Rows are laid out to meet them so
 (``turnout.run.compiled.order``). Sums over a line are multiplied by the scales of its lanes.
 
 The product of pairs takes numbers below 2^-126 for 0, before and after.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from turnout.run.compiled.tile import OUTS, Tile
+from turnout.run.compiled.tile import Tile
 from turnout.run.compiled.vectors import bfloat
 
 __all__ = ["NEEDS", "ShortTile"]
