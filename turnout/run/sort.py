@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.passes import backward_pass, forward_pass, suits_passes
 from turnout.run.compiled.sums import add_rows, suits_sums
 from turnout.run.composed import composes, slopes
 from turnout.run.decode import decoder
@@ -60,7 +61,7 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         return few(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
-        plan = plan_rows(routing, weights, x_TD)
+        plan = plan_rows(routing, weights, x_TD, one_call=suits_passes(x_TD, routing, weights))
         if train:
             return _Sort.apply(x_TD, routing.weight_R, *tensors, plan).to(dtype)
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
@@ -184,6 +185,9 @@ def _forward(
     x_ND, a_NF = room((most, D), dtype, device), room((most, plan.hidden), dtype, device)
     h_PH = room((plan.rows if keep else most, H), dtype, device)
     y_PD = _Sum(plan, x_TD, weight_R)
+    if plan.one_call:
+        forward_pass(plan, x_TD, weight_R, up_EDH, down_EFD, h_PH, y_PD.sum_TD)
+        return y_PD.total(), h_PH
     for group in plan.groups:
         count = group.bound[-1] - group.bound[0]
         x, a, h = x_ND[:count], a_NF[:count], h_PH[group.rows] if keep else h_PH[:count]
@@ -219,7 +223,9 @@ class _Sort(torch.autograd.Function):
             return *slopes(composition, inputs, ctx.needs_input_grad[:6], grad_TD), None
         with torch.autocast(x_TD.device.type, enabled=False):
             work = _Backward(ctx.plan, x_TD, weight_R, weights, h_PH, grad_TD.contiguous(), ctx.needs_input_grad[:6])
-            for group in ctx.plan.groups:
+            if ctx.plan.one_call:
+                work.take_all()
+            for group in () if ctx.plan.one_call else ctx.plan.groups:
                 work.take(group)
             return *work.finish(), None
 
@@ -252,6 +258,12 @@ class _Backward:
             self.narrow = [room((most, plan.hidden), dtype, device) for _ in range(5)]
             self.dh_NH = room((most, H), dtype, device)
             self.h_NH = room((most, H), dtype, device) if plan.packs else None
+
+    def take_all(self) -> None:
+        """Fills in what all groups contribute, in one call."""
+        sum_TD = None if self.dx_PD is None else self.dx_PD.sum_TD
+        given = self.plan, self.x_TD, self.weight_R, *self.weights[:2], self.h_PH, self.grad_TD
+        backward_pass(*given, sum_TD=sum_TD, up=self.up, down=self.down, of_weight_R=self.dweight_P)
 
     def take(self, group: Group) -> None:
         """Fills in what one group of experts contributes."""

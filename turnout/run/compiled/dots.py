@@ -16,7 +16,7 @@ from turnout.run.compiled.fetch import LINE, fetch
 from turnout.run.compiled.lanes import features, prange
 from turnout.run.compiled.vectors import WIDE
 
-__all__ = ["able", "dots", "rows_at_once", "suits_dots", "with_outputs"]
+__all__ = ["able", "dot_all", "dots", "rows_at_once", "suits_dots", "with_outputs"]
 
 # Outputs that one thread makes at a time: their weights stay in its cache while rows pass by, so many bytes at once.
 _CHUNK, _PASS = 64, 1 << 18
@@ -78,7 +78,7 @@ def dots(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list[i
     rows, weights, out = (array(one).reshape(-1) for one in (row_NI, stack_EIO.transpose(1, 2), out_NO))
     some = rows_at_once(ins * row_NI.element_size())
     bound = np.array(bound_G) - bound_G[0]
-    _dots(rows, weights, np.array(expert_G), bound, out, ins, outs, some, LINE // row_NI.element_size())
+    dot_all(rows, weights, np.array(expert_G), bound, out, ins, outs, some, LINE // row_NI.element_size())
 
 
 def rows_at_once(size: int) -> int:
@@ -110,7 +110,8 @@ def with_outputs(x, first, last, w, at, out, to, ins, outs, then, next_at, lines
 
 
 @kernel(threaded=True, exact=True)
-def _dots(x, w, expert_G, bound_G, out, ins, outs, some, line):
+def dot_all(x, w, expert_G, bound_G, out, ins, outs, some, line):
+    """``dots`` as kernels call it, ``some`` rows at a time."""
     parts = (outs + _CHUNK - 1) // _CHUNK
     for job in prange(expert_G.shape[0] * parts):
         g, begin = job // parts, job % parts * _CHUNK

@@ -5,7 +5,7 @@ from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["WIDE", "Vectors"]
+__all__ = ["WIDE", "Vectors", "bfloat"]
 
 # How many float32 a vector has.
 WIDE = 16
@@ -32,6 +32,11 @@ def _bfloat() -> Any:
 
 
 _BFLOAT = Lazy(_bfloat)
+
+
+def bfloat() -> Any:
+    """LLVM's type of a bfloat16."""
+    return _BFLOAT.made()
 
 
 class Vectors:
