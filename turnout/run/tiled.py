@@ -71,7 +71,7 @@ def tiled_products(
 
 
 def tiled_map(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
-    """The affine map x W^T + b of many rows where that is turnout's own to do; no gradients.
+    """The affine map x W^T + b of many rows in fp32 where that is turnout's own to do; no gradients.
 
     Args:
         x: (..., I).
@@ -85,7 +85,8 @@ def tiled_map(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | N
     rows, outs = x.numel() // max(1, x.shape[-1]), weight_OI.shape[0]
     given = [x, weight_OI] if bias_O is None else [x, weight_OI, bias_O]
     if (
-        not _LEAST <= rows <= tuning().own_rows(x.dtype)
+        x.dtype != torch.float32  # in 16 bits torch's are as fast
+        or not _LEAST <= rows <= tuning().own_rows(x.dtype)
         or weight_OI.ndim != 2
         or x.shape[-1] != weight_OI.shape[1]
         or x.shape[-1] * x.element_size() > _LONGEST

@@ -74,8 +74,8 @@ class Tuning:
     decode_rows: int = 4
     compiled_rows: int = 8
     packed_rows: int = 32
-    panel_rows: int = 8
-    panel_rows_short: int = 4
+    panel_rows: int = 16
+    panel_rows_short: int = 12
     tiled_rows: int = 0
     tiled_rows_short: int = 0
     seconds: Mapping[str, Mapping[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)

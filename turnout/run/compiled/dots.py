@@ -19,7 +19,7 @@ from turnout.run.compiled.vectors import WIDE
 __all__ = ["able", "dot_all", "dots", "rows_at_once", "suits_dots", "with_outputs"]
 
 # Outputs that one thread makes at a time: their weights stay in its cache while rows pass by, so many bytes at once.
-_CHUNK, _PASS = 64, 1 << 17
+_CHUNK, _PASS = 64, 1 << 18
 _NEEDS = {torch.float32: {"avx512f"}, torch.bfloat16: {"avx512f", "avx512vl", "avx512bf16"}}
 
 
@@ -85,7 +85,7 @@ def rows_at_once(size: int) -> int:
     """As many rows of so many bytes as pass by the weights of a chunk of outputs at a time.
 
     >>> rows_at_once(1024)
-    128
+    256
 
     Source: none; plain bookkeeping.
     """
