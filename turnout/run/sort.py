@@ -186,6 +186,7 @@ def _forward(
     h_PH = room((plan.rows if keep else most, H), dtype, device)
     y_PD = _Sum(plan, x_TD, weight_R)
     if plan.one_call:
+        assert isinstance(up_EDH, Tensor) and isinstance(down_EFD, Tensor)  # as suits_passes asks
         forward_pass(plan, x_TD, weight_R, up_EDH, down_EFD, h_PH, y_PD.sum_TD)
         return y_PD.total(), h_PH
     for group in plan.groups:
