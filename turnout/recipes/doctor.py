@@ -93,7 +93,7 @@ def decoding_of(path: str | Path) -> str:
 
     Source: see ``turnout.models.decoding.decoding_path``.
     """
-    found = opened(path, "turnout doctor", "cpu", packed=True)
+    found = opened(path, "turnout doctor", "cpu")
     return f"{path} decodes on a CPU by {decoding_path(found.lm)}"
 
 

@@ -192,3 +192,14 @@ def test_what_is_packed_wrongly_is_refused(folder: Path) -> None:
     save_file(scales | {name: scales[name].float()}, file)
     with pytest.raises(CheckpointError, match="left over"):
         checkpoint.from_hf(folder, dtype=torch.float32)
+
+
+def test_a_scale_that_is_no_number_is_refused(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("_scales"))
+    tensors[name][-1, -1, -1] = 255
+    save_file(tensors, file)
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=f"finite numbers .* one of {name.removesuffix('_scales')} that"):
+            checkpoint.from_hf(folder, packed=packed)

@@ -18,9 +18,11 @@ __all__ = [
     "broad_all",
     "broads",
     "laid",
+    "lay",
     "outer_all",
     "outers",
     "pair_all",
+    "panel",
     "suits_broads",
     "suits_outers",
     "words_room",
@@ -149,7 +151,7 @@ def _pair(low_V, high_V, word_V):
 
 
 @kernel(exact=True)
-def _lay(b, at, stride, count, many, room, to):
+def lay(b, at, stride, count, many, room, to):
     """Rows of COLUMNS to words side by side: one row in each word, or two that follow each other."""
     whole = count - count % many
     for k in range(0, whole, many):
@@ -175,7 +177,7 @@ def pair_all(rows, bound_G, width, room):
 
 
 @kernel(exact=True)
-def _panel(a, at_a, stride_a, next_a, rows, room, at_room, words, out, to, outs, b, at_next, stride_b, count, line):
+def panel(a, at_a, stride_a, next_a, rows, room, at_room, words, out, to, outs, b, at_next, stride_b, count, line):
     """COLUMNS columns of all rows; meanwhile those of b that begin at ``at_next`` are fetched, none where it is < 0."""
     if rows < ROWS:
         for m in range(rows):
@@ -202,12 +204,12 @@ def broad_all(x, w, expert_G, bound_G, out, ins, outs, many, line, room, parts):
         for job in range(jobs * part // parts, jobs * (part + 1) // parts):
             g, column = job // panels, min(job % panels * COLUMNS, outs - COLUMNS)
             at, start = expert_G[g] * ins * outs, bound_G[g]
-            _lay(w, at + column, outs, ins, many, room, at_room)
+            lay(w, at + column, outs, ins, many, room, at_room)
             following = at + min(column + COLUMNS, outs - COLUMNS) if job % panels + 1 < panels else -1
             if following < 0 and g + 1 < expert_G.shape[0]:
                 following = expert_G[g + 1] * ins * outs
             rows, to = bound_G[g + 1] - start, start * outs + column
-            _panel(x, start * ins, ins, many, rows, room, at_room, words, out, to, outs, w, following, outs, ins, line)
+            panel(x, start * ins, ins, many, rows, room, at_room, words, out, to, outs, w, following, outs, ins, line)
 
 
 @kernel(threaded=True, exact=True)
@@ -225,6 +227,6 @@ def outer_all(left, right, expert_G, bound_G, grad, outs, ins, many, line, room,
                 before += 1
             count = bound_G[g + 1] - bound_G[g]
             words = (count + many - 1) // many
-            _lay(right, bound_G[g] * ins + column, ins, count, many, room, at_room)
+            lay(right, bound_G[g] * ins + column, ins, count, many, room, at_room)
             to = expert_G[g] * outs * ins + column
-            _panel(left, at_left, 1, outs, outs, room, at_room, words, grad, to, ins, right, -1, ins, count, line)
+            panel(left, at_left, 1, outs, outs, room, at_room, words, grad, to, ins, right, -1, ins, count, line)

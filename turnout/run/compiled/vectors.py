@@ -84,8 +84,8 @@ class Vectors:
         product = self.tools.get_or_insert_function(self.builder.module, kind, name)
         self.builder.store(self.builder.call(product, given), into)
 
-    def store(self, some: Any, data: Any, at: Any) -> None:
-        """Puts float32 there, rounded where numbers are bfloat16."""
-        if self.short:
+    def store(self, some: Any, data: Any, at: Any, *, narrow: bool | None = None) -> None:
+        """Puts float32 there, rounded where numbers are bfloat16, or as told."""
+        if self.short if narrow is None else narrow:
             some = self.builder.fptrunc(some, self.ir.VectorType(_BFLOAT.made(), some.type.count))
         self.builder.store(some, self.builder.bitcast(self.builder.gep(data, [at]), some.type.as_pointer()), align=1)
