@@ -103,7 +103,7 @@ def test_only_what_is_asked_for(dtype, calls):
 
 def test_what_does_not_suit_goes_piece_by_piece(calls):
     run, _ = case(torch.float32)
-    with as_tuned(dataclasses.replace(tuning(), tiled_rows=8)):
+    with as_tuned(dataclasses.replace(tuning(), tiled_rows=8, tiled_rows_short=8)):
         run(sort)
     run, _ = case(torch.float32, "geglu")  # its error function is no sigmoid
     run(sort)

@@ -105,17 +105,20 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
         say("fp32 products, transposed")
         tuning = dataclasses.replace(tuning, onednn_turned=_onednn_from(tuning, turned=True))
     say("how many rows at once")
-    groups = [dataclasses.replace(tuning, group=group) for group in _first(tuning.group, _GROUPS)]
-    tuning = _fastest(groups, _LAYERS["group"], torch.float32)
+    # For torch's products: with turnout's own all experts are one call (turnout.run.compiled.passes).
+    bare = dataclasses.replace(tuning, tiled_rows=0, tiled_rows_short=0)
+    groups = [dataclasses.replace(bare, group=group) for group in _first(tuning.group, _GROUPS)]
+    bare = _fastest(groups, _LAYERS["group"], torch.float32)
     say("row counts in 16 bits")
     counts = [
-        dataclasses.replace(tuning, steps=one, steps_near=near)
+        dataclasses.replace(bare, steps=one, steps_near=near)
         for one, near in _first((tuning.steps, tuning.steps_near), _STEPS)
     ]
-    tuning = _fastest(counts, _LAYERS["steps"], torch.bfloat16)
+    bare = _fastest(counts, _LAYERS["steps"], torch.bfloat16)
     say("experts that share a call")
-    calls = [dataclasses.replace(tuning, call=call) for call in _first(tuning.call, _CALLS)]
-    tuning = _fastest(calls, _LAYERS["call"], torch.bfloat16)
+    calls = [dataclasses.replace(bare, call=call) for call in _first(tuning.call, _CALLS)]
+    bare = _fastest(calls, _LAYERS["call"], torch.bfloat16)
+    tuning = dataclasses.replace(tuning, group=bare.group, steps=bare.steps, steps_near=bare.steps_near, call=bare.call)
     say("few tokens")
     tuning = dataclasses.replace(tuning, decode_rows=_few_rows(tuning, "decode_rows", tables=True))
     if not compiled_here():

@@ -185,7 +185,8 @@ def _forward(
     x_ND, a_NF = room((most, D), dtype, device), room((most, plan.hidden), dtype, device)
     h_PH = room((plan.rows if keep else most, H), dtype, device)
     y_PD = _Sum(plan, x_TD, weight_R)
-    if plan.one_call and isinstance(up_EDH, Tensor) and isinstance(down_EFD, Tensor):
+    if plan.one_call:
+        assert isinstance(up_EDH, Tensor) and isinstance(down_EFD, Tensor)  # as suits_passes asks
         forward_pass(plan, x_TD, weight_R, up_EDH, down_EFD, h_PH, y_PD.sum_TD)
         return y_PD.total(), h_PH
     for group in plan.groups:
