@@ -117,7 +117,7 @@ def few_bits(form: str, rounds: int) -> dict[int, tuple[float, float]]:
         x_TD = torch.randn(routing.num_tokens, shape.width, generator=g)
 
         def by(limit: int, x: Tensor = x_TD, routing=routing) -> Tensor:
-            with torch.no_grad(), as_tuned(dataclasses.replace(here, packed_rows=limit)):
+            with torch.no_grad(), as_tuned(dataclasses.replace(here, panel_rows=limit)):
                 return packed_experts(x, routing, weights)
 
         same(by(rows), by(0))

@@ -22,6 +22,13 @@ def whole(lm, id_BS: torch.Tensor, lengths: tuple[int, ...], steps: int) -> torc
     return torch.stack(found)
 
 
+def longrope() -> LM:
+    """A model whose texts of more than 16 tokens have other frequencies."""
+    rope = {"rope_type": "longrope", "short_factor": (1.0, 1.2, 1.5, 2.0), "long_factor": (4.0, 5.0, 6.0, 7.0)}
+    rope |= {"attention_factor": 1.2, "original_max_position_embeddings": 16}
+    return LM(dataclasses.replace(TINY, rope_scaling=rope, init_std=0.2)).eval()
+
+
 @every_variant
 @torch.no_grad()
 def test_steps_are_the_whole_text(name: str) -> None:
@@ -57,10 +64,7 @@ def test_rows_on_both_sides_of_longrope_go_on_in_any_order(
 ) -> None:
     if not compiled:
         monkeypatch.setenv("TURNOUT_COMPILED", "0")
-    rope = {"rope_type": "longrope", "short_factor": (1.0, 1.2, 1.5, 2.0), "long_factor": (4.0, 5.0, 6.0, 7.0)}
-    rope |= {"attention_factor": 1.2, "original_max_position_embeddings": 16}
-    lm = LM(dataclasses.replace(TINY, rope_scaling=rope, init_std=0.2)).eval()
-    id_BS, kept = ids(4, 20), torch.tensor(rows)
+    lm, id_BS, kept = longrope(), ids(4, 20), torch.tensor(rows)
     for lengths in ([9, 5, 4, 7], [9, 17, 4, 14], [16, 15, 14, 14]):
         decoder = Decoder(lm, batch=4, room=8)
         decoder.prefill(id_BS[:, :17], torch.tensor(lengths))
@@ -69,6 +73,28 @@ def test_rows_on_both_sides_of_longrope_go_on_in_any_order(
             got = decoder.step(id_BS[kept, end - 1])
             want = [lm(torch.cat((id_BS[r, : lengths[r]], id_BS[r, 17:end]))[None]).logits_BSV[0, -1] for r in rows]
             torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make_lm", [longrope, lambda: make("moe")])
+@torch.no_grad()
+def test_what_is_refused_changes_nothing(make_lm, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setenv("TURNOUT_COMPILED", "0")
+    lm, id_BS, lengths = make_lm(), ids(3, 20), torch.tensor([17, 16, 9])  # beyond the border, on it, before it
+    wrong = torch.tensor([1, 1, TINY.vocab_size])
+    decoder, other = Decoder(lm, batch=3, room=8), Decoder(lm, batch=3, room=8)
+    for one in (decoder, other):
+        one.prefill(id_BS[:, :17], lengths)
+    for end in (17, 18):
+        for bad in (wrong, -wrong, wrong.float()):
+            with pytest.raises((UsageError, ShapeError), match=r"be from 0 to|be whole numbers"):
+                decoder.step(bad)
+        with pytest.raises(UsageError, match="be from 0 to"):
+            decoder.prefill(wrong[:, None].expand(3, 17))
+        got, want = decoder.step(id_BS[:, end]), other.step(id_BS[:, end])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert decoder.length_B.tolist() == other.length_B.tolist()
 
 
 def test_bad_calls_are_refused() -> None:

@@ -246,7 +246,7 @@ class LM(Called):
     def begin(self, id_BS: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Batch:
         """What the first block reads, and what all of them want to know; arguments and errors as in ``forward``."""
         start = 0 if cache is None else cache.length
-        self._check(id_BS, start)
+        self.check(id_BS, start)
         places = find_places(id_BS, attention_mask, cache)
         x_BSD = self._embedded(id_BS, start, places)
         if self.rope.changes(start, id_BS.shape[1], places):
@@ -280,7 +280,7 @@ class LM(Called):
             ShapeError: not (B, S), or longer than ``config.max_seq``.
             UsageError: the model has no ``PreGate``: its routers look at what the layers before them made.
         """
-        self._check(id_BS, 0)
+        self.check(id_BS, 0)
         if self.pre_gate is None:
             got = "a dense model" if self.config.moe is None else f"router={self.config.moe.router!r}"
             allowed, fix = "have router='PreGate', which looks at ids alone", "read lm(id_BS).routings instead"
@@ -288,7 +288,13 @@ class LM(Called):
         places = find_places(id_BS, attention_mask, None)
         return (self.pre_gate(id_BS, places=places),) * sum(isinstance(block.ff, MoE) for block in self._blocks())
 
-    def _check(self, id_BS: Tensor, start: int) -> None:
+    def check(self, id_BS: Tensor, start: int) -> None:
+        """Refuses ids that ``forward`` refuses, where so many positions are before them.
+
+        Raises:
+            ShapeError: not whole numbers (B, S), or longer than ``config.max_seq``.
+            UsageError: outside the vocabulary, or on another device than the model.
+        """
         if id_BS.ndim != 2 or id_BS.is_floating_point() or id_BS.shape[1] == 0:
             got, fix = f"{id_BS.dtype} of shape {tuple(id_BS.shape)}", "pass id[None] for one sequence"
             raise ShapeError(word("id_BS", got=got, allowed="be whole numbers (B, S), S > 0", where="LM", fix=fix))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled import compiled_here
+from turnout.run.compiled.dots import able
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.packed import packed_experts
 from turnout.run.product import product
@@ -124,7 +125,11 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
     short = _tiled_rows(tuning, "tiled_rows_short", torch.bfloat16)
     tuning = dataclasses.replace(tuning, tiled_rows_short=short)
     tuning = dataclasses.replace(tuning, compiled_rows=_few_rows(tuning, "compiled_rows", tables=False))
-    return dataclasses.replace(tuning, packed_rows=_packed_rows(tuning))
+    say("few bits")
+    if not able(torch.bfloat16):
+        return dataclasses.replace(tuning, packed_rows=_packed_rows(tuning, "packed_rows", torch.float32))
+    tuning = dataclasses.replace(tuning, panel_rows=_packed_rows(tuning, "panel_rows", torch.float32))
+    return dataclasses.replace(tuning, panel_rows_short=_packed_rows(tuning, "panel_rows_short", torch.bfloat16))
 
 
 def _first(usual: _T, others: Sequence[_T]) -> list[_T]:
@@ -189,7 +194,7 @@ def _tiled_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
     return found
 
 
-def _packed_rows(tuning: Tuning) -> int:
+def _packed_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
     """Up to how many rows each experts in four bits are best read from their codes."""
     found, experts, width, hidden = 0, 8, 512, 256
     g = torch.Generator().manual_seed(0)
@@ -200,7 +205,7 @@ def _packed_rows(tuning: Tuning) -> int:
 
     weights = PackedWeights(some(experts, 2 * hidden, width), some(experts, width, hidden))
     for rows in _PACKED:
-        x_TD = torch.randn(rows * experts // 2, width, generator=g)
+        x_TD = torch.randn(rows * experts // 2, width, generator=g).to(dtype)
         weight_TK, index_TK = torch.rand(rows * experts // 2, experts, generator=g).topk(2)
         routing = Routing.from_topk(index_TK, weight_TK, num_experts=experts)
 
@@ -208,7 +213,7 @@ def _packed_rows(tuning: Tuning) -> int:
             with torch.no_grad():
                 packed_experts(x, routing, weights)
 
-        if not _wins(run, tuning, "packed_rows", rows):
+        if not _wins(run, tuning, field, rows):
             break
         found = rows
     return found

@@ -25,6 +25,7 @@ from turnout.models.checkpoint.zipped import ZippedFile, plain_or_zipped
 from turnout.models.lm import LM, LMConfig
 from turnout.paths import Bank, LowRank
 from turnout.reading import check_fields
+from turnout.run.pages import in_large_pages
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
 from turnout.wrappers import plain_names, stripped, unwrapped
 
@@ -236,7 +237,9 @@ def outline(config: LMConfig) -> LM:
 
 def empty(config: LMConfig, dtype: torch.dtype) -> LM:
     """A model whose weights are not set yet, without the time and memory of setting them."""
-    return outline(config).to(dtype).to_empty(device="cpu")
+    lm = outline(config).to(dtype).to_empty(device="cpu")
+    in_large_pages((*lm.parameters(), *lm.buffers()))
+    return lm
 
 
 def carry(source: Path, target: Path, *, with_config: bool = False) -> None:

@@ -80,6 +80,7 @@ class Decoder:
             got, allowed = length_B.tolist(), f"be {self.batch} whole numbers from 1 to {id_BS.shape[1]}"
             fix = "give every prompt at least one token: the one that begins a text"
             raise UsageError(word("lengths", got=got, allowed=allowed, where=f"{_WHERE}.prefill", fix=fix))
+        self.lm.check(id_BS[:, : int(length_B.max())], 0)  # before anything is forgotten
         logits_BV = self._steps.prefill(id_BS, length_B)
         self.length_B = length_B.clone()
         return logits_BV
@@ -109,6 +110,7 @@ class Decoder:
             got, allowed = f"{longest + 1} tokens", f"end within max_seq={self.lm.config.max_seq}"
             fix = "stop before, or build the model with a longer max_seq"
             raise ShapeError(word("id_B", got=got, allowed=allowed, where=where, fix=fix))
+        self.lm.check(id_B.unsqueeze(1), longest)  # all of them, before a part of the rows goes on
         logits_BV = self._steps.step(id_B)
         self.length_B += 1
         return logits_BV

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from turnout.models.lm import LM
+from turnout.run.pages import in_large_pages
 
 __all__ = ["Rings", "Taken"]
 
@@ -29,6 +30,7 @@ class Rings:
             heads, width = 1, config.mla.kv_rank + config.mla.rope_dim
         shapes = [(batch, heads, self.slots(window), width) for window in self.windows]
         self._held_L = [tuple(torch.empty(shape, dtype=dtype) for _ in self._parts) for shape in shapes]
+        in_large_pages(part for held in self._held_L for part in held)
 
     @property
     def _parts(self) -> range:

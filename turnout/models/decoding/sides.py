@@ -40,12 +40,13 @@ class Sides:
 
     def step(self, id_B: Tensor) -> Tensor:
         """(B, V) the scores after one more token of each row."""
-        for text, new in zip(self._texts, id_B.tolist(), strict=True):
-            text.append(new)
-        over = [row for row, text in enumerate(self._texts) if len(text) == self._border + 1]
+        over = [row for row, text in enumerate(self._texts) if len(text) == self._border]
         if over:
             self._only([row for row in range(len(self._texts)) if row not in over])
         found = [(rows, steps.step(id_B[rows])) for rows, steps in self._parts]
+        # What refuses a token has not read it: it is a part of the text once all have.
+        for text, new in zip(self._texts, id_B.tolist(), strict=True):
+            text.append(new)
         return _joined([*found, (over, self._read(over, id_B.device))] if over else found)
 
     def keep(self, row_N: Tensor) -> None:

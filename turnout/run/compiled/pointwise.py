@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.floats import as_bits, fused
 from turnout.run.compiled.lanes import as_float
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
@@ -16,6 +17,7 @@ KINDS |= {"swiglu_oai": 4}
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SHIFT = np.float32(3 << 22)
 _LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
 _C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2))
 _C3, _C2, _ONE = np.float32(1.6666665459e-1), np.float32(0.5), np.float32(1)
@@ -32,14 +34,14 @@ def exponential(x):
     """
     t = _LEAST if x < _LEAST else x
     t = _MOST if t > _MOST else t
-    n = np.floor(t * _LOG2_E + _C2)
-    r = t - n * _LN2_HIGH - n * _LN2_LOW
-    p = ((((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]) * r + _C3) * r + _C2
-    power = np.int32(n if n == n else _ONE)
-    half = power >> np.int32(1)  # twice, since 2^128 alone is beyond fp32 and e^88.7 is not
-    y = (p * r * r + r + _ONE) * as_float((half + np.int32(127)) << np.int32(23))
-    y *= as_float((power - half + np.int32(127)) << np.int32(23))
-    return np.float32(np.inf) if x > _MOST else y
+    # Beside so large a number there is room for no fraction: the sum's last bits are the power of two.
+    shifted = fused(t, _LOG2_E, _SHIFT)
+    n = shifted - _SHIFT
+    r = fused(n, -_LN2_LOW, fused(n, -_LN2_HIGH, t))
+    p = fused(fused(fused(fused(fused(_C[0], r, _C[1]), r, _C[2]), r, _C[3]), r, _C3), r, _C2)
+    y = as_float(as_bits(fused(p * r, r, r + _ONE)) + (as_bits(shifted) << np.int32(23)))
+    y = np.float32(np.inf) if x > _MOST else y
+    return y if x == x else x
 
 
 @kernel(exact=True)
