@@ -17,7 +17,7 @@ from turnout.run import packed_linear
 pytestmark = pytest.mark.usefixtures("compiled")
 
 WIDE = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 96, "qkv_bias": True, "out_bias": True}
-MOE = MoEConfig(5, 2, 64, shared_hidden=32, shared_gate=True)
+MOE = MoEConfig(5, 3, 64, shared_hidden=32, shared_gate=True)
 ALL = ("experts", "shared", "dense", "attention", "head")
 HOW = {
     "eight bits": {"bits": 8, "group": None},
@@ -33,6 +33,8 @@ HOW = {
 def packed(name: str, dtype: torch.dtype) -> LM:
     moe = MOE if name != "eight bits in groups" else None
     whole = LM(dataclasses.replace(TINY, **WIDE, moe=moe, init_std=0.2), seed=1).eval()
+    if name == "whole":
+        return whole.to(dtype)
     return quantize(whole, **{"parts": ALL, **HOW[name]}, batches=[ids(1, 8)])[0].eval().to(dtype)
 
 
@@ -57,15 +59,24 @@ def threads() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", [*HOW, "whole"])
 @torch.no_grad()
-def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(name: str, dtype: torch.dtype, threads: Any) -> None:
+def test_a_row_has_the_same_bits_alone_and_among_any_others(name: str, dtype: torch.dtype, threads: Any) -> None:
+    lm = packed(name, dtype)
+    want = steps(lm, list(range(9)), 1)
+    for rows in ([0], [8], [1, 5], [7, 2, 0, 3]):
+        assert torch.equal(steps(lm, rows, 1), want[rows]), rows
+
+
+@pytest.mark.slow  # the step is compiled once more
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*HOW, "whole"])
+@torch.no_grad()
+def test_rows_have_the_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, threads: Any) -> None:
     lm, every = packed(name, dtype), list(range(9))
     want = steps(lm, every, 1)
     for count in (2, 3):
         assert torch.equal(steps(lm, every, count), want)
-    for rows in ([0], [8], [1, 5], [7, 2, 0, 3]):
-        assert torch.equal(steps(lm, rows, 1), want[rows]), rows
 
 
 @pytest.mark.parametrize("rows", [65, 130])
