@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     steps.add_argument("--compress-experts", action=_InOrder, type=int, metavar="RANK", help="low rank, and a few rows")
     steps.add_argument("--latent", action=_InOrder, type=int, metavar="RANK", help="experts in a space that they share")
-    steps.add_argument("--densify", action=_InOrder, nargs=0, help="write compressed and merged experts out again")
+    steps.add_argument(
+        "--densify", action=_InOrder, nargs=0, help="write out compressed and merged experts, and few bits"
+    )
     steps.add_argument("--bits", action=_InOrder, type=int, metavar="N", help="weights in 4 or 8 bits; comes last")
     of = parser.add_argument_group("of the step before")
     of.add_argument("--experts", action=_InOrder, type=int, metavar="E", help="of --to: how many")

@@ -20,10 +20,14 @@ gguf = pytest.importorskip("gguf")
 
 SIZES: dict[str, Any] = {"vocab_size": 96, "width": 64, "layers": 2, "heads": 2, "max_seq": 64, "init_std": 0.1}
 LATENT = MLAConfig(q_rank=32, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
 CONFIGS = {
-    "dense": LMConfig(**SIZES, hidden=96, kv_heads=1, qkv_bias=True, out_bias=True, ff_bias=True),
-    "tied": LMConfig(**SIZES, hidden=64, kv_heads=1, tie_embeddings=True, qk_norm="head"),
+    "dense": LMConfig(**SIZES, hidden=128, kv_heads=1, qkv_bias=True, out_bias=True, ff_bias=True),
+    "tied": LMConfig(**SIZES, hidden=64, kv_heads=1, tie_embeddings=True, rope_scaling=LLAMA3),
     "experts": LMConfig(**SIZES, kv_heads=1, moe=MoEConfig(4, 2, 32, router_options={"renormalize": True})),
+    # Written with a shared expert of nothing but zeros.
+    "silent": LMConfig(**SIZES, qkv_bias=True, moe=MoEConfig(4, 2, 32, router_options={"renormalize": False})),
     "latent": LMConfig(**SIZES, hidden=64, attention="mla", mla=LATENT, norm_eps=1e-6, moe=MoEConfig(
         4, 2, 32, shared_hidden=64, layers=(1,), router="GroupLimited",
         router_options={"num_groups": 2, "top_groups": 1, "scores": "sigmoid", "bias": True, "renormalize": True})),
@@ -67,7 +71,15 @@ def models() -> dict[str, tuple[LM, str]]:
     made: dict[str, tuple[LM, str]] = {"oss": (oss(), "mxfp4"), "oss in eight": (oss(), "q8_0")}
     for name, config in CONFIGS.items():
         whole = noisy(LM(config, seed=1))
-        for bits, group, kind in ((8, 32, "q8_0"), (8, None, "q8_0"), (4, 32, "q4_0"), (4, None, "q8_0")):
+        for bits, group, kind in (
+            (8, 32, "q8_0"),
+            (8, None, "q8_0"),
+            (4, 32, "q4_0"),
+            (4, 64, "q8_0"),
+            (4, None, "q8_0"),
+        ):
+            if group == 64 and name != "dense":
+                continue
             few, _ = quantize(whole, bits=bits, group=group, parts=("experts", "shared", "dense", "attention"))
             made[f"{name} {bits} {group or 'rows'}"] = few, kind
     whole = noisy(LM(CONFIGS["dense"], seed=1))

@@ -83,7 +83,7 @@ def code_models(lm: LM, plain: LMConfig) -> tuple[LM, LM, dict[str, PackedWeight
     """
     owners = {name: module for name, module in lm.named_modules() if isinstance(module, PackedWeight)}
     codes, scales = outline(plain), outline(plain)
-    codes.rope = lm.rope
+    codes.rope = scales.rope = lm.rope
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if name.rpartition(".")[0] not in owners:
             _put(codes, name, tensor)

@@ -23,24 +23,31 @@ def whole(rows, expert_G, start_G, row_R, weight_R, weight):
 
 @kernel()
 def grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R):
-    """The rows of each expert after each other; how many experts there are. It empties the choices."""
+    """The rows of each expert after each other; how many experts there are.
+
+    Experts come in the order of their numbers: a row's outputs are added in an order that no other row decides.
+    """
     rows, most = choice_BK.shape
-    groups, end = 0, 0
+    groups, end, last = 0, 0, -1
     start_G[0] = 0
-    for first in range(rows * most):
-        e = choice_BK[first // most, first % most]
+    for _ in range(rows * most):
+        e = -1  # the smallest that is left
+        for b in range(rows):
+            for k in range(most):
+                if last < choice_BK[b, k] and (e < 0 or choice_BK[b, k] < e):
+                    e = choice_BK[b, k]
         if e < 0:
-            continue
-        for b in range(first // most, rows):
+            break
+        for b in range(rows):
             weight, met = np.float32(0), False
             for k in range(most):
                 if choice_BK[b, k] == e:
-                    weight, met, choice_BK[b, k] = weight + weight_BK[b, k], True, -1
+                    weight, met = weight + weight_BK[b, k], True
             if met:
                 row_R[end], weight_R[end] = b, weight
                 end += 1
         expert_G[groups] = e
-        groups += 1
+        groups, last = groups + 1, e
         start_G[groups] = end
     return groups
 
