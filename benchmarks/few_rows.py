@@ -29,7 +29,8 @@ from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 ROWS = (1, 2, 4)
 # By format: what M = 1, 2 and 4 may take over the sweep. For bits there is one bar.
 BARS = {"fp32": (1.10, 1.15, 1.30), "bf16": (1.25, 1.30, 1.50), "fp16": (None,) * 3}
-BARS |= {"int8 a row": (1.60,) * 3, "int4 of 64": (1.60,) * 3}
+_FEW = ("int8 a row", "int8 of 64", "int4 of 64", "MXFP4")
+BARS |= {f"{form}{rows}": (1.60,) * 3 for form in _FEW for rows in ("", ", bf16 rows")}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BYTES = 96 << 20
 
@@ -61,10 +62,15 @@ def stack(form: str, shape: tuple[int, int, int], generator: torch.Generator) ->
     if form in _DTYPES:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(_DTYPES[form])
     experts, outs, ins = shape
-    group, bits = (min(64, ins), 4) if form == "int4 of 64" else (ins, 8)
+    bits = 8 if form.startswith("int8") else 4
+    group = ins if form.startswith("int8 a row") else min(32 if form.startswith("MX") else 64, ins)
     size = (experts, outs, ins * bits // 8)
     code = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     scale = torch.rand(experts, outs, ins // group, generator=generator) * ins**-0.5 * 2.0**-bits
+    if form.startswith("MX"):
+        half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        power = scale.log2().round().exp2().bfloat16()
+        return Packed(code, power, group, bits, torch.cat((half, -half)))
     return Packed(code if bits == 4 else code.view(torch.int8), scale, group, bits)
 
 
@@ -96,7 +102,7 @@ def measure(form: str, shape: Shape, rounds: int) -> dict[str, object]:
     one = [stack(form, size, generator) for size in sizes]
     each = sum(swept(part).nbytes for part in one)
     banks = [one, *([stack(form, size, generator) for size in sizes] for _ in range(1, -(-_BYTES // each)))]
-    dtype = _DTYPES.get(form, torch.float32)
+    dtype = torch.bfloat16 if form.endswith("bf16 rows") else _DTYPES.get(form, torch.float32)
     calls: dict[str, Callable[[], object]] = {"sweep": lambda: [sweep(swept(p)) for bank in banks for p in bank]}
     for rows in ROWS:
         routing = evenly(rows, shape)

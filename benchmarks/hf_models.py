@@ -9,6 +9,11 @@ take turns in shuffled order in every round, and every round has new tokens, thu
 printed logits and gradients are compared: in fp32 with the eager ones, in bf16 with those in fp32, from which the eager
 ones' own distance is the scale. Times are CPU time of the process; wall time is in the JSON file. A bar is held against
 the fastest of transformers' own in each case.
+
+What is around the experts is transformers' own code in all of them, so there is a limit. Two more take their turns:
+the model with experts that return their tokens and cost nothing, and the bare products of its experts alone
+(``benchmarks.contestants.Floor``). No experts make the model faster than the first allows, and none without products
+of their own faster than both together.
 """
 
 import argparse
@@ -24,11 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contestants import Case, Floor
+from benchmarks.contestants import draw as decisions
 from benchmarks.tables import heading, provenance, spread, write
 from turnout import adopt, release
+from turnout.paths import Bank
 
 # batched_mm writes out a copy of an expert for every token that takes it: there is memory for that in decoding alone.
 CONTESTANTS, FEW = ("eager", "grouped_mm", "turnout"), ("eager", "grouped_mm", "batched_mm", "turnout")
+NOTHING, PRODUCTS = "experts for nothing", "bare products"  # no contestants: what is to be reached at most
 JOBS = ("forward+backward", "forward", "decoding")
 BARS = {"fp32": 1.35, "bf16": 1.5}  # times the fastest of transformers' own, geometric mean; nowhere below 1
 SHARED = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -66,7 +75,21 @@ def switch(model: Any, contestant: str) -> None:
         adopt(model)
     else:
         release(model)
-        model.set_experts_implementation(contestant)
+        model.set_experts_implementation("nothing" if contestant == NOTHING else contestant)
+
+
+def nothing(experts: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The tokens themselves, so that gradients reach the router too."""
+    return x_TD * weight_TK.sum(-1, keepdim=True).to(x_TD.dtype)
+
+
+def floor(model: Any, options: argparse.Namespace) -> tuple[Floor, Case, int]:
+    """The products of one block's experts, with even loads, and how many blocks there are."""
+    blocks = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate")]
+    E, D, F = blocks[0].down_proj.shape
+    dtype = {kind: name for name, kind in DTYPES.items()}[blocks[0].down_proj.dtype]
+    case = Case(options.batch * options.seq, D, E, model.config.num_experts_per_tok, F, dtype)
+    return Floor(case, Bank(E, D, F).to(DTYPES[dtype])), case, len(blocks)
 
 
 def work(model: Any, job: str, ids: Tensor, options: argparse.Namespace) -> Callable[[], object]:
@@ -162,7 +185,9 @@ def draw(options: argparse.Namespace, turn: int) -> Tensor:
 def measure(model: Any, job: str, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """CPU and wall seconds of every contestant in every round."""
     order, contestants = random.Random(0), FEW if job == "decoding" else CONTESTANTS
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    contestants = (*contestants, NOTHING)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*contestants, PRODUCTS)}
+    bare, case, blocks = floor(model, options)
     model.train(job == "forward+backward")
     for turn in range(-1, options.rounds):
         ids = draw(options, turn)
@@ -175,13 +200,21 @@ def measure(model: Any, job: str, options: argparse.Namespace) -> dict[str, list
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             if turn >= 0:
                 times[contestant].append((cpu, wall))
+        bare.prepare(given := decisions(case, turn + 1))
+        wall, cpu = time.perf_counter(), time.process_time()
+        bare.run(given, job == "forward+backward")
+        if turn >= 0:
+            took = time.process_time() - cpu, time.perf_counter() - wall
+            times[PRODUCTS].append((blocks * took[0], blocks * took[1]))
     model.zero_grad()
+    if job == "decoding":  # of one token there are none to compare with: its experts are read, not multiplied
+        del times[PRODUCTS]
     return times
 
 
 def best(times: dict[str, list[tuple[float, float]]]) -> str:
     """The fastest of transformers' own, by the median."""
-    own = [name for name in times if name != "turnout"]
+    own = [name for name in times if name not in ("turnout", NOTHING, PRODUCTS)]
     return min(own, key=lambda name: statistics.median(cpu for cpu, _ in times[name]))
 
 
@@ -190,14 +223,28 @@ def over(times: dict[str, list[tuple[float, float]]], name: str, other: str) -> 
     return [theirs[0] / mine[0] for mine, theirs in zip(times[name], times[other], strict=True)]
 
 
+def limits(times: dict[str, list[tuple[float, float]]]) -> list[float | None]:
+    """How many times as fast as transformers' fastest a model is whose experts cost their products, and nothing."""
+    theirs = times[best(times)]
+    free = statistics.median(over(times, NOTHING, best(times)))
+    if PRODUCTS not in times:
+        return [None, free]
+    parts = zip(theirs, times[NOTHING], times[PRODUCTS], strict=True)
+    return [statistics.median(a[0] / (b[0] + c[0]) for a, b, c in parts), free]
+
+
 def rows(case: str, job: str, times: dict[str, list[tuple[float, float]]], tokens: int) -> list[str]:
     """One line a contestant."""
     lines = []
     for name, seconds in times.items():
+        if name in (NOTHING, PRODUCTS):
+            continue
         cells = [case, job, name, spread([tokens / cpu for cpu, _ in seconds], ".0f")]
         for other in ("eager", "grouped_mm"):
             cells.append("" if other == name else f"{spread(over(times, name, other))} x")
         cells.append(f"{spread(over(times, name, best(times)))} x, {best(times)}" if name == "turnout" else "")
+        most = ("-" if one is None else f"{one:.2f} x" for one in limits(times))
+        cells.append(", ".join(most) if name == "turnout" else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -219,6 +266,12 @@ def bars(cases: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {dtype}, the least: {least} | >= 1 | {found[least]:.2f} | {said} |")
             said = "met" if mean >= bar else "**missed**"
             lines.append(f"| {dtype}, geometric mean of {len(found)} | >= {bar} | {mean:.2f} | {said} |")
+            most = zip(*(limits(case["seconds"]) for case in cases if case["dtype"] == dtype), strict=True)
+            for name, each in zip(("their bare products' time", "no time"), most, strict=True):
+                known = [one for one in each if one is not None]
+                if known:
+                    line = f"{dtype}, were experts to take {name}: geometric mean of {len(known)}"
+                    lines.append(f"| {line} | | {statistics.geometric_mean(known):.2f} | the limit |")
     return lines
 
 
@@ -242,14 +295,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("nothing", nothing)
     lines = heading("transformers models with their own experts and with turnout's", provenance())
     lines += [
         f"Models of {options.layers} layers, width {SHARED['hidden_size']}, random weights; {options.batch} x "
         f"{options.seq} tokens to train and to read, {options.tokens} to decode for one row. Medians over "
         f"{options.rounds} interleaved rounds (least-most), CPU time; the ratios are of the same round.",
         "",
-        "| model | job | experts | tokens/s | times eager | times grouped_mm | times the fastest of transformers' |",
-        "|---|---|---|---|---|---|---|",
+        "The limit is what a model would reach whose experts took their bare products' time, and no time at all.",
+        "",
+        "| model | job | experts | tokens/s | times eager | times grouped_mm | times the fastest of theirs | limit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     record: dict[str, Any] = {"about": provenance(), "cases": []}

@@ -1,14 +1,15 @@
-"""What the expert layer's own pieces take over torch's: activations, sums, products, and weights in few bits.
+"""What turnout's own pieces take over torch's: activations, sums, products, attention, and weights in few bits.
 
     python -m benchmarks.pieces [--rounds 9] [--out benchmarks/results]
 
 Each is turnout's way and another, in turn in one process, CPU time of the thread, medians; values are compared first.
 A step of training is timed with its products turnout's own and with torch's. Experts in few bits are multiplied from
-their codes, and written out first.
+their codes, and from panels of weights that are written out.
 """
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from benchmarks.few_rows import Shape, evenly, stack
 from benchmarks.tables import heading, provenance, write
 from turnout.run import packed_experts, sort
 from turnout.run.compiled import why_not_compiled
+from turnout.run.compiled.attention import looks
 from turnout.run.compiled.gates import activated, activation_slopes
 from turnout.run.compiled.sums import add_rows
 from turnout.run.kernel_choice import layer
+from turnout.run.product import linear
 from turnout.run.tuned import as_tuned, tuning
 from turnout.types import PackedWeights
 
@@ -107,20 +110,43 @@ def products(rounds: int) -> dict[str, tuple[float, float]]:
     return found
 
 
-def few_bits(form: str, rounds: int) -> dict[int, tuple[float, float]]:
-    """Experts of so many rows each from their codes, and written out first."""
+def prompts(rounds: int) -> dict[str, tuple[float, float]]:
+    """Of 512 tokens in one text: a dense map, and attention of 8 heads of 64 with 4 of keys; and torch's."""
+    found, g = {}, torch.Generator().manual_seed(0)
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x_TD, weight_OD = torch.randn(512, 512, generator=g).to(dtype), torch.randn(1024, 512, generator=g).to(dtype)
+        q, k, v = (torch.randn(1, heads, 512, 64, generator=g).to(dtype) for heads in (8, 4, 4))
+
+        def by_torch(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return y.transpose(1, 2).flatten(2)
+
+        ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "a map of 512 to 1024": (
+                lambda x=x_TD, w=weight_OD: linear(x, w), lambda x=x_TD, w=weight_OD: functional.linear(x, w)
+            ),
+            "attention": (lambda q=q, k=k, v=v: looks(q, k, v, scale=64**-0.5), by_torch),
+        }  # fmt: skip
+        for what, pair in ways.items():
+            same(*(way().float() for way in pair), off=1e-5 if name == "fp32" else 1e-2)
+            found[f"{what}, {name}"] = compared(*pair, rounds)
+    return found
+
+
+def few_bits(form: str, dtype: torch.dtype, rounds: int) -> dict[int, tuple[float, float]]:
+    """Experts of so many rows each from their codes, and from panels."""
     shape, g, here = Shape(), torch.Generator().manual_seed(0), tuning()
     sizes = (shape.experts, 2 * shape.hidden, shape.width), (shape.experts, shape.width, shape.hidden)
     weights, found = PackedWeights(*(stack(form, size, g) for size in sizes)), {}
     for rows in ROWS:
         routing = evenly(rows, shape)
-        x_TD = torch.randn(routing.num_tokens, shape.width, generator=g)
+        x_TD = torch.randn(routing.num_tokens, shape.width, generator=g).to(dtype)
 
         def by(limit: int, x: Tensor = x_TD, routing=routing) -> Tensor:
-            with torch.no_grad(), as_tuned(dataclasses.replace(here, packed_rows=limit)):
+            with torch.no_grad(), as_tuned(dataclasses.replace(here, panel_rows=limit, panel_rows_short=limit)):
                 return packed_experts(x, routing, weights)
 
-        same(by(rows), by(0))
+        same(by(rows).float(), by(0).float(), off=1e-5 if dtype == torch.float32 else 2e-2)
         found[rows] = compared(lambda by=by, n=rows: by(n), lambda by=by: by(0), rounds)
     return found
 
@@ -142,9 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     about, rounds = provenance(), options.rounds
     found = {"1024 rows, fp32, over torch's calls": pieces(rounds)}
     found["forward+backward, products our own over torch's"] = products(rounds)
-    for form in ("int8 a row", "int4 of 64"):
-        rows = {f"{n} rows each": times for n, times in few_bits(form, rounds).items()}
-        found[f"{form}, from codes over written out first"] = rows
+    found["512 tokens of a prompt, over torch's calls"] = prompts(rounds)
+    for form, (dtype, name) in itertools.product(
+        ("int8 a row", "int4 of 64"), ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    ):
+        rows = {f"{n} rows each": times for n, times in few_bits(form, dtype, rounds).items()}
+        found[f"{form}, {name}, from codes over panels"] = rows
     lines = [*heading("Pieces of the expert layer", about)]
     for head, times in found.items():
         lines += table(head, times)

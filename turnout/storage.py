@@ -224,6 +224,7 @@ def read_error(error: OSError, path: str | Path, where: str) -> StorageError:
     fixes = {
         errno.ENOSPC: ("be on a disk with room", "free some space, or write to another disk; nothing saved was lost"),
         errno.EDQUOT: ("be within the disk quota", "free some space, or write elsewhere; nothing saved was lost"),
+        errno.EFBIG: ("be where files of this size are allowed", "raise ulimit -f, or write to another disk"),
         errno.EACCES: ("be accessible to this user", "change its permissions, or choose another folder"),
         errno.EPERM: ("be accessible to this user", "change its permissions, or choose another folder"),
         errno.EROFS: ("be on a writable disk", "choose another folder"),

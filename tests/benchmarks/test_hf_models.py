@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from benchmarks.hf_models import CONTESTANTS, FEW, bars, best, few_wrong, rows, wrong
+from benchmarks.hf_models import CONTESTANTS, FEW, NOTHING, PRODUCTS, bars, best, few_wrong, limits, rows, wrong
 
 
 def planted(**off):
@@ -52,13 +52,17 @@ def test_of_few_tokens_the_typical_one_counts_in_bf16_and_every_one_in_fp32():
 
 def test_bars_are_held_against_the_fastest_of_transformers_own():
     few = {"eager": [(3.0, 1), (3.0, 1)], "grouped_mm": [(2.0, 1), (2.2, 1)], "batched_mm": [(1.0, 1), (1.0, 1)]}
-    few["turnout"] = [(1.25, 1), (1.25, 1)]
+    few |= {"turnout": [(1.25, 1), (1.25, 1)], NOTHING: [(0.5, 1), (0.5, 1)]}
     many = {"eager": [(4.0, 1)], "grouped_mm": [(6.0, 1)], "turnout": [(1.25, 1)]}
+    many |= {NOTHING: [(0.5, 1)], PRODUCTS: [(0.75, 1)]}
     assert best(few) == "batched_mm" and best(many) == "eager"
-    assert rows("Mixtral fp32", "decoding", few, 10)[-1].endswith("0.80 (0.80-0.80) x, batched_mm |")
+    assert rows("Mixtral fp32", "decoding", few, 10)[-1].endswith("0.80 (0.80-0.80) x, batched_mm | -, 2.00 x |")
     cases = [{"model": "Mixtral", "dtype": "fp32", "job": "decoding", "seconds": few}]
     cases.append({"model": "Mixtral", "dtype": "fp32", "job": "forward", "seconds": many})
-    least, mean = bars(cases)[-2:]
+    assert limits(few) == [None, 2] and limits(many) == [3.2, 8]
+    least, mean, products, nothing = bars(cases)[-4:]
     assert least == "| fp32, the least: Mixtral decoding | >= 1 | 0.80 | **missed** in 1 of 2 |"
     assert mean == "| fp32, geometric mean of 2 | >= 1.35 | 1.60 | met |"
+    assert products.endswith("bare products' time: geometric mean of 1 | | 3.20 | the limit |")
+    assert nothing.endswith("no time: geometric mean of 2 | | 4.00 | the limit |")
     assert "bf16" not in "".join(bars(cases))

@@ -63,7 +63,7 @@ def test_it_is_not_trained(run, text, tmp_path, capsys) -> None:
         (["--bits", "4", "--group", "8", "--method", "gptq"], "--calibration"),
         (["--bits", "4", "--group", "8", "--act-order"], "--method gptq"),
         (["--bits", "4", "--group", "8", "--drop-experts", "1"], "put --bits behind it"),
-        (["--bits", "4", "--group", "8", "--bits", "8"], "put --bits behind it"),
+        (["--bits", "4", "--group", "8", "--bits", "8"], "to round a second time"),
         (["--group", "8"], "come after --bits"),
         (["--bits", "4", "--group", "8", "--codes", "nf4", "--as", "transformers"], "--codes int"),
     ],

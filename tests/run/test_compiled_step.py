@@ -9,13 +9,14 @@ from turnout.models.norm import LayerNorm, RMSNorm
 from turnout.run import activate
 from turnout.run.compiled.curves import ACTIVATIONS, activated, bounded, grown
 from turnout.run.compiled.engine import array, kernel
-from turnout.run.compiled.formats import blocks
+from turnout.run.compiled.formats import blocks, meets_short
 from turnout.run.compiled.kept import Kept
 from turnout.run.compiled.look import looked, softened, stored
 from turnout.run.compiled.norms import normed, turned
 from turnout.run.compiled.route import chosen
 from turnout.run.compiled.tables import CODES, LAYER, NORM
 from turnout.run.compiled.times import laid_out, times
+from turnout.types import Packed
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -83,10 +84,10 @@ def test_numbers_are_stored_as_torch_rounds_them(dtype: torch.dtype) -> None:
 def test_activations(name: str) -> None:
     gated = name in ACTIVATIONS[:5]
     wide = 6 * draw(3, 2 * 37 if gated else 37)
-    got = torch.empty(3, 37)
-    activated(array(wide), ACTIVATIONS.index(name), 0, 20, array(got))
-    activated(array(wide), ACTIVATIONS.index(name), 20, 37, array(got))
-    torch.testing.assert_close(got, activate(wide, name), rtol=1e-6, atol=2e-6)
+    want = activate(wide, name)
+    activated(array(wide), ACTIVATIONS.index(name), 0, 20, 37)
+    activated(array(wide), ACTIVATIONS.index(name), 20, 37, 37)
+    torch.testing.assert_close(wide[:, :37], want, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("norm", [RMSNorm(33, 1e-3), RMSNorm(33, 1e-3, plus_one=True), LayerNorm(33, 1e-3)])
@@ -122,8 +123,25 @@ def test_products_of_either_order(rows: int, dtype: torch.dtype) -> None:
                 kept = Kept()
                 table = np.array([kept.matrix(weight, added)], np.int64)
                 times_all(table, 2, array(x_MI), array(torch.full((rows * blocks(ins),), torch.nan)), array(got))
-                want = x_MI.double() @ stack[2].double().t() + (0 if added is None else added[2].double())
+                short = weight.stride(-1) == 1 and meets_short(weight, dtype)  # rows are rounded as transformers does
+                met = x_MI.bfloat16() if short else x_MI
+                want = met.double() @ stack[2].double().t() + (0 if added is None else added[2].double())
                 torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_products_with_codes(rows: int, bits: int, dtype: torch.dtype) -> None:
+    for outs, ins, group in ((5, 34, 34), (66, 96, 32), (7, 640, 64)):
+        code = torch.randint(0, 256, (3, outs, ins * bits // 8), generator=torch.Generator().manual_seed(2)).byte()
+        weight = Packed(code if bits == 4 else code.view(torch.int8), draw(3, outs, ins // group, seed=4), group, bits)
+        kept, x_MI, got = Kept(dtype), draw(rows, ins), torch.empty(rows, outs)
+        table = np.array([kept.matrix(weight)], np.int64)
+        times_all(table, 2, array(x_MI), array(torch.full((rows * blocks(ins),), torch.nan)), array(got))
+        met = x_MI.bfloat16() if meets_short(weight, dtype) else x_MI
+        want, size = met.double() @ weight.dequantised()[2].double().t(), float(weight.dequantised().abs().max())
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * size * ins)
 
 
 ROUTERS = {
@@ -178,7 +196,8 @@ def test_attention_over_a_cache(sinks: bool, softcap: float, dtype: torch.dtype)
         at = [kept.matrix(stack, by_input=False), kept.matrix(both, by_input=True)]
         given = array(q), array(sink), np.float32(softcap), np.float32(0.4), array(score), array(got), array(room)
         looked_at(np.array(at, np.int64), 1, *given)
-        want = q.double() @ keys[:seen].double().t() * 0.4
+        met = q.bfloat16() if meets_short(keys, dtype) else q
+        want = met.double() @ keys[:seen].double().t() * 0.4
         want = softcap * (want / softcap).tanh() if softcap else want
         share = torch.cat((want, sink[:, None].double()), 1).softmax(1)[:, :seen] if sinks else want.softmax(1)
         torch.testing.assert_close(score.double(), share, rtol=1e-4, atol=1e-6)

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+import torch.utils.flop_counter
 
 from turnout.run import sort
 from turnout.run.compiled.broads import broads, outers, suits_broads, suits_outers
 from turnout.run.compiled.dots import dots, suits_dots
+from turnout.run.product import linear
 from turnout.run.reference import reference
-from turnout.run.tiled import suits_tiles
+from turnout.run.tiled import suits_tiles, tiled_map
 from turnout.run.tuned import as_tuned, tuning
 from turnout.types import ExpertWeights, Routing
 
@@ -96,6 +98,28 @@ def test_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
     alone = all_of(EXPERTS[-1:], BOUND[-2:], x[-80:], y[-80:])
     assert torch.equal(alone[0], wanted[0][-80:]) and torch.equal(alone[1], wanted[1][-80:])
     assert torch.equal(alone[2][7], wanted[2][7])
+
+
+def test_a_map_of_many_rows():
+    able(torch.float32)
+    g = torch.Generator().manual_seed(6)
+    x, weight, bias = (torch.randn(size, generator=g) for size in ((3, 50, 96), (68, 96), (68,)))
+    with as_tuned(dataclasses.replace(tuning(), tiled_rows=150, onednn=None)):
+        for given in ((x, weight, None), (x, weight, bias), (x.transpose(0, 1), weight, bias.repeat(2)[::2])):
+            found = tiled_map(*given)
+            assert torch.equal(linear(*given), found) and found.shape == (*given[0].shape[:2], 68)
+            exact = torch.nn.functional.linear(*(None if one is None else one.double() for one in given))
+            near(found, exact)
+        assert tiled_map(x[:1], weight, bias) is None  # few rows
+        assert tiled_map(torch.cat((x, x)), weight, bias) is None  # more than the tuning says
+        assert tiled_map(x.bfloat16(), weight.bfloat16(), None) is None and tiled_map(x, weight.double(), None) is None
+        assert tiled_map(x, weight.t().contiguous().t(), None) is None and tiled_map(x, weight, bias[:4]) is None
+        assert tiled_map(x, weight.clone().requires_grad_(), None) is None
+        assert tiled_map(x, weight.to_sparse(), None) is None
+        assert tiled_map(torch.ones(80, 1040), torch.ones(4, 1040), None) is None  # long
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            linear(x, weight)
+        assert counter.get_total_flops() == 2 * 150 * 96 * 68
 
 
 def test_what_they_do_not_take():

@@ -193,7 +193,7 @@ def test_what_was_measured_before_there_were_more_choices_is_read_and_keeps_its_
     old = Tuning("a processor", "2.13", 1)
     assert old.digest == "8776c46f"
     body = old.to_json_dict()
-    for name in ("compiled_rows", "packed_rows", "tiled_rows", "tiled_rows_short"):
+    for name in ("compiled_rows", "packed_rows", "panel_rows", "panel_rows_short", "tiled_rows", "tiled_rows_short"):
         assert body.pop(name) is not None
         assert dataclasses.replace(old, **{name: 3}).digest != old.digest
         with pytest.raises(UsageError, match=name):

@@ -348,3 +348,15 @@ def test_relabelled_it_is_the_product_with_the_labels(seed):
     assert found.num_experts == 3
     with pytest.raises(ShapeError, match="one label for each"):
         routing.relabel(label_E[1:], 3)
+
+
+@pytest.mark.parametrize("num_experts", [5, 200, 256, 300, 30_000])
+def test_few_and_many_keys_are_sorted_alike(num_experts, monkeypatch):
+    g = torch.Generator().manual_seed(num_experts)
+    index_TK = torch.stack([torch.randperm(num_experts, generator=g)[:3] for _ in range(200)])
+    weight_TK, found = torch.rand(200, 3, generator=g), []
+    for many in (0, 1 << 40):
+        monkeypatch.setattr("turnout.types.routing._MANY", many)
+        found.append(Routing.from_topk(index_TK, weight_TK, num_experts=num_experts))
+    for name in ("token_R", "weight_R", "offset_E", "entry_R"):
+        assert torch.equal(*(getattr(one, name) for one in found))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HELP = "reshape a model on disk, and write it in the format it came in"
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_GGUF = ("f32", "f16", "bf16", "q8_0", "q4_0")
+_GGUF = ("f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4")
 # What each step's own options may be, the first being the step's argument.
 _TAKES = {
     "--to": ("--experts", "--top-k", "--granularity"),
@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     steps.add_argument("--compress-experts", action=_InOrder, type=int, metavar="RANK", help="low rank, and a few rows")
     steps.add_argument("--latent", action=_InOrder, type=int, metavar="RANK", help="experts in a space that they share")
-    steps.add_argument("--densify", action=_InOrder, nargs=0, help="write compressed and merged experts out again")
+    steps.add_argument(
+        "--densify", action=_InOrder, nargs=0, help="write out compressed and merged experts, and few bits"
+    )
     steps.add_argument("--bits", action=_InOrder, type=int, metavar="N", help="weights in 4 or 8 bits; comes last")
     of = parser.add_argument_group("of the step before")
     of.add_argument("--experts", action=_InOrder, type=int, metavar="E", help="of --to: how many")
@@ -122,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="as_format", choices=["transformers", "model"], help="write another format")
     parser.add_argument(
-        "--gguf", choices=_GGUF, help="write a file of llama.cpp instead, its weights stored so; no steps"
+        "--gguf", choices=_GGUF, help="write a file of llama.cpp instead, its weights stored so; no steps but --densify"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="of --gguf: leave it out")
     group = parser.add_mutually_exclusive_group()
@@ -240,11 +242,13 @@ def _gguf(arguments: argparse.Namespace, dtype: Any) -> int:
     from turnout.recipes.gguf import write_gguf
     from turnout.recipes.progress import progress_for
 
-    _alone("--gguf", arguments, "convert first, then write that as GGUF")
+    whole = [option for option, _ in arguments.given] == ["--densify"]
+    _alone("--gguf", arguments, "convert first, then write that as GGUF", steps=not whole)
     progress = progress_for(quiet=arguments.quiet)
     try:
         kind, tokenizer = arguments.gguf, not arguments.no_tokenizer
-        done = write_gguf(arguments.path, arguments.out, kind=kind, tokenizer=tokenizer, dtype=dtype, say=progress.say)
+        how = {"kind": kind, "tokenizer": tokenizer, "whole": whole, "dtype": dtype}
+        done = write_gguf(arguments.path, arguments.out, **how, say=progress.say)
     finally:
         progress.stop()
     print(f"{arguments.out}: {done}")
@@ -271,14 +275,15 @@ def _zip(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _alone(name: str, arguments: argparse.Namespace, fix: str, *others: str) -> None:
+def _alone(name: str, arguments: argparse.Namespace, fix: str, *others: str, steps: bool = True) -> None:
     """Refuses steps, adapters and other formats beside an option that has a job of its own; and no --out."""
     idle = {
         "--adapters": arguments.adapters,
         "--as": arguments.as_format,
         "--calibration": arguments.calibration,
     }
-    also = [*(option for option, _ in arguments.given), *others, *(option for option, given in idle.items() if given)]
+    given = [option for option, _ in arguments.given] if steps else []
+    also = [*given, *others, *(option for option, given in idle.items() if given)]
     if also:
         raise _refusal(name, f"also {', '.join(also)}", "come without steps", fix)
     if arguments.dry_run:

@@ -14,7 +14,9 @@ from turnout.models.norm import RMSNorm, build_norm
 from turnout.models.padding import Places
 from turnout.models.rope import attention_scale, rotate_neighbours
 from turnout.paths import LowRank, PackedLinear
+from turnout.run.compiled.attention import looks, suits_looks
 from turnout.run.product import linear
+from turnout.run.tuned import tuning
 
 __all__ = ["Attention", "Cache", "LatentAttention", "Projection", "attended", "projection"]
 
@@ -136,6 +138,8 @@ def attend(
     if window is not None and not aside:  # what no query sees is not even read
         unseen = max(0, k_BHTP.shape[2] - new - window + 1)
         k_BHTP, v_BHTP = k_BHTP[:, :, unseen:], v_BHTP[:, :, unseen:]
+    if not aside and tuning().own_rows(q_BHSP.dtype) and suits_looks(q_BHSP, k_BHTP, v_BHTP, sink_H):
+        return looks(q_BHSP, k_BHTP, v_BHTP, scale=scale, window=window, softcap=softcap, sink_H=sink_H)
     total = k_BHTP.shape[2]
     windowed = window is not None and total > window
     seen_ST, causal = None, new == total and new > 1 and not windowed and not aside

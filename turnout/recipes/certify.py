@@ -185,11 +185,11 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
-def open_model(path: str | Path, *, packed: bool = False) -> tuple[LM, str]:
+def open_model(path: str | Path, *, packed: bool = True) -> tuple[LM, str]:
     """The model in a folder, ours or of transformers, and the SHA-256 of its configuration.
 
-    With ``packed``, weights that a folder of transformers has in few bits are held as they lie, where that can be;
-    where not, it is said.
+    Weights that a folder of transformers has in few bits are held as they lie, where that can be; where not, it is
+    said. Without ``packed``, to be trained, they are the numbers that they stand for.
     """
     folder = model_folder(path)
     body = own.read_json(folder / "config.json", _WHERE)

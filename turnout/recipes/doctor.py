@@ -93,7 +93,7 @@ def decoding_of(path: str | Path) -> str:
 
     Source: see ``turnout.models.decoding.decoding_path``.
     """
-    found = opened(path, "turnout doctor", "cpu", packed=True)
+    found = opened(path, "turnout doctor", "cpu")
     return f"{path} decodes on a CPU by {decoding_path(found.lm)}"
 
 
@@ -114,7 +114,8 @@ def _chosen() -> Iterator[str]:
     yield f"  {'experts at once, in intermediate numbers':<42} {here.group:,}"
     yield f"  {'rows of 16 bits rounded up to a part of':<42} 1/{here.steps}, near the mean 1/{here.steps_near}"
     yield f"  {'few tokens, row by row':<42} {here.decode_tokens}, and {here.decode_rows} an expert"
-    yield f"  {'few tokens, compiled':<42} {here.compiled_rows} an expert; in few bits {here.packed_rows}"
+    bits = f"in few bits {here.panel_rows}, with rows of 16 bits {here.panel_rows_short}"
+    yield f"  {'few tokens, compiled':<42} {here.compiled_rows} an expert; {bits}"
     yield f"  {'products of our own up to rows an expert':<42} {here.tiled_rows}, of 16 bits {here.tiled_rows_short}"
     why = why_not_compiled()
     found = f"compiled ({_first_use()}), kept in" if why is None else "not compiled, two to three times as long:"

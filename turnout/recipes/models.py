@@ -31,7 +31,7 @@ class Opened:
     own: bool
 
 
-def opened(path: str | Path, where: str, device: str | torch.device, *, packed: bool = False) -> Opened:
+def opened(path: str | Path, where: str, device: str | torch.device, *, packed: bool = True) -> Opened:
     """The model in a folder, on a device; ``where`` is the command that asks, ``packed`` as ``open_model`` has it."""
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)

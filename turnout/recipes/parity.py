@@ -255,7 +255,8 @@ def parity(
 
 
 def _compare_folder(plan: Plan, model: str | None, dtype: Dtype, plant: str | None, seed: int) -> Parity:
-    lm = None if model is None else open_model(model_folder(located(model, where="turnout parity").folder))[0]
+    place = None if model is None else model_folder(located(model, where="turnout parity").folder)
+    lm = None if place is None else open_model(place, packed=False)[0]
     return compare(plan, lm=lm, dtype=dtype, plant=plant, seed=seed)
 
 

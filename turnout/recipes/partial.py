@@ -18,7 +18,7 @@ from turnout.models.checkpoint.own import read_json
 from turnout.storage import check_seal, digest, load_tensors, read_error, save_tensors, sealed, write_whole
 from turnout.train.folder import locked, write_failure
 
-__all__ = ["MemoryShortError", "Part", "Partial", "Say", "refuse_existing", "unfinished"]
+__all__ = ["MemoryShortError", "Part", "Partial", "Say", "enough_memory", "refuse_existing", "unfinished"]
 
 _WHERE = "turnout convert"
 # The first file of such a folder, by which it is known: what is converted, and how.
@@ -129,8 +129,9 @@ class Partial:
         return body["done"]
 
     def clear(self) -> None:
-        """Removes a result that was not finished."""
-        shutil.rmtree(self.result, ignore_errors=True)
+        """Removes a result that was not finished, and what writing it may have left beside it."""
+        for place in (self.result, self.result.with_name(f"{_RESULT}.part")):
+            shutil.rmtree(place, ignore_errors=True)
 
     def finish(self, body: Mapping[str, Any]) -> None:
         """Says that the weights of the result are all written, and what there is to tell of them."""
@@ -174,6 +175,26 @@ def unfinished(out: Path, settings: Mapping[str, Any], part: Part) -> Iterator[P
                 raise
             raise failed from error
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def enough_memory(peak_bytes: int) -> Iterator[None]:
+    """Says what there is to do where the memory runs out.
+
+    Args:
+        peak_bytes: what was to be held.
+
+    Raises:
+        MemoryShortError: it ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        got = f"too little for about {peak_bytes / 1e9:.3g} GB"
+        fix = "close other programs, or convert on a machine with more, or with --dtype bfloat16"
+        raise MemoryShortError(word("the memory", got=got, allowed="hold two models", where=_WHERE, fix=fix)) from error
 
 
 def refuse_existing(out: Path) -> None:

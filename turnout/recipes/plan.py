@@ -19,7 +19,7 @@ from turnout.models.families.family import Family
 from turnout.recipes.calibration import find_tokenizer
 from turnout.recipes.room import check_room
 from turnout.recipes.run import Run
-from turnout.recipes.steps import Densify, Drop, Merge, Step, Upcycle
+from turnout.recipes.steps import Densify, Drop, Merge, Quantize, Step, Upcycle
 
 __all__ = ["Format", "Plan", "Row", "make_plan"]
 
@@ -70,6 +70,7 @@ class Plan:
         seq: tokens of context that ``flops`` is for.
         wider_bytes: what tensors of wider dtypes than the model's take more, on the disk.
         notes: what else is to be known of the result.
+        held: whether weights that the folder has in few bits are held so.
 
     Source: none; plain bookkeeping.
     """
@@ -85,6 +86,7 @@ class Plan:
     seq: int
     wider_bytes: int = 0
     notes: tuple[str, ...] = ()
+    held: bool = False
 
     @property
     def path(self) -> Path:
@@ -148,24 +150,29 @@ def make_plan(
 
     Raises:
         TurnoutError: a folder that holds no model or a damaged one, steps that do not fit the model or each other, text
-            that a step needs, or a result that the format cannot hold.
+            that a step needs, weights that would be rounded a second time, or a result that the format cannot hold.
     """
     found = located(path, where=_WHERE)
     source, folder = _find(found.folder)
     target = as_format or source
-    if not steps and target == source:
-        fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
-        raise UsageError(word("the steps", got="none", allowed="be at least one", where=_WHERE, fix=fix))
     seen = checkpoint.peek(folder, dtype=dtype)
+    if not steps and target == source:
+        raise _no_steps(seen.stored_as)
+    # Few bits stay so where nothing reshapes them: what reshapes works on the numbers that they stand for.
+    held = seen.held is not None and (not steps or isinstance(steps[0], Densify))
+    config = seen.held if held and seen.held is not None else seen.config
     seq = min(_SEQ, seen.config.max_seq)
-    rows = [_row("input", seen.config, seen.dtype, seq)]
+    rows = [_row("input", config, seen.dtype, seq)]
+    few = config.quantized is not None or seen.stored_as is not None
     for number, step in enumerate(steps, 1):
-        if rows[-1].config.quantized is not None and not isinstance(step, Densify):
-            raise _after_quantize(step)
-        _check_text(step, rows[-1].config, text)
-        planned = step.planned(rows[-1].config)
-        if planned == rows[-1].config:
+        before = rows[-1].config
+        if (few and isinstance(step, Quantize)) or (before.quantized is not None and not isinstance(step, Densify)):
+            raise _after_quantize(step, seen.stored_as)
+        _check_text(step, before, text)
+        planned = step.planned(before)
+        if planned == before and not (few and isinstance(step, Densify)):
             raise _nothing(step, planned)
+        few = isinstance(step, Quantize) or (few and not isinstance(step, Densify))
         rows.append(_row(f"{number} {step.name}", planned, seen.dtype, seq))
     if text is not None:
         if not Path(text).exists():
@@ -173,12 +180,21 @@ def make_plan(
             raise UsageError(word("--calibration", got=got, allowed="be a file or folder", where=_WHERE, fix=fix))
         find_tokenizer(folder)
     architecture, notes, wider = "LM", list(seen.notes), 0
+    if held and not steps:
+        notes[0] = f"weights stay in few bits, as they are stored ({seen.stored_as})"
     if target == "transformers":
         family, written = _family(rows[-1].config, folder)
         architecture, wider = family.architecture, seen.wider_bytes
         notes += _notes(family, written, rows[-1].config, steps, seen.dtype)
     about = (tuple(steps), tuple(rows), dtype, seq, wider, tuple(notes))
-    return Plan(found, folder, source, target, architecture, *about)
+    return Plan(found, folder, source, target, architecture, *about, held)
+
+
+def _no_steps(stored_as: str | None) -> UsageError:
+    fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
+    if stored_as is not None:
+        fix = f"add --densify to write its weights ({stored_as}) out whole, --as model to keep their bits, or steps"
+    return UsageError(word("the steps", got="none", allowed="be at least one", where=_WHERE, fix=fix))
 
 
 def _nothing(step: Step, config: LMConfig) -> UsageError:
@@ -190,9 +206,12 @@ def _nothing(step: Step, config: LMConfig) -> UsageError:
     return UsageError(word("a step", got=got, allowed="change the model", where=_WHERE, fix=fix))
 
 
-def _after_quantize(step: Step) -> UsageError:
-    got, allowed = f"{step.name} of a model in few bits", "come before its weights are rounded"
+def _after_quantize(step: Step, stored_as: str | None) -> UsageError:
+    of = "in few bits" if stored_as is None else f"whose weights are stored in few bits ({stored_as})"
+    got, allowed = f"{step.name} of a model {of}", "come before its weights are rounded"
     fix = "put --bits behind it, or --densify before it"
+    if isinstance(step, Quantize):
+        fix = "start from the model that it was made from, or put --densify before it to round a second time"
     return UsageError(word("a step", got=got, allowed=allowed, where=_WHERE, fix=fix))
 
 

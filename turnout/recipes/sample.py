@@ -107,7 +107,7 @@ def sample_model(
     """
     if stream is not None and len(prompts) != 1:
         raise _refusal("--stream", f"{len(prompts)} prompts", "be of one prompt", "leave --stream out")
-    found = opened(path, _WHERE, device, packed=True)
+    found = opened(path, _WHERE, device)
     tokenizer = load_tokenizer(find_tokenizer(found.folder, where=_WHERE))
     # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
     texts = [_prompt(prompt, tokenizer, own=found.own) for prompt in prompts]

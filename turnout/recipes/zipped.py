@@ -6,10 +6,10 @@ from pathlib import Path
 
 from turnout.errors import CheckpointError, word
 from turnout.hub import located
+from turnout.models.checkpoint.whole_folder import whole_folder
 from turnout.models.checkpoint.zipped import END, Zipped, unzip, zip_weights
 from turnout.reading import check_link
 from turnout.recipes.partial import Say, refuse_existing
-from turnout.storage import read_error
 
 __all__ = ["unzip_folder", "zip_folder"]
 
@@ -59,9 +59,8 @@ def _folder(
         if suffix == END:
             fix += " that turnout convert --zip wrote"
         raise CheckpointError(word("the folder", got=got, allowed="hold such weights", where=_WHERE, fix=fix))
-    aside, sizes = out.with_name(out.name + ".part"), []
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    sizes = []
+    with whole_folder(out, _WHERE) as aside:
         for file in files:
             check_link(file)
             target = aside / file.relative_to(source)
@@ -71,9 +70,4 @@ def _folder(
                 sizes.append(do(file, target))
             else:
                 shutil.copyfile(file, target)
-        aside.rename(out)
-    except OSError as error:
-        raise read_error(error, out, _WHERE) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return Zipped(sum(before for before, _ in sizes), sum(after for _, after in sizes))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled import compiled_here
+from turnout.run.compiled.dots import able
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.packed import packed_experts
 from turnout.run.product import product
@@ -104,17 +105,20 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
         say("fp32 products, transposed")
         tuning = dataclasses.replace(tuning, onednn_turned=_onednn_from(tuning, turned=True))
     say("how many rows at once")
-    groups = [dataclasses.replace(tuning, group=group) for group in _first(tuning.group, _GROUPS)]
-    tuning = _fastest(groups, _LAYERS["group"], torch.float32)
+    # For torch's products: with turnout's own all experts are one call (turnout.run.compiled.passes).
+    bare = dataclasses.replace(tuning, tiled_rows=0, tiled_rows_short=0)
+    groups = [dataclasses.replace(bare, group=group) for group in _first(tuning.group, _GROUPS)]
+    bare = _fastest(groups, _LAYERS["group"], torch.float32)
     say("row counts in 16 bits")
     counts = [
-        dataclasses.replace(tuning, steps=one, steps_near=near)
+        dataclasses.replace(bare, steps=one, steps_near=near)
         for one, near in _first((tuning.steps, tuning.steps_near), _STEPS)
     ]
-    tuning = _fastest(counts, _LAYERS["steps"], torch.bfloat16)
+    bare = _fastest(counts, _LAYERS["steps"], torch.bfloat16)
     say("experts that share a call")
-    calls = [dataclasses.replace(tuning, call=call) for call in _first(tuning.call, _CALLS)]
-    tuning = _fastest(calls, _LAYERS["call"], torch.bfloat16)
+    calls = [dataclasses.replace(bare, call=call) for call in _first(tuning.call, _CALLS)]
+    bare = _fastest(calls, _LAYERS["call"], torch.bfloat16)
+    tuning = dataclasses.replace(tuning, group=bare.group, steps=bare.steps, steps_near=bare.steps_near, call=bare.call)
     say("few tokens")
     tuning = dataclasses.replace(tuning, decode_rows=_few_rows(tuning, "decode_rows", tables=True))
     if not compiled_here():
@@ -124,7 +128,11 @@ def choose_kernels(tuning: Tuning, say: Callable[[str], None]) -> Tuning:
     short = _tiled_rows(tuning, "tiled_rows_short", torch.bfloat16)
     tuning = dataclasses.replace(tuning, tiled_rows_short=short)
     tuning = dataclasses.replace(tuning, compiled_rows=_few_rows(tuning, "compiled_rows", tables=False))
-    return dataclasses.replace(tuning, packed_rows=_packed_rows(tuning))
+    say("few bits")
+    if not able(torch.bfloat16):
+        return dataclasses.replace(tuning, packed_rows=_packed_rows(tuning, "packed_rows", torch.float32))
+    tuning = dataclasses.replace(tuning, panel_rows=_packed_rows(tuning, "panel_rows", torch.float32))
+    return dataclasses.replace(tuning, panel_rows_short=_packed_rows(tuning, "panel_rows_short", torch.bfloat16))
 
 
 def _first(usual: _T, others: Sequence[_T]) -> list[_T]:
@@ -189,7 +197,7 @@ def _tiled_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
     return found
 
 
-def _packed_rows(tuning: Tuning) -> int:
+def _packed_rows(tuning: Tuning, field: str, dtype: torch.dtype) -> int:
     """Up to how many rows each experts in four bits are best read from their codes."""
     found, experts, width, hidden = 0, 8, 512, 256
     g = torch.Generator().manual_seed(0)
@@ -200,7 +208,7 @@ def _packed_rows(tuning: Tuning) -> int:
 
     weights = PackedWeights(some(experts, 2 * hidden, width), some(experts, width, hidden))
     for rows in _PACKED:
-        x_TD = torch.randn(rows * experts // 2, width, generator=g)
+        x_TD = torch.randn(rows * experts // 2, width, generator=g).to(dtype)
         weight_TK, index_TK = torch.rand(rows * experts // 2, experts, generator=g).topk(2)
         routing = Routing.from_topk(index_TK, weight_TK, num_experts=experts)
 
@@ -208,7 +216,7 @@ def _packed_rows(tuning: Tuning) -> int:
             with torch.no_grad():
                 packed_experts(x, routing, weights)
 
-        if not _wins(run, tuning, "packed_rows", rows):
+        if not _wins(run, tuning, field, rows):
             break
         found = rows
     return found

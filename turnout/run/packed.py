@@ -1,4 +1,8 @@
-"""Maps and experts in few bits: weights are written out for many rows, and read as they lie for few."""
+"""Maps and experts in few bits: read as they lie for few rows, for many written out a little at a time, or as a whole.
+
+Of many rows a number is written out as ``Packed.dequantised`` does it: value times scale, rounded once to x's dtype,
+which is what libraries that write out whole matrices compute with.
+"""
 
 import torch
 from torch import Tensor
@@ -6,9 +10,13 @@ from torch import Tensor
 from turnout.errors import ShapeError, word
 from turnout.run.choose import execute
 from turnout.run.compiled import rows_times, suits_rows
+from turnout.run.compiled.engine import takes
 from turnout.run.compiled.experts import experts_times, suits_experts
+from turnout.run.compiled.panels import panel_products, suits_panels
 from turnout.run.product import linear
 from turnout.run.reference import reference
+from turnout.run.sort import sort_packed
+from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
 
@@ -43,9 +51,30 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
         where = "turnout.run.packed_linear"
         raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
     x_MI = x.reshape(-1, x.shape[-1])
-    if not torch.compiler.is_compiling() and suits_rows(x_MI, weight, bias_O):
-        return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():
+        return _written_out(x, weight, bias_O)
+    panels = not _wanted(x, bias_O) and suits_panels(x_MI, weight)
+    few = not panels or len(x_MI) <= tuning().code_rows(x.dtype, panels=True)
+    if few and suits_rows(x_MI, weight, bias_O):
+        return rows_times(x_MI, weight, bias_O).view(*x.shape[:-1], weight.shape[0])
+    if panels:
+        return _by_panels(x_MI, weight, bias_O).view(*x.shape[:-1], weight.shape[0])
+    return _written_out(x, weight, bias_O)
+
+
+def _written_out(x: Tensor, weight: Packed, bias_O: Tensor | None) -> Tensor:
     return linear(x, weight.dequantised(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+
+
+def _by_panels(x_MI: Tensor, weight: Packed, bias_O: Tensor | None) -> Tensor:
+    out_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
+    panel_products(x_MI, weight, [0], [0, x_MI.shape[0]], out_MO)
+    return out_MO if bias_O is None else out_MO.add_(bias_O)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether gradients are asked for."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 def packed_reference(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
@@ -77,6 +106,9 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         weights: the experts.
         backend: what runs those that are written out: an executor's name, or "auto".
 
+    Raises:
+        ShapeError: the three do not fit each other.
+
     >>> up = Packed.of(torch.ones(2, 2, 2, dtype=torch.int8), torch.ones(2, 2, 1), group=2, bits=8)
     >>> routing = Routing.from_topk(torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=2)
     >>> packed_experts(torch.ones(1, 2), routing, PackedWeights(up, up, activation="relu"))
@@ -84,10 +116,11 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
 
     Source: none; our own.
     """
+    _check(x_TD, routing, weights)
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
-    if backend == "auto" and _suits(x_TD, routing, weights):
-        return experts_times(x_TD, routing, *_stacks(weights), activation=weights.activation)
+    if backend == "auto" and (found := _as_they_lie(x_TD, routing, weights)) is not None:
+        return found
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
@@ -104,16 +137,28 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     return y_TD.to(x_TD.dtype)
 
 
-def _suits(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> bool:
-    """Whether so few rows come to each expert, and so, that experts are read from their codes."""
+def _check(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> None:
+    """As ``execute`` checks: kernels believe the sizes that they are told."""
+    E, D, F = weights.num_experts, weights.width, weights.hidden
+    shapes = tuple(x_TD.shape), weights.up.shape, weights.down.shape
+    if shapes != ((routing.num_tokens, D), (E, F * (2 if weights.gated else 1), D), (E, D, F)) or (
+        routing.num_experts != E
+    ):
+        got = f"{shapes[0]}, {routing.num_tokens} tokens x {routing.num_experts} experts, up {shapes[1]} and down"
+        allowed = "agree in T, D, E and F, with H = 2F for a gated activation and F otherwise"
+        fix, where = "take the routing from a router of this width and number of experts", "turnout.run.packed_experts"
+        what = "x_TD, routing and weights"
+        raise ShapeError(word(what, got=f"{got} {shapes[2]}", allowed=allowed, where=where, fix=fix))
+
+
+def _as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor | None:
+    """The layer's output where experts need not be written out as a whole; None where they must."""
     given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
-    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
-    return (
-        routing.num_entries <= tuning().packed_rows * routing.num_experts
-        and not wanted
-        and suits_experts(x_TD, routing, *_stacks(weights))
-    )
-
-
-def _stacks(weights: PackedWeights) -> tuple[Packed, Packed, Tensor | None, Tensor | None]:
-    return weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED
+    if not routing.num_entries or _wanted(*given):
+        return None
+    stacks = weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED
+    panels = suits_tiles(x_TD, weights, 0) and takes(routing.weight_R, *stacks[2:])
+    most = tuning().code_rows(x_TD.dtype, panels=panels) * routing.num_experts
+    if routing.num_entries <= most and suits_experts(x_TD, routing, *stacks):
+        return experts_times(x_TD, routing, *stacks, activation=weights.activation)
+    return sort_packed(x_TD, routing, weights) if panels else None

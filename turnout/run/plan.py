@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.engine import threads
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, PackedWeights, Routing
 from turnout.types.tuning import Tuning
 from turnout.types.weights import Activation
 
@@ -30,6 +31,8 @@ _FEW = 16
 _BATCHES = (8, 4)
 # Repeated rows are kept for the backward pass up to this many per entry; more are dropped and gathered again.
 _REPEATS = 1 / 16
+# Numbers per intermediate tensor of a group whose passes are one call each: what stays in a processor's second cache.
+_SMALL = 1 << 15
 
 
 class Group(NamedTuple):
@@ -66,6 +69,7 @@ class Plan:
     row_R: Tensor
     start_T: Tensor | None
     groups: list[Group]
+    one_call: bool = False  # each pass over all groups is one
 
     @property
     def rows(self) -> int:
@@ -105,16 +109,21 @@ class Plan:
         )
 
 
-def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
-    """The plan for these tokens: whose rows are next to each other, and how many each expert has."""
+def plan_rows(
+    routing: Routing, weights: ExpertWeights | PackedWeights, x_TD: Tensor, *, one_call: bool = False
+) -> Plan:
+    """The plan for these tokens: whose rows are next to each other, and how many each expert has.
+
+    With ``one_call`` (``turnout.run.compiled.passes``) in groups so small that all of one stays in the caches.
+    """
     here, bound = tuning(), routing.bounds()
     load = [b - a for a, b in itertools.pairwise(bound)]
     token_P, place_R, entry_P = routing.token_R, None, None
-    step = max(here.group // weights.hidden, 1)
+    step = max((_SMALL * threads() if one_call else here.group) // weights.hidden, 1)
     short = x_TD.dtype.itemsize == 2
     mean = routing.num_entries / max(len(load) - load.count(0), 1)
     compiles = _compiles(x_TD, mean * weights.width * weights.hidden, here)
-    if routing.num_tokens > _FEW and compiles and not suits_tiles(x_TD, weights, mean):
+    if routing.num_tokens > _FEW and compiles and not one_call and not suits_tiles(x_TD, weights, mean):
         load = [_rounded(count, mean, short, here) for count in load]
         size = weights.width * weights.hidden
         groups = _batches(load, size, step, here.call) if short else _neighbours(load, step)
@@ -125,7 +134,7 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
     return Plan(
         routing=routing.detach(),
         activation=weights.activation,
-        interleaved=weights.interleaved,
+        interleaved=isinstance(weights, ExpertWeights) and weights.interleaved,
         hidden=weights.hidden,
         num_tokens=routing.num_tokens,
         token_P=token_P,
@@ -135,6 +144,7 @@ def plan_rows(routing: Routing, weights: ExpertWeights, x_TD: Tensor) -> Plan:
         row_R=order_R if place_R is None else place_R.index_select(0, order_R),
         start_T=None if routing.top_k is not None else start_T,
         groups=groups,
+        one_call=one_call,
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
+from turnout.run.tiled import tiled_map
 from turnout.run.tuned import tuning
 
 __all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
@@ -154,6 +155,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     other = None if torch.compiler.is_compiling() else getattr(_HERE, "other", None)
     if other is not None:
         return other(x, weight_OI, bias_O)
+    if x.ndim and not torch.compiler.is_compiling() and (own := tiled_map(x, weight_OI, bias_O)) is not None:
+        return own
     suits = _suits(x, weight_OI, rows * weight_OI.numel()) and not torch.is_autocast_enabled("cpu")
     if not suits or not _fits(x, weight_OI, bias_O):
         return torch.nn.functional.linear(x, weight_OI, bias_O)

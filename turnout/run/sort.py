@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.run.compiled.passes import backward_pass, forward_pass, suits_passes
 from turnout.run.compiled.sums import add_rows, suits_sums
 from turnout.run.composed import composes, slopes
 from turnout.run.decode import decoder
@@ -19,9 +20,9 @@ from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
 from turnout.run.tiled import tiled_outers, tiled_products
 from turnout.run.workspace import room, room_like
-from turnout.types import ExpertWeights, Routing
+from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 
-__all__ = ["sort"]
+__all__ = ["sort", "sort_packed"]
 
 
 @uncompiled
@@ -60,22 +61,52 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         return few(x_TD, routing, weights).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
-        plan = plan_rows(routing, weights, x_TD)
+        plan = plan_rows(routing, weights, x_TD, one_call=suits_passes(x_TD, routing, weights))
         if train:
             return _Sort.apply(x_TD, routing.weight_R, *tensors, plan).to(dtype)
         return _forward(plan, x_TD, routing.weight_R, tensors)[0].to(dtype)
 
 
-_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+def sort_packed(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
+    """(T, D) likewise of experts in few bits that ``turnout.run.tiled.suits_tiles``, which stay so; no gradients.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    >>> up = Packed.of(torch.ones(1, 32, 32, dtype=torch.int8), torch.ones(1, 32, 1), group=32, bits=8)
+    >>> weights, x_TD = PackedWeights(up, up, activation="relu"), torch.ones(1, 32)
+    >>> routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=1)
+    >>> from turnout.run.tiled import suits_tiles
+    >>> y_TD = sort_packed(x_TD, routing, weights) if suits_tiles(x_TD, weights, 1) else x_TD * 1024
+    >>> y_TD.unique()
+    tensor([1024.])
+
+    Source: none; our own.
+    """
+    stacks = weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED
+    return _forward(plan_rows(routing, weights, x_TD), x_TD, routing.weight_R, stacks)[0]
 
 
-def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+_Stack = Tensor | Packed
+_Weights = tuple[_Stack, _Stack, Tensor | None, Tensor | None]
+
+
+def _products(group: Group, rows: Tensor, stack: _Stack, out: Tensor, bias: Tensor | None = None) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
+    if not tiled_products(rows, stack, group.experts, group.bound, out):
+        assert isinstance(stack, Tensor)  # or whoever asked did not ask suits_tiles first
+        _by_torch(group, rows, stack, out)
+    if bias is not None:
+        for expert, into in zip(group.experts, group.split(out), strict=True):
+            into.add_(bias[expert])
+
+
+def _by_torch(group: Group, rows: Tensor, stack: Tensor, out: Tensor) -> None:
     first, count, cast = group.experts[0], len(group.experts), stack.dtype != rows.dtype
     matrices = stack[first : group.experts[-1] + 1]
-    if tiled_products(rows, stack, group.experts, group.bound, out):
-        pass
-    elif group.batched:
+    if group.batched:
         matrices = matrices.to(rows.dtype) if cast else matrices
         torch.bmm(rows.view(count, -1, rows.shape[1]), matrices, out=out.view(count, -1, out.shape[1]))
     else:
@@ -86,9 +117,6 @@ def _products(group: Group, rows: Tensor, stack: Tensor, out: Tensor, bias: Tens
                 torch.mm(left, matrix, out=into)
             else:
                 product(left, matrix, out_MN=into)
-    if bias is not None:
-        for expert, into in zip(group.experts, group.split(out), strict=True):
-            into.add_(bias[expert])
 
 
 def _outer(group: Group, left: Tensor, right: Tensor, grad: Tensor) -> None:
@@ -150,13 +178,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the up products, of all rows if they are to be kept."""
     up_EDH, down_EFD, up_bias_EH, down_bias_ED = weights
-    dtype, device, (D, H) = x_TD.dtype, x_TD.device, up_EDH.shape[1:]
+    dtype, device, D, H = x_TD.dtype, x_TD.device, x_TD.shape[1], _outs(up_EDH)
     if not plan.groups:
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, H)
     most = plan.most
     x_ND, a_NF = room((most, D), dtype, device), room((most, plan.hidden), dtype, device)
     h_PH = room((plan.rows if keep else most, H), dtype, device)
     y_PD = _Sum(plan, x_TD, weight_R)
+    if plan.one_call:
+        assert isinstance(up_EDH, Tensor) and isinstance(down_EFD, Tensor)  # as suits_passes asks
+        forward_pass(plan, x_TD, weight_R, up_EDH, down_EFD, h_PH, y_PD.sum_TD)
+        return y_PD.total(), h_PH
     for group in plan.groups:
         count = group.bound[-1] - group.bound[0]
         x, a, h = x_ND[:count], a_NF[:count], h_PH[group.rows] if keep else h_PH[:count]
@@ -166,6 +198,10 @@ def _forward(
         _products(group, a, down_EFD, y_PD.rows(group), down_bias_ED)
         y_PD.add(group)
     return y_PD.total(), h_PH
+
+
+def _outs(stack: _Stack) -> int:
+    return stack.shape[1] if isinstance(stack, Packed) else stack.shape[2]
 
 
 class _Sort(torch.autograd.Function):
@@ -188,7 +224,9 @@ class _Sort(torch.autograd.Function):
             return *slopes(composition, inputs, ctx.needs_input_grad[:6], grad_TD), None
         with torch.autocast(x_TD.device.type, enabled=False):
             work = _Backward(ctx.plan, x_TD, weight_R, weights, h_PH, grad_TD.contiguous(), ctx.needs_input_grad[:6])
-            for group in ctx.plan.groups:
+            if ctx.plan.one_call:
+                work.take_all()
+            for group in () if ctx.plan.one_call else ctx.plan.groups:
                 work.take(group)
             return *work.finish(), None
 
@@ -221,6 +259,12 @@ class _Backward:
             self.narrow = [room((most, plan.hidden), dtype, device) for _ in range(5)]
             self.dh_NH = room((most, H), dtype, device)
             self.h_NH = room((most, H), dtype, device) if plan.packs else None
+
+    def take_all(self) -> None:
+        """Fills in what all groups contribute, in one call."""
+        sum_TD = None if self.dx_PD is None else self.dx_PD.sum_TD
+        given = self.plan, self.x_TD, self.weight_R, *self.weights[:2], self.h_PH, self.grad_TD
+        backward_pass(*given, sum_TD=sum_TD, up=self.up, down=self.down, of_weight_R=self.dweight_P)
 
     def take(self, group: Group) -> None:
         """Fills in what one group of experts contributes."""

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,25 @@ from turnout.storage import load_tensors, save_tensors
 from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
 
 _FORMAT = "turnout.routing/1"
+
+
+# Keys from which on numpy sorts them in less time than torch.
+_MANY = 256
+
+
+def _sorted(key_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys in order, and where each stood; equal ones stay in theirs."""
+    plain = type(key_R) is Tensor and key_R.device.type == "cpu" and key_R.dtype != torch.int64
+    if (
+        not plain
+        or key_R.numel() < _MANY
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return key_R.sort(stable=True)
+    # A sixth of the time of torch's: numpy counts such keys, torch compares them.
+    entry_R = torch.from_numpy(np.argsort(key_R.numpy(), kind="stable"))
+    return key_R.index_select(0, entry_R), entry_R
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +113,7 @@ class Routing:
         # Narrow keys sort several times faster (a radix sort pays per byte); values and order are the same.
         narrow = index_TK.device.type in ("cpu", "cuda") and num_experts <= 32768
         kind = (torch.uint8 if num_experts <= 256 else torch.int16) if narrow else torch.int64
-        key_R, entry_R = index_TK.reshape(-1).to(kind).sort(stable=True)
+        key_R, entry_R = _sorted(index_TK.reshape(-1).to(kind))
         # Not bincount: on a GPU that waits for the device.
         end_E = torch.searchsorted(key_R, torch.arange(num_experts, dtype=kind, device=key_R.device), right=True)
         shift = max(top_k, 1).bit_length() - 1

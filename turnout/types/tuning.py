@@ -18,7 +18,7 @@ _WHERE = "turnout.types.Tuning"
 _COSTS = 4
 _ABOUT = ("processor", "torch", "threads", "origin")
 # What tunings had no word for at first: at its usual value it changes nothing, the digest neither.
-_LATER = ("compiled_rows", "packed_rows", "tiled_rows", "tiled_rows_short")
+_LATER = ("compiled_rows", "packed_rows", "panel_rows", "panel_rows_short", "tiled_rows", "tiled_rows_short")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Tuning:
             that read every weight once.
         packed_rows: up to this many rows for each expert, experts in few bits are read as they lie, and else written
             out first.
+        panel_rows: likewise where more rows make only as many weights as the cache holds be written out at a time.
+        panel_rows_short: likewise in 16 bits.
         tiled_rows: up to this many rows for each expert, products in fp32 are turnout's own, and else torch's.
         tiled_rows_short: likewise in 16 bits.
         seconds: by "device dtype pass" and executor, what a call, an expert, a multiply-add and a moved number cost.
@@ -72,6 +74,8 @@ class Tuning:
     decode_rows: int = 4
     compiled_rows: int = 8
     packed_rows: int = 32
+    panel_rows: int = 16
+    panel_rows_short: int = 12
     tiled_rows: int = 0
     tiled_rows_short: int = 0
     seconds: Mapping[str, Mapping[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
@@ -98,6 +102,12 @@ class Tuning:
         values = {name: value for name, value in plain(self).items() if name not in _ABOUT}
         values = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    def code_rows(self, dtype: torch.dtype, *, panels: bool) -> int:
+        """Up to how many rows each matrix in few bits is read as it lies, and else written out, in panels or whole."""
+        if not panels:
+            return self.packed_rows
+        return self.panel_rows_short if dtype.itemsize == 2 else self.panel_rows
 
     def own_rows(self, dtype: torch.dtype) -> int:
         """Up to how many rows for each expert products are turnout's own."""

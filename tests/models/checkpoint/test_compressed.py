@@ -108,6 +108,12 @@ REFUSED = {
     "rotated": (lambda t, c, g: c.update(transform_config={"config_groups": {"R3": {"type": "hadamard"}}}), "rotated"),
     "sparse": (lambda t, c, g: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
     "no groups": (lambda t, c, g: c.pop("config_groups"), "config_groups"),
+    "no group size": (lambda t, c, g: g["weights"].update(group_size=None), "group_size None"),
+    "another group": (lambda t, c, g: g["weights"].update(group_size=16), "groups of 8, where config.json says 4 bits"),
+    "other bits": (lambda t, c, g: g["weights"].update(num_bits=8), "of 4 bits in groups of 8, .* 8 bits in groups"),
+    "rows": (lambda t, c, g: g["weights"].update(strategy="channel"), "in groups of 8, .* 4 bits in rows"),
+    "not finite": (lambda t, c, g: t[f"{Q}_scale"][3, 1].fill_(float("nan")), f"finite numbers .* one of {Q}"),
+    "infinite": (lambda t, c, g: t[f"{Q}_scale"][3, 1].fill_(float("inf")), f"finite numbers .* one of {Q}"),
 }
 
 
@@ -116,8 +122,9 @@ def test_what_is_not_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
     make(tmp_path / "x", DENSE, 4, 8)
     do, words = REFUSED[name]
     change(tmp_path / "x", do)
-    with pytest.raises(CheckpointError, match=words):
-        checkpoint.from_hf(tmp_path / "x")
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.from_hf(tmp_path / "x", packed=packed)
 
 
 @pytest.mark.slow

@@ -293,6 +293,16 @@ def test_a_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
         checkpoint.from_hf(path)
 
 
+def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "fp8", "llama")
+    tensors, scales = (load_file(file) for file in sorted(path.glob("*.safetensors")))
+    name = "model.layers.0.mlp.up_proj.weight"
+    scales[f"{name}_scale_inv"][0, 0] = float("nan")
+    write(path, tensors, scales)
+    with pytest.raises(CheckpointError, match=f"finite numbers .* one of {name}"):
+        checkpoint.from_hf(path)
+
+
 def test_eight_bits_that_config_json_does_not_tell_of_are_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "fp8", "llama")
     changed(path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from turnout.errors import CheckpointError, UnknownNameError, UsageError
-from turnout.models import LM, LMConfig, MoEConfig, QuantizedConfig, checkpoint
+from turnout.models import LM, LMConfig, MoEConfig, QuantizedConfig, checkpoint, generate
 from turnout.models.checkpoint.mxfp4 import matrix_of, stored, unpack
 from turnout.recipes.models import opened
 from turnout.reshape import densify, quantize
@@ -192,3 +192,24 @@ def test_what_is_packed_wrongly_is_refused(folder: Path) -> None:
     save_file(scales | {name: scales[name].float()}, file)
     with pytest.raises(CheckpointError, match="left over"):
         checkpoint.from_hf(folder, dtype=torch.float32)
+
+
+def test_a_scale_that_is_no_number_is_refused(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("_scales"))
+    tensors[name][-1, -1, -1] = 255
+    save_file(tensors, file)
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=f"finite numbers .* one of {name.removesuffix('_scales')} that"):
+            checkpoint.from_hf(folder, packed=packed)
+
+
+@torch.no_grad()
+def test_it_generates_what_transformers_does_from_the_weights_written_out(folder: Path) -> None:
+    held, hf = checkpoint.from_hf(folder, dtype=torch.float32, packed=True), theirs_from(folder, torch.float32)
+    prompts = [torch.randint(67, (size,), generator=torch.Generator().manual_seed(size)) for size in (1, 5, 23, 9)]
+    made = generate(held, prompts, tokens=12, temperature=0, eos=None, logprobs=True)
+    for row, prompt in enumerate(prompts):
+        want = hf.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
+        assert list(made.rows[row]) == want[len(prompt) :].tolist()

@@ -130,12 +130,16 @@ def settings(packed: Mapping[str, Packed], whole: Iterable[str]) -> dict[str, An
     }
 
 
-def check_settings(given: Mapping[str, Any], refuse: Refuse) -> None:
+def check_settings(given: Mapping[str, Any], refuse: Refuse) -> set[tuple[int, int | None]]:
     """Refuses a ``quantization_config`` whose weights are no whole numbers around zero, packed in words.
+
+    Returns:
+        The ways in which it says that weights are packed: bits, and the inputs that share a scale; None for a row.
 
     Raises:
         TurnoutError: what ``refuse`` words.
     """
+    ways = set[tuple[int, int | None]]()
     check_fields(given, {"format": str, "config_groups": dict[str, dict]}, refuse)
     for name, what in _MORE.items():
         if (given.get(name) or {}) not in ({}, {"format": "dense"}):
@@ -152,6 +156,11 @@ def check_settings(given: Mapping[str, Any], refuse: Refuse) -> None:
             raise refuse(f"groups of {name} in another order than that of inputs (actorder {weights['actorder']!r})")
         if scheme.get("input_activations") or scheme.get("output_activations"):
             raise refuse(f"inputs or outputs of {name} that are rounded too")
+        size = weights.get("group_size") if kind[2] == "group" else None
+        if kind[2] == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise refuse(f"groups of {name} of group_size {size!r}")
+        ways.add((weights["num_bits"], size))
+    return ways
 
 
 def packed_names(names: Iterable[str]) -> list[str]:

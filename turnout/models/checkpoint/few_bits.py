@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from turnout.errors import TurnoutError
+from turnout.errors import CheckpointError, TurnoutError, word
 from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.compressed import Kind, pack, settings
 from turnout.models.checkpoint.own import outline
+from turnout.models.checkpoint.survey import Survey
 from turnout.models.config import LMConfig
 from turnout.models.families.family import Names
 from turnout.models.families.tensors import Slot, slots
@@ -19,7 +21,7 @@ from turnout.paths import PackedWeight
 from turnout.reading import Refuse
 from turnout.types import Packed
 
-__all__ = ["Held", "held_slots", "packed_tensors", "quantized_as"]
+__all__ = ["Held", "code_models", "held_config", "held_slots", "packed_tensors", "quantized_as"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,17 +60,7 @@ def held_slots(lm: LM, names: Names) -> tuple[dict[str, Slot], dict[str, Held]]:
         lm: a model with maps in few bits.
         names: how the architecture names its tensors.
     """
-    plain = dataclasses.replace(lm.config, quantized=None)
-    owners = {name: module for name, module in lm.named_modules() if isinstance(module, PackedWeight)}
-    # Codes and scales have a row for each row of weights, and folders cut maps by rows alone: so models that have the
-    # codes, or the scales, where weights would be are cut by ``slots`` as the weights would be.
-    codes, scales = outline(plain), outline(plain)
-    for name, tensor in lm.state_dict(keep_vars=True).items():
-        if name.rpartition(".")[0] not in owners:
-            _put(codes, name, tensor)
-    for name, owner in owners.items():
-        _put(codes, name, owner.code)
-        _put(scales, name, owner.scale)
+    codes, scales, owners = code_models(lm, dataclasses.replace(lm.config, quantized=None))
     by_memory = {owner.code.untyped_storage()._cdata: owner for owner in owners.values()}
     scale_slots, whole, held = slots(scales, names), dict[str, Slot](), dict[str, Held]()
     for name, slot in slots(codes, names).items():
@@ -78,6 +70,27 @@ def held_slots(lm: LM, names: Names) -> tuple[dict[str, Slot], dict[str, Held]]:
         else:
             held[name] = Held(_rows(slot, names), _rows(scale_slots[name], names), owner)
     return whole, held
+
+
+def code_models(lm: LM, plain: LMConfig) -> tuple[LM, LM, dict[str, PackedWeight]]:
+    """A model with codes where weights would be and all else as it is, one with scales there, and whose they are.
+
+    Codes and scales have a row for each row of weights, and whoever cuts maps by rows alone cuts them so.
+
+    Args:
+        lm: a model with maps in few bits.
+        plain: its configuration, all whole; parts of it that the model has not stay without memory.
+    """
+    owners = {name: module for name, module in lm.named_modules() if isinstance(module, PackedWeight)}
+    codes, scales = outline(plain), outline(plain)
+    codes.rope = scales.rope = lm.rope
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[0] not in owners:
+            _put(codes, name, tensor)
+    for name, owner in owners.items():
+        _put(codes, name, owner.code)
+        _put(scales, name, owner.scale)
+    return codes, scales, owners
 
 
 def _rows(slot: Slot, names: Names) -> Tensor:
@@ -121,6 +134,25 @@ def packed_tensors(lm: LM, names: Names, others: Iterable[Names]) -> tuple[dict[
         modules |= {name.removesuffix(".weight") for name, slot in kept.items() if slot.view.ndim == 2}
     modules = {name for name in modules if not name.endswith(("embed_tokens", ".experts.gate_up_proj"))}
     return found, settings(packed, modules)
+
+
+def held_config(path: Path, found: Survey) -> LMConfig:
+    """The configuration of the model in a folder, held in few bits as it is stored.
+
+    Args:
+        path: the folder.
+        found: what it holds.
+
+    Raises:
+        CheckpointError: nothing there is packed, or not all of a kind in the same way.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        fix = "read it with packed=False, as the numbers that its weights stand for"
+        allowed = "be packed by compressed-tensors or in MXFP4, all of a kind in the same way"
+        return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
+
+    return quantized_as(found.config, found.packed.kinds, found.names, refuse)
 
 
 def quantized_as(config: LMConfig, kinds: Mapping[str, Kind], names: Names, refuse: Refuse) -> LMConfig:

@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turnout.errors import CheckpointError, StorageError, UsageError, word
+from turnout.errors import CheckpointError, UsageError, word
 from turnout.expects import PATH, expects
 from turnout.hub import located
 from turnout.models.checkpoint import mxfp4
-from turnout.models.checkpoint.few_bits import Held, held_slots, packed_tensors, quantized_as
+from turnout.models.checkpoint.few_bits import Held, held_config, held_slots, packed_tensors
 from turnout.models.checkpoint.own import bare, carry, check_shape, empty, opened, outline, read_json
 from turnout.models.checkpoint.survey import (
     AHEAD,
     CORRECTION,
     INDEX,
     SINGLE,
-    Survey,
     common_dtype,
     headers,
     layer_of,
@@ -32,6 +30,7 @@ from turnout.models.checkpoint.survey import (
     survey,
 )
 from turnout.models.checkpoint.ties import refuse_ties
+from turnout.models.checkpoint.whole_folder import whole_folder
 from turnout.models.families.express import architecture_of, family_of
 from turnout.models.families.family import Family
 from turnout.models.families.meaning import meaning
@@ -39,7 +38,7 @@ from turnout.models.families.tensors import Slot, slots
 from turnout.models.families.typed import check_types
 from turnout.models.lm import LM, LMConfig
 from turnout.reading import check_fields
-from turnout.storage import read_error, write_whole
+from turnout.storage import write_whole
 
 __all__ = ["from_hf", "to_hf"]
 
@@ -85,7 +84,7 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
     """
     path = located(path, where="turnout.models.checkpoint.from_hf").folder
     found = survey(path, dtype)
-    config = _held(path, found) if packed else found.config
+    config = held_config(path, found) if packed else found.config
     where, lm = found.where, empty(config, found.dtype)
     target, held = held_slots(lm, found.names) if packed else (slots(lm, found.names), dict[str, Held]())
     with torch.no_grad():
@@ -103,15 +102,6 @@ def from_hf(path: str | Path, *, dtype: torch.dtype | None = None, packed: bool 
             _check_tied(path, where, lm)
     lm.origin = path
     return lm.eval()
-
-
-def _held(path: Path, found: Survey) -> LMConfig:
-    def refuse(problem: str) -> CheckpointError:
-        fix = "read it with packed=False, as the numbers that its weights stand for"
-        allowed = "be packed by compressed-tensors or in MXFP4, all of a kind in the same way"
-        return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
-
-    return quantized_as(found.config, found.packed.kinds, found.names, refuse)
 
 
 @expects(lm=LM, path=PATH)
@@ -164,7 +154,7 @@ def to_hf(
     old = _old_keys(like)
     family, config = architecture_of(lm.config, prefer=old.get("model_type"), only=architecture)
     refuse_ties(lm, family)
-    with _whole_folder(path) as aside:
+    with whole_folder(path, "to_hf") as aside:
         kept = _Kept.of(like, old)
         plan = kept.files if family_of(old) is family else {}
         settings = _write_weights(lm, family, config, aside, kept, plan, shard_bytes)
@@ -174,28 +164,6 @@ def to_hf(
         plain = dataclasses.replace(config, quantized=None)
         _write_config(plain, lm.embedding.dtype, family, aside, like, old, settings)
     return family.architecture
-
-
-@contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the name ``path`` at the end if all went well, and is removed if not."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        fix = "choose a new folder"
-        raise StorageError(word("the folder", got=str(path), allowed="be new or empty", where="to_hf", fix=fix))
-    aside = path.with_name(path.name + ".part")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise read_error(error, path, "to_hf") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_tied(path: Path, where: Mapping[str, str], lm: LM) -> None:

@@ -64,6 +64,7 @@ class Packed:
         bits = file.get_tensor(name + end[0])
         with opened(path / self.scales[name]) as beside:
             scales = beside.get_tensor(name + end[1])
+        _check_finite(path, name, scales)
         if self.method == mxfp4.METHOD:
             for expert, view in enumerate(slot.view):
                 view.copy_(slot.cut(mxfp4.unpack(bits[expert], scales[expert])))
@@ -81,10 +82,13 @@ class Packed:
     def matrix(self, file: Any, path: Path, name: str) -> Matrix:
         """One of ``kinds`` as it is stored, in few bits; ``file``, ``path`` and ``name`` as for ``read``."""
         words, scale, _ = compressed.parts_of(name)
+        words, scale = (name + mxfp4.BLOCKS, name + mxfp4.SCALES) if self.method == mxfp4.METHOD else (words, scale)
         with opened(path / self.scales[name]) as beside:
-            if self.method == mxfp4.METHOD:
-                return mxfp4.matrix_of(file.get_tensor(name + mxfp4.BLOCKS), beside.get_tensor(name + mxfp4.SCALES))
-            return compressed.unpack(file.get_tensor(words), beside.get_tensor(scale), self.shapes[name])
+            scales = beside.get_tensor(scale)
+        _check_finite(path, name, scales)
+        if self.method == mxfp4.METHOD:
+            return mxfp4.matrix_of(file.get_tensor(words), scales)
+        return compressed.unpack(file.get_tensor(words), scales, self.shapes[name])
 
     def notes(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What is to be known of a model that is read from them."""
@@ -95,6 +99,14 @@ class Packed:
         said = f"{stored}; read as {str(dtype).removeprefix('torch.')}, which is what is written"
         out = f"{self.left_out} scales of inputs are left out: inputs are not rounded to eight bits here"
         return (said, *([out] if self.left_out else []))
+
+
+def _check_finite(path: Path, name: str, scales: torch.Tensor) -> None:
+    """Refuses scales that make no numbers of the codes; as a byte the largest exponent stands for none."""
+    sound = scales != 255 if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
+    if not bool(sound.all()):
+        got, fix = f"one of {name} that is none", "download the file again, or name the model that it was made from"
+        raise CheckpointError(word("the scales", got=got, allowed="be finite numbers", where=str(path), fix=fix))
 
 
 def find_packed(
@@ -146,7 +158,7 @@ def _find_compressed(
         allowed = "be whole numbers of 4 or 8 bits around zero, packed in words"
         return CheckpointError(word("the weights", got=problem, allowed=allowed, where=str(path), fix=fix))
 
-    compressed.check_settings(settings, refuse)
+    ways = compressed.check_settings(settings, refuse)
     names = compressed.packed_names(dtypes)
     for name in names:
         if missing := [part for part in compressed.parts_of(name) if part not in where]:
@@ -164,6 +176,10 @@ def _find_compressed(
             raise refuse(got + f"{tuple(groups)}")
         bits = compressed.bits_of(rows[1], size[1])
         assert bits is not None
+        group = size[1] // groups[1]
+        if not ways & {(bits, group), *([(bits, None)] if groups[1] == 1 else [])}:
+            said = " or ".join(f"{of} bits in {'rows' if wide is None else f'groups of {wide}'}" for of, wide in ways)
+            raise refuse(f"{name} of {bits} bits in groups of {group}, where config.json says {said}")
         kinds[name] = compressed.Kind(bits, size[1] // groups[1], size[1], _SCALES[dtypes[scale]])
         scales[name], where[name], shapes[name] = where.pop(scale), where.pop(words), list(size)
         for part in (words, scale, shape):

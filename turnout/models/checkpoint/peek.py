@@ -1,13 +1,16 @@
 """What a model's folder holds, known before any weight is read."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from turnout.errors import CheckpointError
 from turnout.expects import PATH, expects
 from turnout.hub import located
+from turnout.models.checkpoint.few_bits import held_config
 from turnout.models.checkpoint.own import describe, read_json
 from turnout.models.checkpoint.survey import survey
 from turnout.models.config import LMConfig
@@ -26,6 +29,9 @@ class Peek:
         dtype: of its weights.
         notes: what else is to be known of them: that they are packed, or of several dtypes.
         wider_bytes: how much more those of wider dtypes take on the disk.
+        stored_as: of a folder of transformers whose weights are stored in fewer bits: how.
+        held: the configuration with these weights held in few bits, as ``from_hf(packed=True)`` does; None where that
+            cannot be. ``config`` is of the numbers that they stand for.
 
     >>> config = LMConfig(vocab_size=8, width=8, layers=1, heads=2)
     >>> Peek("turnout", "LM", config, torch.float32).kind
@@ -40,6 +46,8 @@ class Peek:
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
     wider_bytes: int = 0
+    stored_as: Literal["mxfp4", "fp8", "compressed-tensors"] | None = None
+    held: LMConfig | None = None
 
 
 @expects(path=PATH)
@@ -66,7 +74,11 @@ def peek(path: str | Path, *, dtype: torch.dtype | None = None) -> Peek:
     keys = read_json(path / "config.json", "turnout.models.checkpoint.peek")
     if "model_type" in keys or "architectures" in keys:
         found = survey(path, dtype)
-        name = found.family.architecture
-        return Peek("transformers", name, found.config, found.dtype, found.notes(), found.wider_bytes)
+        name, held = found.family.architecture, None
+        if found.packed.kinds:
+            with contextlib.suppress(CheckpointError):
+                held = held_config(path, found)
+        of = (found.config, found.dtype, found.notes(), found.wider_bytes)
+        return Peek("transformers", name, *of, found.packed.method if found.packed.scales else None, held)
     config, stored = describe(path)
     return Peek("turnout", "LM", config, dtype or stored)

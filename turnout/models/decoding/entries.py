@@ -31,7 +31,7 @@ class Entries:
     """
 
     def __init__(self, lm: LM) -> None:
-        self.kept, self._border = Kept(), lm.rope.border
+        self.kept, self._border = Kept(lm.embedding.dtype), lm.rope.border
         self._matrices: list[tuple[int, ...]] = []
         self._norms: list[tuple[int, int, int, float]] = []
         layers = [self._layer(lm, number, block) for number, block in enumerate(lm._blocks())]

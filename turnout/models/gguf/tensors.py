@@ -1,7 +1,6 @@
 """The tensors of a GGUF file: their names in llama.cpp, and each as it is stored there, made one at a time."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.gguf.architectures import Architecture
 from turnout.models.lm import LM, Block
 from turnout.paths import Bank, FeedForward
+from turnout.types import Packed
 from turnout.types.weights import GATED
 
 __all__ = ["Piece", "pieces"]
@@ -29,18 +29,22 @@ class Piece:
         name: in llama.cpp.
         make: gives it.
         shape: of it.
+        dtype: that the model has it in.
         exact: stays in fp32 whatever the others are in: norms, biases, routers.
+        packed: gives it in few bits, as the model has it; None where that has it whole.
     """
 
     name: str
     make: Callable[[], Tensor]
     shape: tuple[int, ...]
+    dtype: torch.dtype
     exact: bool = False
+    packed: Callable[[], Packed] | None = None
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, *, exact: bool = False) -> "Piece":
         """A tensor as it is."""
-        return cls(name, lambda: tensor, tuple(tensor.shape), exact)
+        return cls(name, lambda: tensor, tuple(tensor.shape), tensor.dtype, exact)
 
 
 def pieces(lm: LM, its: Architecture) -> Iterator[Piece]:
@@ -128,7 +132,7 @@ def _attention(at: str, part: Attention, its: Architecture) -> Iterator[Piece]:
             continue
         for letter, heads, rows in zip("qkv", (part.heads, part.key_heads, 0), tensor.split(part.sizes), strict=True):
             make = (lambda r=rows, h=heads: _paired(r, h)) if its.neighbours and heads else (lambda r=rows: r)
-            yield Piece(f"{at}attn_{letter}.{kind}", make, tuple(rows.shape), kind == "bias")
+            yield Piece(f"{at}attn_{letter}.{kind}", make, tuple(rows.shape), rows.dtype, kind == "bias")
     if part.q_norm is not None and part.k_norm is not None:
         yield from _norm(f"{at}attn_q_norm", part.q_norm)
         yield from _norm(f"{at}attn_k_norm", part.k_norm)
@@ -152,9 +156,9 @@ def _latent(at: str, part: LatentAttention) -> Iterator[Piece]:
         name = "attn_q_b"
         yield from _projection(f"{at}attn_q_a", part.q_down)
         yield from _norm(f"{at}attn_q_a_norm", part.q_norm)
-    yield Piece(f"{at}{name}.weight", lambda: turned(q_up, heads), tuple(q_up.shape))
+    yield Piece(f"{at}{name}.weight", lambda: turned(q_up, heads), tuple(q_up.shape), q_up.dtype)
     down, up = part.kv_down.weight, part.kv_up.weight.unflatten(0, (heads, -1))
-    yield Piece(f"{at}attn_kv_a_mqa.weight", lambda: turned(down, 1), tuple(down.shape))
+    yield Piece(f"{at}attn_kv_a_mqa.weight", lambda: turned(down, 1), tuple(down.shape), down.dtype)
     yield from _norm(f"{at}attn_kv_a_norm", part.kv_norm)
     k_HNR, v_HVR = up.split((sizes.nope_dim, sizes.v_dim), dim=1)
     yield Piece.of(f"{at}attn_k_b.weight", k_HNR.transpose(1, 2))
@@ -198,8 +202,3 @@ def _routed(at: str, moe: MoE) -> Iterator[Piece]:
         yield from _dense(at, "_shexp", moe.shared)
     if moe.shared_gate is not None:
         yield Piece.of(f"{at}ffn_gate_inp_shexp.weight", moe.shared_gate.flatten(), exact=True)
-
-
-def elements(piece: Piece) -> int:
-    """How many numbers it holds."""
-    return math.prod(piece.shape)

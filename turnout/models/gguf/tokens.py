@@ -41,9 +41,10 @@ class _Tokens:
     kinds: list[int]
 
 
-def add_no_tokenizer(writer: Any) -> None:
-    """Says that the file has none."""
+def add_no_tokenizer(writer: Any) -> list[str]:
+    """Says that the file has none; nothing else is to be known of it."""
     writer.add_tokenizer_model("no_vocab")
+    return []
 
 
 def add_tokenizer(writer: Any, folder: Path | None, vocab_size: int) -> list[str]:

@@ -12,13 +12,13 @@ from turnout.expects import PATH, Kind, expects
 from turnout.hub import located
 from turnout.models.checkpoint.own import read_json
 from turnout.models.checkpoint.peft import read_adapter
+from turnout.models.checkpoint.whole_folder import whole_folder
 from turnout.reading import check_fields, check_link, plain_name
 from turnout.reshape.adapters.attach import attach
 from turnout.reshape.adapters.routers import ROUTERS, Site, check_options
 from turnout.reshape.adapters.save import FILE, FORMAT, adapters_of, describe, refuse_names, writer
 from turnout.reshape.adapters.shards import SHARDS_FILE, load_shards
 from turnout.reshape.adapters.trained import ROUTERS_FILE, load_routers
-from turnout.storage import read_error
 from turnout.types import Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,12 +83,13 @@ def save_adapters(
         raise nearest(router, ROUTERS, kind="router", where=where)
     check_options(router, router_options or {}, len(names), where=where)
     every = {name: _files(folder) for (folder, _), name in zip(found, names, strict=True)}
-    for name, files in every.items():
-        place = path / "adapters" / name
-        place.mkdir(parents=True)
-        for file in files:
-            shutil.copyfile(file, place / file.name)
-    describe(path, base, router, router_options, names)
+    with whole_folder(path, where) as aside:
+        for name, files in every.items():
+            place = aside / "adapters" / name
+            place.mkdir(parents=True)
+            for file in files:
+                shutil.copyfile(file, place / file.name)
+        describe(aside, base, router, router_options, names)
     return Report("save_adapters", {"adapters": names, "router": router})
 
 
@@ -124,18 +125,8 @@ def save_attached(path: str | Path, model: nn.Module) -> Report:
     path, where = Path(path), "turnout.reshape.save_attached"
     _refuse_existing(path, where)
     write = writer(model, {})
-    aside = path.with_name(path.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with whole_folder(path, where) as aside:
         report = write(aside)
-        if path.is_dir():
-            path.rmdir()  # empty, or it would have been refused
-        aside.rename(path)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise read_error(error, path, where) from error
-        raise
     return report
 
 

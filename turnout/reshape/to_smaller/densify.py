@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from turnout.errors import UsageError, word
 from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
@@ -37,9 +36,6 @@ def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -
     Returns:
         The larger model; and the bill and the difference on the text.
 
-    Raises:
-        UsageError: no experts, and nothing in few bits.
-
     >>> from turnout.models import MoEConfig
     >>> from turnout.reshape.to_smaller.latent_experts import latent_experts
     >>> lm = LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2, moe=MoEConfig(4, 2, hidden=8)))
@@ -64,17 +60,10 @@ def densify(lm: LM, *, batches: Iterable[Tensor] | None = None, seed: int = 0) -
 
 
 def planned(config: LMConfig) -> LMConfig:
-    """The configuration that ``densify`` makes of this one.
-
-    Raises:
-        UsageError: no experts, and nothing in few bits.
-    """
-    was, config = config.quantized, dataclasses.replace(config, quantized=None)
-    if config.moe is None and was is not None:
-        return config
+    """The configuration that ``densify`` makes of this one."""
+    config = dataclasses.replace(config, quantized=None)
     if config.moe is None:
-        fix = "pass a model that compress_experts, latent_experts or merge_experts made"
-        raise UsageError(word("the model", got="a dense one", allowed="have experts", where=_WHERE, fix=fix))
+        return config
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, factored=None, distinct=None))
 
 

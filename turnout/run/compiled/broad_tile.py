@@ -24,7 +24,8 @@ class _Tile(Vectors):
 
     def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int) -> None:
         types, kinds, self.rows = importlib.import_module("numba").types, signature.args, rows
-        super().__init__(context, builder, short=kinds[7].dtype == types.uint16)
+        super().__init__(context, builder, short=kinds[4].dtype != types.float32)
+        self.narrow = kinds[7].dtype == types.uint16
         a, self.at_a, self.stride_a, self.next_a, b, self.at_b, self.count, out, self.at_out, self.stride_out = given
         self.a, self.b, self.out = (self.data(kinds[place], value) for place, value in ((0, a), (4, b), (7, out)))
 
@@ -45,7 +46,7 @@ class _Tile(Vectors):
         for place, row in enumerate(sums):
             at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(place)))
             for v, each in enumerate(row):
-                self.store(builder.load(each), self.out, builder.add(at, self.word(v * WIDE)))
+                self.store(builder.load(each), self.out, builder.add(at, self.word(v * WIDE)), narrow=self.narrow)
 
     def _everywhere(self, one: Any) -> Any:
         nothing = self.vector(self.ir.Undefined)

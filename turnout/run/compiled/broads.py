@@ -14,7 +14,19 @@ from turnout.run.compiled.engine import array, compiled_here, kernel, takes, thr
 from turnout.run.compiled.fetch import LINE, fetch
 from turnout.run.compiled.lanes import prange
 
-__all__ = ["broads", "outers", "suits_broads", "suits_outers"]
+__all__ = [
+    "broad_all",
+    "broads",
+    "laid",
+    "lay",
+    "outer_all",
+    "outers",
+    "pair_all",
+    "panel",
+    "suits_broads",
+    "suits_outers",
+    "words_room",
+]
 
 # The most words that are summed over: as many rows of COLUMNS words stay in a processor's second cache.
 _MOST = 2048
@@ -32,7 +44,7 @@ def suits_broads(row_NI: Tensor, stack_EIO: Tensor) -> bool:
     return (
         row_NI.dtype == stack_EIO.dtype
         and outs >= COLUMNS
-        and _words(ins, row_NI) <= _MOST
+        and laid(ins, row_NI) <= _MOST
         and (row_NI.dtype == torch.float32 or not ins % 2)
         and compiled_here()
         and takes(row_NI, stack_EIO)
@@ -54,7 +66,7 @@ def suits_outers(left_NO: Tensor, right_NI: Tensor, grad_EOI: Tensor, most: int)
         left_NO.dtype == right_NI.dtype == grad_EOI.dtype
         and right_NI.shape[1] >= COLUMNS
         and left_NO.shape[1] >= ROWS
-        and _words(most, left_NO) <= _MOST
+        and laid(most, left_NO) <= _MOST
         and compiled_here()
         and takes(left_NO, right_NI, grad_EOI)
         and able(left_NO.dtype)
@@ -77,9 +89,11 @@ def broads(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list
     ins, outs = stack_EIO.shape[1:]
     rows, weights, out = (array(one).reshape(-1) for one in (row_NI, stack_EIO, out_NO))
     parts, many = threads(), 1 + (row_NI.dtype != torch.float32)
-    room = _room(row_NI, parts * _words(ins, row_NI) * COLUMNS)
+    room = words_room(row_NI, parts * laid(ins, row_NI) * COLUMNS)
     bound = np.array(bound_G) - bound_G[0]
-    _broads(rows, weights, np.array(expert_G), bound, out, ins, outs, many, LINE // row_NI.element_size(), room, parts)
+    broad_all(
+        rows, weights, np.array(expert_G), bound, out, ins, outs, many, LINE // row_NI.element_size(), room, parts
+    )
 
 
 def outers(left_NO: Tensor, right_NI: Tensor, expert_G: list[int], bound_G: list[int], grad_EOI: Tensor) -> None:
@@ -102,24 +116,25 @@ def outers(left_NO: Tensor, right_NI: Tensor, expert_G: list[int], bound_G: list
     (_, outs), ins = left_NO.shape, right_NI.shape[1]
     left, right, grad = (array(one).reshape(-1) for one in (left_NO, right_NI, grad_EOI))
     parts, bound = threads(), np.array(bound_G) - bound_G[0]
-    words = _words(int(np.diff(bound).max()), left_NO)
+    words = laid(int(np.diff(bound).max()), left_NO)
     # In 16 bits the left factor is laid out in pairs of rows first, which each expert begins anew.
     pairs = left
     line = LINE // left_NO.element_size()
     many = 1 + (left_NO.dtype != torch.float32)
     if many == 2:
-        pairs = _room(left_NO, sum(-(-n // 2) for n in np.diff(bound).tolist()) * outs)
-        _pair_all(left, bound, outs, pairs)
-    room = _room(left_NO, parts * words * COLUMNS)
-    _outers(pairs, right, np.array(expert_G), bound, grad, outs, ins, many, line, room, parts, words)
+        pairs = words_room(left_NO, sum(-(-n // 2) for n in np.diff(bound).tolist()) * outs)
+        pair_all(left, bound, outs, pairs)
+    room = words_room(left_NO, parts * words * COLUMNS)
+    outer_all(pairs, right, np.array(expert_G), bound, grad, outs, ins, many, line, room, parts, words)
 
 
-def _words(count: int, like: Tensor) -> int:
+def laid(count: int, like: Tensor) -> int:
     """How many words hold so many numbers of a column."""
     return count if like.dtype == torch.float32 else -(-count // 2)
 
 
-def _room(like: Tensor, words: int) -> np.ndarray:
+def words_room(like: Tensor, words: int) -> np.ndarray:
+    """Room for so many words."""
     return array(torch.empty(words, dtype=torch.float32 if like.dtype == torch.float32 else torch.int32))
 
 
@@ -136,7 +151,7 @@ def _pair(low_V, high_V, word_V):
 
 
 @kernel(exact=True)
-def _lay(b, at, stride, count, many, room, to):
+def lay(b, at, stride, count, many, room, to):
     """Rows of COLUMNS to words side by side: one row in each word, or two that follow each other."""
     whole = count - count % many
     for k in range(0, whole, many):
@@ -148,7 +163,8 @@ def _lay(b, at, stride, count, many, room, to):
 
 
 @kernel(exact=True)
-def _pair_all(rows, bound_G, width, room):
+def pair_all(rows, bound_G, width, room):
+    """Words of room: of two rows of 16 bits that follow each other in one, each expert's anew."""
     to = 0
     for g in range(bound_G.shape[0] - 1):
         for n in range(bound_G[g], bound_G[g + 1], 2):
@@ -161,7 +177,7 @@ def _pair_all(rows, bound_G, width, room):
 
 
 @kernel(exact=True)
-def _panel(a, at_a, stride_a, next_a, rows, room, at_room, words, out, to, outs, b, at_next, stride_b, count, line):
+def panel(a, at_a, stride_a, next_a, rows, room, at_room, words, out, to, outs, b, at_next, stride_b, count, line):
     """COLUMNS columns of all rows; meanwhile those of b that begin at ``at_next`` are fetched, none where it is < 0."""
     if rows < ROWS:
         for m in range(rows):
@@ -179,7 +195,8 @@ def _panel(a, at_a, stride_a, next_a, rows, room, at_room, words, out, to, outs,
 
 
 @kernel(threaded=True, exact=True)
-def _broads(x, w, expert_G, bound_G, out, ins, outs, many, line, room, parts):
+def broad_all(x, w, expert_G, bound_G, out, ins, outs, many, line, room, parts):
+    """``broads`` as kernels call it: ``many`` numbers in a word, ``parts`` times the room for a panel of words."""
     panels, words = (outs + COLUMNS - 1) // COLUMNS, (ins + many - 1) // many
     for part in prange(parts):
         at_room = part * words * COLUMNS
@@ -187,16 +204,17 @@ def _broads(x, w, expert_G, bound_G, out, ins, outs, many, line, room, parts):
         for job in range(jobs * part // parts, jobs * (part + 1) // parts):
             g, column = job // panels, min(job % panels * COLUMNS, outs - COLUMNS)
             at, start = expert_G[g] * ins * outs, bound_G[g]
-            _lay(w, at + column, outs, ins, many, room, at_room)
+            lay(w, at + column, outs, ins, many, room, at_room)
             following = at + min(column + COLUMNS, outs - COLUMNS) if job % panels + 1 < panels else -1
             if following < 0 and g + 1 < expert_G.shape[0]:
                 following = expert_G[g + 1] * ins * outs
             rows, to = bound_G[g + 1] - start, start * outs + column
-            _panel(x, start * ins, ins, many, rows, room, at_room, words, out, to, outs, w, following, outs, ins, line)
+            panel(x, start * ins, ins, many, rows, room, at_room, words, out, to, outs, w, following, outs, ins, line)
 
 
 @kernel(threaded=True, exact=True)
-def _outers(left, right, expert_G, bound_G, grad, outs, ins, many, line, room, parts, most):
+def outer_all(left, right, expert_G, bound_G, grad, outs, ins, many, line, room, parts, most):
+    """``outers`` as kernels call it: ``left`` in words, and at most ``most`` of them for an expert."""
     panels = (ins + COLUMNS - 1) // COLUMNS
     for part in prange(parts):
         at_room = part * most * COLUMNS
@@ -209,6 +227,6 @@ def _outers(left, right, expert_G, bound_G, grad, outs, ins, many, line, room, p
                 before += 1
             count = bound_G[g + 1] - bound_G[g]
             words = (count + many - 1) // many
-            _lay(right, bound_G[g] * ins + column, ins, count, many, room, at_room)
+            lay(right, bound_G[g] * ins + column, ins, count, many, room, at_room)
             to = expert_G[g] * outs * ins + column
-            _panel(left, at_left, 1, outs, outs, room, at_room, words, grad, to, ins, right, -1, ins, count, line)
+            panel(left, at_left, 1, outs, outs, room, at_room, words, grad, to, ins, right, -1, ins, count, line)

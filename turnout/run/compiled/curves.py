@@ -3,7 +3,7 @@
 import numpy as np
 
 from turnout.run.compiled.engine import kernel
-from turnout.run.compiled.pointwise import exponential, gated
+from turnout.run.compiled.pointwise import exponential, gated_here, ungated_here
 
 __all__ = ["ACTIVATIONS", "GATED", "activated", "bounded", "grown"]
 
@@ -27,15 +27,14 @@ def bounded(x):
 
 
 @kernel()
-def activated(wide_MH, code, first, last, out_MF):
-    """What lies between the two products of a feed-forward layer, from one hidden number to another.
+def activated(wide_MH, code, first, last, hidden):
+    """What lies between the two products of a feed-forward layer, in place, from one hidden number to another.
 
     Where there is a gate, it is first and the value last.
     """
-    hidden = out_MF.shape[1]
-    for m in range(out_MF.shape[0]):
-        gate_F, out_F = wide_MH[m, first:last], out_MF[m, first:last]
+    for m in range(wide_MH.shape[0]):
+        gate_F = wide_MH[m, first:last]
         if code < GATED:
-            gated(code, True, gate_F, wide_MH[m, hidden + first : hidden + last], out_F)
+            gated_here(code, gate_F, wide_MH[m, hidden + first : hidden + last])
         else:  # those without a gate do to all what those with one do to it, and come after them in the same order
-            gated((code - GATED + 1) % 4, False, gate_F, gate_F, out_F)
+            ungated_here((code - GATED + 1) % 4, gate_F)

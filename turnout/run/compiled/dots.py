@@ -16,10 +16,10 @@ from turnout.run.compiled.fetch import LINE, fetch
 from turnout.run.compiled.lanes import features, prange
 from turnout.run.compiled.vectors import WIDE
 
-__all__ = ["able", "dots", "suits_dots"]
+__all__ = ["able", "dot_all", "dots", "rows_at_once", "suits_dots", "with_outputs"]
 
 # Outputs that one thread makes at a time: their weights stay in its cache while rows pass by, so many bytes at once.
-_CHUNK, _PASS = 64, 1 << 17
+_CHUNK, _PASS = 64, 1 << 18
 _NEEDS = {torch.float32: {"avx512f"}, torch.bfloat16: {"avx512f", "avx512vl", "avx512bf16"}}
 
 
@@ -76,32 +76,42 @@ def dots(row_NI: Tensor, stack_EIO: Tensor, expert_G: list[int], bound_G: list[i
     """
     ins, outs = stack_EIO.shape[1:]
     rows, weights, out = (array(one).reshape(-1) for one in (row_NI, stack_EIO.transpose(1, 2), out_NO))
-    some = max(ROWS, _PASS // (ins * row_NI.element_size()) // ROWS * ROWS)
+    some = rows_at_once(ins * row_NI.element_size())
     bound = np.array(bound_G) - bound_G[0]
-    _dots(rows, weights, np.array(expert_G), bound, out, ins, outs, some, LINE // row_NI.element_size())
+    dot_all(rows, weights, np.array(expert_G), bound, out, ins, outs, some, LINE // row_NI.element_size())
+
+
+def rows_at_once(size: int) -> int:
+    """As many rows of so many bytes as pass by the weights of a chunk of outputs at a time.
+
+    >>> rows_at_once(1024)
+    256
+
+    Source: none; plain bookkeeping.
+    """
+    return max(ROWS, _PASS // size // ROWS * ROWS)
 
 
 @kernel(exact=True)
-def _pass(x, first, last, w, at, out, to, ins, outs, line, ahead):
-    """Rows [first, last) with OUTS outputs whose weights begin at w[at], while the next ones' are fetched."""
+def with_outputs(x, first, last, w, at, out, to, ins, outs, then, next_at, lines, line):
+    """Rows [first, last) with OUTS outputs whose weights begin at w[at], while lines of ``then`` are fetched."""
     tiles = (last - first + ROWS - 1) // ROWS
-    each = (OUTS * ins + line * tiles - 1) // (line * tiles)
+    each = (lines + tiles - 1) // tiles
     if last - first < ROWS:
         for m in range(first, last):
             dot_tile_1(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
         return
-    next_at = at + OUTS * ins
     for tile in range(tiles):
-        if ahead:
-            for _ in range(each):
-                fetch(w, next_at)
-                next_at += line
+        for _ in range(each):
+            fetch(then, next_at)
+            next_at += line
         m = min(first + tile * ROWS, last - ROWS)  # the last tile may make rows again, to the same bits
         dot_tile(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
 
 
 @kernel(threaded=True, exact=True)
-def _dots(x, w, expert_G, bound_G, out, ins, outs, some, line):
+def dot_all(x, w, expert_G, bound_G, out, ins, outs, some, line):
+    """``dots`` as kernels call it, ``some`` rows at a time."""
     parts = (outs + _CHUNK - 1) // _CHUNK
     for job in prange(expert_G.shape[0] * parts):
         g, begin = job // parts, job % parts * _CHUNK
@@ -109,4 +119,5 @@ def _dots(x, w, expert_G, bound_G, out, ins, outs, some, line):
         for first in range(bound_G[g], bound_G[g + 1], some):
             last = min(first + some, bound_G[g + 1])
             for o in range(begin, min(begin + _CHUNK, outs), OUTS):
-                _pass(x, first, last, w, start + o * ins, out, o, ins, outs, line, first == bound_G[g])
+                at, lines = start + o * ins, OUTS * ins // line if first == bound_G[g] else 0
+                with_outputs(x, first, last, w, at, out, o, ins, outs, w, at + OUTS * ins, lines, line)

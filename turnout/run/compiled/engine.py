@@ -27,6 +27,7 @@ __all__ = ["Kernel", "Lazy", "array", "compiled_here", "kernel", "takes", "threa
 _OLDEST = (0, 68)
 # What may be done to sums: to order them anew, and to fuse products into them. NaN and infinity stay what they are.
 _FREE = frozenset({"reassoc", "contract", "nsz", "arcp"})
+_PLAIN = (Tensor, torch.nn.Parameter)
 _AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e8m0fnu: torch.uint8}
 _TURN = threading.Lock()  # numba's simplest pool of threads ends the process when two callers meet in it
 _MAKING = threading.RLock()
@@ -84,6 +85,8 @@ def _why(wanted: str | None) -> str | None:
 def takes(*tensors: Tensor | None) -> bool:
     """Whether kernels may see these: plain tensors with memory of their own on a CPU, in no tracing of torch's.
 
+    Nor where something counts or replaces torch's operations (``TorchDispatchMode``): it would miss a kernel's.
+
     >>> takes(torch.ones(2), None), takes(torch.ones(2, device="meta"))
     (True, False)
 
@@ -92,8 +95,9 @@ def takes(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not transformed()
+        and not torch._C._len_torch_dispatch_stack()
         and all(
-            one is None or (type(one) in (Tensor, torch.nn.Parameter) and one.is_cpu and not one.is_neg())
+            one is None or (type(one) in _PLAIN and one.layout == torch.strided and one.is_cpu and not one.is_neg())
             for one in tensors
         )
     )

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
-from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices
-from turnout.run.compiled.lanes import BLOCK, prange, wide
+from turnout.run.compiled.formats import FLOATS, blocks, knows, matrices, meets_short
+from turnout.run.compiled.lanes import prange, wide
+from turnout.run.compiled.order import close, lay_out, lay_row, order
 from turnout.run.compiled.pointwise import KINDS, gated
-from turnout.run.compiled.span import lay_out, place, span_before
-from turnout.run.compiled.tile import splits
+from turnout.run.compiled.span import span_before
 from turnout.types import ExpertWeights, Routing
 from turnout.types.packed import Packed
 from turnout.types.weights import GATED
@@ -134,8 +134,10 @@ def experts_times(
     """
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
-    numbers = (tokens + entries) * blocks(width) + entries * (blocks(hidden) + width + outs)
-    out_TD, room = torch.empty(tokens, width), torch.empty(numbers)
+    out_TD, room = torch.empty(tokens, width), torch.empty(entries * (width + outs + hidden))
+    rows = torch.empty((tokens + entries) * blocks(width) + entries * blocks(hidden))
+    short = all(meets_short(stack, x_TD.dtype) for stack in (up_EHD, down_EDF))
+    sizes = [blocks(size) * (2 if short else 1) for size in (width, hidden)]
     gates = (2 if interleaved else 1) if activation in GATED else 0
     sound = _experts(
         array(x_TD.contiguous()).reshape(-1),
@@ -143,8 +145,9 @@ def experts_times(
         matrices(up_EHD).told,
         matrices(down_EDF).told,
         (_flat(up_bias_EH, up_EHD), _flat(down_bias_ED, down_EDF)),
-        (tokens, width, blocks(width), outs, hidden, blocks(hidden), KINDS[activation], gates),
+        (tokens, width, sizes[0], outs, hidden, sizes[1], KINDS[activation], gates),
         np.empty(routing.num_experts, np.int64),
+        array(rows.view(torch.bfloat16) if short else rows),
         array(room),
         array(out_TD).reshape(-1),
     )
@@ -185,36 +188,32 @@ def _shift(h_N, bias_N):
 
 
 @kernel(exact=True)
-def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, a, to, split):
-    """Numbers [first, last) of one row's activations, from its up product h[at:] and its bias, laid out for down."""
+def _activate(h, at, step, beside, bias, at_bias, kind, gates, first, last, made_F, a_F, order):
+    """Numbers [first, last) of one row's activations, from its up product h[at:] and its bias, laid out for down.
+
+    They are made in memory of their own: where a loop writes to what it reads, LLVM makes no vectors of it.
+    """
     low, high, beside = step * first, step * last, beside if gates else 0
     if bias.shape[0]:
         _shift(h[at + low : at + high], bias[at_bias + low : at_bias + high])
         if gates and step == 1:
             _shift(h[at + low + beside : at + high + beside], bias[at_bias + low + beside : at_bias + high + beside])
     if step == 1:
-        gate_F = h[at + first : at + last]
-        gated(kind, gates, gate_F, h[at + first + beside : at + last + beside], gate_F)
-        _placed(gate_F, first, a, to, split)
+        gated(kind, gates, h[at + first : at + last], h[at + first + beside : at + last + beside], made_F)
     else:
         turn_F = h[at + low : at + high : 2]
-        gated(kind, gates, turn_F, h[at + low + beside : at + high + beside : 2], turn_F)
-        _placed(turn_F, first, a, to, split)
-
-
-@kernel(exact=True)
-def _placed(from_F, first, a, to, split):
-    for f in range(from_F.shape[0]):
-        a[to + place(first + f, split)] = from_F[f]
+        gated(kind, gates, turn_F, h[at + low + beside : at + high + beside : 2], made_F)
+    lay_out(made_F, first, a_F, order)
 
 
 @kernel(exact=True)
 def _weigh(y, at, bias, at_bias, weight, first, last):
     """Numbers [first, last) of one row's result, with its bias, times its weight."""
-    for d in range(first, last):
-        if bias.shape[0]:
-            y[at + d] += wide(bias[at_bias + d])
-        y[at + d] *= weight
+    y_D = y[at + first : at + last]
+    if bias.shape[0]:
+        _shift(y_D, bias[at_bias + first : at_bias + last])
+    for d in range(y_D.shape[0]):
+        y_D[d] *= weight
 
 
 @kernel(exact=True)
@@ -236,22 +235,23 @@ def _active(offset_E, active_E):
 
 
 @kernel(exact=True)
-def _summed(y, at, token_R, width, tokens, first, last, out):
+def _summed(y, token_R, width, tokens, first, last, out):
     """Numbers [first, last) of every token's sum of its entries' results."""
     for t in range(tokens):
-        for d in range(first, last):
-            out[t * width + d] = 0
+        out[t * width + first : t * width + last] = 0
     for r in range(token_R.shape[0]):
-        for d in range(first, last):
-            out[token_R[r] * width + d] += y[at + r * width + d]
+        at = token_R[r] * width
+        out_D, y_D = out[at + first : at + last], y[r * width + first : r * width + last]
+        for d in range(out_D.shape[0]):
+            out_D[d] += y_D[d]
 
 
 @kernel(threaded=True, exact=True)
-def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
+def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
     """The layer, and True; or False, and nothing, where the routing is not sound.
 
-    ``active_E`` and ``room`` are its scratch. Tokens are laid out once; experts with several rows have copies of theirs
-    side by side.
+    ``active_E``, ``rows_x`` for rows that meet a matrix, in the dtype that they meet it in, and ``room`` are its
+    scratch. Tokens are laid out once; experts with several rows have copies of theirs side by side.
     """
     token_R, offset_E, weight_R = decided
     up_bias, down_bias = biases
@@ -261,20 +261,21 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
         return False
     at_rows = tokens * wide_width
     at_a = at_rows + entries * wide_width
-    at_y = at_a + entries * wide_hidden
-    at_h = at_y + entries * width
+    at_h = entries * width
+    at_made = at_h + entries * outs
     step, beside = (2, 1) if gates == 2 else (1, hidden)
-    count, split = _active(offset_E, active_E), splits(down[0])
+    count = _active(offset_E, active_E)
     for t in range(tokens):
-        lay_out(x, t * width, width, room, t * wide_width, splits(up[0]))
+        row = rows_x[t * wide_width : (t + 1) * wide_width]
+        lay_row(x[t * width : (t + 1) * width], row, order(up[0], rows_x))
     for e in active_E[:count]:
         if offset_E[e] + 1 < offset_E[e + 1]:
             for r in range(offset_E[e], offset_E[e + 1]):
-                for i in range(wide_width):
-                    room[at_rows + r * wide_width + i] = room[token_R[r] * wide_width + i]
+                own, its = at_rows + r * wide_width, token_R[r] * wide_width
+                rows_x[own : own + wide_width] = rows_x[its : its + wide_width]
     for r in range(entries):
-        for f in range(hidden // BLOCK * BLOCK, wide_hidden):
-            room[at_a + r * wide_hidden + f] = 0
+        a = at_a + r * wide_hidden
+        close(rows_x[a : a + wide_hidden], hidden, order(down[0], rows_x))
     each = (hidden + _CHUNK - 1) // _CHUNK
     for job in prange(count * each):
         e, first = active_E[job // each], job % each * _CHUNK
@@ -285,22 +286,23 @@ def _experts(x, decided, up, down, biases, sizes, active_E, room, out):
         at, at_scale, then = e * up[3], e * outs * up[5], _next(up, active_E, count, job, each, step * _CHUNK)
         if gates == 1:
             value = at + (low + hidden) * up[4]
-            span_before(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high, value)
+            span_before(up, at, at_scale, rows_x, of, wide_width, rows, room, to, outs, low, high, value)
             low, high = low + hidden, high + hidden
-        span_before(up, at, at_scale, room, of, wide_width, rows, room, to, outs, low, high, then)
+        span_before(up, at, at_scale, rows_x, of, wide_width, rows, room, to, outs, low, high, then)
         for m in range(r, r + rows):
-            h, a = at_h + m * outs, at_a + m * wide_hidden
-            _activate(room, h, step, beside, up_bias, e * outs, kind, gates, first, last, room, a, split)
+            h, a, made = at_h + m * outs, at_a + m * wide_hidden, at_made + m * hidden
+            a_F, laid, made_F = rows_x[a : a + wide_hidden], order(down[0], rows_x), room[made + first : made + last]
+            _activate(room, h, step, beside, up_bias, e * outs, kind, gates, first, last, made_F, a_F, laid)
     parts = (width + _CHUNK - 1) // _CHUNK
     for job in prange(count * parts):
         e, first = active_E[job // parts], job % parts * _CHUNK
         r, last = offset_E[e], min(width, first + _CHUNK)
-        rows, of, to = offset_E[e + 1] - r, at_a + r * wide_hidden, at_y + r * width
+        rows, of, to = offset_E[e + 1] - r, at_a + r * wide_hidden, r * width
         at, at_scale, then = e * down[3], e * width * down[5], _next(down, active_E, count, job, parts, _CHUNK)
-        span_before(down, at, at_scale, room, of, wide_hidden, rows, room, to, width, first, last, then)
+        span_before(down, at, at_scale, rows_x, of, wide_hidden, rows, room, to, width, first, last, then)
         for m in range(r, r + rows):
-            _weigh(room, at_y + m * width, down_bias, e * width, wide(weight_R[m]), first, last)
+            _weigh(room, m * width, down_bias, e * width, wide(weight_R[m]), first, last)
     for part in prange(parts):
         first, last = part * _CHUNK, min(width, (part + 1) * _CHUNK)
-        _summed(room, at_y, token_R, width, tokens, first, last, out)
+        _summed(room, token_R, width, tokens, first, last, out)
     return True

@@ -4,9 +4,9 @@ import numpy as np
 
 from turnout.run.compiled.curves import GATED, activated
 from turnout.run.compiled.engine import kernel
-from turnout.run.compiled.lanes import BLOCK, prange
-from turnout.run.compiled.span import lay_out, place
-from turnout.run.compiled.tables import INS, OUTS, SPLIT
+from turnout.run.compiled.lanes import prange
+from turnout.run.compiled.order import close_at, lay_out_at
+from turnout.run.compiled.tables import INS, ORDER, OUTS
 from turnout.run.compiled.times import blocks_of, share, times
 
 __all__ = ["fed", "grouped", "whole"]
@@ -23,24 +23,31 @@ def whole(rows, expert_G, start_G, row_R, weight_R, weight):
 
 @kernel()
 def grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R):
-    """The rows of each expert after each other; how many experts there are. It empties the choices."""
+    """The rows of each expert after each other; how many experts there are.
+
+    Experts come in the order of their numbers: a row's outputs are added in an order that no other row decides.
+    """
     rows, most = choice_BK.shape
-    groups, end = 0, 0
+    groups, end, last = 0, 0, -1
     start_G[0] = 0
-    for first in range(rows * most):
-        e = choice_BK[first // most, first % most]
+    for _ in range(rows * most):
+        e = -1  # the smallest that is left
+        for b in range(rows):
+            for k in range(most):
+                if last < choice_BK[b, k] and (e < 0 or choice_BK[b, k] < e):
+                    e = choice_BK[b, k]
         if e < 0:
-            continue
-        for b in range(first // most, rows):
+            break
+        for b in range(rows):
             weight, met = np.float32(0), False
             for k in range(most):
                 if choice_BK[b, k] == e:
-                    weight, met, choice_BK[b, k] = weight + weight_BK[b, k], True, -1
+                    weight, met = weight + weight_BK[b, k], True
             if met:
                 row_R[end], weight_R[end] = b, weight
                 end += 1
         expert_G[groups] = e
-        groups += 1
+        groups, last = groups + 1, e
         start_G[groups] = end
     return groups
 
@@ -48,7 +55,7 @@ def grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R):
 @kernel(threaded=True)
 def _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts):
     """The activations of all groups, laid out; a thread makes the same part of each expert's gates and values."""
-    hidden, split = table[down, INS], table[down, SPLIT] != 0
+    hidden, order = table[down, INS], table[down, ORDER]
     for part in prange(parts):
         first, last = share(hidden, part, parts), share(hidden, part + 1, parts)
         for g in range(groups):
@@ -59,10 +66,9 @@ def _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, ac
                 times(table, up, e, x_RD[start:end], wide_MH, hidden + first, hidden + last)
             else:
                 times(table, up, e, x_RD[start:end], wide_MH, first, wide_MH.shape[1] if code < GATED else last)
-            activated(wide_MH, code, first, last, wide_MH[:, :hidden])
+            activated(wide_MH, code, first, last, hidden)
             for r in range(start, end):
-                for f in range(first, last):
-                    act_RF[r, place(f, split)] = wide_RH[r, f]
+                lay_out_at(wide_RH[r, first:last], first, act_RF[r], order)
 
 
 @kernel(threaded=True)
@@ -84,7 +90,7 @@ def _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, m
 def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, room_F, parts):
     """Adds to y what the experts of all groups make of their rows, weighted."""
     rows, width = start_G[groups], h_BD.shape[1]
-    wide, hidden, split = table[up, OUTS], table[down, INS], table[up, SPLIT] != 0
+    wide, hidden = table[up, OUTS], table[down, INS]
     size, full = blocks_of(width), blocks_of(hidden)
     at_made = rows * size
     at_wide = at_made + rows * width
@@ -94,8 +100,8 @@ def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD,
     wide_RH = room_F[at_wide:at_act].reshape(rows, wide)
     act_RF = room_F[at_act : at_act + rows * full].reshape(rows, full)
     for r in range(rows):
-        lay_out(h_BD[row_R[r]], 0, width, room_F, r * size, split)
-        for f in range(full - BLOCK, full):
-            act_RF[r, f] = np.float32(0)
+        lay_out_at(h_BD[row_R[r]], 0, x_RD[r], table[up, ORDER])
+        close_at(x_RD[r], width, table[up, ORDER])
+        close_at(act_RF[r], hidden, table[down, ORDER])
     _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
     _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts)

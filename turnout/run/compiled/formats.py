@@ -1,6 +1,7 @@
 """How matrices lie in memory, as kernels are told it: whatever the format, one description."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled.engine import array, takes
-from turnout.run.compiled.lanes import BLOCK
+from turnout.run.compiled.lanes import BLOCK, ROOM, features
+from turnout.run.compiled.short_tile import NEEDS
 from turnout.types.packed import Packed
 
-__all__ = ["FLOATS", "Matrices", "blocks", "knows", "matrices"]
+__all__ = ["FLOATS", "Matrices", "blocks", "knows", "matrices", "meets_short"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NONE = np.zeros(0, np.float32)
+_MOST = 1 << 20  # inputs whose groups are still counted right in fp32
 _WHOLE = np.arange(-8, 8, dtype=np.float32)  # what the codes of four bits stand for where nothing else is said
 
 
@@ -47,14 +50,14 @@ class Matrices:
 
 
 def blocks(ins: int) -> int:
-    """The room for a row of so many numbers: whole blocks.
+    """The room for a row of so many numbers, in fp32.
 
     >>> blocks(33)
     64
 
     Source: none; plain bookkeeping.
     """
-    return -(-ins // BLOCK) * BLOCK
+    return -(-ins // ROOM) * ROOM
 
 
 def knows(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
@@ -71,6 +74,30 @@ def knows(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
     return (
         weight.dtype == dtype and dtype in FLOATS and takes(weight) and (weight.stride(-1) == 1 or weight.shape[-1] < 2)
     )
+
+
+def meets_short(weight: Tensor | Packed, dtype: torch.dtype) -> bool:
+    """Whether rows of this dtype meet these weights, which ``knows`` knows, in bfloat16: so that no number is widened.
+
+    Where activations are bfloat16, as transformers rounds them for every map, weights are, or what their codes stand
+    for is exactly a bfloat16: whole numbers and MXFP4's, but not NF4's. All sums are in fp32.
+
+    >>> meets_short(torch.ones(2, 3), torch.float32)
+    False
+
+    Source: none; plain bookkeeping.
+    """
+    if dtype != torch.bfloat16 or weight.shape[-1] > _MOST:
+        return False
+    if not isinstance(weight, Packed):
+        return weight.dtype == dtype and _able(dtype)
+    levels = _WHOLE if weight.levels is None else array(weight.levels)
+    return _able(weight.code.dtype) and (levels is _WHOLE or not (levels.view(np.uint32) & 0xFFFF).any())
+
+
+@functools.cache
+def _able(code: torch.dtype) -> bool:
+    return features() >= NEEDS[code]
 
 
 def matrices(weight: Tensor | Packed) -> Matrices:

@@ -4,18 +4,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnout.run.compiled.formats import Matrices, matrices
+from turnout.run.compiled.formats import Matrices, matrices, meets_short
 from turnout.run.compiled.tables import COLUMNS
-from turnout.run.compiled.times import address, split
+from turnout.run.compiled.times import address, order_of
 from turnout.types.packed import Packed
 
 __all__ = ["Kept"]
 
 
 class Kept:
-    """The tensors whose addresses stand in tables, and the addresses."""
+    """The tensors whose addresses stand in tables, and the addresses.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: of activations, where weights in few bits do not say it: bfloat16 for rows that are rounded to it.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
         self.tensors: list[Tensor | np.ndarray] = []
 
     def at(self, tensor: Tensor | None) -> int:
@@ -48,8 +53,9 @@ class Kept:
         outs, ins = stack.shape[-2:]
         between, few = (found.stride_expert, found.stride_out, outs * found.groups), (found.groups, found.group)
         added = self.wide(bias), 0 if bias is None else bias.shape[-1]
-        by_place = int(not by_input and split(found.code.dtype))
-        row = *self._begin(found, by_input=by_input), *between, outs, ins, *few, by_place, *added
+        short = not by_input and self._meets_short(stack)
+        order = 0 if by_input else order_of(found.code.dtype, short=short)
+        row = *self._begin(found, by_input=by_input, short=short), *between, outs, ins, *few, order, *added
         assert len(row) == COLUMNS
         return row
 
@@ -63,17 +69,33 @@ class Kept:
         each = outs // heads
         stride, groups = found.stride_out, found.groups
         between = each * stride, stride, each * groups
-        kernel, code, scale, levels = self._begin(found, by_input=False)
+        short = self._meets_short(weight)
+        kernel, code, scale, levels = self._begin(found, by_input=False, short=short)
         code, scale = code + first * stride * found.code.itemsize, scale + first * groups * found.scale.itemsize
         few = groups, found.group
         start = self._begin(found, by_input=True)
         return (
             (*start, *between, ins, first, *few, 0, 0, 0),
-            (kernel, code, scale, levels, *between, each - first, ins, *few, int(split(found.code.dtype)), 0, 0),
+            (
+                kernel,
+                code,
+                scale,
+                levels,
+                *between,
+                each - first,
+                ins,
+                *few,
+                order_of(found.code.dtype, short=short),
+                0,
+                0,
+            ),
         )
 
+    def _meets_short(self, weight: Tensor | Packed) -> bool:
+        return meets_short(weight, weight.dtype if isinstance(weight, Tensor) else self._dtype)
+
     @staticmethod
-    def _begin(found: Matrices, *, by_input: bool) -> tuple[int, int, int, int]:
+    def _begin(found: Matrices, *, by_input: bool, short: bool = False) -> tuple[int, int, int, int]:
         """Its kernel, and where codes, scales and levels are."""
         code, scale, levels = (each.ctypes.data for each in (found.code, found.scale, found.levels))
-        return address(found.code.dtype, found.scale.dtype, by_input=by_input), code, scale, levels
+        return address(found.code.dtype, found.scale.dtype, by_input=by_input, short=short), code, scale, levels

@@ -5,10 +5,12 @@ from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["BLOCK", "LANES", "as_float", "features", "prange", "wide", "widened"]
+__all__ = ["BLOCK", "LANES", "ROOM", "as_float", "features", "prange", "wide", "widened"]
 
-# A block of the widest vectors: what rows are filled up to, and what groups of packed weights consist of.
+# A block of the widest vectors: what rows in fp32 are filled up to, and what groups of packed weights consist of.
 BLOCK = 32
+# What the room for a row is a multiple of, in fp32: rows in bfloat16 are filled up to 128 numbers, in half of it.
+ROOM = 64
 
 
 def _prange() -> Any:

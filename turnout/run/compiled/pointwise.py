@@ -5,10 +5,11 @@ import math
 import numpy as np
 
 from turnout.run.compiled.engine import kernel
+from turnout.run.compiled.floats import as_bits, fused
 from turnout.run.compiled.lanes import as_float
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
-__all__ = ["KINDS", "activated", "exponential", "gated"]
+__all__ = ["KINDS", "activated", "exponential", "gated", "gated_here", "ungated_here"]
 
 # What g is, of act(h) = g(gate) * value or act(h) = g(h); "oai" takes clamped gates and values + 1.
 KINDS = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "geglu_tanh": 2, "gelu_tanh": 2, "reglu": 3, "relu": 3}
@@ -16,6 +17,7 @@ KINDS |= {"swiglu_oai": 4}
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SHIFT = np.float32(3 << 22)
 _LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
 _C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2))
 _C3, _C2, _ONE = np.float32(1.6666665459e-1), np.float32(0.5), np.float32(1)
@@ -32,14 +34,14 @@ def exponential(x):
     """
     t = _LEAST if x < _LEAST else x
     t = _MOST if t > _MOST else t
-    n = np.floor(t * _LOG2_E + _C2)
-    r = t - n * _LN2_HIGH - n * _LN2_LOW
-    p = ((((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]) * r + _C3) * r + _C2
-    power = np.int32(n if n == n else _ONE)
-    half = power >> np.int32(1)  # twice, since 2^128 alone is beyond fp32 and e^88.7 is not
-    y = (p * r * r + r + _ONE) * as_float((half + np.int32(127)) << np.int32(23))
-    y *= as_float((power - half + np.int32(127)) << np.int32(23))
-    return np.float32(np.inf) if x > _MOST else y
+    # Beside so large a number there is room for no fraction: the sum's last bits are the power of two.
+    shifted = fused(t, _LOG2_E, _SHIFT)
+    n = shifted - _SHIFT
+    r = fused(n, -_LN2_LOW, fused(n, -_LN2_HIGH, t))
+    p = fused(fused(fused(fused(fused(_C[0], r, _C[1]), r, _C[2]), r, _C[3]), r, _C3), r, _C2)
+    y = as_float(as_bits(fused(p * r, r, r + _ONE)) + (as_bits(shifted) << np.int32(23)))
+    y = np.float32(np.inf) if x > _MOST else y
+    return y if x == x else x
 
 
 @kernel(exact=True)
@@ -81,9 +83,10 @@ def _each(kind, gates, gate_F, value_F, out_F):
 
 @kernel(exact=True)
 def gated(kind, gates, gate_F, value_F, out_F):
-    """Activations, which may be written in the place of their gates; without gates the values are not looked at.
+    """Activations, written elsewhere; without gates the values are not looked at.
 
-    Each kind has a loop without branches, of which LLVM makes vectors: a tenth of the time.
+    Each kind has a loop without branches, of which LLVM makes vectors: a tenth of the time. It does not where the loop
+    finds that it writes to what it reads: see ``gated_here``.
     """
     if kind == 0:
         _each(0, gates, gate_F, value_F, out_F)
@@ -95,3 +98,31 @@ def gated(kind, gates, gate_F, value_F, out_F):
         _each(3, gates, gate_F, value_F, out_F)
     else:
         _each(4, gates, gate_F, value_F, out_F)
+
+
+@kernel(exact=True)
+def gated_here(kind, gate_F, value_F):
+    """Activations in the place of their gates, which LLVM is told: one name, and so vectors."""
+    if kind == 0:
+        _each(0, True, gate_F, value_F, gate_F)
+    elif kind == 1:
+        _each(1, True, gate_F, value_F, gate_F)
+    elif kind == 2:
+        _each(2, True, gate_F, value_F, gate_F)
+    elif kind == 3:
+        _each(3, True, gate_F, value_F, gate_F)
+    else:
+        _each(4, True, gate_F, value_F, gate_F)
+
+
+@kernel(exact=True)
+def ungated_here(kind, gate_F):
+    """The same of a layer that has no values."""
+    if kind == 0:
+        _each(0, False, gate_F, gate_F, gate_F)
+    elif kind == 1:
+        _each(1, False, gate_F, gate_F, gate_F)
+    elif kind == 2:
+        _each(2, False, gate_F, gate_F, gate_F)
+    else:
+        _each(3, False, gate_F, gate_F, gate_F)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
-from turnout.run.compiled.formats import blocks, knows, matrices
+from turnout.run.compiled.formats import blocks, knows, matrices, meets_short
 from turnout.run.compiled.lanes import prange, wide
-from turnout.run.compiled.span import lay_out, span
-from turnout.run.compiled.tile import splits
+from turnout.run.compiled.order import lay_row, order
+from turnout.run.compiled.span import span
 from turnout.types.packed import Packed
 
 __all__ = ["MOST_ROWS", "rows_times", "suits_rows"]
@@ -65,7 +65,8 @@ def rows_times(
     direct = out_MO if out_MO is not None and out_MO.dtype == torch.float32 else None
     wide_MO = torch.empty(shape) if direct is None else direct
     bias = _NONE if bias_O is None else array(bias_O.contiguous())
-    room = array(torch.empty(shape[0] * blocks(x_MI.shape[1])))
+    room = torch.empty(shape[0] * blocks(x_MI.shape[1]))
+    room = array(room.view(torch.bfloat16) if meets_short(weight_OI, x_MI.dtype) else room)
     x, out = array(x_MI.contiguous()).reshape(-1), array(wide_MO).reshape(-1)
     _rows(x, matrices(weight_OI).told, bias, room, out, *x_MI.shape, shape[1])
     if direct is not None or (x_MI.dtype == torch.float32 and out_MO is None):
@@ -106,7 +107,8 @@ def _rows(x, weights, bias_O, wide_x, out, rows, ins, outs):
     """out[m, o] = bias[o] + sum over i of x[m, i] w[o, i]; an empty bias is none. wide_x is room."""
     size = wide_x.shape[0] // max(1, rows)
     for m in range(rows):
-        lay_out(x, m * ins, ins, wide_x, m * size, splits(weights[0]))
+        row = wide_x[m * size : (m + 1) * size]
+        lay_row(x[m * ins : (m + 1) * ins], row, order(weights[0], wide_x))
     for chunk in prange((outs + _CHUNK - 1) // _CHUNK):
         first, last = chunk * _CHUNK, min(outs, (chunk + 1) * _CHUNK)
         span(weights, 0, 0, wide_x, 0, size, rows, out, 0, outs, first, last)

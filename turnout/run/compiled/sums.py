@@ -7,7 +7,7 @@ from torch import Tensor
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes, threads
 from turnout.run.compiled.lanes import prange, wide
 
-__all__ = ["add_rows", "suits_sums"]
+__all__ = ["add_all", "add_rows", "columns", "suits_sums"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns that a thread takes at least.
@@ -53,11 +53,20 @@ def add_rows(
 
     Source: none; a scatter of sums.
     """
-    width = row_ND.shape[1]
-    columns = max(_LEAST, -(-width // threads()))
     place = torch.empty(0, dtype=torch.int64) if place_M is None else place_M
     weight = torch.empty(0) if weight_M is None else weight_M
-    _add(array(row_ND), array(token_M), array(place), array(weight), array(into_TD), first, columns)
+    add_all(array(row_ND), array(token_M), array(place), array(weight), array(into_TD), first, columns(row_ND.shape[1]))
+
+
+def columns(width: int) -> int:
+    """How many of so many columns one thread takes.
+
+    >>> columns(64)
+    64
+
+    Source: none; plain bookkeeping.
+    """
+    return max(_LEAST, -(-width // threads()))
 
 
 @kernel()
@@ -67,7 +76,8 @@ def _add_row(row_D, w, into_D):
 
 
 @kernel(threaded=True)
-def _add(row_ND, token_M, place_M, weight_M, into_TD, first_row, columns):
+def add_all(row_ND, token_M, place_M, weight_M, into_TD, first_row, columns):
+    """``add_rows`` as kernels call it; without places or weights those are empty."""
     width = row_ND.shape[1]
     for part in prange((width + columns - 1) // columns):
         first, end = part * columns, min(width, (part + 1) * columns)

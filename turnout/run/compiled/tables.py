@@ -22,10 +22,10 @@ SIZES = (4, 2, 2)
 
 # A matrix, or a stack of them for experts: the address of the kernel for its format (``turnout.run.compiled.times``),
 # of its numbers or codes, of scales and levels; how many codes lie between two matrices and between two rows, and
-# how many scales between two matrices; its sizes; scales of a row, and the numbers that share one; whether rows that
-# meet it are laid out by place (``turnout.run.compiled.span``); the address of its biases in fp32, 0 for none, and how
+# how many scales between two matrices; its sizes; scales of a row, and the numbers that share one; how rows that
+# meet it are laid out (``turnout.run.compiled.order``); the address of its biases in fp32, 0 for none, and how
 # many lie between two.
-KERNEL, AT, SCALE, LEVELS, NEXT, STRIDE, SCALE_NEXT, OUTS, INS, GROUPS, GROUP, SPLIT, BIAS, BIAS_NEXT = range(14)
+KERNEL, AT, SCALE, LEVELS, NEXT, STRIDE, SCALE_NEXT, OUTS, INS, GROUPS, GROUP, ORDER, BIAS, BIAS_NEXT = range(14)
 COLUMNS = 14
 # A norm: fp32 weights and biases (0 for none); by mean and variance (layer), or by the root mean square.
 NORM = np.dtype([("weight", "i8"), ("bias", "i8"), ("layer", "i8"), ("eps", "f4")], align=True)

@@ -7,18 +7,17 @@ the speed of one (AMD Zen 4): so while some outputs are made, what the next ones
 The sums of several outputs, each spread over a vector, are added up together at the end.
 
 A block is two vectors' worth of inputs. Of formats that put two numbers in one word, neighbours i and i + 1 part: the
-first vector has those of even place, the second those of odd; the rows that they meet are laid out so (``splits``), and
-end with zeros where a block is not full.
+first vector has those of even place, the second those of odd; the rows that they meet are laid out so
+(``turnout.run.compiled.order``), and end with zeros where a block is not full.
 """
 
 import importlib
 from typing import Any
 
-from turnout.run.compiled.engine import Lazy
 from turnout.run.compiled.fetch import LINE, write_fetch
 from turnout.run.compiled.lanes import LANES, features, widened
 
-__all__ = ["OUTS", "splits", "tile_1", "tile_2", "tile_4", "tile_8"]
+__all__ = ["OUTS", "Tile"]
 
 # As many outputs as a tile makes.
 OUTS = 4
@@ -35,20 +34,7 @@ def _name(ir: Any, kind: Any) -> str:
     return {ir.FloatType: "f32", ir.HalfType: "f16"}.get(type(kind)) or f"i{kind.width}"
 
 
-def _splits() -> Any:
-    types = importlib.import_module("numba").types
-
-    @importlib.import_module("numba.extending").intrinsic
-    def splits(context: Any, code: Any) -> Any:
-        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            return context.get_constant(types.boolean, code.dtype in (types.uint16, types.uint8))
-
-        return types.boolean(code), lower
-
-    return splits
-
-
-class _Tile:
+class Tile:
     """Writes one tile: for each output, sums over groups of blocks, the last of which may not be full."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, given: Any, rows: int) -> None:
@@ -87,8 +73,8 @@ class _Tile:
         if left is None:
             return self._load(pointer, at, kind)
         ir, builder, lanes = self.ir, self.builder, kind.count
-        places = ir.VectorType(self.word, lanes)(list(range(lanes)))
-        mask = builder.icmp_signed("<", places, self._splat(left, lanes))
+        places = ir.VectorType(self.long, lanes)(list(range(lanes)))
+        mask = builder.icmp_signed("<", places, self._splat(builder.trunc(left, self.long), lanes))
         name = f"llvm.masked.load.v{lanes}{_name(ir, kind.element)}.p0"
         place = builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
         nothing = ir.Constant(kind, None)
@@ -121,7 +107,9 @@ class _Tile:
         return codes * self.kind.bitwidth // 8 // (2 if self.halved else 1)
 
     def _is_near(self) -> Any:
-        """Whether the next outputs' codes, with these, leave most of the first cache to the rows."""
+        """Whether what comes goes into the first cache: few bits, of which it has to leave most to the rows."""
+        if not self.scaled:
+            return self.ir.IntType(1)(0)
         size = self.builder.mul(self.stride, self.word(OUTS * self.kind.bitwidth // 8))
         return self.builder.icmp_signed("<=", size, self.word(_NEAR))
 
@@ -206,13 +194,37 @@ class _Tile:
                 for row, vector in enumerate(rows):
                     at = builder.add(builder.mul(out, self.word(self.rows)), self.word(row))
                     builder.store(vector, builder.gep(vectors, [self.word(0), at]), align=4)
+        sums = []
         for first in range(0, OUTS * self.rows, self.lanes):
             some = range(first, min(first + self.lanes, OUTS * self.rows))
-            sums = self._added(
-                [builder.load(builder.gep(vectors, [self.word(0), self.word(at)]), align=4) for at in some]
+            sums.append(
+                self._added([builder.load(builder.gep(vectors, [self.word(0), self.word(at)]), align=4) for at in some])
             )
-            for at in some:
-                self._write_sum(*divmod(at, self.rows), builder.extract_element(sums, self.long(at - first)), last)
+        with builder.if_else(builder.icmp_signed("==", self.outs, self.word(OUTS))) as (whole, parted):
+            with whole:
+                self._write_rows(sums)
+            with parted:
+                for at in range(OUTS * self.rows):
+                    which, place = divmod(at, self.lanes)
+                    number = builder.extract_element(sums[which], self.long(place))
+                    self._write_sum(*divmod(at, self.rows), number, last)
+
+    def _write_rows(self, sums: list[Any]) -> None:
+        """Of each row all outputs at once."""
+        builder = self.builder
+        for row in range(self.rows):
+            places = [divmod(out * self.rows + row, self.lanes) for out in range(OUTS)]
+            kind = self.ir.VectorType(self.real, OUTS)
+            some = kind(self.ir.Undefined)
+            if len(sums) <= 2:
+                which = self.ir.VectorType(self.long, OUTS)([n * self.lanes + place for n, place in places])
+                some = builder.shuffle_vector(sums[0], sums[-1], which)
+            else:
+                for out, (n, place) in enumerate(places):
+                    number = builder.extract_element(sums[n], self.long(place))
+                    some = builder.insert_element(some, number, self.long(out))
+            at = builder.add(self.at_out, builder.mul(self.stride_out, self.word(row)))
+            builder.store(some, builder.bitcast(builder.gep(self.out, [at]), kind.as_pointer()), align=4)
 
     def _write_sum(self, out: int, row: int, number: Any, last: Any) -> None:
         builder = self.builder
@@ -275,10 +287,8 @@ class _Tile:
             self._block(builder.add(code, offset), table, left) for code, table in zip(codes, tables, strict=True)
         ]
         if left is None and not self.swept:
-            ahead = builder.add(
-                builder.mul(offset, self.word(self.together)), builder.mul(self.stride, self.word(OUTS))
-            )
-            self._fetch(builder.add(codes[0], ahead))
+            ahead = builder.add(builder.sub(codes[0], self.at), builder.mul(offset, self.word(self.together)))
+            self._fetch(builder.add(self.then, ahead))
         for part in range(2):
             place = builder.add(self.at_x, builder.add(at, self.word(part * self.lanes)))
             for row in range(self.rows):
@@ -307,31 +317,3 @@ class _Tile:
             vector = halves(vector, vector, parts, length)
             length //= 2
         return vector
-
-
-def _tile(rows: int) -> Any:
-    types = importlib.import_module("numba").types
-
-    @importlib.import_module("numba.extending").intrinsic
-    def tile(
-        context, code, at, stride, scale, at_scale, groups, group, levels, x, at_x, ins, out, at_out, far, outs, then
-    ):
-        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            _Tile(context, builder, signature, given, rows).write()
-            return context.get_dummy_value()
-
-        n = types.intp
-        return types.void(code, n, n, scale, n, n, n, levels, x, n, n, out, n, n, n, n), lower
-
-    return tile
-
-
-# splits(code): whether rows that meet this format are laid out with the even places of a block first.
-splits: Any = Lazy(_splits)
-# tile_M(code, at, stride, scale, at_scale, groups, group, levels, x, at_x, stride_x, out, at_out, stride_out, outs,
-# then): writes the sums of M rows with ``outs`` outputs, 1 to 4, whose weights begin at ``at`` and lie ``stride``
-# apart, from ``at_out`` on; what is read after them begins at ``then``.
-tile_1: Any = Lazy(lambda: _tile(1))
-tile_2: Any = Lazy(lambda: _tile(2))
-tile_4: Any = Lazy(lambda: _tile(4))
-tile_8: Any = Lazy(lambda: _tile(8))

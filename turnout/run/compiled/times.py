@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from turnout.run.compiled.engine import Kernel, Lazy, kernel
-from turnout.run.compiled.lanes import BLOCK, prange, wide
-from turnout.run.compiled.span import lay_out, span
+from turnout.run.compiled.lanes import ROOM, prange, wide
+from turnout.run.compiled.order import close_at, lay_out_at, order
+from turnout.run.compiled.span import span
 from turnout.run.compiled.tables import (
     AT,
     BIAS,
@@ -23,19 +24,19 @@ from turnout.run.compiled.tables import (
     KERNEL,
     LEVELS,
     NEXT,
+    ORDER,
     OUTS,
     SCALE,
     SCALE_NEXT,
-    SPLIT,
     STRIDE,
     begins,
+    brains,
     floats,
     view,
     wholes,
 )
-from turnout.run.compiled.tile import splits
 
-__all__ = ["address", "blocks_of", "laid_out", "share", "split", "spread", "times"]
+__all__ = ["address", "blocks_of", "laid_out", "order_of", "share", "spread", "times"]
 
 # As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
@@ -65,6 +66,18 @@ def by_output(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last
     weights = codes, scales, floats(row[LEVELS], 16), row[NEXT], row[STRIDE], row[GROUPS], row[GROUP]
     x_F, out_F = floats(x, rows * size), floats(out, rows * outs)
     span(weights, e * row[NEXT], e * row[SCALE_NEXT], x_F, 0, size, rows, out_F, 0, outs, first, last)
+    _biased(row, e, rows, out_F, outs, first, last)
+    return 0
+
+
+@kernel(exact=True)
+def by_output_short(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """The same for rows that are laid out in bfloat16, in the memory of fp32 ones."""
+    row = wholes(at_row, COLUMNS)
+    codes, scales = view(code, (row[OUTS] - 1) * row[STRIDE] + 1), view(scale, row[OUTS] * row[GROUPS])
+    weights = codes, scales, floats(row[LEVELS], 16), row[NEXT], row[STRIDE], row[GROUPS], row[GROUP]
+    x_F, out_F = brains(x, 2 * rows * size), floats(out, rows * outs)
+    span(weights, e * row[NEXT], e * row[SCALE_NEXT], x_F, 0, 2 * size, rows, out_F, 0, outs, first, last)
     _biased(row, e, rows, out_F, outs, first, last)
     return 0
 
@@ -135,10 +148,18 @@ def by_input_packed(code, scale, at_row, e, ins, x, size, rows, out, outs, first
     return 0
 
 
-def address(code: np.dtype, scale: np.dtype, *, by_input: bool) -> int:
-    """Where the kernel of a format is, compiled if it has not been; as ``engine.array`` shows codes and scales."""
-    few = code in (np.int8, np.uint8)
-    return _address((_BY_INPUT_PACKED if few else _BY_INPUT) if by_input else _BY_OUTPUT, code, scale)
+def address(code: np.dtype, scale: np.dtype, *, by_input: bool, short: bool = False) -> int:
+    """Where the kernel of a format is, compiled if it has not been; as ``engine.array`` shows codes and scales.
+
+    Args:
+        code: of numbers or codes.
+        scale: of their scales.
+        by_input: whether each input's weights lie after each other, rather than each output's.
+        short: whether rows meet them in bfloat16 (``turnout.run.compiled.formats.meets_short``).
+    """
+    if by_input:
+        return _address(_BY_INPUT_PACKED if code in (np.int8, np.uint8) else _BY_INPUT, code, scale)
+    return _address(_BY_OUTPUT_SHORT if short else _BY_OUTPUT, code, scale)
 
 
 @functools.cache
@@ -152,18 +173,18 @@ def _address(of: Kernel, code: np.dtype, scale: np.dtype) -> int:
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
 
 
-_BY_OUTPUT, _BY_INPUT, _BY_INPUT_PACKED = by_output, by_input, by_input_packed
+_BY_OUTPUT, _BY_OUTPUT_SHORT, _BY_INPUT, _BY_INPUT_PACKED = by_output, by_output_short, by_input, by_input_packed
 
 
 @kernel(exact=True)
-def _splits(code):
-    return splits(code)
+def _order(code, room):
+    return order(code, room)
 
 
 @functools.cache
-def split(code: np.dtype) -> bool:
-    """Whether rows that meet codes like these are laid out by place."""
-    return bool(_splits(np.zeros(0, code)))
+def order_of(code: np.dtype, *, short: bool = False) -> int:
+    """How rows that meet codes like these are laid out (``turnout.run.compiled.order``)."""
+    return int(_order(np.zeros(0, code), np.zeros(0, np.uint16 if short else np.float32)))
 
 
 def _calls() -> Any:
@@ -211,16 +232,18 @@ def share(count, part, parts):
 @kernel()
 def blocks_of(ins):
     """As ``turnout.run.compiled.formats.blocks``: the room for a row of so many numbers."""
-    return (ins + BLOCK - 1) // BLOCK * BLOCK
+    return (ins + ROOM - 1) // ROOM * ROOM
 
 
 @kernel()
 def laid_out(table, which, x_MI, room_F):
     """(M, blocks of I) the rows as this matrix takes them, in the room."""
-    rows, ins, split = x_MI.shape[0], x_MI.shape[1], table[which, SPLIT] != 0
+    rows, ins = x_MI.shape
     size = blocks_of(ins)
     for m in range(rows):
-        lay_out(x_MI[m], 0, ins, room_F, m * size, split)
+        row_F = room_F[m * size : (m + 1) * size]
+        lay_out_at(x_MI[m], 0, row_F, table[which, ORDER])
+        close_at(row_F, ins, table[which, ORDER])
     return room_F[: rows * size].reshape(rows, size)
 
 

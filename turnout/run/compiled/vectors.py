@@ -5,7 +5,7 @@ from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["WIDE", "Vectors"]
+__all__ = ["WIDE", "Vectors", "bfloat"]
 
 # How many float32 a vector has.
 WIDE = 16
@@ -32,6 +32,11 @@ def _bfloat() -> Any:
 
 
 _BFLOAT = Lazy(_bfloat)
+
+
+def bfloat() -> Any:
+    """LLVM's type of a bfloat16."""
+    return _BFLOAT.made()
 
 
 class Vectors:
@@ -79,8 +84,8 @@ class Vectors:
         product = self.tools.get_or_insert_function(self.builder.module, kind, name)
         self.builder.store(self.builder.call(product, given), into)
 
-    def store(self, some: Any, data: Any, at: Any) -> None:
-        """Puts float32 there, rounded where numbers are bfloat16."""
-        if self.short:
+    def store(self, some: Any, data: Any, at: Any, *, narrow: bool | None = None) -> None:
+        """Puts float32 there, rounded where numbers are bfloat16, or as told."""
+        if self.short if narrow is None else narrow:
             some = self.builder.fptrunc(some, self.ir.VectorType(_BFLOAT.made(), some.type.count))
         self.builder.store(some, self.builder.bitcast(self.builder.gep(data, [at]), some.type.as_pointer()), align=1)
