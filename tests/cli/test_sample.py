@@ -138,8 +138,11 @@ MISTAKES = {
     "--prompts empty.txt": r"--prompts must hold text.*empty\.txt: no line with anything on it",
     "--prompts binary.txt": r"--prompts must hold text.*not UTF-8.*one prompt a line",
     "--prompts several.txt --stream": "--stream must be of one prompt .*got 2 prompts",
-    "--prompts several.txt --tokens 999": "--tokens must be at most 62: the model takes 64, and the prompt has 2",
+    "--prompts several.txt --tokens 999": "--tokens must be at most 62: the model takes 64, and the longest .* 2",
+    "--temperature inf": "--temperature must be a finite number of at least 0",
+    "--prompts long.txt --tokens 4": "the longest prompt, number 2 of 2, must leave room: .* takes 64.* at most 60 ",
     "--stop=": "--stop must be a text to stop at",
+    "--keep-stop": "--keep-stop must go with a text to stop at.*got no --stop.*add --stop TEXT",
     "--eos": "--eos must be asked of a model that says how its texts end.*--stop TEXT",
 }
 
@@ -150,6 +153,7 @@ def test_mistakes_are_told_by_their_flags(flags: str, folder, tmp_path, monkeypa
     Path("empty.txt").write_text("\n \n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     Path("several.txt").write_text("the cat\nline 1\n")
+    Path("long.txt").write_text("the cat\n" + "line 1 " * 99 + "\n")
     assert main(["sample", str(folder), *flags.split()]) == 2
     err = capsys.readouterr().err
     assert re.search(MISTAKES[flags], err, re.DOTALL), err

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from turnout.cli.main import main
-from turnout.models import LM, LMConfig, MoEConfig, checkpoint
+from turnout.cli.words import in_flags
+from turnout.errors import UsageError
+from turnout.models import LM, LMConfig, MoEConfig, QuantizedConfig, checkpoint
+from turnout.models.gguf.few_bits import check_kind
 from turnout.recipes.doctor import _PARTS
 from turnout.train.data import train_tokenizer
 
@@ -71,6 +74,7 @@ CASES = {
     "convert moe --zip --calibration text.txt": "--zip must come without steps.*also --calibration",
     "convert moe --gguf f32 --calibration text.txt": "--gguf must come without steps.*also --calibration",
     "convert moe --gguf f32 --dry-run": "--dry-run must go with steps.*--gguf, which has no plan",
+    "convert moe": "the steps must be at least one.*--bits 4.*--gguf",
     "parity dp_shard=2 --seed 99999999999999999999": "--seed must be a whole number of 64 bits",
     "doctor nowhere": "MODEL must exist",
     "doctor text.txt": "the folder must hold a model in turnout doctor",
@@ -115,6 +119,25 @@ def test_a_flag_says_which_type_it_expects(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["sample", "x", "--tokens", "many"])
     assert "argument --tokens: must be a whole number; got 'many'" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_none_is_told_the_nearest_one_of_its_command(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "x", "--tokns", "9"])
+    said = capsys.readouterr().err
+    assert "usage: turnout sample" in said and "unrecognized arguments: --tokns 9; did you mean --tokens?" in said
+    with pytest.raises(SystemExit):
+        main(["methods", "--zzz"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_gguf_of_codes_that_it_has_no_type_for_is_told_in_flags() -> None:
+    with pytest.raises(UsageError) as refused:
+        few = QuantizedConfig(4, 32, parts=("attention", "dense"))
+        check_kind(LMConfig(vocab_size=8, width=32, layers=1, heads=2, hidden=64, quantized=few), "mxfp4")
+    said = in_flags(str(refused.value), "convert")
+    assert "--gguf must hold the numbers that codes mean in turnout convert; got mxfp4" in said
+    assert "pass --gguf q8_0 or q4_0, or write the weights out first (--densify)" in said and "turnout." not in said
 
 
 def test_the_fix_for_a_missing_tokenizer_is_one_that_helps(place, tmp_path, capsys) -> None:

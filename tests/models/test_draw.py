@@ -128,7 +128,7 @@ def test_chances_belong_to_the_prompt_and_the_seed() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"temperature": -1}, "temperature must be a number of at least 0"),
+        ({"temperature": -1}, "temperature must be a finite number of at least 0"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": "0.7"}, "temperature"),
@@ -138,7 +138,7 @@ def test_chances_belong_to_the_prompt_and_the_seed() -> None:
         ({"top_p": 1.1}, "top_p must be a number from 0 to 1"),
         ({"top_p": -0.1}, "top_p"),
         ({"min_p": math.nan}, "min_p must be a number from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
     ],
 )

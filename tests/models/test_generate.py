@@ -205,6 +205,7 @@ MISTAKES: list[tuple[Any, dict[str, Any], type, str]] = [
     ([[3], []], {}, ShapeError, "every prompt must have at least one token .*got no token in prompt 1.*opens a text"),
     (torch.zeros(1, 0, dtype=torch.long), {}, ShapeError, "pass a prompt of a token or more"),
     (torch.zeros(0, 4, dtype=torch.long), {}, ShapeError, "B and S > 0"),
+    (torch.ones(1, 4), {}, ShapeError, "be whole numbers.*torch.float32.*as integers"),
     (torch.tensor([1, 2]), {}, ShapeError, r"pass id\[None\]"),
     (torch.ones(1, 2), {}, ShapeError, "whole numbers"),
     ([1, 2, 3], {}, ShapeError, r"got int as prompt 0.*\[ids\] for one prompt"),

@@ -1,10 +1,12 @@
 """``turnout``: reads the command line, runs one subcommand, turns expected errors into one line and an exit code."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -95,8 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> typing.NoReturn:
+    """Names what the command does not take, and the flag that comes nearest."""
+    flags = re.findall(r"--[a-z][a-z-]+", parser.format_usage())
+    close = [found[0] for text in rest if (found := difflib.get_close_matches(text.split("=")[0], flags, n=1))]
+    parser.error(
+        f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {' and '.join(close)}?" if close else "")
+    )
 
 
 # A full disk, a full quota, a device that fails.
@@ -137,7 +148,7 @@ def _run(argv: Sequence[str] | None) -> int:
     # argparse takes positional arguments in one go; field=value may also stand behind the options.
     late = [text for text in rest if "=" in text and not text.startswith("-")]
     if late != rest or (late and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse_unknown(arguments.parser, rest)
     if late:
         arguments.overrides += late
     try:

@@ -26,6 +26,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "LM.generate": {"tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k"},
     "TrainConfig": {"steps": "--steps"},
     "turnout.device": {"device": "--device"},
+    "turnout.models.gguf.to_gguf": {"kind": "--gguf"},
     "turnout.decide.device.layouts": {"devices": "--devices"},
 }
 # Commands whose own words are ``field=value``; of what they raise only flags are put in words.
@@ -36,11 +37,13 @@ _TEXTS = (
     (re.compile(r"share=[\d.]+ or more \((--drop-experts [\d.]+%)\)"), r"\1 or more"),
     (re.compile(r", or batches=None"), ", or leave it out"),
     (re.compile(r"batches=\[[^\]]*\]"), "--calibration FILE"),
-    (re.compile(r", turnout\.[a-z][\w.]+\)"), ")"),
+    (re.compile(r"[,;] turnout\.[a-z][\w.]+\)"), ")"),
     (re.compile(r"\bbatches\b(?= must)"), "--calibration"),
 )
 # Of turnout convert alone: what a configuration says of few bits, elsewhere its own fields, was a flag here.
 _CONVERT = (
+    (re.compile(r"\bpass (?=(?:q8_0|q4_0|mxfp4)\b)"), "pass --gguf "),
+    (re.compile(r"\(turnout convert --densify --gguf\)"), "(--densify)"),
     (
         re.compile(r"quantized\.group must (.+) in LMConfig; (.+) pass group=(\d+), or None for one scale a row"),
         r"--group must \1 in turnout convert; \2 pass --group \3, or --group row",

@@ -55,14 +55,18 @@ class Drawing:
         if not whole or (self.top_k is not None and self.top_k < 1):
             raise self._refusal("top_k", self.top_k, "be a whole number of at least 1, or None", "pass top_k=50")
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise self._refusal("temperature", self.temperature, "be a number of at least 0", "pass temperature=1.0")
+            raise self._refusal(
+                "temperature", self.temperature, "be a finite number of at least 0", "pass temperature=1.0"
+            )
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 fix = "pass top_p=0.95" if name == "top_p" else "pass min_p=0.05"
                 raise self._refusal(name, value, "be a number from 0 to 1, or None", fix)
         penalty = self.repetition_penalty
         if not _is_number(penalty) or not 0 < penalty < math.inf:
-            raise self._refusal("repetition_penalty", penalty, "be a number above 0", "pass repetition_penalty=1.1")
+            raise self._refusal(
+                "repetition_penalty", penalty, "be a finite number above 0", "pass repetition_penalty=1.1"
+            )
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature == 0 and idle and self.top_k != 1:
             has = "have no effect" if len(idle) > 1 else "has no effect"

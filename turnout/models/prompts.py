@@ -82,9 +82,9 @@ def read_prompts(
 def _of_matrix(id_BS: Tensor, attention_mask: Tensor | None, pad: int, where: str) -> Prompts:
     if id_BS.ndim != 2 or id_BS.is_floating_point() or 0 in id_BS.shape:
         got = f"{id_BS.dtype} of shape {tuple(id_BS.shape)}"
-        fix = (
-            "pass id[None] for one prompt" if id_BS.ndim == 1 and id_BS.numel() else "pass a prompt of a token or more"
-        )
+        fix = "pass a prompt of a token or more"
+        if id_BS.numel():
+            fix = "pass id[None] for one prompt" if id_BS.ndim == 1 else "pass what the tokenizer gives, as integers"
         raise ShapeError(
             word("the prompts", got=got, allowed="be whole numbers (B, S), B and S > 0", where=where, fix=fix)
         )

@@ -17,13 +17,13 @@ from turnout.train.data.document import NotTextError
 from turnout.train.data.spaced import Spaced, spaced
 from turnout.train.data.tokenizer import opening_ids, refuse_chance
 
-__all__ = ["Calibration", "calibration", "find_tokenizer", "whole_text"]
+__all__ = ["LONGEST_ROW", "Calibration", "calibration", "find_tokenizer", "whole_text"]
 
 _WHERE = "turnout convert --calibration"
 _SEQ, _ROWS = 512, 8
 # What transformers makes a tokenizer.json of.
 _OTHERS = ("tokenizer", "vocab", "merges", "tekken", "sentencepiece", "spiece", "bpe")
-_ROW = 1024
+LONGEST_ROW = 1024
 # The most logits of one batch: 256 MB in fp32.
 _LOGITS = 2**26
 
@@ -148,7 +148,7 @@ def whole_text(sources: list[str], folder: Path, *, config: LMConfig, limit: int
         fix = "use the tokenizer that the model was trained with" if ids else "name a file or folder with text in it"
         allowed = f"give tokens from 0 to {config.vocab_size - 1}"
         raise DataError(word("the text", got=got, allowed=allowed, where="turnout", fix=fix))
-    seq = min(_ROW, config.max_seq, len(ids))
+    seq = min(LONGEST_ROW, config.max_seq, len(ids))
     whole = len(ids) // seq * seq
     rows = max(1, min(_ROWS, _LOGITS // (seq * config.vocab_size)))
     batches = list(torch.tensor(ids[:whole]).view(-1, seq).split(rows))

@@ -12,7 +12,7 @@ from turnout.measure import entropy, hardware, max_vio
 from turnout.models import LM
 from turnout.models.checkpoint.own import ORIGIN, read_json
 from turnout.models.placed import placed
-from turnout.recipes.calibration import whole_text
+from turnout.recipes.calibration import LONGEST_ROW, whole_text
 from turnout.recipes.certify import model_folder, open_model
 from turnout.recipes.held_out import measured
 from turnout.types import Report
@@ -74,9 +74,8 @@ def evaluate_model(
     if limit is not None and limit < 2:
         raise _refusal("--limit", limit, "be at least 2 tokens", "pass --limit 10000, or leave it out", where)
     model = opened(path, where, device)
-    config, values, tokens, size, nats = model.lm.config, {}, 0, 0, 0.0
+    config, values, tokens, size, nats, skipped = model.lm.config, {}, 0, 0, 0.0, 0
     loads: list[tuple[int, list[list[float]]]] = []
-    skipped = 0
     for name, sources in domains.items():
         text = whole_text(list(sources), model.folder, config=config, limit=limit)
         found = measured(model.lm, text)
@@ -94,7 +93,7 @@ def evaluate_model(
         assert isinstance(share_LE, torch.Tensor)
         values["max_vio"] = sum(map(max_vio, share_LE)) / len(share_LE)
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
-    notes = ("in rows of up to 1024 tokens, documents one after the other",)
+    notes = (f"in rows of up to {min(LONGEST_ROW, config.max_seq)} tokens, documents one after the other",)
     notes += (f"left out {skipped} files or rows that cannot be read as text",) if skipped else ()
     context = {"run": model.name, "device": shown(model.lm.embedding.device), "hardware": hardware()}
     return Report(f"the model in {model.name}", values, notes, context)

@@ -191,7 +191,7 @@ def make_plan(
 
 
 def _no_steps(stored_as: str | None) -> UsageError:
-    fix = "add --to moe --experts 8 --top-k 2, --split, --drop-experts, --merge-experts, or --as"
+    fix = "add one, such as --to moe --experts 8 --top-k 2 or --bits 4, or another format: --as or --gguf"
     if stored_as is not None:
         fix = f"add --densify to write its weights ({stored_as}) out whole, --as model to keep their bits, or steps"
     return UsageError(word("the steps", got="none", allowed="be at least one", where=_WHERE, fix=fix))

@@ -69,7 +69,8 @@ class Sampling:
             if value is None or (least <= value <= most and value != math.inf):
                 continue
             low = "above 0" if name == "repetition_penalty" else f"of at least {least}"
-            allowed = f"be a number {low}" if most == math.inf else f"be a number from {least} to {most}"
+            kind = "finite number" if value == math.inf else "number"
+            allowed = f"be a {kind} {low}" if most == math.inf else f"be a number from {least} to {most}"
             raise _refusal(flag, value, allowed, f"pass {flag} {fix}")
         idle = next((name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None), None)
         if self.temperature == 0 and idle is not None:
@@ -77,6 +78,9 @@ class Sampling:
             raise _refusal(flag, got, "go with a temperature above 0", f"leave {flag} out, or pass --temperature 0.8")
         if not all(self.stop):
             raise _refusal("--stop", "an empty text", "be a text to stop at", "leave it out")
+        if self.keep_stop and not self.stop:
+            fix = "add --stop TEXT, or leave --keep-stop out"
+            raise _refusal("--keep-stop", "no --stop", "go with a text to stop at", fix)
 
 
 def sample_model(
@@ -215,11 +219,13 @@ def _fitting(lm: LM, texts: Sequence[Sequence[int]], tokens: int | None) -> int:
         raise _refusal("the tokenizer", got, "be the model's own", "put the model's tokenizer.json beside it")
     longest = max(map(len, texts))
     room = config.max_seq - longest
+    one = "the prompt" if len(texts) == 1 else "the longest prompt"
     if room < 1:
-        got, allowed = f"{longest} tokens", f"leave room: the model takes {config.max_seq}"
-        raise _refusal("--prompt", got, allowed, "give a shorter one")
+        got, allowed = f"{longest} tokens in it", f"leave room: the model takes {config.max_seq} tokens in all"
+        what = one if len(texts) == 1 else f"{one}, number {[*map(len, texts)].index(longest) + 1} of {len(texts)},"
+        raise _refusal(what, got, allowed, f"shorten it to at most {config.max_seq - (tokens or 1)} tokens")
     if tokens is not None and tokens > room:
-        allowed = f"be at most {room}: the model takes {config.max_seq}, and the prompt has {longest}"
+        allowed = f"be at most {room}: the model takes {config.max_seq}, and {one} has {longest}"
         raise _refusal("--tokens", tokens, allowed, f"pass --tokens {room}")
     return tokens or min(100, room)
 

@@ -67,7 +67,8 @@ def _text(file: str) -> str:
 @functools.cache
 def _say(folder: Path) -> None:
     if sys.stderr.isatty():
-        text = f"turnout compiles its kernels for this processor: seconds, once; they are kept in {folder.parent}"
+        text = "turnout compiles its kernels for this processor, once, which takes up to a minute"
+        text += f"; they are kept in {folder.parent}"
         print(text, file=sys.stderr, flush=True)
 
 
