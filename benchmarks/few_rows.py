@@ -5,7 +5,8 @@
 Every expert of a bank has M rows; the time is the whole layer's (gather, gate and up, activation, down, weighted sum),
 without a gradient. A sweep adds up the same bytes, compiled too: floats as floats, codes as whole numbers. Both are
 timed in turn in one process, in processor time of the thread, and compared by the medians of the rounds. The banks of a
-format take more than the last cache holds. What torch's own path takes is beside it where there is one.
+format take more than the last cache holds, and lie in large pages where the system gives them, as models that are read
+from a folder do. What torch's own path takes is beside it where there is one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from turnout.run import packed_reference, sort
 from turnout.run.compiled import why_not_compiled
 from turnout.run.compiled.engine import array, kernel
 from turnout.run.compiled.experts import experts_times
+from turnout.run.pages import in_large_pages
 from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 
 ROWS = (1, 2, 4)
@@ -81,6 +83,18 @@ def swept(one: Stack) -> np.ndarray:
     return array(flat) if flat.dtype == torch.float32 else array(flat.view(torch.int64))
 
 
+def settled(banks: list[list[Stack]]) -> list[list[Stack]]:
+    """The same in memory that was asked for in large pages before anything was written there."""
+    held = [one if isinstance(one, Tensor) else one.code for bank in banks for one in bank]
+    place = [torch.empty_like(one) for one in held]
+    in_large_pages(place)
+    moved = iter([new.copy_(one) for new, one in zip(place, held, strict=True)])
+    return [
+        [next(moved) if isinstance(one, Tensor) else dataclasses.replace(one, code=next(moved)) for one in bank]
+        for bank in banks
+    ]
+
+
 def evenly(rows: int, shape: Shape) -> Routing:
     """Every expert has as many rows."""
     tokens = rows * shape.experts // shape.top_k
@@ -101,7 +115,7 @@ def measure(form: str, shape: Shape, rounds: int) -> dict[str, object]:
     sizes = (shape.experts, 2 * shape.hidden, shape.width), (shape.experts, shape.width, shape.hidden)
     one = [stack(form, size, generator) for size in sizes]
     each = sum(swept(part).nbytes for part in one)
-    banks = [one, *([stack(form, size, generator) for size in sizes] for _ in range(1, -(-_BYTES // each)))]
+    banks = settled([one, *([stack(form, size, generator) for size in sizes] for _ in range(1, -(-_BYTES // each)))])
     dtype = torch.bfloat16 if form.endswith("bf16 rows") else _DTYPES.get(form, torch.float32)
     calls: dict[str, Callable[[], object]] = {"sweep": lambda: [sweep(swept(p)) for bank in banks for p in bank]}
     for rows in ROWS:

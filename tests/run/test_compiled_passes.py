@@ -13,13 +13,12 @@ from turnout.run.reference import reference
 from turnout.run.tuned import as_tuned, tuning
 from turnout.types import ExpertWeights, Routing
 
-pytestmark = pytest.mark.usefixtures("compiled")
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 T, D, E, K, F = 90, 64, 7, 2, 96
 
 
 @pytest.fixture(autouse=True)
-def owned(monkeypatch):
+def owned(compiled, monkeypatch):
     """Products are turnout's own, and groups so small that there are several."""
     monkeypatch.setattr("turnout.run.plan._SMALL", 3000)
     if not able(torch.float32) or not able(torch.bfloat16):
