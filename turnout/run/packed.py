@@ -67,7 +67,7 @@ def _written_out(x: Tensor, weight: Packed, bias_O: Tensor | None) -> Tensor:
 
 
 def _by_panels(x_MI: Tensor, weight: Packed, bias_O: Tensor | None) -> Tensor:
-    out_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
+    out_MO = x_MI.new_empty(x_MI.shape[0], weight.shape[0])
     panel_products(x_MI, weight, [0], [0, x_MI.shape[0]], out_MO)
     return out_MO if bias_O is None else out_MO.add_(bias_O)
 

@@ -151,7 +151,7 @@ class _Sum:
         self.at_once = suits_sums(like_TD)
         if self.at_once:
             self.weight_R = None if weight_R is None else weight_R.detach().float().contiguous()
-            self.sum_TD = torch.zeros(like_TD.shape, dtype=torch.float32)
+            self.sum_TD = like_TD.new_zeros(like_TD.shape, dtype=torch.float32)
         rows = plan.most if self.at_once else plan.rows
         self.row_PD = room((rows, like_TD.shape[1]), like_TD.dtype, like_TD.device)
 

@@ -34,7 +34,7 @@ class CompiledSteps:
 
     def _begin(self, batch: int) -> None:
         """Sets aside what a step writes to."""
-        self._logits_BV = torch.empty(batch, self._lm.config.vocab_size)
+        self._logits_BV = torch.empty(batch, self._lm.config.vocab_size, dtype=torch.float32, device="cpu")
         self._place_B, self._row_B = np.zeros(batch, np.int64), np.arange(batch)
         self._point()
 
@@ -51,7 +51,8 @@ class CompiledSteps:
     def _made_rooms(self, rows: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
         """The memory for what a step of so many rows writes between weights, and for which experts it takes."""
         most = max(1, int(self._entries.layers["top_k"].max()))
-        return torch.zeros(self._numbers(rows, parts)).numpy(), np.zeros(rows * most * 4 + 1, np.int64)
+        numbers = torch.zeros(self._numbers(rows, parts), dtype=torch.float32, device="cpu")
+        return numbers.numpy(), np.zeros(rows * most * 4 + 1, np.int64)
 
     def _numbers(self, rows: int, parts: int) -> int:
         """How many a step writes between weights, when it is shared by so many threads."""

@@ -29,7 +29,7 @@ class Rings:
         if config.mla is not None:
             heads, width = 1, config.mla.kv_rank + config.mla.rope_dim
         shapes = [(batch, heads, self.slots(window), width) for window in self.windows]
-        self._held_L = [tuple(torch.empty(shape, dtype=dtype) for _ in self._parts) for shape in shapes]
+        self._held_L = [tuple(torch.empty(shape, dtype=dtype, device="cpu") for _ in self._parts) for shape in shapes]
         in_large_pages(part for held in self._held_L for part in held)
 
     @property

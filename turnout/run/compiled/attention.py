@@ -80,7 +80,7 @@ def looks(
     words, many = q.shape[3], 1 + short  # of a position, and how many numbers each holds
     keys, values = q.new_empty(B * G * seen * words), q.new_empty(B * G * -(-V // COLUMNS) * COLUMNS * seen // many)
     out_BSHV = q_BHSP.new_empty(B, S, H, V)
-    score = torch.empty(parts * _QUERIES * seen)
+    score = q_BHSP.new_empty(parts * _QUERIES * seen, dtype=torch.float32)
     share = torch.empty_like(score, dtype=torch.bfloat16) if short else score
     flat = [array(one).reshape(-1) for one in (q, k, v_BGTV.contiguous(), out_BSHV, keys, values, score, share)]
     sinks = _NONE if sink_H is None else array(sink_H.detach().float().contiguous())

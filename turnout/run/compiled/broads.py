@@ -135,7 +135,7 @@ def laid(count: int, like: Tensor) -> int:
 
 def words_room(like: Tensor, words: int) -> np.ndarray:
     """Room for so many words."""
-    return array(torch.empty(words, dtype=torch.float32 if like.dtype == torch.float32 else torch.int32))
+    return array(like.new_empty(words, dtype=torch.float32 if like.dtype == torch.float32 else torch.int32))
 
 
 @kernel(exact=True)

@@ -96,6 +96,7 @@ def takes(*tensors: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and not transformed()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()  # by torch.jit, which sees nothing of kernels
         and all(
             one is None or (type(one) in _PLAIN and one.layout == torch.strided and one.is_cpu and not one.is_neg())
             for one in tensors

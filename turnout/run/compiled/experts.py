@@ -134,8 +134,9 @@ def experts_times(
     """
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
-    out_TD, room = torch.empty(tokens, width), torch.empty(entries * (width + outs + hidden))
-    rows = torch.empty((tokens + entries) * blocks(width) + entries * blocks(hidden))
+    made = functools.partial(x_TD.new_empty, dtype=torch.float32)
+    out_TD, room = made((tokens, width)), made(entries * (width + outs + hidden))
+    rows = made((tokens + entries) * blocks(width) + entries * blocks(hidden))
     short = all(meets_short(stack, x_TD.dtype) for stack in (up_EHD, down_EDF))
     sizes = [blocks(size) * (2 if short else 1) for size in (width, hidden)]
     gates = (2 if interleaved else 1) if activation in GATED else 0

@@ -106,7 +106,7 @@ def activation_slopes(
 
     Source: as ``activated``.
     """
-    of_weight = torch.empty(0) if grad_weight_N is None else grad_weight_N
+    of_weight = hidden_NH.new_empty(0, dtype=torch.float32) if grad_weight_N is None else grad_weight_N
     given = (array(one) for one in (hidden_NH, grad_NF, weight_N, out_NF, grad_NH, of_weight))
     slope_rows(*given, kind in GATED, interleaved, *GATES[kind])
 

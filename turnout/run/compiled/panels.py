@@ -65,7 +65,7 @@ def panel_products(row_NI: Tensor, stack: Packed, expert_G: list[int], bound_G: 
     """
     (outs, ins), size = stack.shape[-2:], row_NI.element_size()
     parts, chunk = threads(), max(OUTS, min(_CHUNK, _PANEL // (ins * size) // OUTS * OUTS))
-    room = array(torch.empty(parts * chunk * ins, dtype=row_NI.dtype))
+    room = array(torch.empty(parts * chunk * ins, dtype=row_NI.dtype, device="cpu"))
     bound, some = np.array(bound_G) - bound_G[0], rows_at_once(ins * size)
     given = (
         array(row_NI.contiguous()).reshape(-1),

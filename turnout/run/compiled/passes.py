@@ -158,10 +158,11 @@ def backward_pass(
     words = laid(max(int(np.diff(layer.bound_G).max()), D, H), x_TD)
     rooms = g_ND, x_ND, dx_ND, da_NF, a_NF, dh_NH, lefts, words_room(x_TD, parts * words * COLUMNS)
     grads = (x_TD.new_empty(0) if one is None else one.transpose(1, 2) for one in (up, down))
+    none = x_TD.new_empty(0, D, dtype=torch.float32)
     wanted = (
-        array(torch.empty(0, D) if sum_TD is None else sum_TD),
+        array(none if sum_TD is None else sum_TD),
         *(array(one).reshape(-1) for one in grads),
-        array(torch.empty(0) if of_weight_R is None else of_weight_R),
+        array(none.view(-1) if of_weight_R is None else of_weight_R),
     )
     _backward(layer, array(grad_TD), array(h_RH), 1 + pairs, parts, words, rooms, wanted)
 

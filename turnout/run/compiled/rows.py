@@ -63,9 +63,9 @@ def rows_times(
     """
     shape = _check(x_MI, weight_OI, bias_O, out_MO)
     direct = out_MO if out_MO is not None and out_MO.dtype == torch.float32 else None
-    wide_MO = torch.empty(shape) if direct is None else direct
+    wide_MO = x_MI.new_empty(shape, dtype=torch.float32) if direct is None else direct
     bias = _NONE if bias_O is None else array(bias_O.contiguous())
-    room = torch.empty(shape[0] * blocks(x_MI.shape[1]))
+    room = x_MI.new_empty(shape[0] * blocks(x_MI.shape[1]), dtype=torch.float32)
     room = array(room.view(torch.bfloat16) if meets_short(weight_OI, x_MI.dtype) else room)
     x, out = array(x_MI.contiguous()).reshape(-1), array(wide_MO).reshape(-1)
     _rows(x, matrices(weight_OI).told, bias, room, out, *x_MI.shape, shape[1])

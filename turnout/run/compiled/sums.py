@@ -53,8 +53,8 @@ def add_rows(
 
     Source: none; a scatter of sums.
     """
-    place = torch.empty(0, dtype=torch.int64) if place_M is None else place_M
-    weight = torch.empty(0) if weight_M is None else weight_M
+    place = token_M.new_empty(0) if place_M is None else place_M
+    weight = into_TD.new_empty(0) if weight_M is None else weight_M
     add_all(array(row_ND), array(token_M), array(place), array(weight), array(into_TD), first, columns(row_ND.shape[1]))
 
 
