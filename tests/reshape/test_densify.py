@@ -1,10 +1,8 @@
 """Writing experts out."""
 
-import pytest
 import torch
 from small import ids, make, sparse
 
-from turnout.errors import UsageError
 from turnout.models.checkpoint import from_hf, to_hf
 from turnout.reshape import compress_experts, densify, merge_experts
 
@@ -35,7 +33,8 @@ def test_rows_and_factors_are_added_up() -> None:
     assert report["params_after"] == sum(p.numel() for p in lm.parameters()) and not report.notes
 
 
-def test_user_mistakes() -> None:
-    with pytest.raises(UsageError, match="a dense one"):
-        densify(make())
-    assert densify(sparse())[1].notes == ("nothing was factored, merged or in few bits",)
+def test_what_is_whole_already_stays_and_says_so() -> None:
+    for lm in (make(), sparse()):
+        new, report = densify(lm)
+        assert report.notes == ("nothing was factored, merged or in few bits",)
+        assert torch.equal(new(TEXT[0]).logits_BSV, lm(TEXT[0]).logits_BSV)

@@ -14,7 +14,7 @@ from turnout.models.checkpoint import mxfp4
 from turnout.models.checkpoint.few_bits import code_models
 from turnout.models.config import LMConfig
 from turnout.models.gguf.architectures import Architecture
-from turnout.models.gguf.tensors import Piece, pieces
+from turnout.models.gguf.tensors import Piece, pieces, silence
 from turnout.models.lm import LM, Block
 from turnout.types import Packed
 
@@ -69,7 +69,7 @@ def packed_pieces(lm: LM, config: LMConfig, its: Architecture) -> Iterator[Piece
     bits = next(owner.bits for owner in owners.values())
     for name, parameter in list(codes.named_parameters()):
         if parameter.is_meta:
-            _put(codes, name, torch.zeros(parameter.shape))
+            _put(codes, name, torch.full(parameter.shape, silence(name)))
     turned = _write_out_turned(lm, codes)
     for one, beside in zip(pieces(codes, its), pieces(scales, its), strict=True):
         coded = one.dtype in (torch.int8, torch.uint8)

@@ -15,7 +15,7 @@ from turnout.paths import Bank, FeedForward
 from turnout.types import Packed
 from turnout.types.weights import GATED
 
-__all__ = ["Piece", "pieces"]
+__all__ = ["Piece", "pieces", "silence"]
 
 # What llama.cpp does not load without an output layer of its own, also where that is the embedding.
 _UNTIED = ("gpt-oss", "olmo2", "olmoe", "qwen2moe")
@@ -202,3 +202,15 @@ def _routed(at: str, moe: MoE) -> Iterator[Piece]:
         yield from _dense(at, "_shexp", moe.shared)
     if moe.shared_gate is not None:
         yield Piece.of(f"{at}ffn_gate_inp_shexp.weight", moe.shared_gate.flatten(), exact=True)
+
+
+def silence(name: str) -> float:
+    """What all numbers are of a part of this name that adds nothing to a model.
+
+    A shared expert of zeros adds nothing behind any gate, and llama.cpp makes its gate of g as silu(g) / g, which is no
+    number where g is 0: so that gate is not.
+
+    >>> silence("blocks.0.ff.shared.up"), silence("blocks.0.ff.shared_gate")
+    (0.0, 1.0)
+    """
+    return 1.0 if name.rpartition(".")[2] == "shared_gate" else 0.0

@@ -17,7 +17,7 @@ from turnout.models.checkpoint.own import bare, empty, read_json
 from turnout.models.config import LMConfig
 from turnout.models.gguf.architectures import Architecture, architecture_for
 from turnout.models.gguf.few_bits import Blocks, check_kind, packed_pieces
-from turnout.models.gguf.tensors import Piece, pieces
+from turnout.models.gguf.tensors import Piece, pieces, silence
 from turnout.models.gguf.tokens import add_no_tokenizer, add_tokenizer
 from turnout.models.gguf.values import describe, notes
 from turnout.models.lm import LM
@@ -168,11 +168,11 @@ def _kind_of(folder: Path | None) -> str | None:
 
 
 def _with_silent(lm: LM, config: LMConfig) -> LM:
-    """The model with the parts that its architecture cannot be without, all zero."""
+    """The model with the parts that its architecture cannot be without, which add nothing."""
     whole = empty(config, lm.embedding.dtype)
     with torch.no_grad():
-        for tensor in whole.state_dict().values():
-            tensor.zero_()
+        for name, tensor in whole.state_dict().items():
+            tensor.fill_(silence(name))
         whole.load_state_dict(lm.state_dict(), strict=False)
     return whole
 
