@@ -55,15 +55,7 @@ _KNOWN = {
     # MKL 94, oneDNN 101 GFLOP/s at best, a sixth more in large products, and half of MKL's for gradients of small
     # experts, for which it turns the rows first.
     "AuthenticAMD 25 AVX512": Tuning(
-        "",
-        "",
-        1,
-        onednn=1 << 30,
-        group=1 << 19,
-        packed_rows=64,
-        tiled_rows=1024,
-        tiled_rows_short=512,
-        seconds=_ZEN4,
+        "", "", 1, onednn=1 << 30, group=1 << 19, packed_rows=64, tiled_rows=1024, tiled_rows_short=512, seconds=_ZEN4
     ),
 }
 

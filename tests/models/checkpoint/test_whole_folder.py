@@ -111,3 +111,14 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="free to write in"), whole_folder(tmp_path / "x", "here"):
         pass
     assert (tmp_path / "away").is_dir()
+
+
+def test_who_comes_second_leaves_the_first_ones_work(tmp_path: Path, monkeypatch) -> None:
+    """Also where both looked before either had begun."""
+    with whole_folder(tmp_path / "out", "here") as aside:
+        (aside / "one").write_text("1")
+        monkeypatch.setattr(Path, "exists", lambda self, **_: False)
+        with pytest.raises(StorageError, match="there already"), whole_folder(tmp_path / "out", "there"):
+            pass
+        monkeypatch.undo()
+    assert (tmp_path / "out" / "one").read_text() == "1"

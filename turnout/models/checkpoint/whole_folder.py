@@ -34,11 +34,14 @@ def whole_folder(path: Path, where: str) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise _refusal("the folder", path, "be new or empty", where, "choose a new folder")
     aside = path.with_name(path.name + ".part")
-    if aside.exists() or aside.is_symlink():
-        fix = "remove it, if it is what a stopped process has left, or choose another folder to write to"
-        raise _refusal(str(aside), "something that is there already", "be free to write in", where, fix)
     try:
         aside.mkdir(parents=True)
+    except FileExistsError as error:
+        fix = "remove it, if it is what a stopped process has left, or choose another folder to write to"
+        raise _refusal(str(aside), "something that is there already", "be free to write in", where, fix) from error
+    except OSError as error:
+        raise read_error(error, path, where) from error
+    try:  # only what was made here is removed
         yield aside
         if path.exists():
             path.rmdir()

@@ -1,4 +1,4 @@
-"""What kernels ask of single float32: their bits, and a product that is added without being rounded before."""
+"""What kernels ask of single float32: bits there and back, and a product that is added without being rounded before."""
 
 import importlib
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 from turnout.run.compiled.engine import Lazy
 from turnout.run.compiled.lanes import features
 
-__all__ = ["as_bits", "fused"]
+__all__ = ["as_bits", "as_float", "fused"]
 
 
-def _as_bits() -> Any:
+def _cast(to: str, given: str) -> Any:
     types = importlib.import_module("numba").types
+    kind, known = getattr(types, to), getattr(types, given)
 
     @importlib.import_module("numba.extending").intrinsic
-    def as_bits(context: Any, value: Any) -> Any:
+    def cast(context: Any, value: Any) -> Any:
         def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            return builder.bitcast(given[0], context.get_value_type(types.int32))
+            return builder.bitcast(given[0], context.get_value_type(kind))
 
-        return types.int32(types.float32), lower
+        return kind(known), lower
 
-    return as_bits
+    return cast
 
 
 def _fused() -> Any:
@@ -44,6 +45,8 @@ def _fused() -> Any:
 
 
 # as_bits(value): the int32 whose bits are those of this float32.
-as_bits: Any = Lazy(_as_bits)
+as_bits: Any = Lazy(lambda: _cast("int32", "float32"))
+# as_float(bits): the float32 whose bits are those of this int32.
+as_float: Any = Lazy(lambda: _cast("float32", "int32"))
 # fused(a, b, c): a b + c, rounded once where the processor can.
 fused: Any = Lazy(_fused)

@@ -5,7 +5,7 @@ from typing import Any
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["BLOCK", "LANES", "ROOM", "as_float", "features", "prange", "wide", "widened"]
+__all__ = ["BLOCK", "LANES", "ROOM", "features", "prange", "wide", "widened"]
 
 # A block of the widest vectors: what rows in fp32 are filled up to, and what groups of packed weights consist of.
 BLOCK = 32
@@ -32,19 +32,6 @@ def features() -> frozenset[str]:
 
 def _lanes() -> Any:
     return 16 if "avx512f" in features() else 8
-
-
-def _as_float() -> Any:
-    types = importlib.import_module("numba").types
-
-    @importlib.import_module("numba.extending").intrinsic
-    def as_float(context: Any, bits: Any) -> Any:
-        def lower(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            return builder.bitcast(given[0], context.get_value_type(types.float32))
-
-        return types.float32(types.int32), lower
-
-    return as_float
 
 
 def widened(builder: Any, bits: Any, kind: Any) -> Any:
@@ -89,7 +76,5 @@ def _wide() -> Any:
 prange: Any = Lazy(_prange)
 # wide(value): the float32 that a float32, bfloat16 (as uint16), float16 (as int16), int8 or e8m0 (as uint8) stands for.
 wide: Any = Lazy(_wide)
-# as_float(bits): the float32 whose bits are those of this int32.
-as_float: Any = Lazy(_as_float)
 # How many float32 the vectors have that kernels are written in.
 LANES: Any = Lazy(_lanes)

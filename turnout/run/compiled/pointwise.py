@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from turnout.run.compiled.engine import kernel
-from turnout.run.compiled.floats import as_bits, fused
-from turnout.run.compiled.lanes import as_float
+from turnout.run.compiled.floats import as_bits, as_float, fused
 from turnout.types.weights import OAI_LIMIT, OAI_SLOPE
 
 __all__ = ["KINDS", "activated", "exponential", "gated", "gated_here", "ungated_here"]
