@@ -27,8 +27,8 @@ _HOME = {
 }
 # What is there as ``turnout.room`` too, after ``import turnout`` alone.
 _ROOMS = (
-    "claims cli decide errors expects fields hub layers measure models moved paths reading recipes reshape run serve show"
-    " solve storage train types wrappers"
+    "claims cli decide errors expects fields hub layers measure models moved paths reading recipes reshape run serve"
+    " show solve storage train types wrappers"
 ).split()
 
 __all__ = [
