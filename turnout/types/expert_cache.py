@@ -59,6 +59,9 @@ class Access:
         step: which pass through the model, counted from 0; a pass reads the tokens of one step or of one prompt.
         tokens: the ids that the pass reads; empty where they are not known.
 
+    >>> Access(layer=0, experts=(1, 5), step=0).tokens
+    ()
+
     Source: none; plain bookkeeping.
     """
 
@@ -72,13 +75,16 @@ class Access:
 class Decision:
     """What is to be done before, and beside, the pass that an ``Access`` announces.
 
-    ``evict`` comes first, then ``fetch``, then ``prefetch``: afterwards no layer, or pool, holds more than it has slots.
+    ``evict`` comes first, then ``fetch``, then ``prefetch``: no layer, or pool, then holds more than it has slots.
 
     Args:
         evict: experts that give up their slots: each is held, and none is asked for by this access.
         fetch: those of the access that are not held, in the order of the access; the pass waits for them.
         prefetch: further experts, the most urgent first, none held and none in ``fetch``; they come while the pass
             goes on, and are held from here on.
+
+    >>> Decision(evict=((0, 3),), fetch=((0, 1),)).prefetch
+    ()
 
     Source: none; plain bookkeeping.
     """
@@ -90,6 +96,17 @@ class Decision:
 
 class CachePolicy(Protocol):
     """Which experts are held: two pure functions over a state of the policy's own, so that a trace can be replayed.
+
+    >>> class Always:
+    ...     def init(self, sizes):
+    ...         return frozenset()
+    ...     def update(self, state, access):
+    ...         wanted = [(access.layer, expert) for expert in access.experts]
+    ...         missing = tuple(one for one in wanted if one not in state)
+    ...         return frozenset(wanted), Decision(tuple(sorted(state - set(wanted))), missing)
+    >>> policy: CachePolicy = Always()
+    >>> policy.update(policy.init(CacheShape(1, 4, 2)), Access(0, (1, 2), step=0))[1].fetch
+    ((0, 1), (0, 2))
 
     Source: none; the interface of caching algorithms, with the state written out.
     """
