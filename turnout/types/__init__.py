@@ -15,6 +15,7 @@ from turnout.types.cost import Budget, Cost
 from turnout.types.expert_cache import Access, CachePolicy, CacheShape, Decision
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
+from turnout.types.invariant import batch_invariant
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.offload_plan import OffloadPlan
@@ -68,5 +69,6 @@ __all__ = [
     "Traffic",
     "Tuning",
     "Workload",
+    "batch_invariant",
     "spread",
 ]
