@@ -26,6 +26,7 @@ COMMANDS = (
     "run",
     "eval",
     "sample",
+    "serve",
     "report",
     "convert",
     "certify",
@@ -46,6 +47,7 @@ a job each:
                                                  train a model on: a run's, a folder of transformers, org/name
   turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
+  turnout serve runs/x                           answer by OpenAI's API: completions, chat, streams
   turnout report runs/x runs/y                   one page, which opens without a network
   turnout run runs/x/run.json --out runs/again   repeat a run, or a conversion
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
