@@ -97,5 +97,7 @@ class Isolation:
         if numbers:
             return f"others in the batch change the answer: {', '.join(numbers)}{unknown}"
         if bits:
-            return f"others in the batch change no more than rounding (below {self.bound:g}): {', '.join(bits)}{unknown}"
+            return (
+                f"others in the batch change no more than rounding (below {self.bound:g}): {', '.join(bits)}{unknown}"
+            )
         return f"one output, to the bit, in every batch that was tried{unknown}"

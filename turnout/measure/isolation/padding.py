@@ -36,9 +36,7 @@ def padding(subject: Layer | Model, chance: torch.Generator, batches: int, bound
     return seen.finding("padding", f"0 to {_LONGER[-1]} ids of padding after it, or after a neighbour", fix)
 
 
-def _padded(
-    subject: Model, victim: Tensor, longer: int, short: bool, chance: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _padded(subject: Model, victim: Tensor, longer: int, short: bool, chance: torch.Generator) -> tuple[Tensor, Tensor]:
     """The victim and three neighbours of which one is short, and which positions are tokens."""
     length = subject.length + longer
     row_BS = torch.randint(subject.vocabulary, (4, length), generator=chance).to(victim.device)

@@ -23,4 +23,6 @@ def scale(subject: Layer, chance: torch.Generator, batches: int, bound: float) -
         seen.add(subject.run(row_BS)[-1])
     where = f" of {subject.name}" if subject.name else ""
     what = f"a neighbour{where} up to {_LOUD[-1]:g} times as loud"
-    return seen.finding("scale", what, "a scale for each token in place of one for the batch; no experts that keep the loudest")
+    return seen.finding(
+        "scale", what, "a scale for each token in place of one for the batch; no experts that keep the loudest"
+    )

@@ -142,9 +142,7 @@ def routed_layers(model: Model, row_BS: Tensor) -> dict[str, Layer]:
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Layer(names[name], x.shape[-1], length=x.shape[1], name=name, like=x) for name, x in taken.items()
-    }
+    return {name: Layer(names[name], x.shape[-1], length=x.shape[1], name=name, like=x) for name, x in taken.items()}
 
 
 def _routes(module: nn.Module) -> bool:
