@@ -1,7 +1,7 @@
 """Audit the model in a folder, or a network that some code makes, for what leaks between users of one batch."""
 
 import contextlib
-import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -63,31 +63,31 @@ def _opened(model: str | Path, stock: bool) -> tuple[nn.Module, str]:
         if stock:
             got, fix = f"--stock and {model}", "leave --stock out: the code says itself what it makes"
             raise UsageError(word("--stock", got=got, allowed="go with a folder", where=_WHERE, fix=fix))
-        return _imported(made[0], made[2]), str(model)
+        return _imported(str(model)), str(model)
     found = located(model, where=_WHERE)
     if not stock:
         return open_model(found.folder)[0], found.name
     return _stock(model_folder(found.folder, where=_WHERE)), f"{found.name} in transformers"
 
 
-def _imported(module: str, attribute: str) -> nn.Module:
+def _imported(name: str) -> nn.Module:
     """What this attribute is, or makes; as ``python -m`` does, code of the working folder is found."""
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         fix = "name a module that can be imported from here, and what it holds: package.module:make"
-        got = f"{module}:{attribute} ({error})"
+        got = f"{name} ({error})"
         raise UsageError(word("MODEL", got=got, allowed="be there", where=_WHERE, fix=fix)) from error
     finally:
         if added:
             sys.path.remove(here)
     network = found if isinstance(found, nn.Module) else found() if callable(found) else found
     if not isinstance(network, nn.Module):
-        got, fix = f"{module}:{attribute}, a {type(network).__name__}", "name a torch.nn.Module, or what makes one"
+        got, fix = f"{name}, a {type(network).__name__}", "name a torch.nn.Module, or what makes one"
         raise UsageError(word("MODEL", got=got, allowed="be a network", where=_WHERE, fix=fix))
     return network
 
@@ -99,11 +99,12 @@ def _stock(folder: Path) -> nn.Module:
         fix = "pip install 'turnout[hf]', or leave --stock out"
         allowed = "be installed for --stock"
         raise MissingExtraError(word("transformers", got="none", allowed=allowed, where=_WHERE, fix=fix)) from error
-    kinds = transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM
-    for kind in kinds:
-        try:
-            return kind.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever transformers says is the answer
-            said = error
-    got, fix = f"{folder} ({type(said).__name__}: {str(said)[:200]})", "name a folder of transformers"
-    raise CheckpointError(word("the model", got=got, allowed="load in transformers", where=_WHERE, fix=fix)) from said
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        pairs = getattr(config, "is_encoder_decoder", False)
+        kind = transformers.AutoModelForSeq2SeqLM if pairs else transformers.AutoModelForCausalLM
+        return kind.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers says is the answer
+        got, fix = f"{folder} ({type(error).__name__}: {str(error)[:200]})", "name a folder of transformers"
+        allowed = "load in transformers"
+        raise CheckpointError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
