@@ -1,3 +1,5 @@
-"""Models behind HTTP: what answers requests, what watches it, and what puts it under load."""
+"""Serving: requests of many users answered from one model, each as it would be alone."""
 
-__all__: list[str] = []
+from turnout.serve.engine import Engine, Request
+
+__all__ = ["Engine", "Request"]
