@@ -27,6 +27,7 @@ COMMANDS = (
     "run",
     "eval",
     "sample",
+    "serve",
     "bench-serve",
     "report",
     "convert",
@@ -48,6 +49,7 @@ a job each:
                                                  train a model on: a run's, a folder of transformers, org/name
   turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
+  turnout serve runs/x                           answer by OpenAI's API: completions, chat, streams
   turnout bench-serve http://127.0.0.1:8000 --rate 1,2
                                                  how long users of a server wait, and what it does a second
   turnout report runs/x runs/y                   one page, which opens without a network

@@ -17,10 +17,10 @@ from turnout.recipes.models import opened
 from turnout.recipes.progress import Progress, Silent
 from turnout.storage import read_error
 from turnout.train.data import load_tokenizer
-from turnout.train.data.spaced import spaced
-from turnout.train.data.tokenizer import opening_ids, own_opening
+from turnout.train.data.prompt import prompt_ids
+from turnout.train.data.tokenizer import opening_ids
 
-__all__ = ["Sampling", "prompts_in", "sample_model"]
+__all__ = ["Sampling", "prompts_in", "sample_model", "text_ends"]
 
 _WHERE = "turnout sample"
 # How many prompts go on side by side.
@@ -114,9 +114,9 @@ def sample_model(
     found = opened(path, _WHERE, device)
     tokenizer = load_tokenizer(find_tokenizer(found.folder, where=_WHERE))
     # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
-    texts = [_prompt(prompt, tokenizer, own=found.own) for prompt in prompts]
+    texts = [prompt_ids(prompt, tokenizer, own=found.own) for prompt in prompts]
     asked = dataclasses.replace(asked, tokens=_fitting(found.lm, texts, asked.tokens))
-    ends = () if asked.eos is False else _ends(found.lm, tokenizer, own=found.own)
+    ends = () if asked.eos is False else text_ends(found.lm, tokenizer, own=found.own)
     if asked.eos and not ends:
         fix = "leave --eos out, or say yourself where to end: --stop TEXT"
         raise _refusal("--eos", "one that does not say so", "be asked of a model that says how its texts end", fix)
@@ -230,18 +230,10 @@ def _fitting(lm: LM, texts: Sequence[Sequence[int]], tokens: int | None) -> int:
     return tokens or min(100, room)
 
 
-def _ends(lm: LM, tokenizer: Tokenizer, *, own: bool) -> tuple[int, ...]:
+def text_ends(lm: LM, tokenizer: Tokenizer, *, own: bool) -> tuple[int, ...]:
     """The tokens that end a text; in what turnout trained on, that is what opens the next."""
     opens = opening_ids(tokenizer, needed=False)[:1] if own else ()
     return tuple(dict.fromkeys((*opens, *(end for end in own_ends(lm) if end < lm.config.vocab_size))))
-
-
-def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:
-    table = spaced(tokenizer)
-    ids = (
-        tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
-    )
-    return [*(opening_ids(tokenizer) if own or not ids else own_opening(tokenizer)), *ids]
 
 
 def _refusal(what: str, got: object, allowed: str, fix: str) -> UsageError:
