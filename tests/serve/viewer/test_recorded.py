@@ -40,7 +40,7 @@ def test_the_page_holds_what_was_recorded(trace) -> None:
     for layer in range(L):
         routing = trace.routing(layer)
         assert data["load"][layer] == routing.load_E.tolist()
-        weight_TE = routing.to_dense().numpy()
+        weight_TE = routing.dense().numpy()
         for token in range(20):
             chosen = first["routes"][layer][token]
             assert chosen == sorted(np.flatnonzero(weight_TE[token]).tolist(), key=lambda e: -weight_TE[token, e])
@@ -71,7 +71,7 @@ def test_a_browser_shows_it(trace, browse, rgb, tmp_path) -> None:
         assert [span.get_attribute("textContent") for span in spans[:4]] == [" <b>a</b>", "⏎\n", "·", "é"]
         assert driver.execute_script("return document.documentElement.scrollWidth") == width, "nothing sticks out"
         backgrounds.append(rgb(driver.execute_script("return getComputedStyle(document.body).backgroundColor")))
-        chosen = trace.routing(0).to_dense()[0].argmax()
+        chosen = trace.routing(0).dense()[0].argmax()
         assert f"layer 0, experts {chosen} and" in spans[0].get_attribute("aria-label")
     assert min(backgrounds[0]) > 200 and max(backgrounds[1]) < 60
 
@@ -88,7 +88,7 @@ def test_the_keyboard_goes_everywhere(trace, browse, tmp_path) -> None:
     assert box.get_attribute("aria-activedescendant") == "t1"
     assert driver.find_element("id", "layer").get_property("value") == "1"
     said = driver.find_element("css selector", "#path svg").get_attribute("aria-label")
-    weight_LE = [trace.routing(layer).to_dense()[1] for layer in range(L)]
+    weight_LE = [trace.routing(layer).dense()[1] for layer in range(L)]
     for layer, weight_E in enumerate(weight_LE):
         first, second = weight_E.topk(2).indices.tolist()
         assert f"layer {layer}: experts {first} and {second}" in said
@@ -96,7 +96,7 @@ def test_the_keyboard_goes_everywhere(trace, browse, tmp_path) -> None:
     assert box.get_attribute("aria-activedescendant") == "t19"
     driver.find_element("css selector", '#legend [data-expert="0"]').click()
     dim = driver.find_elements("css selector", "#text .t.dim")
-    assert len(dim) == 20 - int((trace.routing(1).to_dense()[:20, 0] > 0).sum())
+    assert len(dim) == 20 - int((trace.routing(1).dense()[:20, 0] > 0).sum())
     # All that can be reached has a name for those who do not see it.
     unnamed = driver.execute_script(
         "return [...document.querySelectorAll('button,select,input,textarea,svg[role=img],[tabindex]')].filter(e => "

@@ -260,9 +260,9 @@
     try {
       const response = await fetch("v1/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal: abort.signal });
       if (!response.ok) throw new Error(await refused(response));
+      own = Number(response.headers.get("X-Turnout-Request"));
       for await (const chunk of events(response)) {
         if (chunk.error) throw new Error(chunk.error.message || String(chunk.error));
-        own = chunk.request_number ?? own;
         for (const choice of chunk.choices || []) {
           if (choice.routes !== undefined || choice.text) {
             first = first || performance.now();
