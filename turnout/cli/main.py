@@ -18,7 +18,8 @@ from turnout.cli.device import check_device
 from turnout.cli.words import in_flags
 from turnout.errors import Interrupted, TurnoutError
 
-# Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+# Every subcommand is a module here (with _ for -) with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit
+# code``.
 # None of them imports torch before ``run``, so that help is instant.
 COMMANDS = (
     "demo",
@@ -27,6 +28,7 @@ COMMANDS = (
     "eval",
     "sample",
     "serve",
+    "bench-serve",
     "report",
     "convert",
     "certify",
@@ -48,6 +50,8 @@ a job each:
   turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
   turnout serve runs/x                           answer by OpenAI's API: completions, chat, streams
+  turnout bench-serve http://127.0.0.1:8000 --rate 1,2
+                                                 how long users of a server wait, and what it does a second
   turnout report runs/x runs/y                   one page, which opens without a network
   turnout run runs/x/run.json --out runs/again   repeat a run, or a conversion
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
@@ -91,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"turnout {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"turnout.cli.{name}")
+        module = importlib.import_module(f"turnout.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=module.HELP,

@@ -13,12 +13,15 @@ from turnout.run.compiled import rows_times, suits_rows
 from turnout.run.compiled.engine import takes
 from turnout.run.compiled.experts import experts_times, suits_experts
 from turnout.run.compiled.panels import panel_products, suits_panels
+from turnout.run.invariant import invariant_packed
+from turnout.run.invariant_linear import invariant_packed_linear
 from turnout.run.product import linear
 from turnout.run.reference import reference
 from turnout.run.sort import sort_packed
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
+from turnout.types.invariant import invariant_here
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
@@ -50,6 +53,8 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
         allowed, fix = f"have the {weight.shape[-1]} inputs of the map last", "pass what the map was made for"
         where = "turnout.run.packed_linear"
         raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
+    if invariant_here("turnout.run.packed_linear"):
+        return invariant_packed_linear(x, weight, bias_O)
     x_MI = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         return _written_out(x, weight, bias_O)
@@ -117,6 +122,8 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     Source: none; our own.
     """
     _check(x_TD, routing, weights)
+    if invariant_here("turnout.run.packed_experts"):
+        return invariant_packed(x_TD, routing, weights)
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
     if backend == "auto" and (found := _as_they_lie(x_TD, routing, weights)) is not None:

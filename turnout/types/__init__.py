@@ -12,8 +12,10 @@ from turnout.types.block_costs import BlockCosts, Line
 from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
+from turnout.types.expert_cache import Access, CachePolicy, CacheShape, Decision
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
+from turnout.types.invariant import batch_invariant
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.offload_plan import OffloadPlan
@@ -34,14 +36,18 @@ from turnout.types.weights import ExpertWeights
 from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
+    "Access",
     "Action",
     "BlockCosts",
     "BlockSchedule",
     "BlockSize",
     "BlockTask",
     "Budget",
+    "CachePolicy",
+    "CacheShape",
     "Cluster",
     "Cost",
+    "Decision",
     "ExpertWeights",
     "FactoredWeights",
     "Given",
@@ -63,5 +69,6 @@ __all__ = [
     "Traffic",
     "Tuning",
     "Workload",
+    "batch_invariant",
     "spread",
 ]
