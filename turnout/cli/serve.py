@@ -3,12 +3,13 @@
 Any program that speaks to OpenAI speaks to it: set its base URL to the printed address, which ends in /v1. It listens
 on this machine alone unless --host says otherwise, and then wants a key. Each answer is the one that the model gives
 alone, whoever asks beside it; at temperature 0 it is that of turnout sample. Ctrl-C or SIGTERM: nothing new is taken,
-what is under way is finished, then it ends.
+what is under way is finished, then it ends. At / is a page that shows which experts each token takes.
 
 examples:
   turnout serve runs/demo/moe
   turnout serve mixtral --port 9000 --served-model-name mixtral --max-running 32
   turnout serve mixtral --lora sql=adapters/sql --lora poem=adapters/poem     "model": "sql" answers with that adapter
+  turnout serve mixtral --no-viewer                                           no page at /
   turnout serve mixtral --host 0.0.0.0 --api-key-file keys.txt                for others: a key a line
   curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def main("}'
   curl http://127.0.0.1:8000/health; curl http://127.0.0.1:8000/metrics
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     keys.add_argument(
         "--api-key", metavar="KEY", help="one key; others on this machine can read it in the process list"
+    )
+    parser.add_argument(
+        "--no-viewer", dest="viewer", action="store_false", help="no page at / that shows which experts texts take"
     )
     parser.add_argument("--insecure", action="store_true", help="let everybody ask who reaches --host, without a key")
     parser.add_argument(
@@ -101,8 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
         engine, texts = _engine(arguments, adapters)
         with engine:
             door = Door.at(arguments.host, keys=keys, also=arguments.allowed_host)
-            app = build_app(engine, texts, door=door, limits=limits)
-            run_server(app, sock, ready=lambda url: _say_ready(url, engine.models(), bool(keys), texts.template))
+            app = build_app(engine, texts, door=door, limits=limits, viewer=_viewer(arguments, keys))
+            run_server(app, sock, ready=lambda url: _say_ready(url, engine.models(), keys, texts, arguments.viewer))
     if sys.stderr.isatty():
         print("ended", file=sys.stderr)
     return 0
@@ -183,10 +187,19 @@ def _keys(arguments: argparse.Namespace) -> list[str]:
     return keys
 
 
+def _viewer(arguments: argparse.Namespace, keys: list[str]) -> typing.Literal["live", "shared"] | None:
+    """What the page may show of others: counts as they are among those who trust each other, else in large steps."""
+    trusted = len(keys) == 1 or (_is_local(arguments) and not keys)
+    return None if not arguments.viewer else "live" if trusted else "shared"
+
+
+def _is_local(arguments: argparse.Namespace) -> bool:
+    return arguments.host in ("localhost", "::1") or arguments.host.startswith("127.")
+
+
 def _check_public(arguments: argparse.Namespace, keys: list[str]) -> None:
     """Refuses to answer strangers by an oversight."""
-    local = arguments.host in ("localhost", "::1") or arguments.host.startswith("127.")
-    if local or keys:
+    if _is_local(arguments) or keys:
         return
     if not arguments.insecure:
         got, allowed = f"{arguments.host} without a key, where others could ask", "go with a key"
@@ -211,11 +224,13 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _say_ready(url: str, names: tuple[str, ...], keyed: bool, template: object) -> None:
+def _say_ready(url: str, names: tuple[str, ...], keys: list[str], texts: typing.Any, viewer: bool) -> None:
     """Where it listens, and a line to paste."""
-    head = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    head = ' -H "Authorization: Bearer $KEY"' if keys else ""
     path, body = "/v1/completions", '{"prompt": "Once", "max_tokens": 32}'
-    if template is not None:
+    if texts.template is not None:
         path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
     print(f"{', '.join(names)} at {url}/v1", flush=True)
     print(f"curl {url}{path} -H \"Content-Type: application/json\"{head} -d '{body}'", flush=True)
+    if viewer:
+        print(f"in a browser: {url}/", flush=True)

@@ -82,6 +82,7 @@ async def answer(
     run = _Run(service, asked, tickets, copies)
     if asked.body.get("stream"):
         kept = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        kept |= {"X-Turnout-Request": ",".join(str(ticket.number) for ticket in tickets)}
         return StreamingResponse(run.events(style), media_type="text/event-stream", headers=kept)
     made, gone = asyncio.create_task(run.whole()), asyncio.create_task(_gone(request))
     try:

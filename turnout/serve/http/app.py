@@ -1,7 +1,7 @@
 """The application: the endpoints of OpenAI's API over one engine, as FastAPI serves them."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from turnout import __version__
 from turnout.errors import MissingExtraError
@@ -13,6 +13,7 @@ from turnout.serve.http.limits import Door, Limits
 from turnout.serve.http.metrics import Meters
 from turnout.serve.http.service import Service
 from turnout.serve.http.texts import Texts
+from turnout.serve.viewer import viewer_routes
 
 __all__ = ["build_app"]
 
@@ -25,7 +26,14 @@ _POSTED: Mapping[str, tuple[Callable[[Service, Any], Awaitable[Any]], Mapping[st
 _STATUS = {404: "There is nothing at", 405: "Another method is wanted at"}
 
 
-def build_app(engine: Engine, texts: Texts, *, door: Door | None = None, limits: Limits | None = None) -> Any:
+def build_app(
+    engine: Engine,
+    texts: Texts,
+    *,
+    door: Door | None = None,
+    limits: Limits | None = None,
+    viewer: Literal["live", "shared"] | None = None,
+) -> Any:
     """An ASGI application that answers from an engine which runs.
 
     Args:
@@ -33,6 +41,8 @@ def build_app(engine: Engine, texts: Texts, *, door: Door | None = None, limits:
         texts: of its model.
         door: who may come; by default everybody who calls it by a name of this machine.
         limits: what they may take.
+        viewer: whether ``/`` is the page that shows which experts texts take, with counts of experts as they are
+            ("live": for those who trust each other) or in steps of many tokens; None for no page.
 
     Returns:
         A ``fastapi.FastAPI``; its ``state.service`` is what the endpoints share.
@@ -63,10 +73,12 @@ def build_app(engine: Engine, texts: Texts, *, door: Door | None = None, limits:
     )
     app.state.service = service
     always = ("/health", "/metrics")
-    app.add_middleware(Gate, door=door, limits=limits, meters=service.meters, free=("/health",), always=always)
+    app.add_middleware(Gate, door=door, limits=limits, meters=service.meters, free=("/", "/health"), always=always)
     _say_errors(app, fastapi)
     _add_posted(app, fastapi, service)
     _add_looks(app, fastapi, service)
+    if viewer is not None:
+        app.include_router(viewer_routes(engine, live=viewer == "live"))
     return app
 
 

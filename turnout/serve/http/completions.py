@@ -98,6 +98,7 @@ class _Style:
         options = asked.body.get("stream_options") or {}
         self._counts: dict[str, Any] = {"usage": None} if options.get("include_usage") else {}
         self._logs = asked.body.get("logprobs") is not None
+        self._routes = bool(asked.body.get("routes"))
         self._sent: dict[int, int] = {}
 
     def opening(self) -> Iterable[bytes]:
@@ -110,7 +111,8 @@ class _Style:
         offset = self._sent.get(made.index, 0)
         self._sent[made.index] = offset + len(token.text)
         logs = self._logprobs([token], offset)
-        return [self._event(made.index, token.text, logs)] if token.text or (logs and logs["tokens"]) else []
+        shown = token.text or self._routes or (logs and logs["tokens"])
+        return [self._event(made.index, token.text, logs, routes=token.routes)] if shown else []
 
     def ended(self, made: Made) -> Iterable[bytes]:
         """Why."""
@@ -129,6 +131,7 @@ class _Style:
         """All texts."""
         choices = [
             _choice(made.index, self._starts[made.prompt] + made.text, self._logprobs(made.tokens, 0), made.reason)
+            | ({"routes": [token.routes for token in made.tokens]} if self._routes else {})
             for made in texts
         ]
         return {**self._head, "choices": choices, "usage": Usage.of(texts).completion()}
@@ -137,9 +140,15 @@ class _Style:
         return completion_logprobs(tokens, self._texts.spelling, self._ends, offset) if self._logs else None
 
     def _event(
-        self, index: int, text: str, logprobs: Mapping[str, Any] | None = None, reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+        routes: Sequence[Sequence[int]] | None = None,
     ) -> bytes:
-        return event({**self._head, "choices": [_choice(index, text, logprobs, reason)], **self._counts})
+        further = {"routes": routes} if self._routes and reason is None else {}
+        return event({**self._head, "choices": [_choice(index, text, logprobs, reason) | further], **self._counts})
 
 
 def _choice(index: int, text: str, logprobs: Mapping[str, Any] | None, reason: str | None) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def requests(
                     mask=None if grammar is None else grammar.copy(),
                     adapter=adapter,
                     tenant=tenant,
+                    routes=bool(body.get("routes")),
                 )
             )
     return found

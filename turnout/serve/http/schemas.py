@@ -129,6 +129,7 @@ COMPLETIONS: Schema = {
         "max_tokens": _TOKENS,
         "logprobs": _maybe("integer", minimum=0, maximum=20),
         "echo": _maybe("boolean"),
+        "routes": _maybe("boolean", description="each token comes with the experts that each routed layer took for it"),
         "response_format": _RESPONSE_FORMAT,
         "best_of": _refused("all of n are given", "integer", minimum=1, maximum=1),
         "suffix": _refused("text is only gone on with", "string", maxLength=0),
