@@ -1,5 +1,6 @@
 """Decoding by the compiled step: prompts through the model, every further token in one call."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class CompiledSteps:
         """The memory for what a step of so many rows writes between weights, and for which experts it takes."""
         most = max(1, int(self._entries.layers["top_k"].max()))
         numbers = torch.zeros(self._numbers(rows, parts), dtype=torch.float32, device="cpu")
-        return numbers.numpy(), np.zeros(rows * most * 4 + 1, np.int64)
+        return numbers.numpy(), np.zeros(rows * most * 5 + 1, np.int64)
 
     def _numbers(self, rows: int, parts: int) -> int:
         """How many a step writes between weights, when it is shared by so many threads."""
@@ -107,7 +108,8 @@ class CompiledSteps:
         whole = min(lengths) == id_BS.shape[1]
         taken: Any = Taken(self._rings, lengths)
         # What can be compiled routes each token for itself.
-        hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, only_B=length_B - 1)[0]
+        with self._turn(torch.cat([id_S[:length] for id_S, length in zip(id_BS, lengths, strict=True)])):
+            hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, only_B=length_B - 1)[0]
         return self._lm.scores(hidden_B1D[:, 0]).float()
 
     def _read(self, id_BS: Tensor, lengths: list[int]) -> Tensor:
@@ -116,8 +118,20 @@ class CompiledSteps:
         place_R, end_B = np.concatenate([np.arange(length) for length in lengths]), np.cumsum(lengths) - 1
         id_R = id_BS.detach().numpy()[row_R, place_R].astype(np.int64)
         logits_BV, parts = torch.empty_like(self._logits_BV), threads()
-        step(*self._tables, id_R, place_R, row_R, end_B, *self._made_rooms(len(id_R), parts), logits_BV.numpy(), parts)
+        self._do(id_R, place_R, row_R, end_B, *self._made_rooms(len(id_R), parts), logits_BV.numpy(), parts)
         return logits_BV
+
+    def _do(self, id_R: np.ndarray, *given: Any) -> None:
+        """One step; where experts come into slots nobody else has them come meanwhile."""
+        with self._turn(id_R):
+            step(*self._tables, id_R, *given)
+            if self._entries.ready is not None:
+                self._entries.ready.check()
+
+    def _turn(self, id_N: Tensor | np.ndarray) -> contextlib.AbstractContextManager[None]:
+        """Where experts come into slots: one pass that reads these tokens."""
+        ready = self._entries.ready
+        return contextlib.nullcontext() if ready is None else ready.cache.turn(id_N.tolist())
 
     @property
     def _tables(self) -> tuple[np.ndarray, ...]:
@@ -136,7 +150,7 @@ class CompiledSteps:
         if parts != self._parts:
             self._point()
         rows = id_B.numpy(), self._place_B, self._row_B, self._row_B
-        step(*self._tables, *rows, *self._rooms, self._logits_BV.numpy(), parts)
+        self._do(*rows, *self._rooms, self._logits_BV.numpy(), parts)
         self._place_B += 1
         return self._logits_BV
 

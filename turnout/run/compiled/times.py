@@ -36,7 +36,7 @@ from turnout.run.compiled.tables import (
     wholes,
 )
 
-__all__ = ["address", "blocks_of", "laid_out", "order_of", "share", "spread", "times"]
+__all__ = ["address", "blocks_of", "called", "laid_out", "order_of", "share", "spread", "times"]
 
 # As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
@@ -206,7 +206,7 @@ def _calls() -> Any:
 
 
 # calls(address, told): what the function at this address, which takes and gives whole numbers, makes of them.
-_called: Any = Lazy(_calls)
+called: Any = Lazy(_calls)
 
 
 @kernel()
@@ -218,7 +218,7 @@ def times(table, which, e, x_MI, out_MO, first, last):
     ins, at = min(table[which, INS], x_MI.shape[1]), begins(table) + which * (COLUMNS * 8)
     x, out = (begins(x_MI), x_MI.strides[0] // 4, x_MI.shape[0]), (begins(out_MO), out_MO.strides[0] // 4)
     told = table[which, AT], table[which, SCALE], at, e, ins, *x, *out, first, last
-    _called(table[which, KERNEL], told)
+    called(table[which, KERNEL], told)
 
 
 @kernel()
