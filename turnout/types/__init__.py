@@ -8,6 +8,7 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.accesses import Accesses
 from turnout.types.block_costs import BlockCosts, Line
 from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
@@ -37,6 +38,7 @@ from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
     "Access",
+    "Accesses",
     "Action",
     "BlockCosts",
     "BlockSchedule",

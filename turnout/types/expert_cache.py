@@ -58,6 +58,8 @@ class Access:
         experts: their numbers, ascending, each once, never more than there are slots.
         step: which pass through the model, counted from 0; a pass reads the tokens of one step or of one prompt.
         tokens: the ids that the pass reads; empty where they are not known.
+        sequence: which text is read; a policy that remembers one text begins anew when the number changes.
+        coming: what is known to be asked for next, in order, as (layer, experts): a router that runs ahead tells it.
 
     >>> Access(layer=0, experts=(1, 5), step=0).tokens
     ()
@@ -69,6 +71,8 @@ class Access:
     experts: tuple[int, ...]
     step: int
     tokens: tuple[int, ...] = ()
+    sequence: int = 0
+    coming: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

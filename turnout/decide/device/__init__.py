@@ -1,6 +1,6 @@
 """Which device holds what, and which work it does when."""
 
-from turnout.decide.device import place
+from turnout.decide.device import cache, place
 from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.exact_schedule import exact_schedule
@@ -35,6 +35,7 @@ __all__ = [
     "Wire",
     "block_loads",
     "block_schedule",
+    "cache",
     "dual_pipe_v",
     "ecmp",
     "exact_schedule",
