@@ -14,7 +14,7 @@ from turnout.expects import PATH, expects
 from turnout.hub import located
 from turnout.layers import MoE
 from turnout.models.checkpoint import compressed, mxfp4, own
-from turnout.models.checkpoint.expert_files import ExpertFile, FileExperts, Piece, Place
+from turnout.models.checkpoint.expert_files import ExpertFile, FileExperts, Piece, Place, Range
 from turnout.models.checkpoint.few_bits import Held, held_config, held_slots
 from turnout.models.checkpoint.own import check_shape, fill, opened, outline, read_json, stored
 from turnout.models.checkpoint.packed import check_finite
@@ -327,7 +327,7 @@ def _pieces(
     if held is None:
         lies = file.range(name)
         for layer, expert, place in cuts:
-            yield layer, expert, Piece((lies[expert] if len(place.shape) < len(lies.shape) else lies,), (place,))
+            yield layer, expert, Piece((lies[expert] if _fused(lies) else lies,), (place,))
         return
     beside = files[found.packed.scales[name]]
     scales = _cut(held.scale, places)
@@ -340,6 +340,11 @@ def _pieces(
             yield layer, expert, Piece((lies[0][expert], lies[1][expert]), (code_at, scale_at), _Blocks(found, name))
         else:
             yield layer, expert, Piece(lies, (code_at, scale_at), _Words(found, name))
+
+
+def _fused(lies: Range) -> bool:
+    """Whether a tensor of a folder holds all experts."""
+    return len(lies.shape) > 2
 
 
 @dataclasses.dataclass(frozen=True)
