@@ -10,6 +10,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
 from turnout.paths import Bank, FactoredBank, FeedForward, OffloadedBank, PackedBank, PackedFeedForward
+from turnout.run.product import linear
 from turnout.types import Routing
 from turnout.types.called import Called
 from turnout.types.weights import Activation
@@ -176,7 +177,7 @@ class MoE(Called):
         always = self.shared(x)
         if self.shared_gate is None:
             return always
-        return always * torch.sigmoid(nn.functional.linear(x, self.shared_gate))
+        return always * torch.sigmoid(linear(x, self.shared_gate))
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

@@ -12,6 +12,7 @@ from turnout.run.reference import prepare
 from turnout.run.slots import Slots
 from turnout.run.sort import sort_slots
 from turnout.types import PackedWeights, Routing
+from turnout.types.invariant import refuse_invariant
 
 __all__ = ["experts_by_slots"]
 
@@ -44,6 +45,8 @@ def experts_by_slots(x_TD: Tensor, routing: Routing, slots: Slots, *, backend: s
     """
     if torch.compiler.is_compiling():  # threads and files are no part of a graph
         return torch.compiler.disable(experts_by_slots)(x_TD, routing, slots, backend=backend)
+    fix = "read the model without expert_memory"
+    refuse_invariant("experts that come into slots", _WHERE, fix)
     if backend not in ("auto", "sort", "grouped"):
         allowed, fix = 'be "auto", "sort" or "grouped" where experts come into slots', 'pass backend="auto"'
         raise UsageError(word("backend", got=backend, allowed=allowed, where=_WHERE, fix=fix))

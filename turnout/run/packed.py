@@ -13,6 +13,8 @@ from turnout.run.compiled import rows_times, suits_rows
 from turnout.run.compiled.engine import takes
 from turnout.run.compiled.experts import experts_times, suits_experts
 from turnout.run.compiled.panels import panel_products, suits_panels
+from turnout.run.invariant import invariant_packed
+from turnout.run.invariant_linear import invariant_packed_linear
 from turnout.run.product import linear
 from turnout.run.reference import reference
 from turnout.run.slots import Slots
@@ -20,6 +22,7 @@ from turnout.run.sort import sort_packed, sort_slots
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
+from turnout.types.invariant import invariant_here
 
 __all__ = ["packed_experts", "packed_linear", "packed_reference"]
 
@@ -51,6 +54,8 @@ def packed_linear(x: Tensor, weight: Packed, bias_O: Tensor | None = None) -> Te
         allowed, fix = f"have the {weight.shape[-1]} inputs of the map last", "pass what the map was made for"
         where = "turnout.run.packed_linear"
         raise ShapeError(word("x", got=f"shape {tuple(x.shape)}", allowed=allowed, where=where, fix=fix))
+    if invariant_here("turnout.run.packed_linear"):
+        return invariant_packed_linear(x, weight, bias_O)
     x_MI = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         return _written_out(x, weight, bias_O)
@@ -121,6 +126,8 @@ def packed_experts(
     Source: none; our own.
     """
     _check(x_TD, routing, weights)
+    if invariant_here("turnout.run.packed_experts"):
+        return invariant_packed(x_TD, routing, weights)
     written_out = weights.written_out if slots is None else slots.written_out
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
         return execute(x_TD, routing, written_out(x_TD.dtype), backend=backend)

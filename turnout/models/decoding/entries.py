@@ -1,5 +1,8 @@
 """What a compiled step's tables say of a language model."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -44,6 +47,16 @@ class Entries:
             self.layers[name] = range(len(self._matrices), len(self._matrices) + len(layers))
             self._matrices += [(0,) * COLUMNS] * len(layers)
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
+
+    @contextlib.contextmanager
+    def turn(self, id_R: np.ndarray) -> Iterator[None]:
+        """One step of these tokens; where experts come into slots, what kept it from its end is raised."""
+        if self.ready is None:
+            yield
+            return
+        with self.ready.cache.turn(id_R.tolist()):
+            yield
+            self.ready.check()
 
     def of_texts(self, length: int) -> None:
         """From here on all rows are of texts on the same side of longrope's border as one of so many tokens."""

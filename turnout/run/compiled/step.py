@@ -63,8 +63,8 @@ def _heads(layer, norms, first, count, which, row_Q, cos_P, sin_P):
 
 
 @kernel()
-def _attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room_F, y_BD, parts):
-    """What the attention of a layer makes of normed rows; their keys and values are added to the cache."""
+def _attention(layer, norms, table, h_BD, place_B, page_BP, cos_BP, sin_BP, room_F, y_BD, parts):
+    """What the attention of a layer makes of normed rows; their keys and values are added to the pages."""
     rows, heads, key_heads, width = h_BD.shape[0], layer.heads, layer.key_heads, layer.head_width
     qkv_BO = _cut(room_F, 0, rows, (heads + 2 * key_heads) * width)
     mixed_BQ = _cut(room_F, qkv_BO.size, rows, heads * width)
@@ -73,7 +73,7 @@ def _attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room
     for b in range(rows):
         _heads(layer, norms, 0, heads, layer.q_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
         _heads(layer, norms, heads * width, key_heads, layer.k_norm, qkv_BO[b], cos_BP[b], sin_BP[b])
-    looked_all(table, layer, place_B, cache_B, qkv_BO, score_F, mixed_BQ, parts)
+    looked_all(table, layer, place_B, page_BP, qkv_BO, score_F, mixed_BQ, parts)
     spread(table, layer.out, mixed_BQ, score_F, y_BD, parts)
 
 
@@ -81,8 +81,13 @@ def _attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room
 def _routed(layer, table, h_BD, room_F, logit_BE, weight_BK, choice_BK):
     """Which experts each row takes, and with what weight."""
     times(table, layer.router, 0, laid_out(table, layer.router, h_BD, room_F), logit_BE, 0, logit_BE.shape[1])
+    told_BK = wholes(layer.routes, choice_BK.size if layer.routes != 0 else 0)
+    told_BK = told_BK.reshape(h_BD.shape[0] if layer.routes != 0 else 0, choice_BK.shape[1])
     for b in range(h_BD.shape[0]):
         chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b])
+        if layer.routes != 0:
+            for k in range(choice_BK.shape[1]):
+                told_BK[b, k] = choice_BK[b, k]
         if layer.labels != 0:
             label_E = wholes(layer.labels, logit_BE.shape[1])
             for k in range(choice_BK.shape[1]):
@@ -152,11 +157,12 @@ def _embedded(address, code, index, scale, x_D, adds):
 
 
 @kernel()
-def step(models, layers, norms, table, id_B, place_B, cache_B, asked_N, room_F, room_I, logits_NV, parts):
-    """One token of each row at its place in its cache: all layers, and what comes after the rows that are asked for.
+def step(models, layers, norms, table, id_B, place_B, page_GBP, asked_N, room_F, room_I, logits_NV, parts):
+    """One token of each row at its place in its text: all layers, and what comes after the rows that are asked for.
 
-    Rows with the same cache are of one text, whose tokens before them are in the cache or among them. Whether it came
-    to an end: not where experts could not be had.
+    For each group of layers ``page_GBP`` says in which pages a row's text is. Rows with the same pages are of one text,
+    whose tokens before them are in the pages or among them. Whether it came to an end: not where experts could not be
+    had.
     """
     model, B, N, V = models[0], id_B.shape[0], asked_N.shape[0], logits_NV.shape[1]
     D, P = model.width, model.pairs
@@ -175,11 +181,12 @@ def step(models, layers, norms, table, id_B, place_B, cache_B, asked_N, room_F, 
     for number in range(layers.shape[0]):
         layer = layers[number]
         cos, sin = (near_cos_BP, near_sin_BP) if layer.local != 0 else (cos_BP, sin_BP)
+        page_BP = page_GBP[layer.group]
         _before(norms, layer.norm, x_BD, h_BD)
         if layer.latent != 0:
-            latent_attention(layer, norms, table, h_BD, place_B, cache_B, cos, sin, rest_F, y_BD, parts)
+            latent_attention(layer, norms, table, h_BD, place_B, page_BP, cos, sin, rest_F, y_BD, parts)
         else:
-            _attention(layer, norms, table, h_BD, place_B, cache_B, cos, sin, rest_F, y_BD, parts)
+            _attention(layer, norms, table, h_BD, place_B, page_BP, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
         if not _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts):
