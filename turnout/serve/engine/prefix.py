@@ -89,6 +89,8 @@ class Prefixes:
 
     def evict(self) -> bool:
         """Lets go of the part that was used least lately and gives pages free; whether there was one."""
+        for owner in [owner for owner, root in self._roots.items() if not root.after]:
+            self._roots.pop(owner).kept = False  # of whom nothing is left
         some = [node for node in self._nodes() if not node.after]
         for node in sorted(some, key=lambda node: node.used):
             if self._frees(node):
