@@ -14,6 +14,7 @@ from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.expert_cache import Access, CachePolicy, CacheShape, Decision
+from turnout.types.expert_stats import ExpertStats
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
 from turnout.types.invariant import batch_invariant
@@ -50,6 +51,7 @@ __all__ = [
     "Cluster",
     "Cost",
     "Decision",
+    "ExpertStats",
     "ExpertWeights",
     "FactoredWeights",
     "Given",

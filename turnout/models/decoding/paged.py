@@ -85,7 +85,8 @@ class PagedSteps:
         id_R = np.array([one for id_N in id_RN for one in id_N], np.int64)
         logits_BV, entries = self._logits_RV[: len(texts)], self.entries
         told = entries.models, entries.layers, entries.norms, entries.matrices
-        step(*told, id_R, place_R, page_GRP, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
+        with entries.turn(id_R):
+            step(*told, id_R, place_R, page_GRP, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
         for text, count in zip(texts, counts, strict=True):
             text.length += count
         return logits_BV
@@ -106,7 +107,7 @@ class PagedSteps:
         self._seen = max(self._seen, -(-seen // _SEEN) * _SEEN)
         most = max(1, int(self.entries.layers["top_k"].max()))
         numbers = torch.zeros(self._numbers(self._rows), dtype=torch.float32, device="cpu").numpy()
-        self._rooms = numbers, np.zeros(self._rows * most * 4 + 1, np.int64)
+        self._rooms = numbers, np.zeros(self._rows * most * 5 + 1, np.int64)
         if self._told_LI is not None:
             self._told_LI = np.zeros((len(self.routed_L), self._rows * most), np.int64)
             for layer, told_I in zip(self.routed_L, self._told_LI, strict=True):

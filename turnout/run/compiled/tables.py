@@ -40,7 +40,9 @@ _LAYER = {
     "latent q_down q_up kv_down k_up v_up neighbours "
     # of the feed-forward layer: where routed, how; ``routes``, where its choices are written to, or 0
     "ff_norm ff_out_norm routed router sigmoid correction groups top_groups best_two renormalize top_k labels routes "
-    "up down shared_up shared_down shared_gate",
+    "up down shared_up shared_down shared_gate "
+    # where experts come into slots: whom to ask, 0 for nobody, and as which layer
+    "ready number",
     "f4": "scale softcap residual floor weight_scale",
 }
 LAYER = np.dtype(

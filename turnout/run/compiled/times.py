@@ -36,7 +36,7 @@ from turnout.run.compiled.tables import (
     wholes,
 )
 
-__all__ = ["address", "blocks_of", "laid_out", "met", "order_of", "share", "spread", "times"]
+__all__ = ["address", "blocks_of", "called", "laid_out", "met", "order_of", "share", "spread", "times"]
 
 # As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
@@ -221,7 +221,7 @@ def _calls() -> Any:
 
 
 # calls(address, told): what the function at this address, which takes and gives whole numbers, makes of them.
-_called: Any = Lazy(_calls)
+called: Any = Lazy(_calls)
 
 
 @kernel()
@@ -229,7 +229,7 @@ def met(table, which, e, ins, x, size, rows, out, outs, first, last):
     """What the kernel of a matrix makes of so many inputs of rows: ``by_output`` says what it is told."""
     at = begins(table) + which * (COLUMNS * 8)
     told = table[which, AT], table[which, SCALE], at, e, ins, x, size, rows, out, outs, first, last
-    _called(table[which, KERNEL], told)
+    called(table[which, KERNEL], told)
 
 
 @kernel()
