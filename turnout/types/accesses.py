@@ -68,9 +68,13 @@ class Accesses:
         return int(self.step_I[-1]) + 1 if len(self) else 0
 
     def access(self, at: int, ahead: int = 0) -> Access:
-        """The request of this number, with as many of the next ones as are known then."""
+        """The request of this number, with as many of the next ones of its pass as are known then."""
         token = () if self.token_S is None else (int(self.token_S[self.step_I[at]]),)
-        coming = tuple((int(self.layer_I[j]), self._experts(j)) for j in range(at + 1, min(at + 1 + ahead, len(self))))
+        coming = tuple(
+            (int(self.layer_I[j]), self._experts(j))
+            for j in range(at + 1, min(at + 1 + ahead, len(self)))
+            if self.step_I[j] == self.step_I[at]
+        )
         layer, step, sequence = int(self.layer_I[at]), int(self.step_I[at]), int(self.sequence_I[at])
         return Access(layer, self._experts(at), step, token, sequence, coming)
 

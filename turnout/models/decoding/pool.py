@@ -46,14 +46,16 @@ class Pool:
 
     def hold(self, page: int) -> None:
         """Somebody else holds it too."""
-        assert self._held[page] > 0
-        self._held[page] += 1
+        before = self._held[page]
+        assert before > 0
+        self._held[page] = before + 1
 
     def give(self, page: int) -> None:
         """Somebody holds it no longer."""
-        assert self._held[page] > 0
-        self._held[page] -= 1
-        self.free += not self._held[page]
+        before = self._held[page]
+        assert before > 0
+        self._held[page] = before - 1
+        self.free += int(before == 1)
 
     def grow(self, count: int) -> None:
         """So many in all."""

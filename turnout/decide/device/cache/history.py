@@ -108,14 +108,17 @@ class History:
         began = self.tick if access.step != self.step else self.began
         return dataclasses.replace(self, last_P=last_P, count_P=count_P, tick=tick, step=access.step, began=began)
 
-    def served(self, access: Access, worth_P: np.ndarray, wish: Sequence[int] = ()) -> tuple["History", Decision]:
+    def served(
+        self, access: Access, worth_P: np.ndarray, wish: Sequence[int] = (), below: float = np.inf
+    ) -> tuple["History", Decision]:
         """What to give up and fetch: always the expert that is worth least, the first among equals.
 
         Args:
             access: what is asked for; it is neither given up nor wished for.
             worth_P: (P,) what each is worth.
             wish: further experts to fetch, the most urgent first; one of them takes a free slot, or that of an expert
-                that is worth less than it.
+                that is worth less than it, and less than ``below``.
+            below: see there.
         """
         sizes, held_P, page_K = self.sizes, self.held_P.copy(), self.pages(access)
         missing = page_K[~held_P[page_K]]
@@ -136,7 +139,7 @@ class History:
             if int(pool_P.sum()) >= sizes.slots:
                 spare = np.nonzero(pool_P & ~asked_P)[0]
                 victim = int(spare[np.argmin(worth_P[spare])]) if len(spare) else -1
-                if victim < 0 or worth_P[victim] >= worth_P[page]:
+                if victim < 0 or worth_P[victim] >= min(below, worth_P[page]):
                     continue
                 held_P[victim] = False
                 evict += [victim]

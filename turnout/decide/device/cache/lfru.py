@@ -1,12 +1,32 @@
 """Frequency x recency: uses count less the longer ago they are."""
 
+import functools
+
 import numpy as np
 
-from turnout.decide.device.cache.history import History
+from turnout.decide.device.cache.history import History, Worth
 from turnout.errors import UsageError, word
 from turnout.types.expert_cache import Access, CacheShape, Decision
 
 __all__ = ["LFRU"]
+
+
+@functools.cache
+def _rule(keep: float) -> Worth:
+    """The same function for the same half-life, so that it is compiled once."""
+
+    def worth(
+        last_P: np.ndarray,
+        count_P: np.ndarray,
+        told_P: np.ndarray,
+        until_P: np.ndarray,
+        left: int,
+        tick: int,
+        began: int,
+    ) -> np.ndarray:
+        return count_P * keep ** (tick - last_P)
+
+    return worth
 
 
 class LFRU:
@@ -35,20 +55,8 @@ class LFRU:
     def __init__(self, *, half: float = 16.0, layers: int) -> None:
         if not half > 0:
             raise UsageError(word("half", got=half, allowed="be above 0", where="LFRU", fix="pass half=16"))
-        self.keep = keep = 2.0 ** (-1.0 / (half * layers))
-
-        def worth(
-            last_P: np.ndarray,
-            count_P: np.ndarray,
-            told_P: np.ndarray,
-            until_P: np.ndarray,
-            left: int,
-            tick: int,
-            began: int,
-        ) -> np.ndarray:
-            return count_P * keep ** (tick - last_P)
-
-        self.worth = worth
+        self.keep = 2.0 ** (-1.0 / (half * layers))
+        self.worth = _rule(self.keep)
 
     def init(self, sizes: CacheShape) -> History:
         """Nothing is held."""

@@ -14,7 +14,8 @@ class PreGated:
     Each access says which requests follow (``Access.coming``): a layer's gate that runs one layer early tells of one, a
     router of all layers before the pass of all that are left in it, one over a queue of tokens of several passes. What
     is needed within them is worth more the sooner; the rest is worth less than all of that, the longest unused least.
-    With all that comes told, the fetches are Belady's optimum.
+    An early fetch takes the slot only of what is not known to come, so it moves no more than waiting would: with all
+    that comes told, the fetches are Belady's optimum.
 
     Args:
         prefetch: whether it also fetches before the time.
@@ -48,7 +49,7 @@ class PreGated:
         if not self.prefetch:
             return now.served(access, worth_P)
         wish_P = np.nonzero(np.isfinite(told_P))[0]
-        return now.served(access, worth_P, wish_P[np.argsort(-told_P[wish_P], kind="stable")].tolist())
+        return now.served(access, worth_P, wish_P[np.argsort(-told_P[wish_P], kind="stable")].tolist(), below=-1e14)
 
     @staticmethod
     def worth(
