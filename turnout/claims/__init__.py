@@ -59,7 +59,7 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import few_predictions
+from turnout.claims.serve import buffer_overflow, few_predictions
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -73,6 +73,7 @@ __all__ = [
     "arrow",
     "backends",
     "block_schedule",
+    "buffer_overflow",
     "co2",
     "coded",
     "comet",

@@ -32,6 +32,7 @@ COMMANDS = (
     "report",
     "convert",
     "certify",
+    "audit",
     "parity",
     "place",
     "plan",
@@ -57,6 +58,7 @@ a job each:
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
                                                  dense to sparse; smaller, with adapters: turnout convert --help
   turnout certify llama mixtral                  does B compute what A does? if not, where they part
+  turnout audit runs/x                           do others in a batch change what a model answers?
   turnout parity plan.json                       has training on many processes the gradients of one?
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
@@ -176,7 +178,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say. A verdict is not known then.
         sys.stderr.close()
-        return 141 if arguments.command in ("certify", "parity", "verify") else 0
+        return 141 if arguments.command in ("audit", "certify", "parity", "verify") else 0
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise

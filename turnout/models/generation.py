@@ -20,7 +20,7 @@ from turnout.models.prompts import Given
 from turnout.models.wishes import own_wishes, say_unmet
 from turnout.wrappers import unwrapped
 
-__all__ = ["generate"]
+__all__ = ["foreign_steps", "generate"]
 
 
 @expects(model=nn.Module)
@@ -75,11 +75,11 @@ def generate(
     own = own_ends(inside) if eos == "model" else ()
     say_unmet(own_wishes(inside), drawing, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
+    steps = functools.partial(Decoder if isinstance(run, LM) else foreign_steps, run)
     return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
 
 
-def _foreign(model: Any, batch: int, room: int) -> Steps:
+def foreign_steps(model: Any, batch: int, room: int) -> Steps:
     """The steps of a model of transformers, as it is."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}

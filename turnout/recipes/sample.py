@@ -13,6 +13,7 @@ from turnout.models import LM, Generated, Piece, generate
 from turnout.models.ends import own_ends
 from turnout.reading import read_text
 from turnout.recipes.calibration import find_tokenizer
+from turnout.recipes.expert_room import ExpertRoom
 from turnout.recipes.models import opened
 from turnout.recipes.progress import Progress, Silent
 from turnout.storage import read_error
@@ -91,6 +92,8 @@ def sample_model(
     device: str | torch.device = "auto",
     stream: Callable[[str], object] | None = None,
     progress: Progress | None = None,
+    experts: ExpertRoom | None = None,
+    note: Callable[[str], object] = print,
 ) -> tuple[str, ...]:
     """Each prompt with the model's continuation, which is the same whatever other prompts there are.
 
@@ -102,6 +105,8 @@ def sample_model(
         device: where the model runs, in the precision of its weights; the draw is the same everywhere.
         stream: is given the text of one prompt piece by piece.
         progress: is told how far it is.
+        experts: how much memory the experts may take, and whose; None for as much as they need.
+        note: is told what was understood of that, and at the end what came of it.
 
     Raises:
         TurnoutError: no model or tokenizer there, a setting out of range, a prompt that is too long, or several to
@@ -111,7 +116,9 @@ def sample_model(
     """
     if stream is not None and len(prompts) != 1:
         raise _refusal("--stream", f"{len(prompts)} prompts", "be of one prompt", "leave --stream out")
-    found = opened(path, _WHERE, device)
+    found = opened(path, _WHERE, device, experts=experts)
+    for said in found.notes:
+        note(said)
     tokenizer = load_tokenizer(find_tokenizer(found.folder, where=_WHERE))
     # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
     texts = [prompt_ids(prompt, tokenizer, own=found.own) for prompt in prompts]
@@ -129,6 +136,9 @@ def sample_model(
                 done[row] = _said(tokenizer, texts[row], made, place)
     finally:
         progress.stop()
+        if found.lm.experts is not None:
+            note(f"experts: {found.lm.experts.stats()}")
+            found.lm.experts.close()
     return tuple(done)
 
 
