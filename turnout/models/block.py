@@ -114,8 +114,27 @@ class Block(nn.Module):
         routing: Routing | None = None,
         only_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
+        x_BSD = self.attended(x_BSD, angles, cache, places)
+        call = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator, "routing": routing}
+        return self.fed(x_BSD, places, **call, only_B=only_B)
+
+    def attended(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
+        """The first half of ``forward``: the tokens after the attention."""
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
-        x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        return self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+
+    def fed(
+        self,
+        x_BSD: Tensor,
+        places: Places | None = None,
+        *,
+        token_id_BS: Tensor,
+        backend: str,
+        generator: torch.Generator | None,
+        routing: Routing | None = None,
+        only_B: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """The second half: the tokens after the feed-forward layer, and where they went."""
         if only_B is not None:
             places, at = None, (torch.arange(len(x_BSD), device=x_BSD.device), only_B)
             x_BSD, token_id_BS = x_BSD[at].unsqueeze(1), token_id_BS[at].unsqueeze(1)

@@ -47,7 +47,7 @@ class _Before:
 
 
 def read_chunk(lm: LM, pages: Pages, text: Text, id_S: Sequence[int]) -> Generator[None, None, Chunk]:
-    """Reads the next tokens of a text, for which there are pages; a layer between two ``next``.
+    """Reads the next tokens of a text, for which there are pages; half a layer between two ``next``.
 
     Nothing but the tokens and what went before them decides what comes out, to the bit; who runs in between does not.
 
@@ -67,7 +67,9 @@ def read_chunk(lm: LM, pages: Pages, text: Text, id_S: Sequence[int]) -> Generat
         if layer == last:  # what can be compiled routes each token for itself
             some = {"only_B": torch.tensor([len(id_S) - 1])}
         call: dict[str, Any] = {"token_id_BS": id_1S, "backend": "auto", "generator": None, **some}
-        x_BSD, routing = block(x_BSD, angles, before, batch.places, **call)
+        x_BSD = block.attended(x_BSD, angles, before, batch.places)
+        yield
+        x_BSD, routing = block.fed(x_BSD, batch.places, **call)
         if routing is not None:
             routings.append(routing)
         if layer < last:

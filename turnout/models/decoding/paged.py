@@ -66,7 +66,7 @@ class PagedSteps:
         return count <= self.few
 
     def read(self, text: Text, id_S: Sequence[int]) -> Generator[None, None, Chunk]:
-        """Reads a part that is not short with the model's modules, a layer at a time; pages are there already."""
+        """Reads a part that is not short with the model's modules, half a layer at a time; pages are there already."""
         return read_chunk(self.lm, self.pages, text, id_S)
 
     def step(self, texts: Sequence[Text], id_RN: Sequence[Sequence[int]]) -> Tensor:
