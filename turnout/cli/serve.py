@@ -128,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[typing.Any, typing.Any]:
     """What answers, and the texts of its model."""
+    from turnout.models import Drawing
+    from turnout.models.wishes import own_wishes, say_unmet
     from turnout.recipes.calibration import find_tokenizer
     from turnout.recipes.models import opened
     from turnout.recipes.sample import text_ends
@@ -136,6 +138,7 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
 
     _say(f"reading {arguments.path} ...")
     found = opened(arguments.path, _WHERE, arguments.device)
+    say_unmet(own_wishes(found.lm), Drawing(where=_WHERE), _WHERE)  # clients may pass it; nobody does for them
     file = find_tokenizer(found.folder, where=_WHERE)
     size = found.lm.config.vocab_size
     plain = Texts.load(file, vocab_size=size, eos=(), own=found.own)
