@@ -59,7 +59,7 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import few_predictions
+from turnout.claims.serve import expert_caching, expert_flow, few_predictions, pre_gated, trace_matching
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -82,7 +82,9 @@ __all__ = [
     "drop_experts",
     "evo_moe",
     "exflow",
+    "expert_caching",
     "expert_choice",
+    "expert_flow",
     "fedins",
     "fedjets",
     "few_predictions",
@@ -109,6 +111,7 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pre_gated",
     "read_me",
     "replan",
     "scalearn",
@@ -121,6 +124,7 @@ __all__ = [
     "stragglers",
     "superpipeline",
     "surco",
+    "trace_matching",
     "tutel",
     "upcycle",
     "zero",
