@@ -1,6 +1,7 @@
 """Whole networks: a decoder language model, dense or sparse, and its files on disk."""
 
 from turnout.models import checkpoint
+from turnout.models.contrast import Contrast
 from turnout.models.draw import Drawing
 from turnout.models.fused import token_loss
 from turnout.models.generated import Asked, Generated, Piece
@@ -15,6 +16,7 @@ __all__ = [
     "LM",
     "Asked",
     "Cache",
+    "Contrast",
     "Drawing",
     "FactoredConfig",
     "Generated",

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from turnout.expects import expects
+from turnout.expects import Kind, expects
 from turnout.models.checkpoint.live import lm_or_itself
-from turnout.models.decoding import Decoder
+from turnout.models.contrast import Contrast
+from turnout.models.decoding import Contrasted, Decoder
 from turnout.models.decoding.sides import Sides
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
@@ -22,8 +23,11 @@ from turnout.wrappers import unwrapped
 
 __all__ = ["generate"]
 
+_FIX = "pass turnout.models.Contrast(beta=0.5)"
+_CONTRAST = Kind(lambda value: value is None or isinstance(value, Contrast), "a Contrast", _FIX)
 
-@expects(model=nn.Module)
+
+@expects(model=nn.Module, contrast=_CONTRAST)
 def generate(
     model: nn.Module,
     prompts: Given,
@@ -45,6 +49,7 @@ def generate(
     stream: Callable[[Piece], object] | None = None,
     logprobs: bool = False,
     fallback: bool = False,
+    contrast: Contrast | None = None,
 ) -> Generated:
     """What a model makes of prompts, each as it would alone; at temperature 0, token for token what transformers makes.
 
@@ -55,6 +60,8 @@ def generate(
         attention_mask: of prompts (B, S): (B, S), 1 or true at tokens, padding before them; or (B,) how many tokens
             each row begins with, which come out moved to its end. None for no padding.
         fallback: whether a model of transformers that is no LM exactly is run as it is, with a warning.
+        contrast: draws from the scores of self-contrast (SCMoE) in the place of the model's own; they come before
+            temperature and filters, and are what ``logprobs`` tells. None, or beta=0, for the model's own.
 
     The other arguments are those of ``turnout.models.Drawing`` and ``turnout.models.Asked``.
 
@@ -75,8 +82,19 @@ def generate(
     own = own_ends(inside) if eos == "model" else ()
     say_unmet(own_wishes(inside), drawing, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
+    steps = _steps(run, contrast)
     return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+
+
+def _steps(run: Any, contrast: Contrast | None) -> Any:
+    """What makes the steps of a generation."""
+    if contrast is None or contrast.beta == 0:
+        return functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
+    if not isinstance(run, LM):
+        fix = "pass a model that turnout computes itself, or leave contrast out"
+        raise refusal("contrast", "a model that is run as it is", "go with an LM", fix)
+    contrast.check(run)
+    return functools.partial(Contrasted, run, contrast=contrast)
 
 
 def _foreign(model: Any, batch: int, room: int) -> Steps:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turnout.models.contrast import ranked
 from turnout.models.decoding.entries import Entries
 from turnout.models.decoding.ring import Rings, Taken
 from turnout.models.lm import LM
@@ -28,8 +29,9 @@ class CompiledSteps:
     Of longrope all rows are on the same side of its border; ``turnout.models.decoding.sides`` sees to that.
     """
 
-    def __init__(self, lm: LM, batch: int, room: int) -> None:
+    def __init__(self, lm: LM, batch: int, room: int, rank_B: Tensor | None = None) -> None:
         self._lm, self._entries, self._rings = lm, Entries(lm), Rings(lm, batch, room)
+        self._rank_B = np.zeros(batch, np.int64) if rank_B is None else rank_B.numpy().astype(np.int64)
         self._begin(batch)
 
     def _begin(self, batch: int) -> None:
@@ -106,8 +108,10 @@ class CompiledSteps:
         lengths = length_B.tolist()
         whole = min(lengths) == id_BS.shape[1]
         taken: Any = Taken(self._rings, lengths)
+        detour = ranked(torch.from_numpy(self._rank_B)) if self._rank_B.any() else None
         # What can be compiled routes each token for itself.
-        hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, only_B=length_B - 1)[0]
+        how: Any = {"only_B": length_B - 1, "detour": detour}
+        hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, **how)[0]
         return self._lm.scores(hidden_B1D[:, 0]).float()
 
     def _read(self, id_BS: Tensor, lengths: list[int]) -> Tensor:
@@ -116,7 +120,8 @@ class CompiledSteps:
         place_R, end_B = np.concatenate([np.arange(length) for length in lengths]), np.cumsum(lengths) - 1
         id_R = id_BS.detach().numpy()[row_R, place_R].astype(np.int64)
         logits_BV, parts = torch.empty_like(self._logits_BV), threads()
-        step(*self._tables, id_R, place_R, row_R, end_B, *self._made_rooms(len(id_R), parts), logits_BV.numpy(), parts)
+        rows = id_R, place_R, row_R, self._rank_B[row_R], end_B
+        step(*self._tables, *rows, *self._made_rooms(len(id_R), parts), logits_BV.numpy(), parts)
         return logits_BV
 
     @property
@@ -135,7 +140,7 @@ class CompiledSteps:
         parts = threads()
         if parts != self._parts:
             self._point()
-        rows = id_B.numpy(), self._place_B, self._row_B, self._row_B
+        rows = id_B.numpy(), self._place_B, self._row_B, self._rank_B, self._row_B
         step(*self._tables, *rows, *self._rooms, self._logits_BV.numpy(), parts)
         self._place_B += 1
         return self._logits_BV
@@ -144,5 +149,6 @@ class CompiledSteps:
         """Goes on with these rows alone, in this order."""
         place_N = self._place_B[row_N.numpy()]
         self._rings.keep(row_N)
+        self._rank_B = self._rank_B[row_N.numpy()]
         self._begin(len(place_N))
         self._place_B[:] = place_N

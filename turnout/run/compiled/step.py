@@ -78,19 +78,20 @@ def _attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room
 
 
 @kernel()
-def _routed(layer, table, h_BD, room_F, logit_BE, weight_BK, choice_BK):
-    """Which experts each row takes, and with what weight."""
+def _routed(layer, table, h_BD, rank_B, room_F, logit_BE, weight_BK, choice_BK):
+    """Which experts each row takes, and with what weight; -1 stands for no one."""
     times(table, layer.router, 0, laid_out(table, layer.router, h_BD, room_F), logit_BE, 0, logit_BE.shape[1])
     for b in range(h_BD.shape[0]):
-        chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b])
+        chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b], rank_B[b])
         if layer.labels != 0:
             label_E = wholes(layer.labels, logit_BE.shape[1])
             for k in range(choice_BK.shape[1]):
-                choice_BK[b, k] = label_E[choice_BK[b, k]]
+                if choice_BK[b, k] >= 0:
+                    choice_BK[b, k] = label_E[choice_BK[b, k]]
 
 
 @kernel()
-def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
+def _feed_forward(layer, table, h_BD, rank_B, room_F, room_I, y_BD, parts):
     """What the feed-forward layer, dense or routed, makes of normed rows."""
     rows, most, width = h_BD.shape[0], max(layer.top_k, 1), h_BD.shape[1]
     entries = rows * most
@@ -105,7 +106,7 @@ def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
         logit_BE = _cut(rest_F, 0, rows, table[layer.router, OUTS])
         weight_BK = _cut(rest_F, logit_BE.size, rows, most)
         choice_BK = room_I[3 * entries + 1 : 4 * entries + 1].reshape(rows, most)
-        _routed(layer, table, h_BD, rest_F[logit_BE.size + weight_BK.size :], logit_BE, weight_BK, choice_BK)
+        _routed(layer, table, h_BD, rank_B, rest_F[logit_BE.size + weight_BK.size :], logit_BE, weight_BK, choice_BK)
         groups = grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R)
     code = layer.activation
     fed(table, layer.up, layer.down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, rest_F, parts)
@@ -145,10 +146,11 @@ def _embedded(address, code, index, scale, x_D, adds):
 
 
 @kernel()
-def step(models, layers, norms, table, id_B, place_B, cache_B, asked_N, room_F, room_I, logits_NV, parts):
+def step(models, layers, norms, table, id_B, place_B, cache_B, rank_B, asked_N, room_F, room_I, logits_NV, parts):
     """One token of each row at its place in its cache: all layers, and what comes after the rows that are asked for.
 
-    Rows with the same cache are of one text, whose tokens before them are in the cache or among them.
+    Rows with the same cache are of one text, whose tokens before them are in the cache or among them. A row with a
+    rank above 0 takes in each routed layer its one expert of that rank (``turnout.models.Contrast``).
     """
     model, B, N, V = models[0], id_B.shape[0], asked_N.shape[0], logits_NV.shape[1]
     D, P = model.width, model.pairs
@@ -174,7 +176,7 @@ def step(models, layers, norms, table, id_B, place_B, cache_B, asked_N, room_F, 
             _attention(layer, norms, table, h_BD, place_B, cache_B, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
-        _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts)
+        _feed_forward(layer, table, h_BD, rank_B, rest_F, room_I, y_BD, parts)
         _added(norms, layer.ff_out_norm, layer.residual, y_BD, x_BD)
     for n in range(N):
         _copied(x_BD[asked_N[n]], y_BD[n])
