@@ -1,6 +1,7 @@
 """Whole networks: a decoder language model, dense or sparse, and its files on disk."""
 
 from turnout.models import checkpoint
+from turnout.models.c3po import C3PO, Pathways
 from turnout.models.contrast import Contrast
 from turnout.models.draw import Drawing
 from turnout.models.fused import token_loss
@@ -13,6 +14,7 @@ from turnout.models.pre_gate import PreGate
 from turnout.models.sentence import SentenceEncoder
 
 __all__ = [
+    "C3PO",
     "LM",
     "Asked",
     "Cache",
@@ -26,6 +28,7 @@ __all__ = [
     "LMOutput",
     "MLAConfig",
     "MoEConfig",
+    "Pathways",
     "Piece",
     "PreGate",
     "QuantizedConfig",
