@@ -1,5 +1,6 @@
 """One layer of a decoder, and the routers that a configuration names."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +55,13 @@ class Block(nn.Module):
             sizes = {"activation": activation, "bias": config.ff_bias, "packs": config.packs("dense")}
             self.ff = feed_forward(config.width, hidden, **sizes, **start)
         else:
-            moe = config.moe
+            moe, count = config.moe, config.experts_of(layer)
+            own = dataclasses.replace(moe, num_experts=count, per_layer=None)
             self.ff = MoE(
                 config.width,
                 moe.hidden,
-                moe.num_experts,
-                router=None if moe.router == "PreGate" else build_router(config.width, moe, generator, config.init_std),
+                count,
+                router=None if moe.router == "PreGate" else build_router(config.width, own, generator, config.init_std),
                 activation=moe.activation,
                 bias=moe.bias,
                 shared_hidden=moe.shared_hidden,
