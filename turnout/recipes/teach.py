@@ -26,15 +26,12 @@ def taught(run: Run, path: str | Path) -> Run:
         path: a run's output folder, or another folder of a model with its tokenizer.
 
     Raises:
-        TurnoutError: no such model, or one that reads fewer tokens at once than the run trains on.
+        TurnoutError: no such model.
 
     Source: Rajbhandari et al., 2022, "DeepSpeed-MoE": staged knowledge distillation.
     """
     found = look(path)
     config = checkpoint.peek(model_folder(path, where=_WHERE), dtype=torch.float32).config
-    if config.max_seq < run.train.seq:
-        got, allowed = f"{path}, which reads {config.max_seq}", f"read the {run.train.seq} tokens of a row"
-        raise UsageError(word("the teacher", got=got, allowed=allowed, where=_WHERE, fix=f"pass seq={config.max_seq}"))
     model = dataclasses.replace(run.model, vocab_size=config.vocab_size)
     train = dataclasses.replace(run.train, kd_weight=run.train.kd_weight or 1.0)
     return dataclasses.replace(run, model=model, train=train, teacher=found)
@@ -64,6 +61,7 @@ def read_teacher(run: Run) -> LM | None:
 
     Raises:
         CheckpointError: it has changed, or is gone.
+        UsageError: it reads fewer tokens at once than the run trains on.
     """
     if run.teacher is None:
         return None
@@ -73,7 +71,12 @@ def read_teacher(run: Run) -> LM | None:
         raise _changed(run.teacher.path, str(error)) from error
     if now != run.teacher:
         raise _changed(run.teacher.path, "its weights or its tokenizer have other bytes now")
-    return opened(run.teacher.path, _WHERE, run.train.device).lm
+    lm = opened(run.teacher.path, _WHERE, run.train.device).lm
+    if lm.config.max_seq < run.train.seq:
+        got, allowed = f"one that reads {lm.config.max_seq}", f"read the {run.train.seq} tokens of a row"
+        fix = f"pass seq={lm.config.max_seq}"
+        raise UsageError(word("the teacher", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    return lm
 
 
 def _changed(path: str, problem: str) -> CheckpointError:
