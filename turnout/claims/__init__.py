@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from turnout.claims import scale
+from turnout.claims import scale, serve
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
 from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
@@ -59,6 +59,7 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
+from turnout.claims.serve import buffer_overflow, few_predictions
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -72,6 +73,7 @@ __all__ = [
     "arrow",
     "backends",
     "block_schedule",
+    "buffer_overflow",
     "co2",
     "coded",
     "comet",
@@ -84,6 +86,7 @@ __all__ = [
     "expert_choice",
     "fedins",
     "fedjets",
+    "few_predictions",
     "fisher",
     "flowmoe",
     "flows",
@@ -129,7 +132,7 @@ __all__ = [
 ]
 
 
-FAMILIES = {"scale": scale}
+FAMILIES = {"scale": scale, "serve": serve}
 
 
 def family(name: str) -> list[str]:

@@ -8,6 +8,7 @@ examples:
   turnout sample runs/x --prompt "def main("
   turnout sample mixtral --prompt "Once upon a time" --temperature 0    the likeliest text, the same each time
   turnout sample runs/x --prompt "import" --tokens 200 --top-p 0.95 --stop "def " --seed 1
+  turnout sample mixtral --expert-memory 8GB --prompt "Once upon a time"    the other experts stay on disk
   turnout sample runs/x --prompts prompts.txt --min-p 0.05 --repetition-penalty 1.1
   turnout sample runs/x --prompt "def main(" --contrast 0.5             less of what experts say that were not chosen
 """
@@ -18,6 +19,7 @@ import time
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
+from turnout.cli.experts import add_experts, experts_of
 from turnout.errors import UsageError, word
 
 HELP = "let a model continue a prompt"
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="print the text of one prompt as it comes (default: on a terminal)",
     )
+    add_experts(parser)
     add_device(parser)
 
 
@@ -104,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         stream=told if streams or (one and watched) else None,
         progress=progress_for(quiet=streams or not watched),
+        experts=experts_of(arguments),
+        note=lambda said: print(said, file=sys.stderr),
     )
     print("" if streams else "\n---\n".join(texts))
     if one and watched:

@@ -22,7 +22,7 @@ from turnout.models.prompts import Given
 from turnout.models.wishes import own_wishes, say_unmet
 from turnout.wrappers import unwrapped
 
-__all__ = ["generate"]
+__all__ = ["foreign_steps", "generate"]
 
 
 def _one_of(kind: type, article: str, fix: str) -> Kind:
@@ -111,10 +111,10 @@ def _steps(run: Any, contrast: Contrast | None, remix: C3PO | None) -> Any:
     if remix is not None and asked == ["remix"]:
         remix.check(run)
         return functools.partial(Remixed, run, remix=remix)
-    return functools.partial(Decoder if isinstance(run, LM) else _foreign, run)
+    return functools.partial(Decoder if isinstance(run, LM) else foreign_steps, run)
 
 
-def _foreign(model: Any, batch: int, room: int) -> Steps:
+def foreign_steps(model: Any, batch: int, room: int) -> Steps:
     """The steps of a model of transformers, as it is."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}

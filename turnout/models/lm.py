@@ -26,6 +26,7 @@ from turnout.models.prompts import Given
 from turnout.models.rope import Rope
 from turnout.paths import PackedLinear
 from turnout.run.product import linear
+from turnout.run.swap import ExpertCache
 from turnout.types import Cost, Routing
 from turnout.types.called import Called
 from turnout.wrappers import unwrapped
@@ -92,6 +93,7 @@ class LM(Called):
 
     # The folder that the weights were read from, if any: its tokenizer goes along when they are written again.
     origin: Path | None = None
+    experts: ExpertCache | None = None  # where most of its experts are in files
     # The tokens that end a text, where the model that this one was made of said so.
     ends: tuple[int, ...] = ()
     # What else its generation configuration asked for.

@@ -7,6 +7,7 @@ from turnout.solve.list_schedule import list_schedule
 from turnout.solve.milp import Program, milp
 from turnout.solve.paging import Turn, paging
 from turnout.solve.pipeline import PipelineTimes, pipeline
+from turnout.solve.replacement import Faults, belady, belady_states, follow, lru, marking, prefix_optima
 from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
 from turnout.solve.surrogate import Surrogate, surrogate
@@ -14,6 +15,7 @@ from turnout.solve.timeline import Timeline, timeline
 from turnout.solve.transport import transport
 
 __all__ = [
+    "Faults",
     "PipelineTimes",
     "Program",
     "Solution",
@@ -21,12 +23,18 @@ __all__ = [
     "Timeline",
     "Turn",
     "assignment",
+    "belady",
+    "belady_states",
     "chain",
+    "follow",
     "kept_bound",
     "list_schedule",
+    "lru",
+    "marking",
     "milp",
     "paging",
     "pipeline",
+    "prefix_optima",
     "slowed_timeline",
     "surrogate",
     "timeline",

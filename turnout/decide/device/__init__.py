@@ -1,9 +1,10 @@
 """Which device holds what, and which work it does when."""
 
-from turnout.decide.device import place
+from turnout.decide.device import cache, place
 from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.exact_schedule import exact_schedule
+from turnout.decide.device.expert_memory import expert_memory, expert_slots
 from turnout.decide.device.flows import Flows, ecmp, flows
 from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
@@ -34,9 +35,12 @@ __all__ = [
     "Wire",
     "block_loads",
     "block_schedule",
+    "cache",
     "dual_pipe_v",
     "ecmp",
     "exact_schedule",
+    "expert_memory",
+    "expert_slots",
     "flows",
     "foresee",
     "gpipe",

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.solve.fixed_rows import fixed_linear
 from turnout.types import Routing
+from turnout.types.invariant import invariant_here, refuse_invariant
 from turnout.types.recall import steady
 
 Priority = Literal["weight", "position"]
@@ -79,6 +81,8 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
     check_tokens(x_TD, weight_ED.shape[1])
     dtype = torch.promote_types(weight_ED.dtype, torch.float32)
     bias_E = None if bias_E is None else bias_E.to(dtype)
+    if invariant_here("the router"):
+        return fixed_linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
     if torch.is_autocast_enabled(x_TD.device.type):
         with torch.autocast(x_TD.device.type, enabled=False):
             return torch.nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
@@ -87,7 +91,7 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
 
 def softmax(logit_TE: Tensor) -> Tensor:
     """The softmax over experts. On the CPU, rows too short for its vectors go five times faster as columns."""
-    if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu":
+    if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu" and not invariant_here("the router"):
         return logit_TE.t().softmax(0).t()
     return logit_TE.softmax(1)
 
@@ -134,8 +138,16 @@ def limit(routing: Routing, top_k: int, capacity_factor: float | None, priority:
     """The routing truncated to the capacity max(1, ceil(capacity_factor * T * top_k / E)); None leaves it whole."""
     if capacity_factor is None:
         return routing
+    refuse_capacity(capacity_factor)
     return routing.truncate(
         capacity(routing.num_tokens, routing.num_experts, top_k, capacity_factor), priority=priority
+    )
+
+
+def refuse_capacity(capacity_factor: float) -> None:
+    """Refuses a limit of capacity within ``batch_invariant``: who is dropped depends on who else is there."""
+    refuse_invariant(
+        f"capacity_factor={capacity_factor}", "the router", "pass capacity_factor=None, which drops nothing"
     )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from turnout.decide.token.gate import capacity, check, draw, linear, picked, softmax
+from turnout.decide.token.gate import capacity, check, draw, linear, picked, refuse_capacity, softmax
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -89,6 +89,7 @@ class GShard(Called):
             second_R = second_R[keep_R]
         if self.capacity_factor is None:
             return routing
+        refuse_capacity(self.capacity_factor)
         # Within each expert: first choices, then second ones, each by position.
         order_R = torch.argsort(routing.expert_R * 2 + second_R, stable=True)
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_TD.device))
