@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.serve.engine import Engine
+from turnout.serve.engine import Engine, Request
 from turnout.serve.http import Door, Limits, Texts, build_app, listen, run_server
 from turnout.serve.http.chat_template import ChatTemplate
 from turnout.train.data import train_tokenizer
@@ -68,6 +68,7 @@ class serving:
 
     def __enter__(self) -> Served:
         self._engine.start()
+        self._engine.submit(Request((0,), tokens=2)).result(600)  # what is compiled on first use is compiled now
         self._app = build_app(self._engine, self._texts, door=self._door, limits=self._limits)
         sock, told = listen("127.0.0.1", 0), list[str]()
         self._thread = threading.Thread(target=run_server, args=(self._app, sock), kwargs={"ready": told.append})

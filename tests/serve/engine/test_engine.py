@@ -232,3 +232,21 @@ def test_closing_tells_all() -> None:
     ticket = idle.submit(Request((1,), 1))
     idle.close()
     assert ticket.result(WAIT_S)[1].reason == "cancelled"
+
+
+def test_texts_and_stops_are_those_of_generate() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(97 + number) if number < 26 else f"<0x{number + 150:02X}>": number for number in range(61)}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], byte_fallback=True))
+    words.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    lm, drawing = make("moe"), Drawing(temperature=1.5)
+    with Engine(lm, tokenizer=words) as engine:
+        for seed in range(12):
+            for stop, keep in (((), False), (("a", "bc"), False), (("f",), True)):
+                request = Request((3, 1, 4), 40, drawing, stop=stop, keep_stop=keep, seed=seed)
+                tokens, end = engine.submit(request).result(WAIT_S)
+                how = {"temperature": 1.5, "seed": seed, "stop": list(stop), "keep_stop": keep, "tokenizer": words}
+                want = turnout.generate(lm, [[3, 1, 4]], tokens=40, eos=None, **how)
+                assert [token.id for token in tokens] == want.rows[0]
+                assert "".join(token.text for token in tokens) == want.text_B[0]
+                assert end.reason == {"tokens": "length", "stop": "stop"}[want.why_B[0]]

@@ -11,7 +11,7 @@ from typing import Any
 from turnout.run.compiled.engine import Lazy
 from turnout.run.compiled.vectors import WIDE, Vectors
 
-__all__ = ["OUTS", "ROWS", "dot_tile", "dot_tile_1"]
+__all__ = ["OUTS", "ROWS", "dot_tile", "dot_tile_1", "dot_tile_2"]
 
 # Of the larger tile: 16 vectors of sums, beside four of the rows, in 32 registers.
 ROWS = 4
@@ -83,7 +83,8 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-# dot_tile(x, at_x, stride_x, w, at_w, out, at_out, stride_out, ins): of ROWS rows, or of one, with OUTS outputs, whose
-# weights lie one after the other; ins is a multiple of 16, in bfloat16 of 32.
+# dot_tile(x, at_x, stride_x, w, at_w, out, at_out, stride_out, ins): of ROWS rows, of one or two, with OUTS outputs,
+# whose weights lie one after the other; ins is a multiple of 16, in bfloat16 of 32.
 dot_tile: Any = Lazy(lambda: _tile(ROWS))
 dot_tile_1: Any = Lazy(lambda: _tile(1))
+dot_tile_2: Any = Lazy(lambda: _tile(2))
