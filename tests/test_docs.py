@@ -243,7 +243,7 @@ def test_whole_page_runs(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_examples_are_true(name: str) -> None:
     """The examples that ``--help`` shows are commands that the parser takes."""
-    text = importlib.import_module(f"turnout.cli.{name}").__doc__ if name else build_parser().epilog
+    text = importlib.import_module(f"turnout.cli.{name.replace('-', '_')}").__doc__ if name else build_parser().epilog
     examples = [line.strip() for line in (text or "").splitlines() if line.startswith("  turnout ")]
     assert examples
     for example in examples:

@@ -27,8 +27,8 @@ _HOME = {
 }
 # What is there as ``turnout.room`` too, after ``import turnout`` alone.
 _ROOMS = (
-    "claims cli decide errors expects fields hub layers measure models moved paths reading recipes reshape run show"
-    " solve storage train types wrappers"
+    "claims cli decide errors expects fields hub layers measure models moved paths reading recipes reshape run serve"
+    " show solve storage train types wrappers"
 ).split()
 
 __all__ = [
@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # the same, for editors and type checkers; tests/test_exports
     from turnout import recipes as recipes
     from turnout import reshape as reshape
     from turnout import run as run
+    from turnout import serve as serve
     from turnout import show as show
     from turnout import solve as solve
     from turnout import storage as storage

@@ -59,7 +59,14 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import expert_caching, expert_flow, few_predictions, pre_gated, trace_matching
+from turnout.claims.serve import (
+    buffer_overflow,
+    expert_caching,
+    expert_flow,
+    few_predictions,
+    pre_gated,
+    trace_matching,
+)
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -73,6 +80,7 @@ __all__ = [
     "arrow",
     "backends",
     "block_schedule",
+    "buffer_overflow",
     "co2",
     "coded",
     "comet",

@@ -18,7 +18,8 @@ from turnout.cli.device import check_device
 from turnout.cli.words import in_flags
 from turnout.errors import Interrupted, TurnoutError
 
-# Every subcommand is a module here with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+# Every subcommand is a module here (with _ for -) with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit
+# code``.
 # None of them imports torch before ``run``, so that help is instant.
 COMMANDS = (
     "demo",
@@ -26,9 +27,12 @@ COMMANDS = (
     "run",
     "eval",
     "sample",
+    "serve",
+    "bench-serve",
     "report",
     "convert",
     "certify",
+    "audit",
     "parity",
     "place",
     "cache",
@@ -47,11 +51,15 @@ a job each:
                                                  train a model on: a run's, a folder of transformers, org/name
   turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
+  turnout serve runs/x                           answer by OpenAI's API: completions, chat, streams
+  turnout bench-serve http://127.0.0.1:8000 --rate 1,2
+                                                 how long users of a server wait, and what it does a second
   turnout report runs/x runs/y                   one page, which opens without a network
   turnout run runs/x/run.json --out runs/again   repeat a run, or a conversion
   turnout convert llama --to moe --experts 8 --top-k 2 --out mixtral
                                                  dense to sparse; smaller, with adapters: turnout convert --help
   turnout certify llama mixtral                  does B compute what A does? if not, where they part
+  turnout audit runs/x                           do others in a batch change what a model answers?
   turnout parity plan.json                       has training on many processes the gradients of one?
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
@@ -91,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"turnout {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"turnout.cli.{name}")
+        module = importlib.import_module(f"turnout.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -172,7 +180,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         # The reader of a pipe (`turnout methods | head`) has gone: nothing is left to say. A verdict is not known then.
         sys.stderr.close()
-        return 141 if arguments.command in ("certify", "parity", "verify") else 0
+        return 141 if arguments.command in ("audit", "certify", "parity", "verify") else 0
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise

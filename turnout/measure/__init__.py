@@ -7,8 +7,10 @@ from turnout.measure.block_costs import fit_block_costs, fit_slowed
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
+from turnout.measure.crowd import crowd_load
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
+from turnout.measure.isolation import Isolation, audit
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
 from turnout.measure.passage import Passage
 from turnout.measure.placement import placement_report
@@ -22,9 +24,11 @@ __all__ = [
     "BlockTimes",
     "Certificate",
     "Evaluation",
+    "Isolation",
     "Passage",
     "ReportData",
     "RunData",
+    "audit",
     "bits_per_byte",
     "calibrated",
     "certify",
@@ -32,6 +36,7 @@ __all__ = [
     "compare",
     "count_flops",
     "count_params",
+    "crowd_load",
     "dead_experts",
     "dropped_share",
     "entropy",

@@ -17,6 +17,7 @@ from turnout.paths import LowRank, PackedLinear
 from turnout.run.compiled.attention import looks, suits_looks
 from turnout.run.product import linear
 from turnout.run.tuned import tuning
+from turnout.types.invariant import invariant_here
 
 __all__ = ["Attention", "Cache", "LatentAttention", "Projection", "attended", "projection"]
 
@@ -134,6 +135,38 @@ def attend(
     Where ``places`` says so, padding is left out. With ``softcap`` the scores are capped before the softmax. With
     ``sink_H`` the softmax of head h has one more term, exp(sink_h), that no value belongs to.
     """
+    if invariant_here("attention"):
+        real_BT = None if places is None else places.real_BT
+        return _each(q_BHSP, k_BHTP, v_BHTP, real_BT, scale=scale, window=window, softcap=softcap, sink_H=sink_H)
+    return _attend(q_BHSP, k_BHTP, v_BHTP, scale=scale, window=window, softcap=softcap, sink_H=sink_H, places=places)
+
+
+def _each(q_BHSP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, real_BT: Tensor | None, **how: Any) -> Tensor:
+    """``attend`` row by row, over its tokens alone: within ``batch_invariant`` no kernel sees how long others are."""
+    (batch, heads, new, _), total = q_BHSP.shape, k_BHTP.shape[2]
+    out_BSO = q_BHSP.new_zeros(batch, new, heads * v_BHTP.shape[3])
+    for b in range(batch):
+        place_N = torch.arange(total, device=q_BHSP.device)
+        place_N = place_N if real_BT is None else place_N[real_BT[b]]
+        asks_M = place_N[place_N >= total - new] - (total - new)
+        if len(asks_M):
+            row = q_BHSP[b : b + 1, :, asks_M], k_BHTP[b : b + 1, :, place_N], v_BHTP[b : b + 1, :, place_N]
+            out_BSO[b, asks_M] = _attend(*row, **how, places=None)[0]
+    return out_BSO
+
+
+def _attend(
+    q_BHSP: Tensor,
+    k_BHTP: Tensor,
+    v_BHTP: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_H: Tensor | None,
+    places: Places | None,
+) -> Tensor:
+    """``attend`` of all rows at once."""
     new, aside = q_BHSP.shape[2], places is not None and places.aside
     if window is not None and not aside:  # what no query sees is not even read
         unseen = max(0, k_BHTP.shape[2] - new - window + 1)

@@ -8,11 +8,13 @@ from torch import Tensor
 from turnout.errors import nearest
 from turnout.run.decode import suits_decoding
 from turnout.run.grouped import grouped
+from turnout.run.invariant import invariant_experts
 from turnout.run.kernels import kernels
 from turnout.run.reference import Executor, reference, trains
 from turnout.run.sort import sort
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
+from turnout.types.invariant import invariant_here
 
 __all__ = ["EXECUTORS", "Choice", "choose", "execute", "features"]
 
@@ -106,6 +108,8 @@ def choose(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Choice:
 
     Source: none; a linear cost model of our own.
     """
+    if invariant_here("turnout.run.choose"):
+        return Choice("invariant", ("within batch_invariant no kernel is chosen by how many tokens there are",))
     if _decodes(x_TD, routing, weights):
         return Choice("sort", (f"T={routing.num_tokens} without gradients", "sort reads each chosen expert once"))
     situation, seconds = _predict(x_TD, routing, weights)
@@ -142,6 +146,8 @@ def execute(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, backend: 
 
     Source: none; a lookup by name.
     """
+    if invariant_here("turnout.run.execute"):
+        return invariant_experts(x_TD, routing, weights)
     if backend == "auto" and _decodes(x_TD, routing, weights):
         return sort(x_TD, routing, weights)
     name = _pick(*_predict(x_TD, routing, weights)) if backend == "auto" else backend

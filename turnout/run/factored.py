@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.run.invariant import invariant_experts
 from turnout.run.product import linear
 from turnout.run.reference import activate, reference
 from turnout.types import ExpertWeights, FactoredWeights, Routing
+from turnout.types.invariant import invariant_here
 
 __all__ = ["factored", "factored_reference", "written_out"]
 
@@ -102,6 +104,8 @@ def factored(x_TD: Tensor, routing: Routing, weights: FactoredWeights) -> Tensor
     """
     dtype = x_TD.dtype
     x_TD, weights = _prepared(x_TD, routing, weights)
+    if invariant_here("turnout.run.factored"):
+        return invariant_experts(x_TD, routing, written_out(weights))
     run = torch.compiler.disable(_factored) if torch.compiler.is_compiling() else _factored
     with torch.autocast(x_TD.device.type, enabled=False):
         return run(x_TD, routing, weights).to(dtype)

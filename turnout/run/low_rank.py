@@ -12,6 +12,7 @@ from turnout.run.composed import transformed
 from turnout.run.product import linear, product
 from turnout.run.workspace import room
 from turnout.types import Routing
+from turnout.types.invariant import refuse_invariant
 from turnout.types.low_rank import LowRankWeights
 
 __all__ = ["low_rank", "low_rank_merged", "low_rank_reference"]
@@ -77,6 +78,7 @@ def low_rank(x_TD: Tensor, routing: Routing, weights: LowRankWeights) -> Tensor:
     what the products and the gathering cost.
     """
     _check(x_TD, routing, weights)
+    refuse_invariant("low-rank maps", "turnout.run.low_rank", "merge the adapters into the model first")
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x_TD, routing.weight_R, weights.down_RD, weights.up_RO)
     )
@@ -226,6 +228,7 @@ def low_rank_merged(
     Source: Ponti et al., 2022, "Combining Modular Skills in Multitask Learning"; the parts: Caccia et al., 2023,
     "Multi-Head Adapter Routing for Cross-Task Generalization".
     """
+    refuse_invariant("low-rank maps", "turnout.run.low_rank_merged", "merge the adapters into the model first")
     batch, left = divmod(routing.num_tokens, max(parts, 1))
     fits = parts > 0 and not left and not weights.width % parts and not weights.out % parts
     fits = fits and x_TD.shape == (len(sequence_T), weights.width) and routing.num_experts == weights.num_paths

@@ -7,6 +7,7 @@ from turnout.errors import ShapeError, word
 from turnout.run.low_rank import sound, taken
 from turnout.run.reference import activate
 from turnout.types import ExpertWeights, Routing
+from turnout.types.invariant import refuse_invariant
 
 __all__ = ["merged"]
 
@@ -39,6 +40,7 @@ def merged(x_TD: Tensor, routing: Routing, weights: ExpertWeights, sequence_T: T
         allowed = f"be (T, {weights.width}), T, and over {weights.num_experts}"
         fix = "make the routing of these sequences, with a router of as many experts"
         raise ShapeError(word("x_TD and routing", got=got, allowed=allowed, where="turnout.run.merged", fix=fix))
+    refuse_invariant("experts averaged for each sequence", "turnout.run.merged", "run one sequence at a time")
     batch = routing.num_tokens
 
     def mean(stack: Tensor) -> Tensor:

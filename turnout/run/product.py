@@ -17,8 +17,10 @@ from torch.nn import Parameter
 
 from turnout.errors import UsageError, word
 from turnout.run.composed import composes, transformed
+from turnout.run.invariant_linear import invariant_linear
 from turnout.run.tiled import tiled_map
 from turnout.run.tuned import tuning
+from turnout.types.invariant import invariant_here
 
 __all__ = ["instead_of_linear", "linear", "own_alone", "product", "replaced"]
 
@@ -155,6 +157,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     other = None if torch.compiler.is_compiling() else getattr(_HERE, "other", None)
     if other is not None:
         return other(x, weight_OI, bias_O)
+    if x.ndim and invariant_here("turnout.run.linear"):
+        return invariant_linear(x, weight_OI, bias_O)
     if x.ndim and not torch.compiler.is_compiling() and (own := tiled_map(x, weight_OI, bias_O)) is not None:
         return own
     suits = _suits(x, weight_OI, rows * weight_OI.numel()) and not torch.is_autocast_enabled("cpu")

@@ -14,8 +14,10 @@ from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.expert_cache import Access, CachePolicy, CacheShape, Decision
+from turnout.types.expert_stats import ExpertStats
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
+from turnout.types.invariant import batch_invariant
 from turnout.types.layout import Layout
 from turnout.types.low_rank import LowRankWeights
 from turnout.types.offload_plan import OffloadPlan
@@ -49,6 +51,7 @@ __all__ = [
     "Cluster",
     "Cost",
     "Decision",
+    "ExpertStats",
     "ExpertWeights",
     "FactoredWeights",
     "Given",
@@ -70,5 +73,6 @@ __all__ = [
     "Traffic",
     "Tuning",
     "Workload",
+    "batch_invariant",
     "spread",
 ]

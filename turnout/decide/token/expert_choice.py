@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from turnout.decide.token.gate import check, largest, linear, softmax
 from turnout.types import Routing
 from turnout.types.called import Called
+from turnout.types.invariant import refuse_invariant
 
 __all__ = ["ExpertChoice"]
 
@@ -67,6 +68,9 @@ class ExpertChoice(Called):
         Raises:
             ShapeError: x_TD is not (T, width).
         """
+        refuse_invariant(
+            "experts that choose among all tokens", "ExpertChoice", "take a router whose tokens choose: TopK"
+        )
         logit_TE = linear(x_TD, self.weight)
         score_TE = softmax(logit_TE)
         num_tokens, num_experts = score_TE.shape

@@ -2,18 +2,45 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.solve.fixed_rows import fixed_linear
 from turnout.types import Routing
+from turnout.types.invariant import invariant_here, refuse_invariant
 from turnout.types.recall import steady
 
 Priority = Literal["weight", "position"]
 # Below this many scores one stable sort takes less time than the four small operations that build the keys.
 _FEW = 512
+
+
+@runtime_checkable
+class ByScore(Protocol):
+    """A router whose choice follows from scores of a token alone: others than its own can be put in their place.
+
+    Source: none; plain bookkeeping.
+    """
+
+    num_experts: int
+    top_k: int
+
+    def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, E) the logits and the scores of these tokens."""
+        ...
+
+    def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """(T, K) the experts that these scores choose, best first, and their weights.
+
+        Args:
+            score_TE: (T, E).
+            rank: takes the one expert of this rank alone, 1 for the best, (T, 1); its weight is the one that it has
+                where it is the only one.
+        """
+        ...
 
 
 def check(
@@ -54,6 +81,8 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
     check_tokens(x_TD, weight_ED.shape[1])
     dtype = torch.promote_types(weight_ED.dtype, torch.float32)
     bias_E = None if bias_E is None else bias_E.to(dtype)
+    if invariant_here("the router"):
+        return fixed_linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
     if torch.is_autocast_enabled(x_TD.device.type):
         with torch.autocast(x_TD.device.type, enabled=False):
             return torch.nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
@@ -62,7 +91,7 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
 
 def softmax(logit_TE: Tensor) -> Tensor:
     """The softmax over experts. On the CPU, rows too short for its vectors go five times faster as columns."""
-    if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu":
+    if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu" and not invariant_here("the router"):
         return logit_TE.t().softmax(0).t()
     return logit_TE.softmax(1)
 
@@ -90,6 +119,11 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
     return torch.add(back_E, bit_TE.to(torch.int64), alpha=1 << 31).topk(k, dim=1)[1]
 
 
+def picked(score_TE: Tensor, k: int, rank: int | None) -> Tensor:
+    """(T, K) the positions of the k largest, or (T, 1) that of the one of this rank, counted from 1."""
+    return largest(score_TE, k) if rank is None else largest(score_TE, rank)[:, rank - 1 :]
+
+
 def draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """A tensor of chance, from ``torch.rand`` or ``torch.randn``, drawn on the generator's device.
 
@@ -104,8 +138,16 @@ def limit(routing: Routing, top_k: int, capacity_factor: float | None, priority:
     """The routing truncated to the capacity max(1, ceil(capacity_factor * T * top_k / E)); None leaves it whole."""
     if capacity_factor is None:
         return routing
+    refuse_capacity(capacity_factor)
     return routing.truncate(
         capacity(routing.num_tokens, routing.num_experts, top_k, capacity_factor), priority=priority
+    )
+
+
+def refuse_capacity(capacity_factor: float) -> None:
+    """Refuses a limit of capacity within ``batch_invariant``: who is dropped depends on who else is there."""
+    refuse_invariant(
+        f"capacity_factor={capacity_factor}", "the router", "pass capacity_factor=None, which drops nothing"
     )
 
 

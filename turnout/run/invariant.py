@@ -1,0 +1,118 @@
+"""Batch-invariant experts: a token's bits do not depend on who shares the batch, as in ``invariant_linear``."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from turnout.run.compiled.dots import suits_dots
+from turnout.run.compiled.experts import experts_times, suits_experts
+from turnout.run.compiled.gates import GATES, suits_gates
+from turnout.run.compiled.passes import forward_pass
+from turnout.run.compiled.sums import suits_sums
+from turnout.run.plan import plan_rows
+from turnout.run.reference import activate, prepare
+from turnout.run.sort import sort_packed
+from turnout.run.tiled import suits_tiles
+from turnout.solve.fixed_rows import fixed_rows
+from turnout.types import ExpertWeights, PackedWeights, Routing
+
+__all__ = ["invariant_experts", "invariant_packed"]
+
+
+def invariant_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """(T, D) each token's weighted sum of its experts' outputs, a token's bits the same in any batch; no gradients.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    Raises:
+        ShapeError: the three do not fit each other.
+        UsageError: their dtypes differ.
+
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
+    >>> invariant_experts(torch.ones(1, 3), routing, weights)
+    tensor([[6., 6., 6.]])
+
+    Source: Gale et al., 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", the dropless form.
+    """
+    x_TD, weights = prepare(x_TD, routing, weights)
+    if not routing.num_entries:
+        return torch.zeros_like(x_TD)
+    if not _one_call(x_TD, weights):
+        return _summed(_rows(x_TD, routing, weights), routing, x_TD.dtype)
+    plan = plan_rows(routing, weights, x_TD, one_call=True)
+    h_NH = x_TD.new_empty(plan.most, weights.up_EDH.shape[2])
+    sum_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
+    forward_pass(plan, x_TD, routing.weight_R, weights.up_EDH, weights.down_EFD, h_NH, sum_TD)
+    return sum_TD.to(x_TD.dtype)
+
+
+def _one_call(x_TD: Tensor, weights: ExpertWeights) -> bool:
+    """Whether the whole layer is kernels whose rows do not know each other; asks for nothing about the batch."""
+    if weights.up_bias_EH is not None or weights.down_bias_ED is not None:
+        return False
+    pairs = [(x_TD.new_empty(1, stack.shape[1]), stack) for stack in (weights.up_EDH, weights.down_EFD)]
+    return suits_gates(weights.activation, x_TD) and suits_sums(x_TD) and all(suits_dots(*pair) for pair in pairs)
+
+
+def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """(R, D) what each entry's expert makes of its token: an expert's rows in tiles of one size, in one memory."""
+    up_EDH, down_EFD = weights.up_EDH, weights.down_EFD
+    rows = min(fixed_rows(up_EDH[0].t()), fixed_rows(down_EFD[0].t()))
+    out_RD = x_TD.new_empty(routing.num_entries, x_TD.shape[1])
+    tile_ND, made_NH, made_ND = (x_TD.new_zeros(rows, size) for size in (x_TD.shape[1], up_EDH.shape[2], x_TD.shape[1]))
+    for expert, (first, last) in enumerate(itertools.pairwise(routing.bounds())):
+        for start in range(first, last, rows):
+            end = min(start + rows, last)
+            tile_ND[: end - start] = x_TD.index_select(0, routing.token_R[start:end])
+            torch.mm(tile_ND, up_EDH[expert], out=made_NH)
+            if weights.up_bias_EH is not None:
+                made_NH.add_(weights.up_bias_EH[expert])
+            made_NF = activate(made_NH, weights.activation, interleaved=weights.interleaved)
+            torch.mm(made_NF, down_EFD[expert], out=made_ND)
+            if weights.down_bias_ED is not None:
+                made_ND.add_(weights.down_bias_ED[expert])
+            out_RD[start:end] = made_ND[: end - start]
+    return out_RD
+
+
+def _summed(row_RD: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """(T, D) each token's weighted sum, its entries one after the other: a product, a sum, each rounded by itself."""
+    wide = torch.promote_types(dtype, torch.float32)
+    order_R, start_T = routing.by_token
+    count_T, y_TD = start_T.diff(), row_RD.new_zeros(routing.num_tokens, row_RD.shape[1], dtype=wide)
+    for place in range(int(count_T.max())):
+        token_N = (count_T > place).nonzero().flatten()
+        entry_N = order_R[start_T[token_N] + place]
+        y_TD[token_N] += row_RD[entry_N].to(wide) * routing.weight_R[entry_N, None].to(wide)
+    return y_TD.to(dtype)
+
+
+def invariant_packed(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor:
+    """``invariant_experts`` of experts in few bits, as they lie where kernels take them, else written out.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        weights: the experts.
+
+    >>> from turnout.types import Packed
+    >>> up = Packed.of(torch.ones(2, 2, 2, dtype=torch.int8), torch.ones(2, 2, 1), group=2, bits=8)
+    >>> routing = Routing.from_topk(torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=2)
+    >>> invariant_packed(torch.ones(1, 2), routing, PackedWeights(up, up, activation="relu"))
+    tensor([[4., 4.]])
+
+    Source: as ``invariant_experts``.
+    """
+    if not routing.num_entries:
+        return torch.zeros_like(x_TD)
+    stacks = weights.up, weights.down, weights.up_bias_EH, weights.down_bias_ED
+    if suits_tiles(x_TD, weights, 0) and weights.activation in GATES and suits_sums(x_TD):
+        return sort_packed(x_TD, routing, weights)
+    if suits_experts(x_TD, routing, *stacks):
+        return experts_times(x_TD, routing, *stacks, activation=weights.activation)
+    return invariant_experts(x_TD, routing, weights.written_out(x_TD.dtype))
