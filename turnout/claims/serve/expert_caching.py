@@ -1,4 +1,4 @@
-"""What a survey says of caching experts: a cache, then prediction, then knowledge, each wait less than the one before."""
+"""What a survey says of caching experts: a cache, then prediction, then knowledge, each faster than the one before."""
 
 from turnout.claims.claim import Claim, Row, Values
 from turnout.claims.serve.planted_paths import planted_paths

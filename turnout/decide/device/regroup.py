@@ -41,7 +41,7 @@ def regroup(path_NLE: np.ndarray, *, size: int) -> tuple[tuple[int, ...], ...]:
         raise ShapeError(word("path_NLE", got=got, allowed=allowed, where=_WHERE, fix="pass used experts as 0 and 1"))
     if size < 1:
         raise UsageError(word("size", got=size, allowed="be at least 1", where=_WHERE, fix="pass size=1"))
-    path_NP = path_NLE.reshape(len(path_NLE), -1)
+    path_NP = path_NLE.reshape(len(path_NLE), path_NLE.shape[1] * path_NLE.shape[2])
     left = np.arange(len(path_NP))
     batches: list[tuple[int, ...]] = []
     while len(left):
