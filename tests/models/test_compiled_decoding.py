@@ -8,11 +8,12 @@ from variants import TINY, VARIANTS, ids, make
 
 from turnout.errors import ShapeError
 from turnout.models import LM
-from turnout.models.decoding import Decoder, compiled, decoding_path
-from turnout.models.decoding.compiled import CompiledSteps
+from turnout.models.decoding import Decoder, decoding_path, paged
+from turnout.models.decoding.compiled import finish
+from turnout.models.decoding.paged import PagedSteps
+from turnout.models.decoding.pages import PAGE, Pages
 from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
-from turnout.models.decoding.ring import Rings
 from turnout.run.product import instead_of_linear
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -107,18 +108,56 @@ def test_both_paths_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_few_tokens_of_prompts_are_one_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, id_BS, lengths, found = make(name), ids(4, 20), [3, 9, 1, 14], []
     read: list[int] = []
-    monkeypatch.setattr(
-        CompiledSteps, "_run", lambda self, *given, run=CompiledSteps._run: read.append(1) or run(self, *given)
-    )
-    for most in (27, 26):
-        monkeypatch.setattr(compiled, "_FEW", most)
+    run = PagedSteps.read
+    monkeypatch.setattr(PagedSteps, "read", lambda *given: read.append(len(given[2])) or run(*given))
+    for most, long in ((14, []), (13, [14]), (3, [9, 14]), (0, lengths)):
+        monkeypatch.setattr(paged, "_FEW", most)
         decoder = Decoder(lm, 4, 4)
         found.append([decoder.prefill(id_BS[:, :14], torch.tensor(lengths)).clone()])
         found[-1] += [decoder.step(id_B).clone() for id_B in id_BS[:, 14:].T]
-        windows = [lm.config.window_of(layer) or 14 for layer in range(lm.config.layers)]
-        assert read == [1] * (most < 27 or min(windows) < 14)
+        assert read == long
         read.clear()
-    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), rtol=0, atol=2e-5)
+    for one in found[1:]:
+        torch.testing.assert_close(torch.stack(one), torch.stack(found[0]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["moe", "gpt-oss", "latent"])
+@torch.no_grad()
+def test_rows_in_16_bits_have_the_bits_that_they_have_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_FEW_SHORT", 5)
+    monkeypatch.setattr(paged, "CHUNK", 64)
+    lm = LM(dataclasses.replace(TINY, **VARIANTS[name], max_seq=400, init_std=0.2)).eval().bfloat16()
+    id_BS, lengths = ids(4, 170), [130, 1, 63, 68]
+    decoder = Decoder(lm, len(lengths), 10)
+    together = [decoder.prefill(id_BS[:, :130], torch.tensor(lengths)).clone()]
+    together += [decoder.step(id_B).clone() for id_B in id_BS[:, 130:].T]
+    for row, length in enumerate(lengths):
+        alone = Decoder(lm, 1, 1)
+        got = [alone.prefill(id_BS[row : row + 1, :length]).clone()]
+        got += [alone.step(id_BS[row : row + 1, place]).clone() for place in range(130, 170)]
+        assert torch.equal(torch.cat(got), torch.stack(together)[:, row])
+
+
+@pytest.mark.parametrize("few", [0, 5, 64])
+@pytest.mark.parametrize("name", ["moe", "window", "gpt-oss", "gemma", "latent", "sinks", "full norm"])
+@torch.no_grad()
+def test_rows_have_the_bits_that_they_have_alone(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in parts, parts as steps or not, pages in any order; and both are what the whole text gives."""
+    monkeypatch.setattr(paged, "_FEW", few)
+    monkeypatch.setattr(paged, "CHUNK", 64)
+    config = dataclasses.replace(TINY, **VARIANTS[name], max_seq=400, init_std=0.2)
+    lm, lengths = LM(config).eval(), [130, 1, 63, 192, 64, 70]
+    id_BS = ids(len(lengths), 270)
+    decoder = Decoder(lm, len(lengths), 10)
+    together = [decoder.prefill(id_BS[:, :192], torch.tensor(lengths)).clone()]
+    together += [decoder.step(id_B).clone() for id_B in id_BS[:, 192:].T]
+    for row, length in enumerate(lengths):
+        alone = Decoder(lm, 1, 1)
+        got = [alone.prefill(id_BS[row : row + 1, :length]).clone()]
+        got += [alone.step(id_BS[row : row + 1, place]).clone() for place in range(192, 270)]
+        assert torch.equal(torch.cat(got), torch.stack(together)[:, row])
+        whole = lm(torch.cat((id_BS[row, :length], id_BS[row, 192:]))[None]).logits_BSV[0, length - 1 :]
+        torch.testing.assert_close(torch.cat(got), whole, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "gemma"])
@@ -133,17 +172,23 @@ def test_the_last_layer_does_no_more_than_is_asked(name: str) -> None:
 
 
 @torch.no_grad()
-def test_caches_grow_by_pages_and_rings_do_not() -> None:
-    config = dataclasses.replace(TINY, max_seq=300, window=5, window_layers=(1,), init_std=0.2)
-    lm, id_BS = LM(config).eval(), ids(2, 210)
-    rings = Rings(lm, 2, 10)
-    assert [keys.shape[2] for keys, _ in rings.pairs_L] == [64, 5]
-    decoder = Decoder(lm, 2, 1)
-    got = [decoder.prefill(id_BS[:, :63]).clone()] + [decoder.step(id_B).clone() for id_B in id_BS[:, 63:].T]
-    torch.testing.assert_close(torch.stack(got, 1), lm(id_BS).logits_BSV[:, 62:], rtol=0, atol=3e-5)
-    assert not rings.grow(64) and rings.grow(65)
-    assert [keys.shape[2] for keys, _ in rings.pairs_L] == [128, 5]
-    assert rings.grow(300) and rings.room == 300
+def test_texts_take_pages_and_windows_give_them_back() -> None:
+    config = dataclasses.replace(TINY, max_seq=500, window=5, window_layers=(1,), init_std=0.2)
+    lm, id_S = LM(config).eval(), ids(1, 500)[0].tolist()
+    pages = Pages(lm, [8, 3])
+    assert pages.windows == [None, 5] and pages.memory_bytes == 11 * PAGE * 2 * 2 * 8 * 4
+    steps, text = PagedSteps(lm, pages), pages.begin()
+    assert pages.extend(text, 300, steps=False) and [pool.free for pool in pages.pools] == [3, 2]
+    finish(steps.read(text, id_S[:300]))
+    pages.trim(text)
+    for place in range(300, 400):
+        assert pages.extend(text, place + 1, steps=True)
+        steps.step([text], [[id_S[place]]])
+        pages.trim(text)
+    assert [sum(page >= 0 for page in held) for held in text.held_G] == [7, 1]
+    assert not pages.extend(text, 513, steps=True) and [pool.free for pool in pages.pools] == [1, 2]
+    pages.free(text)
+    assert [pool.free for pool in pages.pools] == [8, 3]
 
 
 @pytest.mark.parametrize("latent", [False, True])

@@ -155,3 +155,23 @@ def test_settings_without_effect_are_told() -> None:
         warnings.simplefilter("error")
         Drawing(0, top_k=1)
         Drawing(0, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e300])
+@pytest.mark.parametrize("penalty", [5e-324, 1.0, 1e300])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_settings_at_their_ends_draw_as_their_limits_do(temperature: float, penalty: float, settings: dict) -> None:
+    """Found by a fuzzer of the server: scores became infinite, and the token drawn one behind the vocabulary."""
+    score_BV = torch.tensor([[1.0, -2.0, 0.0, 5.0, -math.inf], [3.0, 2.0, 1.0, 0.0, -math.inf]])
+    seen_BV = torch.tensor([[True, True, True, False, True]] * 2)
+    drawing = Drawing(temperature, repetition_penalty=penalty, **settings)
+    for chance in (0.0, 0.5, 1 - 1e-9):
+        picked_B = drawing.pick(score_BV, torch.tensor([chance, chance], dtype=torch.float64), seen_BV)
+        assert bool((picked_B < 4).all()), "a token of no share"
+        if temperature < 1 and penalty == 1:
+            assert picked_B.tolist() == [3, 0]
+        if temperature < 1 and penalty < 1:
+            assert picked_B.tolist() == [0, 0]
+        if temperature < 1 and penalty > 1:
+            assert picked_B[0] == 3  # in the other row both settings meet
+    assert not bool(drawing.processed(score_BV, seen_BV).isnan().any())

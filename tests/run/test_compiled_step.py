@@ -14,7 +14,7 @@ from turnout.run.compiled.kept import Kept
 from turnout.run.compiled.look import looked, softened, stored
 from turnout.run.compiled.norms import normed, turned
 from turnout.run.compiled.route import chosen
-from turnout.run.compiled.tables import CODES, LAYER, NORM
+from turnout.run.compiled.tables import CODES, LAYER, NORM, PAGE
 from turnout.run.compiled.times import laid_out, times
 from turnout.types import Packed
 
@@ -49,13 +49,14 @@ def times_all(table, e, x_MI, room, out_MO):
 
 
 @kernel()
-def looked_at(table, item, q_GW, sinks, softcap, scale, score_GT, out_GV, room):
-    looked(table, 0, 1, item, laid_out(table, 0, q_GW, room), sinks, softcap, scale, score_GT, out_GV)
+def looked_at(table, start, page_P, first, end, q_GW, sinks, softcap, scale, score_GT, out_GV, room):
+    q_GW = laid_out(table, 0, q_GW, room)
+    looked(table, 0, 1, start, page_P, first, end, q_GW, sinks, softcap, scale, score_GT, out_GV)
 
 
 @kernel()
-def chosen_by(layers, logit_E, choice_K, weight_K):
-    chosen(layers[0], logit_E, choice_K, weight_K)
+def chosen_by(layers, logit_E, choice_K, weight_K, rank):
+    chosen(layers[0], logit_E, choice_K, weight_K, rank)
 
 
 def test_exponentials_are_right_to_the_last_digits_and_keep_what_is_no_number() -> None:
@@ -177,31 +178,47 @@ def test_routers(name: str) -> None:
     dense_TE = torch.zeros(40, 12)
     for row, x_D in enumerate(x_TD):
         choice, weight = np.empty(router.top_k, np.int64), np.empty(router.top_k, np.float32)
-        chosen_by(layer, array(torch.nn.functional.linear(x_D, router.weight, bias)), choice, weight)
+        chosen_by(layer, array(torch.nn.functional.linear(x_D, router.weight, bias)), choice, weight, 0)
         dense_TE[row, torch.from_numpy(choice)] = torch.from_numpy(weight)
     torch.testing.assert_close(dense_TE, router(x_TD).dense(), rtol=1e-5, atol=1e-6)
+    for rank in (1, 2, 4):
+        index_T1, weight_T1 = router.chosen(router.scored(x_TD)[1], rank=rank)
+        for row, x_D in enumerate(x_TD):
+            logit = array(torch.nn.functional.linear(x_D, router.weight, bias))
+            choice, weight = np.empty(router.top_k, np.int64), np.empty(router.top_k, np.float32)
+            chosen_by(layer, logit, choice, weight, rank)
+            assert choice.tolist() == [int(index_T1[row]), *[-1] * (router.top_k - 1)]
+            torch.testing.assert_close(weight[0].item(), weight_T1[row].item(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", list(CODES))
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_attention_over_a_cache(sinks: bool, softcap: float, dtype: torch.dtype) -> None:
-    for heads, seen, width in ((1, 1, 4), (3, 9, 10), (6, 70, 16), (2, 5, 1)):
-        q, keys, values = draw(heads, width), draw(80, width, seed=1).to(dtype), draw(80, width, seed=2).to(dtype)
+def test_attention_over_pages(sinks: bool, softcap: float, dtype: torch.dtype) -> None:
+    """Of the second of two heads, whose pages lie in any order, and nothing is read but what is seen."""
+    shapes = ((1, 0, 1, 4), (3, 0, 9, 10), (6, 0, 70, 16), (2, 3, 5, 1), (4, 60, 190, 16), (2, 130, 320, 8))
+    for heads, first, end, width in shapes:
+        q, keys, values = draw(heads, width), draw(320, width, seed=1).to(dtype), draw(320, width, seed=2).to(dtype)
         sink = draw(heads, seed=3) if sinks else torch.empty(0)
-        score, got = torch.empty(heads, seen), torch.empty(heads, width)
-        kept, room = Kept(), torch.empty(heads * blocks(width))
-        stack = torch.stack((torch.full_like(keys, torch.nan), keys))
-        both = torch.stack((keys, values)).transpose(1, 2)
-        at = [kept.matrix(stack, by_input=False), kept.matrix(both, by_input=True)]
-        given = array(q), array(sink), np.float32(softcap), np.float32(0.4), array(score), array(got), array(room)
-        looked_at(np.array(at, np.int64), 1, *given)
+        found, seen = [], end - first
+        for pages in ([0, 1, 2, 3, 4], [5, 6, 1, 2, 0], [4, 3, 2, 1, 0], [7, 0, 1, 2, 3]):
+            held = torch.full((2, 2, 8 * PAGE, width), torch.nan, dtype=dtype)
+            for place in range(first, end):
+                slot = pages[place // PAGE] * PAGE + place % PAGE
+                held[0, 1, slot], held[1, 1, slot] = keys[place], values[place]
+            score, got = torch.empty(heads, seen), torch.full((heads, width), torch.nan)
+            kept, room = Kept(), torch.empty(heads * blocks(width))
+            at, page_P = np.array(kept.slots(held[0], held[1]), np.int64), np.array(pages)
+            given = array(q), array(sink), np.float32(softcap), np.float32(0.4), array(score), array(got), array(room)
+            looked_at(at, 8 * PAGE, page_P, first, end, *given)
+            found.append(torch.cat((score, got), 1))
+        assert all(torch.equal(one, found[0]) for one in found), "where pages lie shows"
         met = q.bfloat16() if meets_short(keys, dtype) else q
-        want = met.double() @ keys[:seen].double().t() * 0.4
+        want = met.double() @ keys[first:end].double().t() * 0.4
         want = softcap * (want / softcap).tanh() if softcap else want
         share = torch.cat((want, sink[:, None].double()), 1).softmax(1)[:, :seen] if sinks else want.softmax(1)
         torch.testing.assert_close(score.double(), share, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(got.double(), share @ values[:seen].double(), rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(got.double(), share @ values[first:end].double(), rtol=1e-4, atol=2e-6)
 
 
 def test_far_scores_do_not_overflow() -> None:

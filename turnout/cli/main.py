@@ -27,6 +27,7 @@ COMMANDS = (
     "run",
     "eval",
     "sample",
+    "serve",
     "bench-serve",
     "report",
     "convert",
@@ -34,6 +35,7 @@ COMMANDS = (
     "audit",
     "parity",
     "place",
+    "cache",
     "plan",
     "verify",
     "methods",
@@ -49,6 +51,7 @@ a job each:
                                                  train a model on: a run's, a folder of transformers, org/name
   turnout eval runs/x                            bits per byte and load balance, on held-out text
   turnout sample runs/x --prompt "def main("
+  turnout serve runs/x                           answer by OpenAI's API: completions, chat, streams
   turnout bench-serve http://127.0.0.1:8000 --rate 1,2
                                                  how long users of a server wait, and what it does a second
   turnout report runs/x runs/y                   one page, which opens without a network
@@ -60,6 +63,7 @@ a job each:
   turnout parity plan.json                       has training on many processes the gradients of one?
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
+  turnout cache trace                            which policy a cache of experts should have, from a recorded trace
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
-from turnout.paths import Bank, FactoredBank, FeedForward, PackedBank, PackedFeedForward
+from turnout.paths import Bank, FactoredBank, FeedForward, OffloadedBank, PackedBank, PackedFeedForward
 from turnout.run.product import linear
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -107,7 +107,7 @@ class MoE(Called):
         self.router, self.backend = router, backend
         held = num_experts if distinct is None else distinct
         sizes, start = {"activation": activation, "bias": bias}, {"std": std, "generator": generator}
-        self.bank: Bank | FactoredBank | PackedBank
+        self.bank: Bank | FactoredBank | PackedBank | OffloadedBank
         if packs is not None:
             self.bank = PackedBank(held, width, hidden, packs=packs, **sizes)
         else:

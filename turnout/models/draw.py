@@ -14,6 +14,9 @@ from turnout.errors import UsageError, word
 
 __all__ = ["Drawing", "chances"]
 
+# Divisors and factors beyond these have the effect of these: scores would be infinite, or no numbers.
+_LEAST, _MOST = 1e-15, 1e15
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -110,6 +113,7 @@ class Drawing:
 
     def _penalised(self, score_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         score_BV, by = score_BV.float() if score_BV.dtype != torch.float64 else score_BV, self.repetition_penalty
+        by = min(max(by, _LEAST), _MOST)
         if by == 1 or seen_BV is None:
             return score_BV
         return torch.where(seen_BV, torch.where(score_BV < 0, score_BV * by, score_BV / by), score_BV)
@@ -117,7 +121,7 @@ class Drawing:
     def _kept(self, score_BV: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, C) scores after everything, and the tokens that they are of, by id; None where they are of all V."""
         if self.temperature != 1 and self.temperature != 0:
-            score_BV = score_BV / self.temperature
+            score_BV = score_BV / min(max(self.temperature, _LEAST), _MOST)
         kept_BC, index_BC = score_BV, None
         if self.top_k is not None and self.top_k < score_BV.shape[1]:
             kept_BC, index_BC = _likeliest(score_BV, self.top_k)

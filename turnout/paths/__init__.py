@@ -4,6 +4,7 @@ from turnout.paths.bank import Bank, FeedForward
 from turnout.paths.factored import FactoredBank
 from turnout.paths.lora import LoRA
 from turnout.paths.low_rank import LowRank
+from turnout.paths.offloaded import OffloadedBank
 from turnout.paths.packed import PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.paths.scalearn import ScaLearn
 from turnout.paths.shards import Shards
@@ -16,6 +17,7 @@ __all__ = [
     "FeedForward",
     "LoRA",
     "LowRank",
+    "OffloadedBank",
     "PackedBank",
     "PackedFeedForward",
     "PackedLinear",

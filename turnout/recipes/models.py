@@ -14,6 +14,7 @@ from turnout.models.checkpoint.own import ORIGIN, read_json
 from turnout.models.placed import placed
 from turnout.recipes.calibration import LONGEST_ROW, whole_text
 from turnout.recipes.certify import model_folder, open_model
+from turnout.recipes.expert_room import ExpertRoom
 from turnout.recipes.held_out import measured
 from turnout.types import Report
 from turnout.types.device import shown
@@ -29,14 +30,34 @@ class Opened:
     name: str
     folder: Path
     own: bool
+    notes: tuple[str, ...] = ()
 
 
-def opened(path: str | Path, where: str, device: str | torch.device, *, packed: bool = True) -> Opened:
-    """The model in a folder, on a device; ``where`` is the command that asks, ``packed`` as ``open_model`` has it."""
+def opened(
+    path: str | Path,
+    where: str,
+    device: str | torch.device,
+    *,
+    packed: bool = True,
+    experts: ExpertRoom | None = None,
+) -> Opened:
+    """The model in a folder, on a device.
+
+    Args:
+        path: the folder.
+        where: the command that asks.
+        device: where it is to run.
+        packed: as ``open_model`` has it.
+        experts: how much memory its experts may take, and whose.
+    """
     found = located(path, where=where)
     folder = model_folder(found.folder, where=where)
-    lm, _ = open_model(folder, packed=packed)
-    return Opened(placed(lm.eval(), device), found.name, folder, trained_here(folder))
+    lm, notes = None, ()
+    if experts is not None:
+        lm, notes = experts.load(folder, where, device)
+    if lm is None:
+        lm = placed(open_model(folder, packed=packed)[0].eval(), device)
+    return Opened(lm, found.name, folder, trained_here(folder), notes)
 
 
 def evaluate_model(
@@ -89,8 +110,9 @@ def evaluate_model(
         loads.append((predicted, found["load"]))
     values = {"bits_per_byte": nats / size, **values, "tokens": tokens, "bytes": size}
     if loads[0][1]:
-        share_LE = sum(weight / tokens * torch.tensor(load, dtype=torch.float64) for weight, load in loads)
-        assert isinstance(share_LE, torch.Tensor)
+        of_layers = zip(*(load for _, load in loads), strict=True)  # each the domains' loads of one layer
+        part_N = torch.tensor([weight / tokens for weight, _ in loads], dtype=torch.float64)
+        share_LE = [part_N @ torch.tensor(load, dtype=torch.float64) for load in of_layers]
         values["max_vio"] = sum(map(max_vio, share_LE)) / len(share_LE)
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
     notes = (f"in rows of up to {min(LONGEST_ROW, config.max_seq)} tokens, documents one after the other",)

@@ -4,23 +4,25 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from turnout.errors import DataError, UsageError, word
-from turnout.models import LM, Generated, Piece, generate
+from turnout.models import LM, Contrast, Generated, Piece, generate
 from turnout.models.ends import own_ends
 from turnout.reading import read_text
 from turnout.recipes.calibration import find_tokenizer
+from turnout.recipes.expert_room import ExpertRoom
 from turnout.recipes.models import opened
 from turnout.recipes.progress import Progress, Silent
 from turnout.storage import read_error
 from turnout.train.data import load_tokenizer
-from turnout.train.data.spaced import spaced
-from turnout.train.data.tokenizer import opening_ids, own_opening
+from turnout.train.data.prompt import prompt_ids
+from turnout.train.data.tokenizer import opening_ids
 
-__all__ = ["Sampling", "prompts_in", "sample_model"]
+__all__ = ["Sampling", "prompts_in", "sample_model", "text_ends"]
 
 _WHERE = "turnout sample"
 # How many prompts go on side by side.
@@ -33,6 +35,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (0, 1, "0.95"),
     "min_p": (0, 1, "0.05"),
     "repetition_penalty": (1e-9, math.inf, "1.1"),
+    "contrast": (0, math.inf, "0.5"),
+    "contrast_alpha": (1e-9, 1, "0.1"),
+    "contrast_rank": (1, math.inf, "2"),
 }
 
 
@@ -43,6 +48,9 @@ class Sampling:
     Args:
         tokens: how many to add; None for 100, or as many as fit into the model's longest sequence.
         eos: whether to end where the model's text ends; None for yes, where it is known how that is said.
+        contrast: beta of ``turnout.models.Contrast``; None or 0 draws from the model's own scores.
+        contrast_alpha: its alpha.
+        contrast_rank: its rank.
 
     The others are those of ``turnout.generate``, and their flags.
 
@@ -62,6 +70,9 @@ class Sampling:
     keep_stop: bool = False
     eos: bool | None = None
     seed: int = 0
+    contrast: float | None = None
+    contrast_alpha: float | None = None
+    contrast_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, fix) in _RANGES.items():
@@ -76,11 +87,23 @@ class Sampling:
         if self.temperature == 0 and idle is not None:
             flag, got = f"--{idle.replace('_', '-')}", "--temperature 0, which takes the likeliest token"
             raise _refusal(flag, got, "go with a temperature above 0", f"leave {flag} out, or pass --temperature 0.8")
+        of_none = next((n for n in ("contrast_alpha", "contrast_rank") if getattr(self, n) is not None), None)
+        if not self.contrast and of_none is not None:
+            flag = f"--{of_none.replace('_', '-')}"
+            fix = f"add --contrast 0.5, or leave {flag} out"
+            raise _refusal(flag, "no --contrast", "go with a contrast above 0", fix)
         if not all(self.stop):
             raise _refusal("--stop", "an empty text", "be a text to stop at", "leave it out")
         if self.keep_stop and not self.stop:
             fix = "add --stop TEXT, or leave --keep-stop out"
             raise _refusal("--keep-stop", "no --stop", "go with a text to stop at", fix)
+
+    def contrasted(self) -> Contrast | None:
+        """How scores are contrasted; None where they are not."""
+        if not self.contrast:
+            return None
+        asked: dict[str, Any] = {"alpha": self.contrast_alpha, "rank": self.contrast_rank}
+        return Contrast(self.contrast, **{name: value for name, value in asked.items() if value is not None})
 
 
 def sample_model(
@@ -91,6 +114,8 @@ def sample_model(
     device: str | torch.device = "auto",
     stream: Callable[[str], object] | None = None,
     progress: Progress | None = None,
+    experts: ExpertRoom | None = None,
+    note: Callable[[str], object] = print,
 ) -> tuple[str, ...]:
     """Each prompt with the model's continuation, which is the same whatever other prompts there are.
 
@@ -102,6 +127,8 @@ def sample_model(
         device: where the model runs, in the precision of its weights; the draw is the same everywhere.
         stream: is given the text of one prompt piece by piece.
         progress: is told how far it is.
+        experts: how much memory the experts may take, and whose; None for as much as they need.
+        note: is told what was understood of that, and at the end what came of it.
 
     Raises:
         TurnoutError: no model or tokenizer there, a setting out of range, a prompt that is too long, or several to
@@ -111,12 +138,14 @@ def sample_model(
     """
     if stream is not None and len(prompts) != 1:
         raise _refusal("--stream", f"{len(prompts)} prompts", "be of one prompt", "leave --stream out")
-    found = opened(path, _WHERE, device)
+    found = opened(path, _WHERE, device, experts=experts)
+    for said in found.notes:
+        note(said)
     tokenizer = load_tokenizer(find_tokenizer(found.folder, where=_WHERE))
     # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
-    texts = [_prompt(prompt, tokenizer, own=found.own) for prompt in prompts]
+    texts = [prompt_ids(prompt, tokenizer, own=found.own) for prompt in prompts]
     asked = dataclasses.replace(asked, tokens=_fitting(found.lm, texts, asked.tokens))
-    ends = () if asked.eos is False else _ends(found.lm, tokenizer, own=found.own)
+    ends = () if asked.eos is False else text_ends(found.lm, tokenizer, own=found.own)
     if asked.eos and not ends:
         fix = "leave --eos out, or say yourself where to end: --stop TEXT"
         raise _refusal("--eos", "one that does not say so", "be asked of a model that says how its texts end", fix)
@@ -129,6 +158,9 @@ def sample_model(
                 done[row] = _said(tokenizer, texts[row], made, place)
     finally:
         progress.stop()
+        if found.lm.experts is not None:
+            note(f"experts: {found.lm.experts.stats()}")
+            found.lm.experts.close()
     return tuple(done)
 
 
@@ -190,6 +222,7 @@ def _made(
         tokenizer=tokenizer,
         seed=asked.seed,
         stream=told,
+        contrast=asked.contrasted(),
     )
 
 
@@ -230,18 +263,10 @@ def _fitting(lm: LM, texts: Sequence[Sequence[int]], tokens: int | None) -> int:
     return tokens or min(100, room)
 
 
-def _ends(lm: LM, tokenizer: Tokenizer, *, own: bool) -> tuple[int, ...]:
+def text_ends(lm: LM, tokenizer: Tokenizer, *, own: bool) -> tuple[int, ...]:
     """The tokens that end a text; in what turnout trained on, that is what opens the next."""
     opens = opening_ids(tokenizer, needed=False)[:1] if own else ()
     return tuple(dict.fromkeys((*opens, *(end for end in own_ends(lm) if end < lm.config.vocab_size))))
-
-
-def _prompt(prompt: str, tokenizer: Tokenizer, *, own: bool) -> list[int]:
-    table = spaced(tokenizer)
-    ids = (
-        tokenizer.encode(prompt, add_special_tokens=False).ids if table is None else table.encode([prompt], [False])[0]
-    )
-    return [*(opening_ids(tokenizer) if own or not ids else own_opening(tokenizer)), *ids]
 
 
 def _refusal(what: str, got: object, allowed: str, fix: str) -> UsageError:

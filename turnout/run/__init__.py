@@ -3,6 +3,7 @@
 All of them give the same values and gradients as ``reference``; they differ in speed and in what they can take.
 """
 
+from turnout.run.by_slots import experts_by_slots
 from turnout.run.calibrate import calibrate
 from turnout.run.choose import EXECUTORS, Choice, choose, execute
 from turnout.run.factored import factored, factored_reference, written_out
@@ -21,6 +22,7 @@ __all__ = [
     "calibrate",
     "choose",
     "execute",
+    "experts_by_slots",
     "factored",
     "factored_reference",
     "grouped",

@@ -12,7 +12,7 @@ either costs several times what it costs in a loop: the fewer, the better.
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from turnout.run.compiled.experts import few_rows, suits_few_rows
 from turnout.run.compiled.rows import MOST_ROWS
 from turnout.run.product import own_alone, product
 from turnout.run.reference import activate
+from turnout.run.slots import Slots
 from turnout.run.tuned import tuning
 from turnout.types import ExpertWeights, Routing
 
@@ -46,7 +47,7 @@ def suits_decoding(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> bo
 
 def decoder(
     x_TD: Tensor, routing: Routing, weights: ExpertWeights
-) -> Callable[[Tensor, Routing, ExpertWeights], Tensor] | None:
+) -> Callable[[Tensor, Routing, ExpertWeights, Slots | None], Tensor] | None:
     """What ``decode`` runs these inputs by, asked once; None where it does not suit them.
 
     >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
@@ -90,19 +91,19 @@ def decode(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     Source: none; the weighted sum of rows that torch has for embeddings.
     """
-    return (few_rows if _compiles(x_TD, routing, weights) else _by_torch)(x_TD, routing, weights)
+    return (few_rows if _compiles(x_TD, routing, weights) else _by_torch)(x_TD, routing, weights, None)
 
 
-def _by_torch(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+def _by_torch(x_TD: Tensor, routing: Routing, weights: ExpertWeights, slots: Slots | None = None) -> Tensor:
     up_EDH, down_EFD, T, dtype = weights.up_EDH, weights.down_EFD, x_TD.shape[0], x_TD.dtype
     R = routing.token_R.shape[0]
-    tables = up_EDH.is_contiguous() and down_EFD.is_contiguous()
+    tables = slots is None and up_EDH.is_contiguous() and down_EFD.is_contiguous()
     biased = weights.up_bias_EH is not None or weights.down_bias_ED is not None
     expert_R = torch.repeat_interleave(routing.offset_E.diff(), output_size=R) if tables or biased else routing.token_R
     spans = [] if tables else _spans(routing)
 
     def times(stack_EIO: Tensor, row_RI: Tensor) -> Tensor:
-        return _bags(stack_EIO, expert_R, row_RI) if tables else _products(stack_EIO, spans, row_RI)
+        return _bags(stack_EIO, expert_R, row_RI) if tables else _products(stack_EIO, spans, row_RI, slots)
 
     x_RD = x_TD.expand(R, -1) if T == 1 else x_TD.index_select(0, routing.token_R)
     h_RH = times(up_EDH, x_RD)
@@ -144,14 +145,16 @@ def _spans(routing: Routing) -> list[tuple[int, int, int]]:
     return [(expert, start, end) for expert, (start, end) in enumerate(bound) if start < end]
 
 
-def _products(stack_EIO: Tensor, spans: list[tuple[int, int, int]], row_RI: Tensor) -> Tensor:
+def _products(
+    stack_EIO: Tensor, spans: list[tuple[int, int, int]], row_RI: Tensor, slots: Slots | None = None
+) -> Tensor:
     """(R, O) each row times the matrix of its expert."""
     _, inside, outside = stack_EIO.shape
     out_RO, fp32 = row_RI.new_empty(row_RI.shape[0], outside), row_RI.dtype == torch.float32
     turned = (_TURNED_SHORT if inside < _SHORT else _TURNED) if fp32 else 0
     own = own_alone(row_RI.dtype, row_RI.shape[0] * inside * outside)
-    for expert, start, end in spans:
-        matrix_IO, of_MI = stack_EIO[expert], row_RI[start:end]
+    for matrix_IO, start, end in _matrices(stack_EIO, spans, slots):
+        of_MI = row_RI[start:end]
         if not own:
             product(of_MI, matrix_IO, out_MN=out_RO[start:end])
         elif 1 < end - start <= turned:
@@ -159,3 +162,17 @@ def _products(stack_EIO: Tensor, spans: list[tuple[int, int, int]], row_RI: Tens
         else:
             torch.mm(of_MI, matrix_IO, out=out_RO[start:end])
     return out_RO
+
+
+def _matrices(
+    stack_EIO: Tensor, spans: list[tuple[int, int, int]], slots: Slots | None
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Each expert's matrix and the rows that meet it, in the order of experts."""
+    if slots is None:
+        yield from ((stack_EIO[expert], start, end) for expert, start, end in spans)
+        return
+    held = slots.stack(stack_EIO)
+    assert isinstance(held, Tensor)
+    for place, there in slots.some([expert for expert, _, _ in spans]):
+        for slot, (_, start, end) in zip(there, spans[place], strict=True):
+            yield held[slot], start, end

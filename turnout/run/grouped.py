@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from turnout.errors import UsageError, word
 from turnout.run.reference import activate, as_reference, prepare, uncompiled
+from turnout.run.slots import Slots
 from turnout.types import ExpertWeights, Routing
 
-__all__ = ["grouped"]
+__all__ = ["grouped", "grouped_slots"]
 
 
 @uncompiled
@@ -39,8 +40,31 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     Source: the grouped product of torch.nn.functional.grouped_mm; dispatch as in Gale et al., 2022, "MegaBlocks".
     """
+    return _grouped(x_TD, routing, weights, None)
+
+
+def grouped_slots(x_TD: Tensor, routing: Routing, slots: Slots) -> Tensor:
+    """(T, D) likewise of experts that come into slots, with the bits of those that are all in memory; no gradients.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        routing: which experts each takes, and with what weight.
+        slots: the experts.
+
+    >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
+    >>> slots = Slots(weights, weights, limit=1, take=lambda experts, more: experts)
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> grouped_slots(torch.ones(1, 3), routing, slots)
+    tensor([[6., 6., 6.]])
+
+    Source: none; our own.
+    """
+    return _grouped(x_TD, routing, slots.whole, slots)
+
+
+def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, slots: Slots | None) -> Tensor:
     dtype = x_TD.dtype
-    x_TD, weights = prepare(x_TD, routing, weights)
+    x_TD, weights = prepare(x_TD, routing, weights, cast_weights=slots is None)
     if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(
             word(
@@ -62,11 +86,11 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
                 nothing = nothing if stack is None else nothing + stack.sum()
             return (y_TD + 0 * nothing).to(dtype)
         end_E = _ends(routing)
-        hidden_RH = _product(x_TD.index_select(0, routing.token_R), weights.up_EDH, end_E)
+        hidden_RH = _all(x_TD.index_select(0, routing.token_R), weights.up_EDH, end_E, slots)
         if weights.up_bias_EH is not None:
             hidden_RH = hidden_RH + weights.up_bias_EH.index_select(0, routing.expert_R)
         active_RF = activate(hidden_RH, weights.activation, interleaved=weights.interleaved)
-        out_RD = _product(active_RF, weights.down_EFD, end_E)
+        out_RD = _all(active_RF, weights.down_EFD, end_E, slots)
         if weights.down_bias_ED is not None:
             out_RD = out_RD + weights.down_bias_ED.index_select(0, routing.expert_R)
         out_RD = out_RD.to(wide) * routing.weight_R[:, None].to(wide)
@@ -78,6 +102,20 @@ def _ends(routing: Routing) -> Tensor:
     if routing.offset_E.device.type == "cpu":
         routing.bounds()
     return routing.offset_E[1:].to(torch.int32)
+
+
+def _all(rows: Tensor, stack: Tensor, end_E: Tensor, slots: Slots | None) -> Tensor:
+    """Rows times the stack; where experts come into slots, as many at a time as fit."""
+    if slots is None:
+        return _product(rows, stack, end_E)
+    out, bound = rows.new_empty(len(rows), stack.shape[2]), [0, *end_E.tolist()]
+    experts = [expert for expert in range(len(stack)) if bound[expert] < bound[expert + 1]]
+    for place, _ in slots.some(experts):
+        some = experts[place]
+        part = slice(bound[some[0]], bound[some[-1] + 1])
+        ends = torch.tensor([bound[expert + 1] - part.start for expert in some], dtype=torch.int32)
+        out[part] = _product(rows[part], slots.gathered(stack, some).to(rows.dtype), ends)
+    return out
 
 
 def _product(rows: Tensor, stack: Tensor, end_E: Tensor) -> Tensor:

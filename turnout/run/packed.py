@@ -17,7 +17,8 @@ from turnout.run.invariant import invariant_packed
 from turnout.run.invariant_linear import invariant_packed_linear
 from turnout.run.product import linear
 from turnout.run.reference import reference
-from turnout.run.sort import sort_packed
+from turnout.run.slots import Slots
+from turnout.run.sort import sort_packed, sort_slots
 from turnout.run.tiled import suits_tiles
 from turnout.run.tuned import tuning
 from turnout.types import Packed, PackedWeights, Routing
@@ -100,7 +101,9 @@ def packed_reference(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> 
     return reference(x_TD, routing, weights.written_out(x_TD.dtype))
 
 
-def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, backend: str = "auto") -> Tensor:
+def packed_experts(
+    x_TD: Tensor, routing: Routing, weights: PackedWeights, *, backend: str = "auto", slots: Slots | None = None
+) -> Tensor:
     """(T, D), each token's weighted sum of its experts' outputs, as ``execute``; weights have no gradients.
 
     Only experts that some token takes are written out, as many at a time as stay small beside the model.
@@ -110,6 +113,7 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
         routing: which experts each takes, and with what weight.
         weights: the experts.
         backend: what runs those that are written out: an executor's name, or "auto".
+        slots: where experts come into slots; the weights are its ``like`` then.
 
     Raises:
         ShapeError: the three do not fit each other.
@@ -124,23 +128,24 @@ def packed_experts(x_TD: Tensor, routing: Routing, weights: PackedWeights, *, ba
     _check(x_TD, routing, weights)
     if invariant_here("turnout.run.packed_experts"):
         return invariant_packed(x_TD, routing, weights)
+    written_out = weights.written_out if slots is None else slots.written_out
     if x_TD.device.type == "meta" or torch.compiler.is_compiling():
-        return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
-    if backend == "auto" and (found := _as_they_lie(x_TD, routing, weights)) is not None:
+        return execute(x_TD, routing, written_out(x_TD.dtype), backend=backend)
+    if backend == "auto" and (found := _as_they_lie(x_TD, routing, weights, slots)) is not None:
         return found
     used_N = routing.load_E.nonzero().flatten()
     if not len(used_N):
         return torch.zeros_like(x_TD)
     each = max(1, _ONCE // (weights.up[0].code.numel() * (8 // weights.up.bits)))
     if len(used_N) == weights.num_experts <= each:
-        return execute(x_TD, routing, weights.written_out(x_TD.dtype), backend=backend)
+        return execute(x_TD, routing, written_out(x_TD.dtype), backend=backend)
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for some_N in used_N.split(each):
         place_E = torch.full_like(routing.load_E, -1).index_copy(
             0, some_N, torch.arange(len(some_N), device=x_TD.device)
         )
         held = routing.keep(place_E[routing.expert_R] >= 0).relabel(place_E.clamp_min(0), len(some_N))
-        y_TD = y_TD + execute(x_TD, held, weights.written_out(x_TD.dtype, some_N), backend=backend)
+        y_TD = y_TD + execute(x_TD, held, written_out(x_TD.dtype, some_N), backend=backend)
     return y_TD.to(x_TD.dtype)
 
 
@@ -158,7 +163,7 @@ def _check(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> None:
         raise ShapeError(word(what, got=f"{got} {shapes[2]}", allowed=allowed, where=where, fix=fix))
 
 
-def _as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tensor | None:
+def _as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights, slots: Slots | None) -> Tensor | None:
     """The layer's output where experts need not be written out as a whole; None where they must."""
     given = (x_TD, routing.weight_R, weights.up_bias_EH, weights.down_bias_ED)
     if not routing.num_entries or _wanted(*given):
@@ -167,5 +172,7 @@ def _as_they_lie(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tens
     panels = suits_tiles(x_TD, weights, 0) and takes(routing.weight_R, *stacks[2:])
     most = tuning().code_rows(x_TD.dtype, panels=panels) * routing.num_experts
     if routing.num_entries <= most and suits_experts(x_TD, routing, *stacks):
-        return experts_times(x_TD, routing, *stacks, activation=weights.activation)
-    return sort_packed(x_TD, routing, weights) if panels else None
+        return experts_times(x_TD, routing, *stacks, activation=weights.activation, slots=slots)
+    if not panels:
+        return None
+    return sort_packed(x_TD, routing, weights) if slots is None else sort_slots(x_TD, routing, slots)

@@ -5,6 +5,8 @@ groups whose intermediate results stay in the processor's cache, recomputes the 
 expert's gradient straight to its place.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from turnout.run.plan import Group, Plan, plan_rows
 from turnout.run.pointwise import activate_into, activation_gradient
 from turnout.run.product import own_alone, product
 from turnout.run.reference import as_reference, by_reference, prepare, trains, uncompiled
+from turnout.run.slots import Slots
 from turnout.run.tiled import tiled_outers, tiled_products
 from turnout.run.workspace import room, room_like
 from turnout.types import ExpertWeights, Packed, PackedWeights, Routing
 
-__all__ = ["sort", "sort_packed"]
+__all__ = ["sort", "sort_packed", "sort_slots"]
 
 
 @uncompiled
@@ -58,7 +61,7 @@ def sort(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     x_TD, weights = prepare(x_TD, routing, weights, cast_weights=False)
     train = trains(x_TD, routing, weights)
     if not train and (few := decoder(x_TD, routing, weights)) is not None:
-        return few(x_TD, routing, weights).to(dtype)
+        return few(x_TD, routing, weights, None).to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         tensors = (weights.up_EDH, weights.down_EFD, weights.up_bias_EH, weights.down_bias_ED)
         plan = plan_rows(routing, weights, x_TD, one_call=suits_passes(x_TD, routing, weights))
@@ -89,18 +92,70 @@ def sort_packed(x_TD: Tensor, routing: Routing, weights: PackedWeights) -> Tenso
     return _forward(plan_rows(routing, weights, x_TD), x_TD, routing.weight_R, stacks)[0]
 
 
+def sort_slots(x_TD: Tensor, routing: Routing, slots: Slots) -> Tensor:
+    """(T, D) likewise of experts that come into slots, with the bits of those that are all in memory; no gradients.
+
+    Args:
+        x_TD: (T, D), the tokens, in the dtype of the experts where those are whole.
+        routing: which experts each takes, and with what weight.
+        slots: the experts.
+
+    >>> weights = ExpertWeights(torch.ones(2, 3, 4), torch.ones(2, 4, 3), activation="relu")
+    >>> slots = Slots(weights, weights, limit=1, take=lambda experts, more: experts)
+    >>> routing = Routing.from_topk(torch.tensor([[1]]), torch.tensor([[0.5]]), num_experts=2)
+    >>> sort_slots(torch.ones(1, 3), routing, slots)
+    tensor([[6., 6., 6.]])
+
+    Source: none; our own.
+    """
+    like = slots.like
+    if isinstance(like, PackedWeights):
+        stacks = like.up, like.down, like.up_bias_EH, like.down_bias_ED
+        return _forward(plan_rows(routing, like, x_TD), x_TD, routing.weight_R, stacks, slots=slots)[0]
+    plan = plan_rows(routing, like, x_TD, one_call=suits_passes(x_TD, routing, like))
+    tensors = (like.up_EDH, like.down_EFD, like.up_bias_EH, like.down_bias_ED)
+    return _forward(plan, x_TD, routing.weight_R, tensors, slots=slots)[0]
+
+
 _Stack = Tensor | Packed
 _Weights = tuple[_Stack, _Stack, Tensor | None, Tensor | None]
 
 
-def _products(group: Group, rows: Tensor, stack: _Stack, out: Tensor, bias: Tensor | None = None) -> None:
+def _products(
+    group: Group, rows: Tensor, stack: _Stack, out: Tensor, bias: Tensor | None = None, slots: Slots | None = None
+) -> None:
     """Each expert's rows times its matrix of ``stack`` (E, I, O), plus its bias, written to ``out``."""
-    if not tiled_products(rows, stack, group.experts, group.bound, out):
+    own = tiled_products(rows, stack, len(group.experts), out)
+    if slots is not None:
+        _by_slots(group, rows, stack, out, slots, own)
+    elif own is not None:
+        own(rows, stack, group.experts, group.bound, out)
+    else:
         assert isinstance(stack, Tensor)  # or whoever asked did not ask suits_tiles first
         _by_torch(group, rows, stack, out)
     if bias is not None:
         for expert, into in zip(group.experts, group.split(out), strict=True):
             into.add_(bias[expert])
+
+
+def _by_slots(group: Group, rows: Tensor, stack: _Stack, out: Tensor, slots: Slots, own: Any) -> None:
+    """The same where experts come into slots, as many at a time as fit: each product is the one that it would be."""
+    held, first = slots.stack(stack), group.bound[0]
+    if own is None and group.batched:
+        count = len(group.experts)
+        matrices = slots.gathered(stack, group.experts)
+        _by_torch(Group([*range(count)], group.bound, True), rows, matrices, out)
+        return
+    for place, there in slots.some(group.experts):
+        bound = group.bound[place.start : place.stop + 1]
+        part = slice(bound[0] - first, bound[-1] - first)
+        if own is not None:
+            own(rows[part], held, there, bound, out[part])
+            continue
+        assert isinstance(held, Tensor)
+        for slot, start, end in zip(there, bound, bound[1:], strict=False):
+            its = slice(start - first, end - first)
+            _by_torch(Group([slot], [start, end], False), rows[its], held, out[its])
 
 
 def _by_torch(group: Group, rows: Tensor, stack: Tensor, out: Tensor) -> None:
@@ -174,7 +229,7 @@ class _Sum:
 
 
 def _forward(
-    plan: Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False
+    plan: Plan, x_TD: Tensor, weight_R: Tensor, weights: _Weights, keep: bool = False, slots: Slots | None = None
 ) -> tuple[Tensor, Tensor]:
     """The output, and the up products, of all rows if they are to be kept."""
     up_EDH, down_EFD, up_bias_EH, down_bias_ED = weights
@@ -187,17 +242,37 @@ def _forward(
     y_PD = _Sum(plan, x_TD, weight_R)
     if plan.one_call:
         assert isinstance(up_EDH, Tensor) and isinstance(down_EFD, Tensor)  # as suits_passes asks
-        forward_pass(plan, x_TD, weight_R, up_EDH, down_EFD, h_PH, y_PD.sum_TD)
+        for some, up, down in _calls(plan, up_EDH, down_EFD, slots):
+            forward_pass(some, x_TD, weight_R, up, down, h_PH, y_PD.sum_TD)
         return y_PD.total(), h_PH
     for group in plan.groups:
         count = group.bound[-1] - group.bound[0]
         x, a, h = x_ND[:count], a_NF[:count], h_PH[group.rows] if keep else h_PH[:count]
         torch.index_select(x_TD, 0, plan.token_P[group.rows], out=x)
-        _products(group, x, up_EDH, h, up_bias_EH)
+        _products(group, x, up_EDH, h, up_bias_EH, slots)
         activate_into(h, plan.activation, a, interleaved=plan.interleaved)
-        _products(group, a, down_EFD, y_PD.rows(group), down_bias_ED)
+        _products(group, a, down_EFD, y_PD.rows(group), down_bias_ED, slots)
         y_PD.add(group)
     return y_PD.total(), h_PH
+
+
+def _calls(plan: Plan, up_EDH: Tensor, down_EFD: Tensor, slots: Slots | None) -> Iterator[tuple[Plan, Any, Any]]:
+    """Parts of a plan whose passes are one call each, and matrices: the whole, or as many experts as come at once."""
+    if slots is None:
+        yield plan, up_EDH, down_EFD
+        return
+    held = slots.stack(up_EDH), slots.stack(down_EFD)
+    experts = [expert for group in plan.groups for expert in group.experts]
+    bound = [plan.groups[0].bound[0], *(end for group in plan.groups for end in group.bound[1:])]
+    begins = {group.bound[0] for group in plan.groups}
+    for place, there in slots.some(experts):
+        groups: list[Group] = []
+        for slot, at in zip(there, range(place.start, place.stop), strict=True):
+            if not groups or bound[at] in begins:
+                groups.append(Group([], [bound[at]], False))
+            groups[-1].experts.append(slot)
+            groups[-1].bound.append(bound[at + 1])
+        yield dataclasses.replace(plan, groups=groups), *held
 
 
 def _outs(stack: _Stack) -> int:

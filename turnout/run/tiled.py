@@ -1,6 +1,8 @@
 """Whether the products of a layer are turnout's own, which take rows and matrices as they lie, or torch's."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,32 +44,28 @@ def suits_tiles(x_TD: Tensor, weights: ExpertWeights | PackedWeights, rows: floa
 
 
 def tiled_products(
-    row_NI: Tensor, stack_EIO: Tensor | Packed, expert_G: list[int], bound_G: list[int], out_NO: Tensor
-) -> bool:
-    """Each expert's rows times its matrix, where that is turnout's own to do; whether it was.
+    row_NI: Tensor, stack_EIO: Tensor | Packed, experts: int, out_NO: Tensor
+) -> Callable[[Tensor, Any, list[int], list[int], Tensor], None] | None:
+    """What multiplies the rows of each expert by its matrix, where that is turnout's own to do; None where it is not.
+
+    It is called with rows of some experts, one expert's after the other's; the matrices of all, (E, I, O) or in few
+    bits (E, O, I); which experts; where each one's rows begin and the last one's end; and what is written to.
 
     Args:
-        row_NI: the rows of some experts, one expert's after the other's.
-        stack_EIO: the matrices of all experts; those in few bits, (E, O, I), are of ``suits_tiles``.
-        expert_G: which experts.
-        bound_G: where each one's rows begin and the last one's end.
-        out_NO: what is written to.
+        row_NI: the rows.
+        stack_EIO: the matrices; those in few bits are of ``suits_tiles``.
+        experts: of how many experts these rows are.
+        out_NO: what is to be written to.
 
     Source: none; plain bookkeeping.
     """
     if isinstance(stack_EIO, Packed):
-        panel_products(row_NI, stack_EIO, expert_G, bound_G, out_NO)
-        return True
-    if row_NI.shape[0] > len(expert_G) * tuning().own_rows(row_NI.dtype) or not out_NO.is_contiguous():
-        return False
-    given = (row_NI, stack_EIO, expert_G, bound_G, out_NO)
+        return panel_products
+    if row_NI.shape[0] > experts * tuning().own_rows(row_NI.dtype) or not out_NO.is_contiguous():
+        return None
     if suits_dots(row_NI, stack_EIO):
-        dots(*given)
-    elif suits_broads(row_NI, stack_EIO):
-        broads(*given)
-    else:
-        return False
-    return True
+        return dots
+    return broads if suits_broads(row_NI, stack_EIO) else None
 
 
 def tiled_map(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:

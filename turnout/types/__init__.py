@@ -8,11 +8,13 @@ Shape letters, used as suffixes of tensor names (``weight_TK`` has T rows and K 
     L layers      P paths       G devices or expert groups   Q queries              N documents
 """
 
+from turnout.types.accesses import Accesses
 from turnout.types.block_costs import BlockCosts, Line
 from turnout.types.block_schedule import BlockSchedule, BlockTask
 from turnout.types.cluster import Cluster
 from turnout.types.cost import Budget, Cost
 from turnout.types.expert_cache import Access, CachePolicy, CacheShape, Decision
+from turnout.types.expert_stats import ExpertStats
 from turnout.types.factored import FactoredWeights
 from turnout.types.given import Given
 from turnout.types.invariant import batch_invariant
@@ -37,6 +39,7 @@ from turnout.types.workload import BlockSize, Workload
 
 __all__ = [
     "Access",
+    "Accesses",
     "Action",
     "BlockCosts",
     "BlockSchedule",
@@ -48,6 +51,7 @@ __all__ = [
     "Cluster",
     "Cost",
     "Decision",
+    "ExpertStats",
     "ExpertWeights",
     "FactoredWeights",
     "Given",

@@ -1,9 +1,10 @@
 """Which device holds what, and which work it does when."""
 
-from turnout.decide.device import place
+from turnout.decide.device import cache, place
 from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.exact_schedule import exact_schedule
+from turnout.decide.device.expert_memory import expert_memory, expert_slots
 from turnout.decide.device.flows import Flows, ecmp, flows
 from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
@@ -15,6 +16,7 @@ from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import Pace, Wire, pace
 from turnout.decide.device.partition import Partition, partition
 from turnout.decide.device.refined import refined
+from turnout.decide.device.regroup import regroup
 from turnout.decide.device.search import Found, known_schedules, search
 from turnout.decide.device.v_pattern import v_half, v_min
 from turnout.decide.device.zb_automatic import zb_automatic
@@ -34,9 +36,12 @@ __all__ = [
     "Wire",
     "block_loads",
     "block_schedule",
+    "cache",
     "dual_pipe_v",
     "ecmp",
     "exact_schedule",
+    "expert_memory",
+    "expert_slots",
     "flows",
     "foresee",
     "gpipe",
@@ -53,6 +58,7 @@ __all__ = [
     "partition",
     "place",
     "refined",
+    "regroup",
     "schedule_of",
     "search",
     "stage_blocks",

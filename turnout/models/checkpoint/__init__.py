@@ -2,6 +2,7 @@
 
 from turnout.models.checkpoint.huggingface import from_hf, to_hf
 from turnout.models.checkpoint.live import from_live
+from turnout.models.checkpoint.offloaded import load_offloaded
 from turnout.models.checkpoint.own import load, save
 from turnout.models.checkpoint.peek import Peek, peek
 from turnout.models.checkpoint.peft import PeftAdapter, read_adapter, write_adapter, write_gates
@@ -12,6 +13,7 @@ __all__ = [
     "from_hf",
     "from_live",
     "load",
+    "load_offloaded",
     "peek",
     "read_adapter",
     "save",

@@ -9,7 +9,19 @@ from torch import Tensor
 from turnout.errors import UsageError, word
 from turnout.types import Packed
 
-__all__ = ["BLOCK", "BLOCKS", "METHOD", "SCALES", "SETTINGS", "matrix_of", "shape_of", "stored", "unpack", "unpacked"]
+__all__ = [
+    "BLOCK",
+    "BLOCKS",
+    "METHOD",
+    "SCALES",
+    "SETTINGS",
+    "levels",
+    "matrix_of",
+    "shape_of",
+    "stored",
+    "unpack",
+    "unpacked",
+]
 
 METHOD = "mxfp4"
 BLOCK = 32
@@ -59,7 +71,7 @@ def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
     Source: Rouhani et al., 2023, "Microscaling Data Formats for Deep Learning"; the layout of OpenAI, 2025,
     "gpt-oss-120b & gpt-oss-20b Model Card".
     """
-    value_C = _levels()
+    value_C = levels()
     pair_C2 = torch.stack((value_C.repeat(16), value_C.repeat_interleave(16)), dim=1)
     wide = torch.nn.functional.embedding(blocks.to(torch.int32), pair_C2).flatten(-2)
     size = torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - _BIAS)
@@ -79,7 +91,7 @@ def matrix_of(blocks: Tensor, scales: Tensor) -> Packed:
 
     Source: as ``unpack``.
     """
-    return Packed(blocks.flatten(-2).contiguous(), _wide(scales).contiguous(), BLOCK, 4, _levels())
+    return Packed(blocks.flatten(-2).contiguous(), _wide(scales).contiguous(), BLOCK, 4, levels())
 
 
 def stored(packed: Packed) -> dict[str, Tensor]:
@@ -100,12 +112,12 @@ def stored(packed: Packed) -> dict[str, Tensor]:
     exponents = (packed.scale.view(torch.int16) >> 7).to(torch.uint8) if packed.scale.dtype == torch.bfloat16 else None
     if exponents is None or not torch.equal(_wide(exponents), packed.scale):
         raise _refusal("the scales", "others", "be powers of two in bfloat16")
-    if packed.levels is None or not torch.equal(packed.levels.cpu(), _levels()) or packed.group != BLOCK:
+    if packed.levels is None or not torch.equal(packed.levels.cpu(), levels()) or packed.group != BLOCK:
         raise _refusal("the weights", repr(packed), f"be in groups of {BLOCK}, with levels {sorted(set(_VALUES))}")
     return {BLOCKS: packed.code.unflatten(-1, (-1, BLOCK // 2)), SCALES: exponents}
 
 
-def _levels() -> Tensor:
+def levels() -> Tensor:
     """(16,) what the codes stand for, fp32."""
     return torch.tensor([sign * value for sign in (1, -1) for value in _VALUES])
 

@@ -23,7 +23,7 @@ from turnout.models.checkpoint.mapped import MappedFile
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.checkpoint.zipped import ZippedFile, plain_or_zipped
 from turnout.models.lm import LM, LMConfig
-from turnout.paths import Bank, LowRank
+from turnout.paths import Bank, LowRank, OffloadedBank
 from turnout.reading import check_fields
 from turnout.run.pages import in_large_pages
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
@@ -34,7 +34,7 @@ __all__ = ["load", "save"]
 _FORMAT = "turnout.lm/1"
 _WHERE, _LOAD = "turnout.models.checkpoint.save", "turnout.models.checkpoint.load"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 # Where the small files of the folder that a model came from are kept: its tokenizer, its configuration.
 ORIGIN = "origin"
 # Where transformers keeps the chat templates beside the first; the size over which a file holds data, not settings.
@@ -68,14 +68,14 @@ def save(path: str | Path, lm: nn.Module) -> None:
     """
     path, lm = Path(path), bare(lm)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored(lm).items()}
-    write_whole(path / _WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    write_whole(path / WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
     if lm.origin is not None and lm.origin != path and lm.origin != path / ORIGIN:
         carry(lm.origin, path / ORIGIN, with_config=True)
     body = {
         "format": _FORMAT,
         "model": lm.config.to_json_dict(),
         "dtype": str(lm.embedding.dtype).removeprefix("torch."),
-        "files": {_WEIGHTS: {"bytes": (path / _WEIGHTS).stat().st_size, "sha256": digest(path / _WEIGHTS)}},
+        "files": {WEIGHTS: {"bytes": (path / WEIGHTS).stat().st_size, "sha256": digest(path / WEIGHTS)}},
     }
     write_whole(path / "config.json", json.dumps(sealed(body), indent=2) + "\n")
 
@@ -99,21 +99,40 @@ def load(path: str | Path) -> LM:
     """
     path = located(path, where=_LOAD).folder
     config, dtype, sha256 = _described(path)
-    (size, found), free = _measured(path / _WEIGHTS), free_memory()
+    (size, found), free = _measured(path / WEIGHTS), free_memory()
     if free is not None and size > free:
         got, fix = f"{free:,} bytes free", "close other programs, or use a larger machine"
         raise UsageError(word("the memory", got=got, allowed=f"hold the {size:,} of {path}", where=_LOAD, fix=fix))
-    if (found or digest(path / _WEIGHTS)) != sha256:
-        raise _refusal("the weights", f"{path / _WEIGHTS} with another SHA-256", "be as they were written", _RESTORE)
-    _check_header(path / _WEIGHTS, config)
+    if (found or digest(path / WEIGHTS)) != sha256:
+        raise _other(path)
+    _check_header(path / WEIGHTS, config)
     lm = empty(config, dtype)
-    with opened(path / _WEIGHTS) as file, torch.no_grad():
+    with opened(path / WEIGHTS) as file, torch.no_grad():
         slots = stored(lm)
-        for name, key in _keys(file.keys(), slots).items():
-            fill(slots[name], file.get_tensor(key), f"{name} in {path / _WEIGHTS}")
-    reading.check_link(path / ORIGIN)
-    lm.origin = path / ORIGIN if (path / ORIGIN).is_dir() else path
+        for name, key in keys_of(file.keys(), slots).items():
+            fill(slots[name], file.get_tensor(key), f"{name} in {path / WEIGHTS}")
+    lm.origin = origin_of(path)
     return lm.eval()
+
+
+def origin_of(path: Path) -> Path:
+    """Where the small files of the model in this folder are."""
+    reading.check_link(path / ORIGIN)
+    return path / ORIGIN if (path / ORIGIN).is_dir() else path
+
+
+def check_digest(path: Path) -> None:
+    """Refuses plain weights that are not as they were written.
+
+    Raises:
+        CheckpointError: another SHA-256 than config.json says.
+    """
+    if digest(path / WEIGHTS) != _described(path)[2]:
+        raise _other(path)
+
+
+def _other(path: Path) -> CheckpointError:
+    return _refusal("the weights", f"{path / WEIGHTS} with another SHA-256", "be as they were written", _RESTORE)
 
 
 def describe(path: Path) -> tuple[LMConfig, torch.dtype]:
@@ -123,7 +142,7 @@ def describe(path: Path) -> tuple[LMConfig, torch.dtype]:
         CheckpointError: as ``load``, save for what only their digest tells.
     """
     config, dtype, _ = _described(path)
-    _check_header(path / _WEIGHTS, config)
+    _check_header(path / WEIGHTS, config)
     return config, dtype
 
 
@@ -141,16 +160,16 @@ def _described(path: Path) -> tuple[LMConfig, torch.dtype, str]:
     refuse = functools.partial(_altered, path)
     check_fields(body, {"model": dict, "dtype": str, "files": dict[str, dict]}, refuse)
     check_seal(body, refuse, ("format", "model", "dtype", "files"))
-    check_fields(body["files"], {_WEIGHTS: dict}, refuse)
-    check_fields(body["files"][_WEIGHTS], {"bytes": int, "sha256": str}, refuse)
+    check_fields(body["files"], {WEIGHTS: dict}, refuse)
+    check_fields(body["files"][WEIGHTS], {"bytes": int, "sha256": str}, refuse)
     if body["dtype"] not in _DTYPES:
         raise refuse(f"the dtype {body['dtype']!r:.40}")
     try:
         config = LMConfig.from_json_dict(body["model"])
     except TurnoutError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    size, sha256 = body["files"][_WEIGHTS]["bytes"], body["files"][_WEIGHTS]["sha256"]
-    weights = path / _WEIGHTS
+    size, sha256 = body["files"][WEIGHTS]["bytes"], body["files"][WEIGHTS]["sha256"]
+    weights = path / WEIGHTS
     if not plain_or_zipped(weights).is_file():
         raise _refusal("the weights", f"{weights}, which does not exist", "be there", _RESTORE)
     if (there := _measured(weights)[0]) != size:
@@ -177,13 +196,13 @@ def _check_header(weights: Path, config: LMConfig) -> None:
         shapes = {stripped(name): file.get_slice(name).get_shape() for name in file.keys()}
         check_sizes(weights.parent, config, shapes)
         slots = stored(outline(config))
-        keys = _keys(file.keys(), slots)
+        keys = keys_of(file.keys(), slots)
         check_names(weights, set(slots), set(keys))
         for name, slot in slots.items():
             check_shape(file.get_slice(keys[name]).get_shape(), slot.shape, f"{name} in {weights}")
 
 
-def _keys(found: Iterable[str], slots: Mapping[str, Tensor]) -> dict[str, str]:
+def keys_of(found: Iterable[str], slots: Mapping[str, Tensor]) -> dict[str, str]:
     """The name of each tensor in the file -> what it is called there, perhaps after a wrapper."""
     return {key if key in slots else stripped(key): key for key in found}
 
@@ -199,6 +218,9 @@ def bare(lm: nn.Module) -> LM:
         got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
         raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
     refuse_adapters(inside, _WHERE)
+    for module in inside.modules():
+        if isinstance(module, OffloadedBank):
+            raise module.refusal("written")
     return inside
 
 

@@ -14,7 +14,7 @@ from turnout.models.families.family import Family
 from turnout.models.families.tensors import Slot
 from turnout.types import Packed as Matrix
 
-__all__ = ["Packed", "find_packed"]
+__all__ = ["Packed", "check_finite", "find_packed"]
 
 _SOURCE = "name the model that it was made from, in bfloat16; or "
 # Where a quantisation that is not read can be undone, and how.
@@ -64,7 +64,7 @@ class Packed:
         bits = file.get_tensor(name + end[0])
         with opened(path / self.scales[name]) as beside:
             scales = beside.get_tensor(name + end[1])
-        _check_finite(path, name, scales)
+        check_finite(path, name, scales)
         if self.method == mxfp4.METHOD:
             for expert, view in enumerate(slot.view):
                 view.copy_(slot.cut(mxfp4.unpack(bits[expert], scales[expert])))
@@ -85,7 +85,7 @@ class Packed:
         words, scale = (name + mxfp4.BLOCKS, name + mxfp4.SCALES) if self.method == mxfp4.METHOD else (words, scale)
         with opened(path / self.scales[name]) as beside:
             scales = beside.get_tensor(scale)
-        _check_finite(path, name, scales)
+        check_finite(path, name, scales)
         if self.method == mxfp4.METHOD:
             return mxfp4.matrix_of(file.get_tensor(words), scales)
         return compressed.unpack(file.get_tensor(words), scales, self.shapes[name])
@@ -101,7 +101,7 @@ class Packed:
         return (said, *([out] if self.left_out else []))
 
 
-def _check_finite(path: Path, name: str, scales: torch.Tensor) -> None:
+def check_finite(path: Path, name: str, scales: torch.Tensor) -> None:
     """Refuses scales that make no numbers of the codes; as a byte the largest exponent stands for none."""
     sound = scales != 255 if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
     if not bool(sound.all()):

@@ -1,148 +1,118 @@
-"""Decoding by the compiled step: prompts through the model, every further token in one call."""
+"""Decoding by the compiled step: prompts in parts between fixed positions, then a token of every row in one call."""
 
-from typing import Any
+from collections.abc import Generator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from turnout.models.decoding.entries import Entries
-from turnout.models.decoding.ring import Rings, Taken
+from turnout.models.decoding.chunk import Chunk
+from turnout.models.decoding.paged import PagedSteps
+from turnout.models.decoding.pages import PAGE, Pages, Text, pages_of
 from turnout.models.lm import LM
-from turnout.run.compiled.engine import threads
-from turnout.run.compiled.formats import blocks
-from turnout.run.compiled.kept import Kept
-from turnout.run.compiled.step import step
-from turnout.run.compiled.tables import CODES, INS, OUTS
 
-__all__ = ["CompiledSteps"]
-
-# Up to so many tokens of all rows prompts are read by the compiled step; beyond, torch's products in 16 bits win.
-# AMD Zen 4, 32 tokens over the modules' time: mixtures 0.62 to 0.92, a dense model 0.67 in fp32 and 0.98 in bf16.
-_FEW, _FEW_SHORT = 64, 32
+__all__ = ["CompiledSteps", "finish"]
 
 
 class CompiledSteps:
-    """Prompts and steps for a model that ``why_plain`` has nothing against.
+    """Prompts and steps for a model that ``why_plain`` has nothing against; each row has the bits that it has alone.
 
     Of longrope all rows are on the same side of its border; ``turnout.models.decoding.sides`` sees to that.
     """
 
-    def __init__(self, lm: LM, batch: int, room: int) -> None:
-        self._lm, self._entries, self._rings = lm, Entries(lm), Rings(lm, batch, room)
-        self._begin(batch)
+    def __init__(self, lm: LM, batch: int, room: int, rank_B: Tensor | None = None) -> None:
+        self._lm, self._room = lm, min(room, lm.config.max_seq)
+        self._rank_B = [0] * batch if rank_B is None else rank_B.tolist()
+        self._pages = Pages(lm, [batch * self._each(window) for window in Pages.windows_of(lm)])
+        self._steps = PagedSteps(lm, self._pages)
+        self._texts: list[Text] = []
 
-    def _begin(self, batch: int) -> None:
-        """Sets aside what a step writes to."""
-        self._logits_BV = torch.empty(batch, self._lm.config.vocab_size, dtype=torch.float32, device="cpu")
-        self._place_B, self._row_B = np.zeros(batch, np.int64), np.arange(batch)
-        self._point()
-
-    def _point(self) -> None:
-        """Says where the caches are, and sets aside room for sums between weights."""
-        layers, table, kept = self._entries.layers, self._entries.matrices, Kept()
-        for layer, (keys, values) in zip(layers, self._rings.looked_L, strict=True):
-            table[layer["keys"]] = kept.matrix(keys, by_input=False)
-            table[layer["values"]] = kept.matrix(values.transpose(1, 2), by_input=True)
-            layer["cache_code"] = CODES[keys.dtype]
-        self._parts = threads()
-        self._rooms = self._made_rooms(len(self._place_B), self._parts)
-
-    def _made_rooms(self, rows: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-        """The memory for what a step of so many rows writes between weights, and for which experts it takes."""
-        most = max(1, int(self._entries.layers["top_k"].max()))
-        numbers = torch.zeros(self._numbers(rows, parts), dtype=torch.float32, device="cpu")
-        return numbers.numpy(), np.zeros(rows * most * 4 + 1, np.int64)
-
-    def _numbers(self, rows: int, parts: int) -> int:
-        """How many a step writes between weights, when it is shared by so many threads."""
-        model, layers, table = self._entries.models[0], self._entries.layers, self._entries.matrices
-        width = self._lm.config.width
-        looking = feeding = rows * blocks(width)  # for the output layer
-        for layer in layers:
-            looking = max(looking, self._numbers_looking(layer, rows, parts))
-            most = max(1, int(layer["top_k"]))
-            for up, down in (("up", "down"), ("shared_up", "shared_down")):
-                wide, hidden = int(table[layer[up], OUTS]), int(table[layer[down], INS])
-                each = 2 + width + blocks(width) + wide + blocks(hidden)
-                feeding = max(feeding, rows * most * each)
-            routes = int(table[layer["router"], OUTS]) if layer["routed"] else 0
-            feeding = max(feeding, rows * (2 * most + routes + blocks(width)))
-        return rows * (3 * width + 4 * int(model["pairs"])) + max(looking, feeding)
-
-    def _numbers_looking(self, layer: np.void, rows: int, parts: int) -> int:
-        """The same of a layer's attention."""
-        table, config = self._entries.matrices, self._lm.config
-        heads, out = int(layer["heads"]), int(table[layer["out"], INS])
-        laid = rows * blocks(max(config.width, out))
-        if layer["latent"]:
-            latent, wide = int(layer["latent"]), int(layer["head_width"])
-            rank = int(table[layer["q_down"], OUTS]) if layer["q_down"] >= 0 else 0
-            made = rank + int(table[layer["q_up"], OUTS]) + wide + heads * (wide + latent) + out
-            laid = max(laid, rows * blocks(rank), parts * rows * blocks(latent))
-        else:
-            wide, made, heads = (
-                config.head_width,
-                int(table[layer["qkv"], OUTS]) + out,
-                heads // int(layer["key_heads"]),
-            )
-        return rows * made + max(laid, parts * heads * (self._rings.room + blocks(wide)))
+    def _each(self, window: int | None) -> int:
+        """How many pages a row takes at first."""
+        return min(pages_of(self._room), pages_of(self._room) if window is None else pages_of(window) + 1)
 
     def prefill(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
         """(B, V) the scores after each row's last token; what was there before is forgotten."""
-        lengths = length_B.tolist()
-        id_BS = id_BS[:, : max(lengths)]
-        self._entries.of_texts(id_BS.shape[1])
-        if self._rings.grow(id_BS.shape[1]):
-            self._point()
-        most = _FEW if self._lm.embedding.dtype == torch.float32 else _FEW_SHORT
-        few = sum(lengths) <= most and self._rings.hold(id_BS.shape[1])
-        logits_BV = self._read(id_BS, lengths) if few else self._run(id_BS, length_B)
-        self._place_B[:] = lengths
-        return logits_BV
+        for text in self._texts:
+            self._pages.free(text)
+        lengths, full = length_B.tolist(), self._each(None)
+        self._steps.entries.of_texts(max(lengths))
+        self._texts = [self._pages.begin(near=row * full) for row in range(len(lengths))]
+        for text, rank in zip(self._texts, self._rank_B, strict=True):
+            text.rank = rank
+        score_BV = torch.empty(len(lengths), self._lm.config.vocab_size, dtype=torch.float32)
+        short: list[tuple[int, list[int]]] = []
+        for row, (text, id_S) in enumerate(zip(self._texts, id_BS.tolist(), strict=True)):
+            for start, end in self._steps.parts_of(0, lengths[row]):
+                if self._steps.is_short(end - start):
+                    short.append((row, id_S[start:end]))
+                else:
+                    self._extend([text], end, steps=False)
+                    score_BV[row] = self._read(text, id_S[start:end], last=end == lengths[row])
+        self._read_short(short, score_BV)
+        return score_BV
 
-    def _run(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
-        """The same by the model's modules."""
-        lengths = length_B.tolist()
-        whole = min(lengths) == id_BS.shape[1]
-        taken: Any = Taken(self._rings, lengths)
-        # What can be compiled routes each token for itself.
-        hidden_B1D = self._lm.hidden(id_BS, None if whole else length_B, taken, only_B=length_B - 1)[0]
-        return self._lm.scores(hidden_B1D[:, 0]).float()
+    def _read(self, text: Text, id_S: list[int], *, last: bool) -> Tensor:
+        """(V,) the scores after one part, where it is the last."""
+        chunk = finish(self._steps.read(text, id_S))
+        self._pages.trim(text)
+        return self._lm.scores(chunk.hidden_1D)[0].float() if last else chunk.hidden_1D.new_zeros(())
 
-    def _read(self, id_BS: Tensor, lengths: list[int]) -> Tensor:
-        """The same by one step of all tokens, which is faster where they are few."""
-        row_R = np.repeat(self._row_B, lengths)
-        place_R, end_B = np.concatenate([np.arange(length) for length in lengths]), np.cumsum(lengths) - 1
-        id_R = id_BS.detach().numpy()[row_R, place_R].astype(np.int64)
-        logits_BV, parts = torch.empty_like(self._logits_BV), threads()
-        step(*self._tables, id_R, place_R, row_R, end_B, *self._made_rooms(len(id_R), parts), logits_BV.numpy(), parts)
-        return logits_BV
-
-    @property
-    def _tables(self) -> tuple[np.ndarray, ...]:
-        entries = self._entries
-        return entries.models, entries.layers, entries.norms, entries.matrices
+    def _read_short(self, short: list[tuple[int, list[int]]], score_BV: Tensor) -> None:
+        """The ends of prompts that are short, as many at once as the step is for."""
+        while short:
+            count = tokens = 0
+            while count < len(short) and (not count or tokens + len(short[count][1]) <= self._steps.few):
+                tokens += len(short[count][1])
+                count += 1
+            some, short = short[:count], short[count:]
+            texts = [self._texts[row] for row, _ in some]
+            for text, (_, id_N) in zip(texts, some, strict=True):
+                self._extend([text], text.length + len(id_N), steps=True)
+            score_BV[[row for row, _ in some]] = self._steps.step(texts, [id_N for _, id_N in some])
+            for text in texts:
+                self._pages.trim(text)
 
     def step(self, id_B: Tensor) -> Tensor:
         """(B, V) the scores after one more token of each row, in memory that the next step writes to again.
 
         Nobody looks here whether there are such tokens.
         """
-        id_B = id_B.detach().to(torch.int64).contiguous()
-        if self._rings.grow(int(self._place_B.max()) + 1):
-            self._point()
-        parts = threads()
-        if parts != self._parts:
-            self._point()
-        rows = id_B.numpy(), self._place_B, self._row_B, self._row_B
-        step(*self._tables, *rows, *self._rooms, self._logits_BV.numpy(), parts)
-        self._place_B += 1
-        return self._logits_BV
+        for text in self._texts:
+            if text.length % PAGE == 0:
+                self._pages.trim(text)
+                self._extend([text], text.length + 1, steps=True)
+        return self._steps.step(self._texts, id_B[:, None].tolist())
+
+    def _extend(self, texts: list[Text], end: int, *, steps: bool) -> None:
+        """Gives pages to each, more of which are made where they lack: by a quarter, so that little is copied often."""
+        for text in texts:
+            if self._pages.extend(text, end, steps=steps):
+                continue
+            lacking = self._pages.needed(text, end, steps=steps)
+            pools = self._pages.pools
+            more = [max(0, len(one) - pool.free) for one, pool in zip(lacking, pools, strict=True)]
+            grown = [
+                pool.count + (max(few, len(self._texts), pool.count // 4) if few else 0)
+                for few, pool in zip(more, pools, strict=True)
+            ]
+            self._pages.grow(grown)
+            done = self._pages.extend(text, end, steps=steps)
+            assert done
 
     def keep(self, row_N: Tensor) -> None:
         """Goes on with these rows alone, in this order."""
-        place_N = self._place_B[row_N.numpy()]
-        self._rings.keep(row_N)
-        self._begin(len(place_N))
-        self._place_B[:] = place_N
+        rows = row_N.tolist()
+        for row, text in enumerate(self._texts):
+            if row not in rows:
+                self._pages.free(text)
+        self._texts = [self._texts[row] for row in rows]
+        self._rank_B = [self._rank_B[row] for row in rows]
+
+
+def finish(reading: Generator[None, None, Chunk]) -> Chunk:
+    """What comes of a part that is read without a break."""
+    while True:
+        try:
+            next(reading)
+        except StopIteration as done:
+            return done.value

@@ -1,5 +1,8 @@
 """What a compiled step's tables say of a language model."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -10,10 +13,11 @@ from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, Norm
-from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
+from turnout.paths import Bank, FeedForward, OffloadedBank, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.run.compiled.curves import ACTIVATIONS
 from turnout.run.compiled.kept import Kept
 from turnout.run.compiled.tables import CODES, COLUMNS, LAYER, MODEL, NORM
+from turnout.run.swap.ready import Ready
 from turnout.types import Packed
 from turnout.types.weights import GATED
 
@@ -31,6 +35,7 @@ class Entries:
     """
 
     def __init__(self, lm: LM) -> None:
+        self.ready: Ready | None = None  # where experts come into slots
         self.kept, self._border = Kept(lm.embedding.dtype), lm.rope.border
         self._matrices: list[tuple[int, ...]] = []
         self._norms: list[tuple[int, int, int, float]] = []
@@ -42,6 +47,16 @@ class Entries:
             self.layers[name] = range(len(self._matrices), len(self._matrices) + len(layers))
             self._matrices += [(0,) * COLUMNS] * len(layers)
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
+
+    @contextlib.contextmanager
+    def turn(self, id_R: np.ndarray) -> Iterator[None]:
+        """One step of these tokens; where experts come into slots, what kept it from its end is raised."""
+        if self.ready is None:
+            yield
+            return
+        with self.ready.cache.turn(id_R.tolist()):
+            yield
+            self.ready.check()
 
     def of_texts(self, length: int) -> None:
         """From here on all rows are of texts on the same side of longrope's border as one of so many tokens."""
@@ -58,8 +73,8 @@ class Entries:
         self._norms.append(found)
         return len(self._norms) - 1
 
-    def _matrix(self, name: str, held: Tensor | PackedWeight, bias: Tensor | None, *shape: int) -> int:
-        stack: Tensor | Packed = held if isinstance(held, Tensor) else held.packed
+    def _matrix(self, name: str, held: Tensor | Packed | PackedWeight, bias: Tensor | None, *shape: int) -> int:
+        stack: Tensor | Packed = held.packed if isinstance(held, PackedWeight) else held
         self._fits(name, stack, bias, *shape)
         self._matrices.append(self.kept.matrix(stack, bias))
         return len(self._matrices) - 1
@@ -152,12 +167,19 @@ class Entries:
 
     def _routed(self, of: np.void, moe: MoE, name: str, D: int) -> None:
         bank, router = moe.bank, moe.router
-        assert isinstance(bank, Bank | PackedBank) and isinstance(router, Router)
+        assert isinstance(bank, Bank | PackedBank | OffloadedBank) and isinstance(router, Router)
         E, F, wide = bank.num_experts, bank.hidden, bank.hidden * (2 if bank.activation in GATED else 1)
-        up, down = (bank.up, bank.down) if isinstance(bank, PackedBank) else _lying(bank)
+        held, biases = E, (bank.up_bias, bank.down_bias)
+        if isinstance(bank, OffloadedBank):
+            (up, down), biases, held = bank.stacks(), bank.biases(), len(bank.cache.stacks[0])
+            self.ready = self.ready or Ready(bank.cache)
+            assert self.ready.cache is bank.cache
+            of["ready"], of["number"] = self.ready.address, bank.layer
+        else:
+            up, down = (bank.up, bank.down) if isinstance(bank, PackedBank) else _lying(bank)
         of["routed"], of["activation"] = 1, ACTIVATIONS.index(bank.activation)
-        of["up"] = self._matrix(f"{name}.bank.up", up, bank.up_bias, E, wide, D)
-        of["down"] = self._matrix(f"{name}.bank.down", down, bank.down_bias, E, D, F)
+        of["up"] = self._matrix(f"{name}.bank.up", up, biases[0], held, wide, D)
+        of["down"] = self._matrix(f"{name}.bank.down", down, biases[1], held, D, F)
         if moe.label_E is not None:
             of["labels"] = self.kept.at(moe.label_E.long().contiguous())
         bias = router.bias if isinstance(router, token.TopK) else None

@@ -11,13 +11,14 @@ from turnout.models.block import Block
 from turnout.models.lm import LM
 from turnout.models.norm import LayerNorm, RMSNorm
 from turnout.models.rope import Rope
-from turnout.paths import Bank, FeedForward, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
+from turnout.paths import Bank, FeedForward, OffloadedBank, PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.run.compiled import why_not_compiled
 from turnout.run.compiled.engine import takes
 from turnout.run.compiled.formats import knows
 from turnout.run.compiled.tables import CODES
 from turnout.run.composed import transformed
 from turnout.run.product import replaced
+from turnout.types import Packed
 
 __all__ = ["decoding_path", "why_plain"]
 
@@ -26,7 +27,7 @@ _ROUTERS = (token.TopK, token.LossFree, token.GroupLimited, token.Switch, token.
 _KNOWN = (
     LM, Block, Attention, LatentAttention, Projection, RMSNorm, LayerNorm, Rope, FeedForward, MoE, Bank,
     PackedLinear, PackedFeedForward,
-    PackedBank, PackedWeight, nn.ModuleList, *_ROUTERS,
+    PackedBank, PackedWeight, OffloadedBank, nn.ModuleList, *_ROUTERS,
 )  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -94,6 +95,10 @@ def _why_modules(lm: nn.Module) -> str | None:
             return f"{where} has no router of its own"
         if isinstance(module, PackedWeight) and not knows(module.packed, torch.float32):
             return f"{where} has groups of {module.group}, which no kernel reads, or is no plain tensor of a CPU"
+        if isinstance(module, OffloadedBank):
+            for stack in module.stacks():
+                if isinstance(stack, Packed) and not knows(stack, torch.float32):
+                    return f"{where} has groups of {stack.group}, which no kernel reads"
     return None
 
 

@@ -1,6 +1,7 @@
 """A whole layer of experts for few tokens in one call: gather, gate and up, activation, down, weighted sum."""
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from turnout.run.compiled.lanes import prange, wide
 from turnout.run.compiled.order import close, lay_out, lay_row, order
 from turnout.run.compiled.pointwise import KINDS, gated
 from turnout.run.compiled.span import span_before
+from turnout.run.slots import Slots
 from turnout.types import ExpertWeights, Routing
 from turnout.types.packed import Packed
 from turnout.types.weights import GATED
@@ -64,13 +66,14 @@ def suits_experts(
     )
 
 
-def few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+def few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights, slots: Slots | None = None) -> Tensor:
     """(T, D) each token's weighted sum of its experts' outputs, for weights stored (out, in). No gradients.
 
     Args:
         x_TD: (T, D), the tokens; all three as ``suits_few_rows`` asks.
         routing: which experts each takes, and with what weight.
         weights: the experts.
+        slots: where they come into slots; the weights are its ``like`` then.
 
     Returns:
         (T, D) in x's dtype, summed in fp32 throughout; tokens without entries are zero.
@@ -95,6 +98,7 @@ def few_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         weights.down_bias_ED,
         activation=weights.activation,
         interleaved=weights.interleaved,
+        slots=slots,
     )
 
 
@@ -108,6 +112,7 @@ def experts_times(
     *,
     activation: str = "swiglu",
     interleaved: bool = False,
+    slots: Slots | None = None,
 ) -> Tensor:
     """``few_rows`` for stacks as they lie, floating or in few bits.
 
@@ -120,6 +125,7 @@ def experts_times(
         down_bias_ED: (E, D) or None.
         activation: as ``turnout.run.activate``.
         interleaved: whether gate and value alternate, rather than being halves.
+        slots: where experts come into slots; the stacks are those of its ``like`` then.
 
     Raises:
         MissingExtraError: nothing can be compiled here.
@@ -132,21 +138,60 @@ def experts_times(
 
     Source: none; one pass over the memory of what is chosen.
     """
+    out_TD = x_TD.new_empty(x_TD.shape, dtype=torch.float32)
+    given = up_bias_EH, down_bias_ED, activation, interleaved
+    if slots is None:
+        _into(out_TD, x_TD, routing, (up_EHD, down_EDF), given, _itself(routing.num_experts), adds=False)
+    else:
+        out_TD.zero_()
+        for some, place_E, stacks in _parts(routing, slots, (up_EHD, down_EDF)):
+            _into(out_TD, x_TD, some, stacks, given, array(place_E), adds=True)
+    return out_TD if x_TD.dtype == torch.float32 else out_TD.to(x_TD.dtype)
+
+
+def _parts(
+    routing: Routing, slots: Slots, stacks: tuple[Tensor | Packed, Tensor | Packed]
+) -> Iterator[tuple[Routing, Tensor, tuple[Tensor | Packed, Tensor | Packed]]]:
+    """The entries of as many experts as come at once, the slot of each, and the slots' matrices (O, I)."""
+    like, held = slots.like, slots.held
+    if isinstance(like, ExpertWeights) and isinstance(held, ExpertWeights):
+        stacks = held.up_EDH.transpose(1, 2), held.down_EFD.transpose(1, 2)
+    else:
+        stacks = slots.stack(stacks[0]), slots.stack(stacks[1])
+    active = routing.load_E.nonzero().flatten().tolist()
+    for place, there in slots.some(active):
+        place_E = slots.place(active[place], there)
+        whole = len(there) == len(active)
+        yield routing if whole else routing.keep(place_E[routing.expert_R] >= 0), place_E, stacks
+
+
+def _into(
+    out_TD: Tensor,
+    x_TD: Tensor,
+    routing: Routing,
+    stacks: tuple[Tensor | Packed, Tensor | Packed],
+    given: tuple[Tensor | None, Tensor | None, str, bool],
+    place_E: np.ndarray,
+    *,
+    adds: bool,
+) -> None:
+    """Writes the layer's output in fp32 to ``out_TD``, or adds it; ``place_E`` says which matrix is whose."""
+    (up_EHD, down_EDF), (up_bias_EH, down_bias_ED, activation, interleaved) = stacks, given
     (tokens, width), entries = x_TD.shape, routing.token_R.shape[0]
     hidden, outs = down_EDF.shape[-1], up_EHD.shape[-2]
     made = functools.partial(x_TD.new_empty, dtype=torch.float32)
-    out_TD, room = made((tokens, width)), made(entries * (width + outs + hidden))
+    room = made(entries * (width + outs + hidden))
     rows = made((tokens + entries) * blocks(width) + entries * blocks(hidden))
     short = all(meets_short(stack, x_TD.dtype) for stack in (up_EHD, down_EDF))
     sizes = [blocks(size) * (2 if short else 1) for size in (width, hidden)]
     gates = (2 if interleaved else 1) if activation in GATED else 0
     sound = _experts(
         array(x_TD.contiguous()).reshape(-1),
-        (array(routing.token_R), array(routing.offset_E), array(routing.weight_R.contiguous())),
+        (array(routing.token_R), array(routing.offset_E), array(routing.weight_R.contiguous()), place_E),
         matrices(up_EHD).told,
         matrices(down_EDF).told,
         (_flat(up_bias_EH, up_EHD), _flat(down_bias_ED, down_EDF)),
-        (tokens, width, sizes[0], outs, hidden, sizes[1], KINDS[activation], gates),
+        (tokens, width, sizes[0], outs, hidden, sizes[1], KINDS[activation], gates, adds),
         np.empty(routing.num_experts, np.int64),
         array(rows.view(torch.bfloat16) if short else rows),
         array(room),
@@ -154,7 +199,11 @@ def experts_times(
     )
     if not sound:
         routing.validate()
-    return out_TD if x_TD.dtype == torch.float32 else out_TD.to(x_TD.dtype)
+
+
+@functools.cache
+def _itself(experts: int) -> np.ndarray:
+    return np.arange(experts)
 
 
 def _flat(bias: Tensor | None, weight: Tensor | Packed) -> np.ndarray:
@@ -218,10 +267,10 @@ def _weigh(y, at, bias, at_bias, weight, first, last):
 
 
 @kernel(exact=True)
-def _next(weights, active_E, count, job, each, size):
+def _next(weights, active_E, place_E, count, job, each, size):
     """Where the weights of the job after this one begin, or its own where it is the last."""
     job = min(job + 1, count * each - 1)
-    return active_E[job // each] * weights[3] + job % each * size * weights[4]
+    return place_E[active_E[job // each]] * weights[3] + job % each * size * weights[4]
 
 
 @kernel(exact=True)
@@ -236,9 +285,19 @@ def _active(offset_E, active_E):
 
 
 @kernel(exact=True)
-def _summed(y, token_R, width, tokens, first, last, out):
-    """Numbers [first, last) of every token's sum of its entries' results."""
-    for t in range(tokens):
+def _beside(active_N, offset_E, token_R, rows_x, at_rows, width):
+    """Copies the rows of each expert that has several side by side."""
+    for e in active_N:
+        if offset_E[e] + 1 < offset_E[e + 1]:
+            for r in range(offset_E[e], offset_E[e + 1]):
+                own, its = at_rows + r * width, token_R[r] * width
+                rows_x[own : own + width] = rows_x[its : its + width]
+
+
+@kernel(exact=True)
+def _summed(y, token_R, width, tokens, adds, first, last, out):
+    """Numbers [first, last) of every token's sum of its entries' results, added to what is there or in its place."""
+    for t in range(0 if adds else tokens):
         out[t * width + first : t * width + last] = 0
     for r in range(token_R.shape[0]):
         at = token_R[r] * width
@@ -254,9 +313,9 @@ def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
     ``active_E``, ``rows_x`` for rows that meet a matrix, in the dtype that they meet it in, and ``room`` are its
     scratch. Tokens are laid out once; experts with several rows have copies of theirs side by side.
     """
-    token_R, offset_E, weight_R = decided
+    token_R, offset_E, weight_R, place_E = decided
     up_bias, down_bias = biases
-    tokens, width, wide_width, outs, hidden, wide_hidden, kind, gates = sizes
+    tokens, width, wide_width, outs, hidden, wide_hidden, kind, gates, adds = sizes
     entries = token_R.shape[0]
     if not _sound(token_R, offset_E, tokens):
         return False
@@ -269,11 +328,7 @@ def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
     for t in range(tokens):
         row = rows_x[t * wide_width : (t + 1) * wide_width]
         lay_row(x[t * width : (t + 1) * width], row, order(up[0], rows_x))
-    for e in active_E[:count]:
-        if offset_E[e] + 1 < offset_E[e + 1]:
-            for r in range(offset_E[e], offset_E[e + 1]):
-                own, its = at_rows + r * wide_width, token_R[r] * wide_width
-                rows_x[own : own + wide_width] = rows_x[its : its + wide_width]
+    _beside(active_E[:count], offset_E, token_R, rows_x, at_rows, wide_width)
     for r in range(entries):
         a = at_a + r * wide_hidden
         close(rows_x[a : a + wide_hidden], hidden, order(down[0], rows_x))
@@ -284,7 +339,8 @@ def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
         rows, to = offset_E[e + 1] - r, at_h + r * outs
         of = token_R[r] * wide_width if rows == 1 else at_rows + r * wide_width
         low, high = step * first, step * last
-        at, at_scale, then = e * up[3], e * outs * up[5], _next(up, active_E, count, job, each, step * _CHUNK)
+        s = place_E[e]
+        at, at_scale, then = s * up[3], s * outs * up[5], _next(up, active_E, place_E, count, job, each, step * _CHUNK)
         if gates == 1:
             value = at + (low + hidden) * up[4]
             span_before(up, at, at_scale, rows_x, of, wide_width, rows, room, to, outs, low, high, value)
@@ -299,11 +355,12 @@ def _experts(x, decided, up, down, biases, sizes, active_E, rows_x, room, out):
         e, first = active_E[job // parts], job % parts * _CHUNK
         r, last = offset_E[e], min(width, first + _CHUNK)
         rows, of, to = offset_E[e + 1] - r, at_a + r * wide_hidden, r * width
-        at, at_scale, then = e * down[3], e * width * down[5], _next(down, active_E, count, job, parts, _CHUNK)
+        s = place_E[e]
+        at, at_scale, then = s * down[3], s * width * down[5], _next(down, active_E, place_E, count, job, parts, _CHUNK)
         span_before(down, at, at_scale, rows_x, of, wide_hidden, rows, room, to, width, first, last, then)
         for m in range(r, r + rows):
             _weigh(room, m * width, down_bias, e * width, wide(weight_R[m]), first, last)
     for part in prange(parts):
         first, last = part * _CHUNK, min(width, (part + 1) * _CHUNK)
-        _summed(room, token_R, width, tokens, first, last, out)
+        _summed(room, token_R, width, tokens, adds, first, last, out)
     return True

@@ -6,10 +6,10 @@ from turnout.run.compiled.curves import GATED, activated
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import prange
 from turnout.run.compiled.order import close_at, lay_out_at
-from turnout.run.compiled.tables import INS, ORDER, OUTS
-from turnout.run.compiled.times import blocks_of, share, times
+from turnout.run.compiled.tables import INS, ORDER, OUTS, begins
+from turnout.run.compiled.times import blocks_of, called, share, times
 
-__all__ = ["fed", "grouped", "whole"]
+__all__ = ["brought", "fed", "grouped", "whole"]
 
 
 @kernel()
@@ -88,8 +88,8 @@ def _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, m
 
 @kernel()
 def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD, y_BD, room_F, parts):
-    """Adds to y what the experts of all groups make of their rows, weighted."""
-    rows, width = start_G[groups], h_BD.shape[1]
+    """Adds to y what the experts of all groups make of their rows, weighted; rows before the first group stay out."""
+    first, rows, width = start_G[0], start_G[groups], h_BD.shape[1]
     wide, hidden = table[up, OUTS], table[down, INS]
     size, full = blocks_of(width), blocks_of(hidden)
     at_made = rows * size
@@ -99,9 +99,27 @@ def fed(table, up, down, code, groups, expert_G, start_G, row_R, weight_R, h_BD,
     made_RD = room_F[at_made:at_wide].reshape(rows, width)
     wide_RH = room_F[at_wide:at_act].reshape(rows, wide)
     act_RF = room_F[at_act : at_act + rows * full].reshape(rows, full)
-    for r in range(rows):
+    for r in range(first, rows):
         lay_out_at(h_BD[row_R[r]], 0, x_RD[r], table[up, ORDER])
         close_at(x_RD[r], width, table[up, ORDER])
         close_at(act_RF[r], hidden, table[down, ORDER])
     _widened(table, up, down, code, groups, expert_G, start_G, x_RD, wide_RH, act_RF, parts)
     _narrowed(table, down, groups, expert_G, start_G, row_R, weight_R, act_RF, made_RD, y_BD, parts)
+
+
+@kernel()
+def brought(layer, table, groups, expert_G, slot_G, start_G, row_R, weight_R, h_BD, y_BD, room_F, parts):
+    """The same where experts come into slots: as many at a time as are there, in their order; whether all came.
+
+    What ``layer.ready`` says is asked of Python, which waits for them (``turnout.run.swap.ready``).
+    """
+    done = 0
+    while done < groups:
+        told = layer.number, begins(expert_G[done:]), groups - done, done, begins(slot_G)
+        count = called(layer.ready, told)
+        if count < 1:
+            return False
+        given = slot_G, start_G[done:], row_R, weight_R, h_BD, y_BD, room_F, parts
+        fed(table, layer.up, layer.down, layer.activation, count, *given)
+        done += count
+    return True

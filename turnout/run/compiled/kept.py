@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled.formats import Matrices, matrices, meets_short
-from turnout.run.compiled.tables import COLUMNS
+from turnout.run.compiled.tables import COLUMNS, KERNEL, NEXT, SCALE_NEXT, STRIDE
 from turnout.run.compiled.times import address, order_of
 from turnout.types.packed import Packed
 
@@ -58,6 +58,20 @@ class Kept:
         row = *self._begin(found, by_input=by_input, short=short), *between, outs, ins, *few, order, *added
         assert len(row) == COLUMNS
         return row
+
+    def slots(self, keys_GTW: Tensor, values_GTV: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rows for keys and values that heads hold in T slots each: every slot begins a matrix.
+
+        Of keys slots are outputs, of values inputs, and what comes out of values is added to what is there.
+        """
+        rows = []
+        for stack, by_input in ((keys_GTW, False), (values_GTV.transpose(1, 2), True)):
+            row = list(self.matrix(stack, by_input=by_input))
+            row[NEXT], row[SCALE_NEXT] = row[STRIDE], 0
+            rows.append(row)
+        plain = matrices(values_GTV)
+        rows[1][KERNEL] = address(plain.code.dtype, plain.scale.dtype, by_input=True, onto=True)
+        return tuple(rows[0]), tuple(rows[1])
 
     def parted(self, weight: Tensor | Packed, heads: int, first: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The rows for two stacks that one matrix (H O, I) holds: of each of H heads the first O rows, and the rest.

@@ -12,7 +12,7 @@ from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import prange
 from turnout.run.compiled.look import looked, stored
 from turnout.run.compiled.norms import neighbours_turned, normed, turned
-from turnout.run.compiled.tables import AT, FLOAT, INS, OUTS, STRIDE
+from turnout.run.compiled.tables import AT, FLOAT, INS, OUTS, PAGE, STRIDE
 from turnout.run.compiled.times import laid_out, spread, times
 
 __all__ = ["latent_attention"]
@@ -49,29 +49,31 @@ def _valued(table, which, seen_BHC, room_F, out_BO, parts):
 
 
 @kernel(threaded=True)
-def _looked_latents(table, layer, place_B, cache_B, new_BW, query_BHW, room_F, seen_BHC, parts):
-    """The new latents go into the cache, then all heads of a row look at the same; a thread takes some heads."""
+def _looked_latents(table, layer, place_B, page_BP, new_BW, query_BHW, room_F, seen_BHC, parts):
+    """The new latents go into the pages, then all heads of a row look at the same; a thread takes some heads."""
     keys, values, window, code = layer.keys, layer.values, layer.window, layer.cache_code
     softcap, scale, heads = layer.softcap, layer.scale, query_BHW.shape[1]
-    slots, stride, size = table[keys, OUTS], table[keys, STRIDE], 4 if code == FLOAT else 2
+    stride, size = table[keys, STRIDE], 4 if code == FLOAT else 2
     for b in range(place_B.shape[0]):
-        slot = place_B[b] % window if window > 0 else place_B[b]
-        stored(code, table[keys, AT] + (cache_B[b] * slots + slot) * stride * size, new_BW[b])
+        slot = page_BP[b, place_B[b] // PAGE] * PAGE + place_B[b] % PAGE
+        stored(code, table[keys, AT] + slot * stride * size, new_BW[b])
     room, no_sinks = room_F.shape[0] // parts, np.zeros(0, np.float32)
     for part in prange(parts):
         own_F = room_F[part * room : (part + 1) * room]
         first, last = heads * part // parts, heads * (part + 1) // parts
         for b in range(place_B.shape[0]):
-            seen = min(place_B[b] + 1, window) if window > 0 else place_B[b] + 1
+            end = place_B[b] + 1
+            begin = max(0, end - window) if window > 0 else 0
             q_GW = laid_out(table, keys, query_BHW[b, first:last], own_F)
+            seen = end - begin
             score_GT = own_F[q_GW.size : q_GW.size + (last - first) * seen].reshape(last - first, seen)
-            out_GC = seen_BHC[b, first:last]
-            looked(table, keys, values, cache_B[b], q_GW, no_sinks, softcap, scale, score_GT, out_GC)
+            out_GC, page_P = seen_BHC[b, first:last], page_BP[b]
+            looked(table, keys, values, 0, page_P, begin, end, q_GW, no_sinks, softcap, scale, score_GT, out_GC)
 
 
 @kernel()
-def latent_attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP, room_F, y_BD, parts):
-    """What the latent attention of a layer makes of normed rows; their latents are added to the cache."""
+def latent_attention(layer, norms, table, h_BD, place_B, page_BP, cos_BP, sin_BP, room_F, y_BD, parts):
+    """What the latent attention of a layer makes of normed rows; their latents are added to the pages."""
     B, heads, C, R = h_BD.shape[0], layer.heads, layer.latent, layer.rotated
     fixed = table[layer.k_up, INS]
     q_size, wide, out = heads * (fixed + R), C + R, table[layer.out, INS]
@@ -104,6 +106,6 @@ def latent_attention(layer, norms, table, h_BD, place_B, cache_B, cos_BP, sin_BP
             start = h * (fixed + R) + fixed
             _turned_to(layer.neighbours, q_BO[b, start : start + R], cos_BP[b], sin_BP[b], query_BHW[b, h, C:])
     _absorbed(table, layer.k_up, heads, q_BO, query_BHW, parts)
-    _looked_latents(table, layer, place_B, cache_B, new_BW, query_BHW, rest_F, seen_BHC, parts)
+    _looked_latents(table, layer, place_B, page_BP, new_BW, query_BHW, rest_F, seen_BHC, parts)
     _valued(table, layer.v_up, seen_BHC, rest_F, mixed_BO, parts)
     spread(table, layer.out, mixed_BO, rest_F, y_BD, parts)

@@ -1,4 +1,10 @@
-"""Attention of one new position a row to what its cache holds, a ring where the layer has a window."""
+"""Attention of one new position a row to what the pages of its text hold, or to the last of them that a window shows.
+
+A page is ``PAGE`` positions of a text; which of a layer's pages they are, a table says. Pages that lie after each other
+are met as one.
+
+Source: Kwon et al., 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention".
+"""
 
 import numpy as np
 
@@ -6,10 +12,10 @@ from turnout.run.compiled.curves import bounded, grown
 from turnout.run.compiled.engine import kernel
 from turnout.run.compiled.lanes import prange
 from turnout.run.compiled.narrow import narrow
-from turnout.run.compiled.tables import AT, BRAIN, FLOAT, OUTS, brains, floats, halves
-from turnout.run.compiled.times import laid_out, times
+from turnout.run.compiled.tables import AT, BRAIN, FLOAT, PAGE, begins, brains, floats, halves
+from turnout.run.compiled.times import laid_out, met
 
-__all__ = ["looked", "looked_all", "stored"]
+__all__ = ["looked", "looked_all", "softened", "stored"]
 
 
 @kernel()
@@ -50,45 +56,70 @@ def softened(score_T, sink, softcap, scale):
 
 
 @kernel()
-def looked(table, keys, values, item, q_GW, sinks_G, softcap, scale, score_GT, out_GV):
-    """What G heads that share keys and values make of the first T slots of a cache: their weighted sum of values.
+def stretch(page_P, at, end):
+    """Where the positions from ``at`` lie that lie after each other, and where they end, at ``end`` at the latest.
 
-    Keys and values are stacks that the table describes, by output and by input; q is laid out as the keys take it.
+    What begins within a page ends with it: so sums are the same wherever pages are.
     """
-    G, T = score_GT.shape
-    times(table, keys, item, q_GW, score_GT, 0, T)
+    page = at // PAGE
+    last = (page + 1) * PAGE
+    if at % PAGE == 0:
+        while last < end and page_P[page + 1] == page_P[page] + 1:
+            page, last = page + 1, last + PAGE
+    return page_P[at // PAGE] * PAGE + at % PAGE, min(last, end)
+
+
+@kernel()
+def looked(table, keys, values, start, page_P, first, end, q_GW, sinks_G, softcap, scale, score_GT, out_GV):
+    """What G heads that share keys and values make of a text's positions: their weighted sum of values.
+
+    Keys and values are stacks that the table describes, by output and by input, and of which every position begins
+    another matrix; those of these heads begin at ``start``. q is laid out as the keys take it.
+    """
+    G, T, V = score_GT.shape[0], score_GT.shape[1], out_GV.shape[1]
+    q, score, out = begins(q_GW), begins(score_GT), begins(out_GV)
+    size, between, at = q_GW.strides[0] // 4, out_GV.strides[0] // 4, first
+    while at < end:
+        slot, last = stretch(page_P, at, end)
+        met(table, keys, start + slot, q_GW.shape[1], q, size, G, score + 4 * (at - first), T, 0, last - at)
+        at = last
     for g in range(G):
         sink = sinks_G[g] if sinks_G.shape[0] else np.float32(-np.inf)
         softened(score_GT[g], sink, softcap, scale)
-    times(table, values, item, score_GT, out_GV, 0, out_GV.shape[1])
+        for v in range(V):
+            out_GV[g, v] = np.float32(0)
+    at = first
+    while at < end:
+        slot, last = stretch(page_P, at, end)
+        met(table, values, start + slot, last - at, score + 4 * (at - first), T, G, out, between, 0, V)
+        at = last
 
 
 @kernel(threaded=True)
-def _kept(table, layer, place_B, cache_B, qkv_BO, parts):
-    """The new keys and values of every row go into its cache."""
+def _kept(table, layer, place_B, page_BP, qkv_BO, parts):
+    """The new keys and values of every row go into its pages."""
     heads, key_heads, width, code = layer.heads, layer.key_heads, layer.head_width, layer.cache_code
-    keys, values, window = layer.keys, layer.values, layer.window
-    slots, size = table[keys, OUTS], 4 if code == FLOAT else 2
+    keys, values, slots, size = layer.keys, layer.values, layer.slots, 4 if layer.cache_code == FLOAT else 2
     for part in prange(parts):
         for item in range(part, place_B.shape[0] * key_heads, parts):
             b, g = item // key_heads, item % key_heads
-            slot = place_B[b] % window if window > 0 else place_B[b]
+            slot = page_BP[b, place_B[b] // PAGE] * PAGE + place_B[b] % PAGE
             k = (heads + g) * width
-            v, new = k + key_heads * width, ((cache_B[b] * key_heads + g) * slots + slot) * width * size
+            v, new = k + key_heads * width, (g * slots + slot) * width * size
             stored(code, table[keys, AT] + new, qkv_BO[b, k : k + width])
             stored(code, table[values, AT] + new, qkv_BO[b, v : v + width])
 
 
 @kernel(threaded=True)
-def looked_all(table, layer, place_B, cache_B, qkv_BO, score_F, out_BQ, parts):
-    """Attention of every row: its new keys and values go into its cache, then its heads look; a thread takes some.
+def looked_all(table, layer, place_B, page_BP, qkv_BO, score_F, out_BQ, parts):
+    """Attention of every row: its new keys and values go into its pages, then its heads look; a thread takes some.
 
     A row of ``qkv`` is its queries, keys and values, head after head. Rows may be of one text: each looks no farther
     than its own place. Each part has room for its own queries and scores.
     """
-    _kept(table, layer, place_B, cache_B, qkv_BO, parts)
+    _kept(table, layer, place_B, page_BP, qkv_BO, parts)
     # Threads are handed numbers and arrays, not the record that these come from.
-    heads, key_heads, width = layer.heads, layer.key_heads, layer.head_width
+    heads, key_heads, width, slots = layer.heads, layer.key_heads, layer.head_width, layer.slots
     keys, values, window, sinks = layer.keys, layer.values, layer.window, layer.sinks
     softcap, scale = layer.softcap, layer.scale
     B, share = place_B.shape[0], heads // key_heads
@@ -98,11 +129,12 @@ def looked_all(table, layer, place_B, cache_B, qkv_BO, score_F, out_BQ, parts):
         room_F = score_F[part * room : (part + 1) * room]
         for item in range(part, B * key_heads, parts):
             b, g = item // key_heads, item % key_heads
-            seen = min(place_B[b] + 1, window) if window > 0 else place_B[b] + 1
+            end = place_B[b] + 1
+            first = max(0, end - window) if window > 0 else 0
             q = g * share * width
             q_GW = laid_out(table, keys, qkv_BO[b, q : q + share * width].reshape(share, width), room_F)
             out_GW = out_BQ[b, q : q + share * width].reshape(share, width)
             sinks_G = sinks_H[g * share : (g + 1) * share] if sinks != 0 else sinks_H
-            score_GT = room_F[q_GW.size : q_GW.size + share * seen].reshape(share, seen)
-            held = cache_B[b] * key_heads + g
-            looked(table, keys, values, held, q_GW, sinks_G, softcap, scale, score_GT, out_GW)
+            score_GT = room_F[q_GW.size : q_GW.size + share * (end - first)].reshape(share, end - first)
+            page_P, start = page_BP[b], g * slots
+            looked(table, keys, values, start, page_P, first, end, q_GW, sinks_G, softcap, scale, score_GT, out_GW)

@@ -83,7 +83,7 @@ def _layer(plan: Plan, x_TD: Tensor, weight_R: Tensor, up_EDH: Tensor, down_EFD:
         array(up_EDH.transpose(1, 2)).reshape(-1),
         array(down_EFD.transpose(1, 2)).reshape(-1),
         np.array([expert for group in plan.groups for expert in group.experts]),
-        np.array([0, *(end for group in plan.groups for end in group.bound[1:])]),
+        np.array([plan.groups[0].bound[0], *(end for group in plan.groups for end in group.bound[1:])]),
         np.cumsum([0, *(len(group.experts) for group in plan.groups)]),
         plan.activation in GATED,
         plan.interleaved,

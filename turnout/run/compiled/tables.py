@@ -13,7 +13,7 @@ import torch
 
 from turnout.run.compiled.engine import Lazy
 
-__all__ = ["CODES", "LAYER", "MODEL", "NORM", "begins", "brains", "floats", "halves", "view", "wholes"]
+__all__ = ["CODES", "LAYER", "MODEL", "NORM", "PAGE", "begins", "brains", "floats", "halves", "view", "wholes"]
 
 # How numbers are stored that a step reads one at a time, as a table says it.
 FLOAT, BRAIN, HALF = 0, 1, 2
@@ -27,17 +27,22 @@ SIZES = (4, 2, 2)
 # many lie between two.
 KERNEL, AT, SCALE, LEVELS, NEXT, STRIDE, SCALE_NEXT, OUTS, INS, GROUPS, GROUP, ORDER, BIAS, BIAS_NEXT = range(14)
 COLUMNS = 14
+# So many positions of a text lie after each other in memory.
+PAGE = 64
 # A norm: fp32 weights and biases (0 for none); by mean and variance (layer), or by the root mean square.
 NORM = np.dtype([("weight", "i8"), ("bias", "i8"), ("layer", "i8"), ("eps", "f4")], align=True)
 _LAYER = {
-    # of attention; -1 where there is no such norm
+    # of attention; -1 where there is no such norm; which table of pages says where its keys and values are, of which
+    # each head has so many slots
     "i8": "norm qkv out out_norm q_norm k_norm qk_full heads key_heads head_width rotated local window keys "
-    "values cache_code sinks "
+    "values cache_code sinks group slots "
     # of latent attention, where ``latent`` is not 0: the width of latents, maps, and how pairs are turned
     "latent q_down q_up kv_down k_up v_up neighbours "
-    # of the feed-forward layer: where routed, how
-    "ff_norm ff_out_norm routed router sigmoid correction groups top_groups best_two renormalize top_k labels "
-    "up down shared_up shared_down shared_gate",
+    # of the feed-forward layer: where routed, how; ``routes``, where its choices are written to, or 0
+    "ff_norm ff_out_norm routed router sigmoid correction groups top_groups best_two renormalize top_k labels routes "
+    "up down shared_up shared_down shared_gate "
+    # where experts come into slots: whom to ask, 0 for nobody, and as which layer
+    "ready number",
     "f4": "scale softcap residual floor weight_scale",
 }
 LAYER = np.dtype(

@@ -36,7 +36,7 @@ from turnout.run.compiled.tables import (
     wholes,
 )
 
-__all__ = ["address", "blocks_of", "laid_out", "order_of", "share", "spread", "times"]
+__all__ = ["address", "blocks_of", "called", "laid_out", "met", "order_of", "share", "spread", "times"]
 
 # As many inputs as stay in the processor's cache until all rows have met them.
 _BLOCK = 16
@@ -92,15 +92,16 @@ def _four(weight, stride, x_4, out_O):
 
 
 @kernel()
-def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
-    """The same where each input's weights lie after each other, of the first ``ins`` inputs."""
+def onto_by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """Adds to out what is there, of matrices whose inputs' weights lie after each other; the first ``ins`` count.
+
+    Sums are taken in blocks of inputs: those of some inputs and then of others are the same as those of all, where the
+    first are whole blocks.
+    """
     row = wholes(at_row, COLUMNS)
     stride, start = row[STRIDE], e * row[NEXT]
     weight = view(code, start + (ins - 1) * stride + row[OUTS])[start:]
     x_F, out_F = floats(x, rows * size), floats(out, rows * outs)
-    for m in range(rows):
-        for o in range(first, last):
-            out_F[m * outs + o] = np.float32(0)
     for begin in range(0, ins, _BLOCK):
         end = min(ins, begin + _BLOCK)
         for m in range(rows):
@@ -115,6 +116,16 @@ def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last)
                 i += 1
     _biased(row, e, rows, out_F, outs, first, last)
     return 0
+
+
+@kernel()
+def by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last):
+    """The same where each input's weights lie after each other, of the first ``ins`` inputs."""
+    out_F = floats(out, rows * outs)
+    for m in range(rows):
+        for o in range(first, last):
+            out_F[m * outs + o] = np.float32(0)
+    return onto_by_input(code, scale, at_row, e, ins, x, size, rows, out, outs, first, last)
 
 
 @kernel()
@@ -148,7 +159,7 @@ def by_input_packed(code, scale, at_row, e, ins, x, size, rows, out, outs, first
     return 0
 
 
-def address(code: np.dtype, scale: np.dtype, *, by_input: bool, short: bool = False) -> int:
+def address(code: np.dtype, scale: np.dtype, *, by_input: bool, short: bool = False, onto: bool = False) -> int:
     """Where the kernel of a format is, compiled if it has not been; as ``engine.array`` shows codes and scales.
 
     Args:
@@ -156,7 +167,10 @@ def address(code: np.dtype, scale: np.dtype, *, by_input: bool, short: bool = Fa
         scale: of their scales.
         by_input: whether each input's weights lie after each other, rather than each output's.
         short: whether rows meet them in bfloat16 (``turnout.run.compiled.formats.meets_short``).
+        onto: whether what comes out is added to what is there; of plain numbers by input alone.
     """
+    if onto:
+        return _address(_ONTO_BY_INPUT, code, scale)
     if by_input:
         return _address(_BY_INPUT_PACKED if code in (np.int8, np.uint8) else _BY_INPUT, code, scale)
     return _address(_BY_OUTPUT_SHORT if short else _BY_OUTPUT, code, scale)
@@ -174,6 +188,7 @@ def _address(of: Kernel, code: np.dtype, scale: np.dtype) -> int:
 
 
 _BY_OUTPUT, _BY_OUTPUT_SHORT, _BY_INPUT, _BY_INPUT_PACKED = by_output, by_output_short, by_input, by_input_packed
+_ONTO_BY_INPUT = onto_by_input
 
 
 @kernel(exact=True)
@@ -206,7 +221,15 @@ def _calls() -> Any:
 
 
 # calls(address, told): what the function at this address, which takes and gives whole numbers, makes of them.
-_called: Any = Lazy(_calls)
+called: Any = Lazy(_calls)
+
+
+@kernel()
+def met(table, which, e, ins, x, size, rows, out, outs, first, last):
+    """What the kernel of a matrix makes of so many inputs of rows: ``by_output`` says what it is told."""
+    at = begins(table) + which * (COLUMNS * 8)
+    told = table[which, AT], table[which, SCALE], at, e, ins, x, size, rows, out, outs, first, last
+    called(table[which, KERNEL], told)
 
 
 @kernel()
@@ -215,10 +238,8 @@ def times(table, which, e, x_MI, out_MO, first, last):
 
     Of a stack by inputs those count that x has. Rows of x and out may lie apart.
     """
-    ins, at = min(table[which, INS], x_MI.shape[1]), begins(table) + which * (COLUMNS * 8)
     x, out = (begins(x_MI), x_MI.strides[0] // 4, x_MI.shape[0]), (begins(out_MO), out_MO.strides[0] // 4)
-    told = table[which, AT], table[which, SCALE], at, e, ins, *x, *out, first, last
-    _called(table[which, KERNEL], told)
+    met(table, which, e, min(table[which, INS], x_MI.shape[1]), *x, *out, first, last)
 
 
 @kernel()

@@ -1,7 +1,8 @@
 """Engine: requests of many users answered from one model in memory."""
 
+import contextlib
 import threading
-from collections import Counter, deque
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from turnout.errors import ShapeError, TurnoutError, UsageError, nearest, word
+from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.models.checkpoint.live import lm_or_itself
-from turnout.models.decoding import Decoder
 from turnout.models.ends import own_ends
 from turnout.models.lm import LM
 from turnout.models.pieces import reader_of, stops_of
 from turnout.serve.engine.answer import Answer
-from turnout.serve.engine.request import EngineStats, QueueFull, Request
+from turnout.serve.engine.lanes import adapted, lane_of
+from turnout.serve.engine.loop import Loop
+from turnout.serve.engine.paged_lane import PagedLane
+from turnout.serve.engine.request import EngineStats, QueueFull, Reason, Request
 from turnout.serve.engine.ticket import Ticket
 from turnout.wrappers import unwrapped
 
 __all__ = ["Engine"]
 
 _WHERE = "turnout.serve.Engine"
+# How often pages are counted.
+_LOOK_S = 0.2
 
 
 class Engine:
@@ -35,6 +40,8 @@ class Engine:
         adapters: further names, and the PEFT folders of LoRA, or models, that answer to them.
         slots: how many requests go on at once.
         waiting: how many may wait for a slot; beyond that they are refused.
+        cache_bytes: for keys and values of all requests together; None for 2,048 positions a slot.
+        sharing: whether what was read of prompts is kept, for requests of the same tenant that begin with it.
         fallback: whether a model of transformers that is no LM exactly is run as it is.
 
     Raises:
@@ -60,6 +67,8 @@ class Engine:
         adapters: Mapping[str, str | Path | nn.Module] | None = None,
         slots: int = 16,
         waiting: int = 256,
+        cache_bytes: int | None = None,
+        sharing: bool = True,
         fallback: bool = False,
     ) -> None:
         if slots < 1 or waiting < 0:
@@ -68,24 +77,29 @@ class Engine:
         inside = unwrapped(model)
         self.lm: Any = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
         self.lm.eval()
-        self.ends, self.tokenizer, self._name = own_ends(inside), tokenizer, name
         config: Any = self.lm.config
-        self.vocab_size: int = config.vocab_size
-        self.max_seq: int | None = getattr(config, "max_seq", None)
+        self.ends, self.tokenizer, self.vocab_size = own_ends(inside), tokenizer, int(config.vocab_size)
+        self.max_seq: int | None = getattr(config, "max_seq", None) or getattr(config, "max_position_embeddings", None)
         self._reader, self._slots, self._most_waiting = reader_of(tokenizer, _WHERE), slots, waiting
-        self._adapters = dict(adapters or {})
+        lanes = {name: lane_of(self.lm, slots, cache_bytes, sharing)}
+        for other, one in (adapters or {}).items():
+            if other in lanes:
+                fix = "give each its own name"
+                raise UsageError(word("adapters", got=f"{other!r} twice", allowed="differ", where=_WHERE, fix=fix))
+            lanes[other] = adapted(self.lm, one)
+        self._loop = Loop(lanes, slots)
         self._turn = threading.Condition()
-        self._waiting: deque[Answer] = deque()
-        self._running: list[Answer] = []
+        self._arrived: list[Answer] = []
         self._left: set[int] = set()
+        self._answers: dict[int, Answer] = {}
         self._thread: threading.Thread | None = None
-        self._closing, self._trouble, self._number = False, "", 0
-        self._finished: Counter[str] = Counter()
-        self._out = self._in = 0
+        self._draining = self._closing = False
+        self._trouble, self._number = "", 0
+        self._usage, self._looked_s = self._pages(), 0.0
 
     def models(self) -> tuple[str, ...]:
         """The names that requests may be answered by, the model's own first."""
-        return (self._name, *self._adapters)
+        return tuple(self._loop.lanes)
 
     def start(self) -> None:
         """Begins to answer; nothing if it has begun."""
@@ -107,59 +121,68 @@ class Engine:
         Raises:
             QueueFull: too many wait; when to come again stands in it.
             UsageError: what can never be answered: ids outside the vocabulary, an unknown name, a text that is longer
-                than the model takes.
+                than the model or its memory takes; or the engine has ended.
         """
         self._check(request)
         with self._turn:
-            if self._trouble or self._closing:
-                fix = "start another one"
-                why = self._trouble or "it is closing"
-                raise UsageError(word("the engine", got=why, allowed="be running", where=_WHERE, fix=fix))
-            if len(self._waiting) >= self._most_waiting:
-                full = word(
-                    "the queue",
-                    got=f"{len(self._waiting)} waiting",
-                    allowed="have room",
-                    where=_WHERE,
-                    fix="come again later",
-                )
-                raise QueueFull(full, retry_after_s=1.0)
+            if self._trouble or self._closing or self._draining:
+                why = self._trouble or "one that is closing"
+                raise UsageError(word("the engine", got=why, allowed="run", where=_WHERE, fix="start another one"))
+            waiting = len(self._answers) - len(self._loop.running)
+            if waiting >= self._most_waiting + self._slots - min(len(self._loop.running), self._slots):
+                after_s = max(1.0, self._loop.seconds * waiting)
+                fix = f"come again in {after_s:.0f} s"
+                full = word("the queue", got=f"{waiting} waiting", allowed="have room", where=_WHERE, fix=fix)
+                raise QueueFull(full, retry_after_s=after_s)
             self._number += 1
             ticket = Ticket(request, self._number, leave=self._leave)
-            self._waiting.append(Answer(ticket, self._reader, self.vocab_size))
+            answer = Answer(ticket, self._reader, self.vocab_size)
+            self._answers[ticket.number] = answer
+            self._arrived.append(answer)
             self._turn.notify_all()
         return ticket
 
     def stats(self) -> EngineStats:
-        """How it does."""
+        """How it does; a glance, while it goes on."""
+        loop = self._loop
+        loads = [lane.load_LE for lane in loop.lanes.values() if lane.load_LE is not None]
         with self._turn:
-            alive = self._thread is not None and self._thread.is_alive() and not self._trouble
+            going = sum(answer.ticket.finished is None for answer in list(self._answers.values()))
+            running, usage = min(len(loop.running), going), self._usage
             return EngineStats(
-                alive=alive,
+                alive=self._thread is not None and self._thread.is_alive() and not self._trouble,
                 slots=self._slots,
-                running=len(self._running),
-                waiting=len(self._waiting),
-                tokens_in=self._in,
-                tokens_out=self._out,
-                finished=dict(self._finished),
-                step_rows=len(self._running),
-                together=tuple(answer.ticket.number for answer in self._running),
+                running=running,
+                waiting=going - running,
+                pages=usage[0],
+                pages_used=usage[1],
+                pages_kept=usage[2],
+                tokens_in=loop.tokens_in,
+                tokens_cached=loop.tokens_cached,
+                tokens_out=loop.tokens_out,
+                finished=dict(loop.finished),
+                preempted=loop.preempted,
+                step_rows=len(loop.together),
+                together=loop.together,
+                expert_load=tuple(map(tuple, loads[0].tolist())) if loads else (),
                 trouble=self._trouble,
+                counts=self._counts(),
             )
 
     def drain(self, timeout_s: float) -> bool:
         """Takes nothing new on and waits until all is answered; whether it was by then."""
         with self._turn:
-            self._closing = True
-            return self._turn.wait_for(lambda: not self._waiting and not self._running, timeout_s)
+            self._draining = True
+            return self._turn.wait_for(lambda: not self._answers, timeout_s)
 
     def close(self) -> None:
         """Ends at once; what is not answered is told that it is cancelled."""
         with self._turn:
             self._closing = True
-            self._left |= {answer.ticket.number for answer in (*self._waiting, *self._running)}
             self._turn.notify_all()
-        if self._thread is not None:
+        if self._thread is None:
+            self._give_up("cancelled")
+        else:
             self._thread.join()
 
     def _leave(self, ticket: Ticket) -> None:
@@ -168,64 +191,81 @@ class Engine:
             self._turn.notify_all()
 
     def _check(self, request: Request) -> None:
-        if wrong := [one for one in (*request.prompt, *request.eos) if not 0 <= one < self.vocab_size]:
+        ids = (*request.prompt, *request.eos)
+        if wrong := [one for one in (min(ids), max(ids)) if not 0 <= one < self.vocab_size]:
             allowed, fix = f"be from 0 to {self.vocab_size - 1}", "use the model's own tokenizer"
             raise UsageError(word("token ids", got=wrong[0], allowed=allowed, where=_WHERE, fix=fix))
-        if request.adapter is not None and request.adapter not in self.models():
-            raise nearest(request.adapter, self.models(), kind="model", where=_WHERE)
+        name, names = request.adapter, self.models()
+        if name is not None and name not in names:
+            raise nearest(name, names, kind="model", where=_WHERE)
         stops_of(request.stop, self._reader, _WHERE)
-        need, most = len(request.prompt) + request.tokens, self.max_seq
-        if most is not None and need > most:
-            got = f"{len(request.prompt)} tokens and {request.tokens} more"
-            fix = f"ask for at most {max(0, most - len(request.prompt))} tokens"
+        prompt, tokens, most = len(request.prompt), request.tokens, self.max_seq
+        if most is not None and prompt + tokens > most:
+            fix = f"ask for at most {max(0, most - prompt)} tokens"
+            got = f"{prompt} tokens and {tokens} more"
             raise ShapeError(word("prompt and tokens", got=got, allowed=f"end within {most}", where=_WHERE, fix=fix))
+        if (why := self._loop.lanes[names[0] if name is None else name].why_never(prompt, tokens)) is not None:
+            fix = "ask for less, or give the engine more cache_bytes"
+            raise ShapeError(word("prompt and tokens", got=why, allowed="fit into memory", where=_WHERE, fix=fix))
 
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            while self._next():
-                pass
+            while self._meet():
+                self._loop.admit()
+                self._loop.turn()
         except BaseException as error:  # whatever it is, nobody waits for ever
-            self._trouble = f"the engine ended: {type(error).__name__}: {error}"
+            with self._turn:
+                self._trouble = f"the engine ended: {type(error).__name__}: {error}"
             raise
         finally:
-            with self._turn:
-                for answer in (*self._running, *self._waiting):
-                    answer.end("error" if self._trouble else "cancelled", self._trouble)
-                self._running, self._waiting = [], deque()
+            self._give_up("error" if self._trouble else "cancelled")
+
+    def _meet(self) -> bool:
+        """Hears of those who come and go, waits where there is nothing to do; whether it is to go on."""
+        with self._turn:
+            for number in [number for number, one in self._answers.items() if one.ticket.finished is not None]:
+                del self._answers[number]
+            self._look()
+            if not self._answers:
+                self._loop.together = ()
+                self._left.clear()
                 self._turn.notify_all()
+                self._turn.wait_for(lambda: bool(self._answers) or self._closing)
+            for answer in self._arrived:
+                self._loop.turns.add(answer)
+            self._arrived.clear()
+            left = [self._answers[number] for number in self._left if number in self._answers]
+            self._left.clear()
+            closing = self._closing
+        for answer in left:
+            self._loop.cancel(answer)
+        return not closing
 
-    def _next(self) -> bool:
-        """Answers one request; whether there may be another."""
+    def _counts(self) -> dict[str, float]:
+        """Of experts in slots: what was there, and what was waited for."""
+        experts = getattr(self.lm, "experts", None)
+        if experts is None:
+            return {}
+        told = experts.stats()
+        names = ("slots", "hits", "misses", "waits_s", "fetched_bytes", "prefetched", "prefetched_used", "evicted")
+        return {f"expert_{name}": getattr(told, name) for name in names}
+
+    def _look(self) -> None:
+        """Counts pages now and then, and whenever there is nothing else to do: others read the sums alone."""
+        now_s = time.monotonic()
+        if not self._answers or now_s > self._looked_s + _LOOK_S:
+            self._usage, self._looked_s = self._pages(), now_s
+
+    def _pages(self) -> tuple[int, int, int]:
+        usages = [lane.usage() for lane in self._loop.lanes.values() if isinstance(lane, PagedLane)]
+        return sum(one[0] for one in usages), sum(one[1] for one in usages), sum(one[2] for one in usages)
+
+    def _give_up(self, reason: Reason) -> None:
+        """Tells all that are left."""
         with self._turn:
-            self._turn.wait_for(lambda: bool(self._waiting) or self._closing)
-            if not self._waiting:
-                return False
-            answer = self._waiting.popleft()
-            self._running = [answer]
-        try:
-            self._answer(answer)
-        except Exception as error:  # one that fails takes no other down
-            answer.end("error", str(error) if isinstance(error, TurnoutError) else f"{type(error).__name__}: {error}")
-        with self._turn:
-            self._running = []
-            end = answer.ticket.finished
-            self._finished[end.reason if end else "error"] += 1
+            for answer in self._answers.values():
+                with contextlib.suppress(Exception):  # of who listens: the others are to hear it too
+                    answer.end(reason, self._trouble)
+            self._answers.clear()
             self._turn.notify_all()
-        return True
-
-    def _answer(self, answer: Answer) -> None:
-        request = answer.request
-        steps = Decoder(self.lm, 1, len(request.prompt) + request.tokens)
-        if answer.ticket.number in self._left:
-            return answer.end("cancelled")
-        score_1V = steps.prefill(torch.tensor([request.prompt]))
-        self._in += len(request.prompt)
-        while True:
-            if answer.ticket.number in self._left:
-                return answer.end("cancelled")
-            ended = answer.take(score_1V[0])
-            self._out += 1
-            if ended:
-                return
-            score_1V = steps.step(torch.tensor(answer.ids[-1:]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.errors import TurnoutError, UsageError, word
 from turnout.models.draw import Drawing
 
-__all__ = ["EngineStats", "Finished", "QueueFull", "Request", "Token", "TokenMask"]
+__all__ = ["EngineStats", "Finished", "QueueFull", "Reason", "Request", "Token", "TokenMask"]
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 _WHERE = "turnout.serve.Request"

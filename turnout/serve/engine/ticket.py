@@ -89,5 +89,7 @@ class Ticket:
                 return
             self._events.append(event)
             self._more.notify_all()
-            if self._told is not None:
-                self._told(event)
+            told, self._told = self._told, None  # one that raises is not called again
+            if told is not None:
+                told(event)
+                self._told = told

@@ -1,0 +1,71 @@
+"""``--expert-memory`` and ``--n-cpu-moe`` of commands that run a model."""
+
+from pathlib import Path
+
+import pytest
+from test_sample import folder  # noqa: F401 - a fixture
+
+from turnout.cli.main import main
+from turnout.decide.device import expert_memory, expert_slots
+from turnout.errors import UsageError
+from turnout.recipes.expert_room import ExpertRoom
+
+EACH = 3 * 16 * 12 * 4  # bytes of an expert
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
+    code = main(["sample", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> None:  # noqa: F811
+    drawn = folder, "--prompt", "the cat", "--tokens", "9", "--seed", "3"
+    _, whole, silent = said(capsys, *drawn)
+    code, few, told = said(capsys, *drawn, "--expert-memory", f"{5 * EACH / 1000}kB")
+    assert code == 0 and few == whole and not silent
+    understood, done = told.splitlines()
+    assert f"{5 * EACH:,} bytes hold 4 of 8 experts of {EACH:,} bytes, 2 of 4 in each of 2 layers" in understood
+    assert done.startswith("experts: 4 of 8 experts fit; ") and " misses (" in done
+    _, other, told = said(capsys, *drawn, "--expert-memory", 3 * EACH, "--expert-policy", "lfu")
+    assert other == whole and "hold 3 of 8 experts" in told and "in each" not in told
+
+
+def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:  # noqa: F811
+    for flags, words in (
+        (("--expert-memory", "2 experts"), "expert_memory must be bytes"),
+        (("--expert-memory", EACH), f"{2 * EACH:,} bytes"),
+        (("--expert-memory", "1GB", "--expert-policy", "lrv"), "Did you mean 'lru'?"),
+        (("--n-cpu-moe", "-1"), "--n-cpu-moe"),
+    ):
+        code, out, told = said(capsys, folder, "--prompt", "a", *flags)
+        assert code == 2 and not out and words in told, told
+
+
+def test_layers_whose_experts_stay_with_the_cpu_change_nothing_on_one(folder, capsys) -> None:  # noqa: F811
+    drawn = folder, "--prompt", "the cat", "--tokens", "4", "--temperature", "0"
+    _, whole, _ = said(capsys, *drawn)
+    code, same, told = said(capsys, *drawn, "--n-cpu-moe", "1")
+    assert code == 0 and same == whole and "changes nothing on a CPU" in told
+
+
+def test_with_an_accelerator_both_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from turnout.recipes import expert_room
+
+    monkeypatch.setattr(expert_room, "find_device", lambda device: torch.device("cuda"))
+    for room in (ExpertRoom("1GB"), ExpertRoom(n_cpu_moe=2)):
+        with pytest.raises(UsageError, match="go with --device cpu"):
+            room.load(tmp_path, "turnout sample", "cuda")
+
+
+def test_sizes_and_slots() -> None:
+    assert [expert_memory(size) for size in ("2GB", "0.5 kB", "3 MiB", 7, "12")] == [
+        2_000_000_000, 500, 3 << 20, 7, 12,
+    ]  # fmt: skip
+    for size in ("", "GB", "-1", "2 Gb/s", 0, True, "1.2.3MB"):
+        with pytest.raises(UsageError, match="expert_memory"):
+            expert_memory(size)
+    whole = expert_slots("1GB", expert_bytes=10, layers=3, experts=8, top_k=2)
+    assert (whole.slots, whole.shared) == (8, False)
+    assert expert_slots(59, expert_bytes=10, layers=3, experts=8, top_k=2).shared

@@ -1,0 +1,118 @@
+"""The API fuzzed from its own schema, by schemathesis: no crash, no answer that the schema does not have."""
+
+import importlib.util
+import json
+import os
+import random
+import time
+
+import httpx
+import pytest
+from serving import serving, wait_for
+
+SECONDS = float(os.environ.get("TURNOUT_FUZZ_S", "20"))  # of each endpoint
+SEED = int(os.environ.get("TURNOUT_FUZZ_SEED", "0"))
+POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+
+
+def check(found: httpx.Response, body: object) -> None:
+    """An answer, or an error in OpenAI's format; never a mistake of the server."""
+    assert found.status_code < 500, (found.status_code, found.text, body)
+    if found.status_code >= 400:
+        assert set(found.json()["error"]) == {"message", "type", "param", "code"}, found.text
+    elif found.headers["content-type"].startswith("text/event-stream"):
+        events = found.text.strip().split("\n\n")
+        assert "[DONE]" in events[-1] or "response." in events[-1], (found.text, body)
+    else:
+        assert isinstance(found.json(), dict)
+
+
+@pytest.fixture(scope="module")
+def target(tokenizer):
+    with serving(tokenizer, waiting=2000) as found:
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", POSTS)
+def test_what_schemathesis_makes(target, path):
+    import schemathesis
+
+    schema = schemathesis.openapi.from_dict(httpx.get(f"{target.url}/openapi.json", trust_env=False).json())
+    operation, modes = schema[path]["POST"], schemathesis.GenerationMode
+    with httpx.Client(base_url=target.url, timeout=60, trust_env=False) as client:
+        good = ask_all(operation.as_strategy(generation_mode=modes.POSITIVE), client, path, good=True)
+        bad = ask_all(operation.as_strategy(generation_mode=modes.NEGATIVE), client, path, good=False)
+    assert min(good, bad) > 5, f"{good} and {bad} were asked, seed {SEED}"
+    wait_for(lambda: target.engine.stats().running + target.engine.stats().waiting == 0)
+    assert target.engine.stats().alive
+
+
+def ask_all(strategy, client: httpx.Client, path: str, *, good: bool) -> int:
+    """Asks what is drawn, for a while; how often."""
+    import hypothesis
+
+    until, asked = time.monotonic() + SECONDS / 2, list[int]()
+
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(
+        max_examples=150, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.given(case=strategy)
+    def ask(case):
+        if time.monotonic() > until:
+            return
+        body = small(case.body) if good and isinstance(case.body, dict) else case.body
+        try:
+            content = json.dumps(body).encode()
+        except (TypeError, ValueError):
+            content = str(body).encode()
+        found = client.post(path, content=content, headers={"Content-Type": "application/json"})
+        check(found, body)
+        asked.append(found.status_code)
+
+    ask()
+    if good:  # what the schema allows is taken, or told apart by what no schema says
+        assert set(asked) <= {200, 400, 404}
+    return len(asked)
+
+
+def small(body: dict) -> dict:
+    """The same, asking for little: what is fuzzed is what is taken, not how long it takes."""
+    few = {name: min(body[name], 3) for name in ("n", "max_tokens", "max_completion_tokens") if body.get(name)}
+    limit = "max_output_tokens" if "input" in body else "max_tokens"
+    return {**body, limit: min(body.get(limit) or 3, 3), **few}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [SEED, SEED + 1])
+def test_bodies_with_one_place_spoilt(target, seed):
+    chance = random.Random(seed)
+    good = [
+        (POSTS[0], {"prompt": "the cat", "max_tokens": 2, "logprobs": 1, "stop": ["x"], "n": 2, "seed": 1}),
+        (POSTS[1], {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "stream": True}),
+        (POSTS[2], {"input": "a", "max_output_tokens": 2, "text": {"format": {"type": "text"}}}),
+    ]
+    with httpx.Client(base_url=target.url, timeout=60, trust_env=False) as client:
+        for _ in range(300):
+            path, body = chance.choice(good)
+            raw = bytearray(json.dumps(body).encode())
+            for _ in range(chance.randint(1, 3)):
+                place = chance.randrange(len(raw))
+                raw[place : place + chance.randint(0, 2)] = chance.randbytes(chance.randint(0, 2))
+            found = client.post(path, content=bytes(raw), headers={"Content-Type": "application/json"})
+            check(found, (seed, bytes(raw)))
+
+
+@pytest.mark.slow
+def test_requests_that_are_no_http(target):
+    import socket
+    from urllib.parse import urlsplit
+
+    place, chance = urlsplit(target.url), random.Random(SEED)
+    for _ in range(50):
+        with socket.create_connection((place.hostname, place.port)) as sock:
+            sock.sendall(chance.randbytes(chance.randint(1, 300)))
+    assert httpx.get(f"{target.url}/health", trust_env=False).status_code == 200

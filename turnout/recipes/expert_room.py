@@ -1,0 +1,89 @@
+"""How much memory a model's experts may take, as commands are told it: what is made of it, and what is said of it."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from turnout.decide.device import cache, expert_memory
+from turnout.errors import UsageError, nearest, word
+from turnout.models import LM
+from turnout.models.checkpoint import load_offloaded
+from turnout.types.device import find_device, shown
+
+__all__ = ["POLICIES", "ExpertRoom"]
+
+# Those that ask for nothing but what is used.
+POLICIES = {"lru": cache.LRU, "lfu": cache.LFU, "least_stale": cache.LeastStale}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRoom:
+    """What ``--expert-memory``, ``--expert-policy`` and ``--n-cpu-moe`` say.
+
+    Args:
+        memory: how many bytes experts may take in memory, as "2GB"; None for as many as there are.
+        policy: which of them stay: a name of ``POLICIES``.
+        n_cpu_moe: llama.cpp's: the experts of so many layers, from the first, stay with the CPU where an accelerator
+            computes the rest.
+
+    Raises:
+        UsageError: no size, no such policy, or a negative number.
+
+    >>> ExpertRoom("2GB").policy
+    'lru'
+
+    Source: llama.cpp, ``--n-cpu-moe``; the rest as ``turnout.models.checkpoint.load_offloaded``.
+    """
+
+    memory: str | int | None = None
+    policy: str = "lru"
+    n_cpu_moe: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            expert_memory(self.memory)
+        if self.policy not in POLICIES:
+            raise nearest(self.policy, list(POLICIES), kind="policy", where="--expert-policy")
+        if self.n_cpu_moe is not None and self.n_cpu_moe < 0:
+            fix, allowed = "leave it out", "be the number of layers whose experts stay with the CPU"
+            raise UsageError(word("--n-cpu-moe", got=self.n_cpu_moe, allowed=allowed, where="turnout", fix=fix))
+
+    def load(self, folder: Path, where: str, device: str | torch.device) -> tuple[LM | None, tuple[str, ...]]:
+        """The model with so much of its experts in memory, None where all may be; and what is to be said of it.
+
+        Args:
+            folder: of the model.
+            where: the command that asks.
+            device: where the model is to run.
+
+        Raises:
+            UsageError: an accelerator was asked for.
+            TurnoutError: as ``load_offloaded``.
+        """
+        on = torch.device("cpu") if device == "auto" and self.memory is not None else find_device(device)
+        asked = self.memory is not None or bool(self.n_cpu_moe)
+        if asked and on.type != "cpu":
+            flag = "--expert-memory" if self.memory is not None else "--n-cpu-moe"
+            allowed = "go with --device cpu: experts come into the CPU's memory alone, and are computed there"
+            fix = "add --device cpu; past one machine's memory export the model to llama.cpp or vLLM"
+            raise UsageError(word(flag, got=f"--device {shown(on)}", allowed=allowed, where=where, fix=fix))
+        notes: tuple[str, ...] = ()
+        if self.n_cpu_moe is not None:
+            notes += (
+                f"--n-cpu-moe {self.n_cpu_moe} changes nothing on a CPU, which computes the experts of all layers "
+                "already; --expert-memory says how much memory they may take",
+            )
+        if self.memory is None:
+            return None, notes
+        lm = load_offloaded(folder, expert_memory=self.memory, policy=POLICIES[self.policy]())
+        return lm, (self._understood(lm, folder), *notes)
+
+    def _understood(self, lm: LM, folder: Path) -> str:
+        assert lm.experts is not None and self.memory is not None
+        made, shape = lm.experts.stats(), lm.experts.shape
+        each = "" if shape.shared else f", {shape.slots} of {shape.experts} in each of {shape.layers} layers"
+        return (
+            f"--expert-memory {self.memory}: {expert_memory(self.memory):,} bytes hold {made.slots:,} of "
+            f"{made.experts:,} experts of {made.expert_bytes:,} bytes{each}; the others come from {folder} when used"
+        )

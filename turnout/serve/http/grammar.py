@@ -1,0 +1,133 @@
+"""Answers of a given form: a JSON schema as the tokens that may come next."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from turnout.errors import MissingExtraError, UsageError, word
+from turnout.serve.http.errors import invalid
+
+__all__ = ["Grammar", "Grammars"]
+
+_WHERE = "turnout serve"
+# Without a bound a model may go on with spaces for ever, each of which the grammar allows.
+_SPACE = r"[ \n]{0,24}"
+# The most that a schema is written with; what it may become is bounded by llguidance's own limits.
+_SCHEMA_BYTES = 1 << 18
+
+
+class Grammars:
+    """Makes the grammar of one request after the other, for one tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: V of the model.
+        eos: the tokens that end a text; none of the others of the special ones is ever allowed.
+
+    Source: llguidance, which both vLLM and SGLang use too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos: Sequence[int]) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            why = f"{_WHERE} needs llguidance for response_format"
+            raise MissingExtraError(f"{why}. Nearest fix: pip install 'turnout[serve]'.") from error
+        self._library, self._eos = llguidance, tuple(eos)
+        special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        # One that ends nothing has to stand in where no token does; it is never allowed.
+        ends = list(eos) or special[:1] or [0]
+        try:
+            self._tokens = llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=ends)
+        except Exception as error:  # the library raises whatever its parts do
+            got, allowed = f"one that llguidance does not read ({error!s:.200})", "be of a kind that it reads"
+            fix = "leave response_format out"
+            raise UsageError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
+        self._banned_V: Tensor | None = None
+        if not eos:
+            self._banned_V = torch.zeros(vocab_size, dtype=torch.bool)
+            self._banned_V[ends] = True
+        self._vocab_size = vocab_size
+
+    def of(self, schema: Mapping[str, Any], *, param: str, where: str) -> "Grammar":
+        """The grammar of JSON by a schema.
+
+        Args:
+            schema: what the JSON must be; ``{"type": "object"}`` for any object.
+            param: the field that it was passed in.
+            where: the endpoint.
+
+        Raises:
+            ApiError: it is no schema, or has what llguidance does not do.
+        """
+        text = json.dumps(schema)
+        if len(text) > _SCHEMA_BYTES:
+            allowed = f"have at most {_SCHEMA_BYTES} characters"
+            raise invalid(param, got=f"{len(text)}", allowed=allowed, where=where, fix="pass a smaller one")
+        matcher = self._library.LLMatcher
+        made: Any = None
+        try:
+            form = matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _SPACE})
+            made = matcher(self._tokens, form, log_level=0)
+            problem = made.get_error() if made.is_error() else ""
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            allowed = "be a JSON schema of what llguidance does"
+            raise invalid(param, got=f"one it refuses: {problem:.300}", allowed=allowed, where=where, fix="simplify it")
+        return Grammar(made, self._vocab_size, self._banned_V)
+
+
+class Grammar:
+    """A ``TokenMask``: which tokens keep the text within a grammar.
+
+    Args:
+        matcher: of llguidance.
+        vocab_size: V of the model.
+        banned_V: (V,) bool, tokens that are never allowed; None for none.
+
+    Source: none; ``LLMatcher`` of llguidance.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, banned_V: Tensor | None) -> None:
+        self._matcher, self._vocab_size, self._banned_V = matcher, vocab_size, banned_V
+
+    def copy(self) -> "Grammar":
+        """The same, for another text that begins where this one is."""
+        return Grammar(self._matcher.deep_copy(), self._vocab_size, self._banned_V)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def allowed(self) -> Tensor:
+        """(V,) bool, the tokens that may come next.
+
+        Raises:
+            UsageError: the grammar grew beyond llguidance's limits.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed_V = torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool))
+        return allowed_V if self._banned_V is None else allowed_V & ~self._banned_V
+
+    def took(self, token: int) -> None:
+        """Goes on from this token.
+
+        Raises:
+            UsageError: it was not allowed.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            allowed, fix = "be within llguidance's limits", "simplify the schema"
+            got = f"{self._matcher.get_error():.200}"
+            raise UsageError(word("response_format", got=got, allowed=allowed, where=_WHERE, fix=fix))
