@@ -55,7 +55,7 @@ def buffer_overflow() -> Claim:
         ),
         measure=_measure,
         seconds=20,
-        note=f"{_EXPERTS} experts, top-{_TOP_K}, {_VICTIM} tokens after {_OTHERS}; without attack it changes by at most "
+        note=f"{_EXPERTS} experts, top-{_TOP_K}, {_VICTIM} after {_OTHERS}; without attack it changes by at most "
         "{benign:.3f}. The model answers {right:.2f} of sums rightly, {benign flipped:.2f} change beside "
         "rows at random",
     )  # fmt: skip
