@@ -94,8 +94,9 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-# dot_tile(x, at_x, stride_x, w, at_w, out, at_out, stride_out, ins, then, at_then, each, line): of ROWS rows, of one or two, with OUTS outputs,
-# whose weights lie one after the other; ins is a multiple of 16, in bfloat16 of 32.
+# dot_tile(x, at_x, stride_x, w, at_w, out, at_out, stride_out, ins, then, at_then, each, line): of ROWS rows, of one or
+# two, with OUTS outputs, whose weights lie one after the other; ins is a multiple of 16, in bfloat16 of 32. In every
+# step so many lines of what is used next are fetched, from ``then[at_then]`` on.
 dot_tile: Any = Lazy(lambda: _tile(ROWS))
 dot_tile_1: Any = Lazy(lambda: _tile(1))
 dot_tile_2: Any = Lazy(lambda: _tile(2))
