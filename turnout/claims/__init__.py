@@ -59,7 +59,7 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import buffer_overflow, few_predictions
+from turnout.claims.serve import buffer_overflow, c3po, few_predictions, pr_moe, scmoe
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -74,6 +74,7 @@ __all__ = [
     "backends",
     "block_schedule",
     "buffer_overflow",
+    "c3po",
     "co2",
     "coded",
     "comet",
@@ -110,10 +111,12 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pr_moe",
     "read_me",
     "replan",
     "scalearn",
     "schedule_search",
+    "scmoe",
     "shuffle_private",
     "smear",
     "soup",
