@@ -158,10 +158,10 @@ def test_the_gradient_is_that_of_the_neighbours_loss(name: str) -> None:
     for e in chosen:
         with torch.no_grad():
             moved = [own_BLE.clone() for _ in range(2)]
-            moved[0][0, 0, e] += 1e-5
-            moved[1][0, 0, e] -= 1e-5
+            moved[0][0, 0, e] += 1e-3
+            moved[1][0, 0, e] -= 1e-3
             high, low = (module._losses(how, lm, each, None, near, weight).sum() for each in moved)
-        torch.testing.assert_close(slope[0, 0, e], (high - low) / 2e-5, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(slope[0, 0, e], (high - low) / 2e-3, rtol=5e-3, atol=1e-4)
     others = [e for e in range(router.num_experts) if e not in chosen]
     assert bool((slope[0, 0, others] != 0).all()), "experts that are not chosen have a gradient too"
 
