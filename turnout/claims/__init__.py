@@ -61,10 +61,13 @@ from turnout.claims.scale import (
 from turnout.claims.scalearn import scalearn
 from turnout.claims.serve import (
     buffer_overflow,
+    c3po,
     expert_caching,
     expert_flow,
     few_predictions,
+    pr_moe,
     pre_gated,
+    scmoe,
     trace_matching,
 )
 from turnout.claims.smear import smear
@@ -81,6 +84,7 @@ __all__ = [
     "backends",
     "block_schedule",
     "buffer_overflow",
+    "c3po",
     "co2",
     "coded",
     "comet",
@@ -119,11 +123,13 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pr_moe",
     "pre_gated",
     "read_me",
     "replan",
     "scalearn",
     "schedule_search",
+    "scmoe",
     "shuffle_private",
     "smear",
     "soup",

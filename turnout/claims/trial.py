@@ -48,13 +48,14 @@ def small(moe: MoEConfig | None, *, hidden: int, width: int = 64) -> LMConfig:
     )
 
 
-def trial(model: LMConfig | LM, *, seed: int, steps: int, **train_fields: float) -> Trial:
+def trial(model: LMConfig | LM, *, seed: int, steps: int, teacher: LM | None = None, **train_fields: float) -> Trial:
     """Trains ``model`` from ``seed`` and measures it on the held-out documents at the end.
 
     Args:
         model: the network, or one that exists, which is trained in place.
         seed: of the weights and of the order of the data.
         steps: optimiser steps of 8 x 128 tokens.
+        teacher: whom it learns from too, where ``kd_weight`` says so.
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
     fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10} | train_fields
@@ -62,7 +63,7 @@ def trial(model: LMConfig | LM, *, seed: int, steps: int, **train_fields: float)
     config = TrainConfig(steps=steps, seed=seed, **every, **fields)  # pyrefly: ignore[bad-argument-type]
     with tempfile.TemporaryDirectory(prefix="turnout-trial-") as out:
         network = LM(model, seed=seed) if isinstance(model, LMConfig) else model
-        result = train(network, text(), config, Path(out) / "run", quiet=True)
+        result = train(network, text(), config, Path(out) / "run", quiet=True, teacher=teacher)
     last = result.evaluations[-1]
     torch.manual_seed(seed)
     return Trial(last["bits_per_byte"], last.get("max_vio") or 0.0)

@@ -191,4 +191,5 @@ def _losses(how: C3PO, lm: LM, w_BLE: Tensor, core_BLE: Tensor | None, near_Bk: 
 def _nats(lm: LM, hidden_SD: Tensor, last: int, answer: Sequence[int]) -> Tensor:
     """The mean loss of an answer's tokens."""
     logit_AV = lm.scores(hidden_SD[last : last + len(answer)])
-    return F.cross_entropy(logit_AV.float(), torch.tensor(answer, device=logit_AV.device))
+    logit_AV = logit_AV.to(torch.promote_types(logit_AV.dtype, torch.float32))
+    return F.cross_entropy(logit_AV, torch.tensor(answer, device=logit_AV.device))
