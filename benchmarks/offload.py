@@ -116,7 +116,9 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     said = text(count, CONFIG.vocab_size, options.stay, TOPICS)
     lm = planted(dataclasses.replace(CONFIG, layers=options.layers), options.noise, TOPICS)
     near = locality(lm, said.ids)
-    lm = quantize(lm, bits=BITS[kind])[0] if kind in BITS else lm.to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    lm = (
+        quantize(lm, bits=BITS[kind])[0] if kind in BITS else lm.to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    )
     save(folder / kind, lm)
     del lm
     full = load(folder / kind)
@@ -178,7 +180,11 @@ def page(record: dict[str, Any]) -> list[str]:
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in of["modes"]:
-            more = [f"{row['hit_rate']:.1%}", f"{row['waits_s']:.2f} s", f"{row['gb']:.2f} GB"] if "gb" in row else ["", "", ""]
+            more = (
+                [f"{row['hit_rate']:.1%}", f"{row['waits_s']:.2f} s", f"{row['gb']:.2f} GB"]
+                if "gb" in row
+                else ["", "", ""]
+            )
             cells = [row["mode"], spread(row["ms"]), spread(row["speed"]), spread(row["cpu_speed"]), *more]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
