@@ -21,6 +21,7 @@ class Endpoint:
     prompt_overhead: int = 3
     tokens_a_word: int = 2
     usage: bool = True
+    most_words: int = 10_000
     bodies: list[dict] = dataclasses.field(default_factory=list)
     came_s: list[float] = dataclasses.field(default_factory=list)
     sent: list[int] = dataclasses.field(default_factory=list)
@@ -53,6 +54,9 @@ class Endpoint:
 
     async def answer(self, writer: asyncio.StreamWriter, body: dict, *, chat: bool) -> None:
         tokens = body["max_tokens"]
+        if not chat and len(body["prompt"].split()) > self.most_words:
+            self.reply(writer, 400, {"error": {"message": "too long"}})
+            return
         if self.manner == "busy" and tokens > 1:
             self.reply(writer, 429, {"error": {"message": "too many", "code": "rate_limit"}}, "Retry-After: 3")
             return

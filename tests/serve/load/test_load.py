@@ -132,6 +132,15 @@ def test_a_server_without_counts(endpoint) -> None:
     assert "each piece counts as one" in report.table() and "lengths of prompts are in words" in report.table()
 
 
+def test_a_model_of_short_texts_is_asked_short_questions(endpoint) -> None:
+    endpoint.most_words = 40
+    (one,) = bench(Target(endpoint.url), traffic(), streams=[1], requests=2).points
+    assert one.done == 2 and one.prompt_tokens == pytest.approx(2 * 64, rel=0.03)
+    endpoint.most_words = 30
+    with pytest.raises(UsageError, match="HTTP 400: too long"):
+        bench(Target(endpoint.url), traffic(), streams=[1], requests=2)
+
+
 def test_a_closed_loop_has_so_many_users(endpoint) -> None:
     endpoint.step_s = 0.01
     told: list[tuple[str, int, int]] = []

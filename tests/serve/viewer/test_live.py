@@ -72,7 +72,7 @@ def test_routes_are_those_of_the_tokens(served, engine) -> None:
     assert len(routes) == 12, "one event a token, also where it shows no text"
     from turnout.models.generation import generate
 
-    whole = list(generate(engine.lm, [prompt], tokens=12, temperature=0.0, eos=None).rows[0])
+    whole = [*prompt, *generate(engine.lm, [prompt], tokens=12, temperature=0.0, eos=None).rows[0]]
     with torch.no_grad():
         routings = engine.lm(torch.tensor([whole])).routings
     for layer, routing in enumerate(routings):

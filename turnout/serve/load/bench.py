@@ -16,8 +16,8 @@ from turnout.serve.load.traffic import WORDS, Traffic, arrivals
 
 __all__ = ["Told", "bench", "calibrated", "find_model"]
 
-# Words of the two prompts by which tokens are counted before anything is timed.
-_PROBES = (len(WORDS) // 2, 2 * len(WORDS))
+# Words of the two prompts by which tokens are counted before anything is timed; fewer where these are too many.
+_PROBES = ((len(WORDS) // 2, 2 * len(WORDS)), (12, 36))
 Told = Callable[[str, int, int], None]
 """Is told a load, and how many of how many requests are over."""
 
@@ -125,20 +125,25 @@ def find_model(target: Target) -> str:
 
 async def calibrated(target: Target, traffic: Traffic, model: str, timeout_s: float) -> tuple[Traffic, list[str]]:
     """How many tokens a word has, by the server's own count; these requests wake it up, too."""
-    counts = list[int]()
-    for words in _PROBES:
-        text = " ".join(WORDS[at % len(WORDS)] for at in range(words))
-        body = dataclasses.replace(traffic, fixed=False).body(model, text, 1)
-        request = target.request(traffic.path, json.dumps(body).encode())
-        answer = await ask(target, request, asked_tokens=1, timeout_s=timeout_s)
-        if answer.error not in ("", "empty", "short"):
-            fix = "see that it serves this model at this endpoint"
-            raise UsageError(_unfit(target, f"{answer.error}: {answer.message}", fix))
-        counts += [answer.prompt_tokens] if answer.prompt_tokens is not None else []
+    for probes in _PROBES:
+        counts = list[int]()
+        for words in probes:
+            text = " ".join(WORDS[at % len(WORDS)] for at in range(words))
+            body = dataclasses.replace(traffic, fixed=False).body(model, text, 1)
+            request = target.request(traffic.path, json.dumps(body).encode())
+            answer = await ask(target, request, asked_tokens=1, timeout_s=timeout_s)
+            if answer.error == "HTTP 400" and probes != _PROBES[-1]:
+                break  # a model of short texts
+            if answer.error not in ("", "empty", "short"):
+                fix = "see that it serves this model at this endpoint"
+                raise UsageError(_unfit(target, f"{answer.error}: {answer.message}", fix))
+            counts += [answer.prompt_tokens] if answer.prompt_tokens is not None else []
+        else:
+            break
     if len(counts) < 2 or counts[1] <= counts[0]:
         return traffic, ["The server does not say how many tokens it read: lengths of prompts are in words."]
-    each = (counts[1] - counts[0]) / (_PROBES[1] - _PROBES[0])
-    overhead = max(0.0, counts[0] - each * _PROBES[0])
+    each = (counts[1] - counts[0]) / (probes[1] - probes[0])
+    overhead = max(0.0, counts[0] - each * probes[0])
     return dataclasses.replace(traffic, tokens_per_word=each, overhead_tokens=overhead), []
 
 
