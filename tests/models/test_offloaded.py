@@ -266,7 +266,7 @@ def test_what_such_a_model_is_not_for(tmp_path: Path) -> None:
     few = load_offloaded(tmp_path / "a", expert_memory=2 * each(lm))
     assert not any(parameter.requires_grad for parameter in few.parameters())
     for what in (lambda: save(tmp_path / "b", few), lambda: to_hf(few, tmp_path / "c"), few.half, few.state_dict,
-                 lambda: few.to("meta"), lambda: reshape.quantize(few), lambda: copy.deepcopy(few)):  # fmt: skip
+                 lambda: few.to("meta"), lambda: reshape.quantize(few, group=None), lambda: copy.deepcopy(few)):  # fmt: skip
         with pytest.raises(UsageError, match=r"in files|few experts in memory"):
             what()
     few.blocks[0].attention.qkv.weight.requires_grad_(True)

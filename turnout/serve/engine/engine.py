@@ -15,6 +15,7 @@ from turnout.models.checkpoint.live import lm_or_itself
 from turnout.models.ends import own_ends
 from turnout.models.lm import LM
 from turnout.models.pieces import reader_of, stops_of
+from turnout.run.swap import ExpertCache
 from turnout.serve.engine.answer import Answer
 from turnout.serve.engine.lanes import adapted, lane_of
 from turnout.serve.engine.loop import Loop
@@ -166,6 +167,7 @@ class Engine:
                 together=loop.together,
                 expert_load=tuple(map(tuple, loads[0].tolist())) if loads else (),
                 trouble=self._trouble,
+                counts=_experts(self.lm),
             )
 
     def drain(self, timeout_s: float) -> bool:
@@ -259,3 +261,10 @@ class Engine:
                     answer.end(reason, self._trouble)
             self._answers.clear()
             self._turn.notify_all()
+
+
+def _experts(model: Any) -> dict[str, Any]:
+    """Where a model's experts come into slots: hits, misses and waits, by name."""
+    cache = getattr(model, "experts", None)
+    found = cache.stats().to_json_dict() if isinstance(cache, ExpertCache) else {}
+    return {f"expert_{name.removeprefix('expert_')}": value for name, value in found.items()}
