@@ -182,6 +182,12 @@ class Llama:
             lib.llama_memory_seq_cp(memory, 0, stream, -1, -1)
         self._ends = [self._ends[0]] * len(self._ends)
 
+    def forget(self, stream: int) -> None:
+        """One stream begins anew."""
+        lib = self._parts.lib
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._parts.context), stream, -1, -1)
+        self._ends[stream] = 0
+
     def close(self) -> None:
         """Gives its memory back."""
         self._parts.lib.llama_free(self._parts.context)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.serve.engine import Engine
+from turnout.serve.engine import Engine, Request
 from turnout.serve.http import Door, Limits, Texts, build_app, listen, run_server
 from turnout.serve.http.chat_template import ChatTemplate
 from turnout.train.data import train_tokenizer
@@ -34,10 +34,10 @@ class Served:
         return self.app.state.service
 
 
-def make_lm(seed: int = 0) -> LM:
+def make_lm(seed: int = 0, max_seq: int = MAX_SEQ) -> LM:
     torch.manual_seed(seed)
     moe = MoEConfig(4, 2, 12)
-    sizes = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "max_seq": MAX_SEQ, "init_std": 0.4}
+    sizes = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "max_seq": max_seq, "init_std": 0.4}
     return LM(LMConfig(**sizes, moe=moe)).eval()
 
 
@@ -58,9 +58,10 @@ class serving:
         limits: Limits | None = None,
         template: str | None = TEMPLATE,
         eos: tuple[int, ...] = (0,),
+        max_seq: int = MAX_SEQ,
         **engine: Any,
     ) -> None:
-        self._lm = make_lm()
+        self._lm = make_lm(max_seq=max_seq)
         self._engine = Engine(self._lm, tokenizer=tokenizer, name="moe", **engine)
         made = None if template is None else ChatTemplate(template, {})
         self._texts = Texts(tokenizer, vocab_size=VOCAB, eos=eos, own=True, template=made)
@@ -68,6 +69,7 @@ class serving:
 
     def __enter__(self) -> Served:
         self._engine.start()
+        self._engine.submit(Request((0,), tokens=2)).result(600)  # what is compiled on first use is compiled now
         self._app = build_app(self._engine, self._texts, door=self._door, limits=self._limits)
         sock, told = listen("127.0.0.1", 0), list[str]()
         self._thread = threading.Thread(target=run_server, args=(self._app, sock), kwargs={"ready": told.append})

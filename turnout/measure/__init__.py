@@ -7,6 +7,7 @@ from turnout.measure.block_costs import fit_block_costs, fit_slowed
 from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
+from turnout.measure.crowd import crowd_load
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
 from turnout.measure.isolation import Isolation, audit
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "count_flops",
     "count_params",
+    "crowd_load",
     "dead_experts",
     "dropped_share",
     "entropy",

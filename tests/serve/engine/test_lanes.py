@@ -12,6 +12,7 @@ from turnout.serve.engine import Engine, Request
 from turnout.serve.engine.paged_lane import PagedLane
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
 WAIT_S = 300
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -33,7 +34,7 @@ def adapted(folder: str, targets: list[str], **settings: object) -> torch.nn.Mod
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.5, generator=generator)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return model.eval()
 
 

@@ -49,8 +49,8 @@ def buffer_overflow() -> Claim:
                 headline=True),
             Row("the victim's places at experts that are left", "below", "left", "benign left", "others at random",
                 headline=True),
-            Row(moved, "below", "shuffled", "attacked", f"{order}: rows in random order", headline=True),
-            Row(moved, "below", "slack", "attacked", f"{order}: capacity of four times an even load", headline=True),
+            Row(moved, "below", "shuffled", "attacked", f"{order}: random order", headline=True),
+            Row(moved, "below", "slack", "attacked", f"{order}: four times an even load", headline=True),
             Row(moved, "below", "sampled", "attacked", f"{order}: experts drawn by their weights", headline=True),
         ),
         measure=_measure,
@@ -62,7 +62,7 @@ def buffer_overflow() -> Claim:
 
 
 def _measure(seed: int) -> Values:
-    return _on_layer(seed) | _on_model(seed)
+    return {**_on_layer(seed), **_on_model(seed)}
 
 
 # ---- a layer
@@ -211,10 +211,10 @@ def _answers(id_BS: Tensor) -> Tensor:
 def _capacity(lm: LM, slack: float | None):
     """The model with experts that take so many times an even load, as the paper puts it into Mixtral."""
     for router in lm.routers:
-        router.capacity_factor = slack  # pyrefly: ignore[bad-assignment]
+        router.capacity_factor = slack  # pyrefly: ignore[bad-argument-type]
     yield
     for router in lm.routers:
-        router.capacity_factor = None  # pyrefly: ignore[bad-assignment]
+        router.capacity_factor = None  # pyrefly: ignore[bad-argument-type]
 
 
 def _on_model(seed: int) -> Values:

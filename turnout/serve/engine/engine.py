@@ -15,7 +15,6 @@ from turnout.models.checkpoint.live import lm_or_itself
 from turnout.models.ends import own_ends
 from turnout.models.lm import LM
 from turnout.models.pieces import reader_of, stops_of
-from turnout.run.swap import ExpertCache
 from turnout.serve.engine.answer import Answer
 from turnout.serve.engine.lanes import adapted, lane_of
 from turnout.serve.engine.loop import Loop
@@ -167,7 +166,7 @@ class Engine:
                 together=loop.together,
                 expert_load=tuple(map(tuple, loads[0].tolist())) if loads else (),
                 trouble=self._trouble,
-                counts=_experts(self.lm),
+                counts=self._counts(),
             )
 
     def drain(self, timeout_s: float) -> bool:
@@ -243,6 +242,15 @@ class Engine:
             self._loop.cancel(answer)
         return not closing
 
+    def _counts(self) -> dict[str, float]:
+        """Of experts in slots: what was there, and what was waited for."""
+        experts = getattr(self.lm, "experts", None)
+        if experts is None:
+            return {}
+        told = experts.stats()
+        names = ("slots", "hits", "misses", "waits_s", "fetched_bytes", "prefetched", "prefetched_used", "evicted")
+        return {f"expert_{name}": getattr(told, name) for name in names}
+
     def _look(self) -> None:
         """Counts pages now and then, and whenever there is nothing else to do: others read the sums alone."""
         now_s = time.monotonic()
@@ -261,10 +269,3 @@ class Engine:
                     answer.end(reason, self._trouble)
             self._answers.clear()
             self._turn.notify_all()
-
-
-def _experts(model: Any) -> dict[str, Any]:
-    """Where a model's experts come into slots: hits, misses and waits, by name."""
-    cache = getattr(model, "experts", None)
-    found = cache.stats().to_json_dict() if isinstance(cache, ExpertCache) else {}
-    return {f"expert_{name.removeprefix('expert_')}": value for name, value in found.items()}

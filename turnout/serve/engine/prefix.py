@@ -20,6 +20,7 @@ class Node:
             without those that the parts before it hold.
         used: when it was used last, in turns.
         after: the parts that are known to follow, by their tokens.
+        kept: whether it is still to be found; nothing is kept after one that is not.
 
     Source: none; plain bookkeeping.
     """
@@ -29,6 +30,7 @@ class Node:
     held_G: list[dict[int, int]]
     used: int = 0
     after: dict[tuple[int, ...], "Node"] = dataclasses.field(default_factory=dict)
+    kept: bool = True
 
 
 class Prefixes:
@@ -69,6 +71,8 @@ class Prefixes:
 
     def add(self, node: Node, tokens: Sequence[int], text: Text) -> Node:
         """Keeps a part that a text has just read, after this one; the part."""
+        if not node.kept:  # let go of while its text went on
+            return node
         key, end = tuple(tokens), text.length
         found = node.after.get(key)
         if found is None:
@@ -85,6 +89,8 @@ class Prefixes:
 
     def evict(self) -> bool:
         """Lets go of the part that was used least lately and gives pages free; whether there was one."""
+        for owner in [owner for owner, root in self._roots.items() if not root.after]:
+            self._roots.pop(owner).kept = False  # of whom nothing is left
         some = [node for node in self._nodes() if not node.after]
         for node in sorted(some, key=lambda node: node.used):
             if self._frees(node):
@@ -107,6 +113,9 @@ class Prefixes:
         """Lets go of all."""
         for node in list(self._nodes()):
             self._give(node)
+            node.kept = False
+        for root in self._roots.values():
+            root.kept = False
         self._roots = {}
 
     def _frees(self, node: Node) -> bool:
@@ -117,6 +126,7 @@ class Prefixes:
 
     def _drop(self, node: Node) -> None:
         self._give(node)
+        node.kept = False
         if node.before is not None:
             del node.before.after[node.key]
 

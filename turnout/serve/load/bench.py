@@ -14,7 +14,7 @@ from turnout.serve.load.report import LoadPoint, LoadReport, point
 from turnout.serve.load.slo import Slo
 from turnout.serve.load.traffic import WORDS, Traffic, arrivals
 
-__all__ = ["Told", "bench", "find_model"]
+__all__ = ["Told", "bench", "calibrated", "find_model"]
 
 # Words of the two prompts by which tokens are counted before anything is timed.
 _PROBES = (len(WORDS) // 2, 2 * len(WORDS))
@@ -65,7 +65,7 @@ def bench(
     """
     _check((*rates, *streams), requests)
     name = find_model(target) if model is None else model
-    traffic, notes = asyncio.run(_calibrated(target, traffic, name, timeout_s))
+    traffic, notes = asyncio.run(calibrated(target, traffic, name, timeout_s))
     levels = [*((rate, True) for rate in rates), *((count, False) for count in streams)]
     points = list[LoadPoint]()
     for number, (level, is_open) in enumerate(levels):
@@ -123,7 +123,7 @@ def find_model(target: Target) -> str:
     raise UsageError(_unfit(target, got, fix))
 
 
-async def _calibrated(target: Target, traffic: Traffic, model: str, timeout_s: float) -> tuple[Traffic, list[str]]:
+async def calibrated(target: Target, traffic: Traffic, model: str, timeout_s: float) -> tuple[Traffic, list[str]]:
     """How many tokens a word has, by the server's own count; these requests wake it up, too."""
     counts = list[int]()
     for words in _PROBES:
