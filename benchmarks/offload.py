@@ -28,7 +28,7 @@ import torch
 from benchmarks.tables import heading, provenance, spread, write
 from turnout.decide.device import cache
 from turnout.models import LM, LMConfig, MoEConfig
-from turnout.models.checkpoint import load, load_offloaded, save
+from turnout.models.checkpoint import from_hf, load, load_offloaded, save, to_hf
 from turnout.models.decoding import Decoder, decoding_path
 from turnout.reshape import quantize
 
@@ -119,9 +119,10 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     lm = (
         quantize(lm, bits=BITS[kind])[0] if kind in BITS else lm.to(torch.bfloat16 if kind == "bf16" else torch.float32)
     )
-    save(folder / kind, lm)
+    # As they lie in slots: folders of turnout have whole matrices the other way round, and are turned on the way.
+    (save if kind in BITS else lambda path, model: to_hf(model, path))(folder / kind, lm)
     del lm
-    full = load(folder / kind)
+    full = (load if kind in BITS else from_hf)(folder / kind)
     modes = [Mode("all in memory", full, said.ids)]
     size = sum(tensor.nbytes for name, tensor in full.state_dict().items() if ".bank." in name)
     for share in options.shares:

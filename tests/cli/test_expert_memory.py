@@ -3,14 +3,25 @@
 from pathlib import Path
 
 import pytest
-from test_sample import folder  # noqa: F401 - a fixture
 
 from turnout.cli.main import main
 from turnout.decide.device import expert_memory, expert_slots
 from turnout.errors import UsageError
+from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.expert_room import ExpertRoom
+from turnout.train.data import train_tokenizer
 
 EACH = 3 * 16 * 12 * 4  # bytes of an expert
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("sample") / "moe"
+    sizes = {"vocab_size": 300, "width": 16, "layers": 2, "heads": 2, "max_seq": 64, "init_std": 0.4}
+    checkpoint.to_hf(LM(LMConfig(**sizes, moe=MoEConfig(4, 2, 12))), place)
+    lines = "\n".join(f"line {n}: the cat and the dog " + " ".join(str(n * k) for k in range(9)) for n in range(40))
+    train_tokenizer([lines], vocab_size=300).save(str(place / "tokenizer.json"))
+    return place
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
@@ -18,7 +29,7 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, st
     return code, *capsys.readouterr()
 
 
-def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> None:  # noqa: F811
+def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> None:
     drawn = folder, "--prompt", "the cat", "--tokens", "9", "--seed", "3"
     _, whole, silent = said(capsys, *drawn)
     code, few, told = said(capsys, *drawn, "--expert-memory", f"{5 * EACH / 1000}kB")
@@ -30,7 +41,7 @@ def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> Non
     assert other == whole and "hold 3 of 8 experts" in told and "in each" not in told
 
 
-def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:  # noqa: F811
+def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:
     for flags, words in (
         (("--expert-memory", "2 experts"), "expert_memory must be bytes"),
         (("--expert-memory", EACH), f"{2 * EACH:,} bytes"),
@@ -41,7 +52,7 @@ def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:  # n
         assert code == 2 and not out and words in told, told
 
 
-def test_layers_whose_experts_stay_with_the_cpu_change_nothing_on_one(folder, capsys) -> None:  # noqa: F811
+def test_layers_whose_experts_stay_with_the_cpu_change_nothing_on_one(folder, capsys) -> None:
     drawn = folder, "--prompt", "the cat", "--tokens", "4", "--temperature", "0"
     _, whole, _ = said(capsys, *drawn)
     code, same, told = said(capsys, *drawn, "--n-cpu-moe", "1")

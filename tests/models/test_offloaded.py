@@ -21,6 +21,7 @@ from turnout.errors import CheckpointError, UsageError
 from turnout.models import LM, MoEConfig, generate
 from turnout.models.checkpoint import from_hf, load, load_offloaded, save, to_hf
 from turnout.models.decoding import Decoder, decoding_path
+from turnout.models.packed import refuse_packed
 from turnout.types import Access, CacheShape, Decision
 
 ROUTED = ("moe", "moe in one layer", "loss-free", "gpt-oss", "biased experts", "groups", "gpt-2 with experts")
@@ -266,7 +267,8 @@ def test_what_such_a_model_is_not_for(tmp_path: Path) -> None:
     few = load_offloaded(tmp_path / "a", expert_memory=2 * each(lm))
     assert not any(parameter.requires_grad for parameter in few.parameters())
     for what in (lambda: save(tmp_path / "b", few), lambda: to_hf(few, tmp_path / "c"), few.half, few.state_dict,
-                 lambda: few.to("meta"), lambda: reshape.quantize(few), lambda: copy.deepcopy(few)):  # fmt: skip
+                 lambda: few.to("meta"), lambda: refuse_packed(few, "trained", where="a test"),
+                 lambda: copy.deepcopy(few)):  # fmt: skip
         with pytest.raises(UsageError, match=r"in files|few experts in memory"):
             what()
     few.blocks[0].attention.qkv.weight.requires_grad_(True)

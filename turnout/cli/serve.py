@@ -24,6 +24,7 @@ from pathlib import Path
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
+from turnout.cli.experts import add_experts, experts_of
 from turnout.errors import DataError, MissingExtraError, UsageError, word
 
 HELP = "answer by OpenAI's API over HTTP"
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a further name that clients call this server by, behind a proxy for example; repeatable",
     )
+    add_experts(parser)
     add_device(parser)
 
 
@@ -137,7 +139,9 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
     from turnout.serve.http import Texts
 
     _say(f"reading {arguments.path} ...")
-    found = opened(arguments.path, _WHERE, arguments.device)
+    found = opened(arguments.path, _WHERE, arguments.device, experts=experts_of(arguments))
+    for note in found.notes:
+        _say(note)
     say_unmet(own_wishes(found.lm), Drawing(where=_WHERE), _WHERE)  # clients may pass it; nobody does for them
     file = find_tokenizer(found.folder, where=_WHERE)
     size = found.lm.config.vocab_size

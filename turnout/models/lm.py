@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from turnout.models.norm import build_norm
 from turnout.models.padding import Places, find_places, new_places
 from turnout.models.prompts import Given
 from turnout.models.rope import Rope
-from turnout.paths import PackedLinear
+from turnout.paths import OffloadedBank, PackedLinear
 from turnout.run.product import linear
 from turnout.run.swap import ExpertCache
 from turnout.types import Cost, Routing
@@ -131,6 +131,12 @@ class LM(Called):
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # pyrefly: ignore[bad-return] - nn.ModuleList knows only Modules
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for module in self.modules() if self.experts is not None else ():
+            if isinstance(module, OffloadedBank):
+                module.check(fn)  # before a part of the model is somewhere else
+        return super()._apply(fn, recurse)
 
     def forward(
         self,

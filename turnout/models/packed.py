@@ -3,7 +3,7 @@
 from torch import nn
 
 from turnout.errors import UsageError, word
-from turnout.paths import PackedWeight
+from turnout.paths import OffloadedBank, PackedWeight
 
 __all__ = ["refuse_packed"]
 
@@ -17,12 +17,15 @@ def refuse_packed(model: nn.Module, what: str, *, where: str) -> None:
         where: the function.
 
     Raises:
-        UsageError: it has such weights; the first is named.
+        UsageError: it has such weights, and the first is named; or experts that are in files.
 
     >>> refuse_packed(nn.Linear(2, 2), "trained", where="turnout.train")
 
     Source: none; plain bookkeeping.
     """
+    for module in model.modules():
+        if isinstance(module, OffloadedBank):
+            raise module.refusal(what)
     first = next((name for name, module in model.named_modules() if isinstance(module, PackedWeight)), None)
     if first is not None:
         got = f"one with {first} in few bits"

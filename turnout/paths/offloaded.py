@@ -193,12 +193,20 @@ class OffloadedBank(Called):
             flops=2.0 * entries * products,
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def check(self, fn: Any) -> None:
+        """Refuses what would bring the experts to another dtype or device, before anything is brought there.
+
+        Raises:
+            UsageError: it would.
+        """
         for stack in self.cache.stacks:
             probe = stack.new_empty(0)
             after = fn(probe)
             if after.dtype != probe.dtype or after.device != probe.device:
                 raise self.refusal(f"brought to {after.dtype} on {after.device}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.check(fn)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -149,6 +149,8 @@ class Range:
         """Writes the numbers there, which has as many: straight, where it lies as the file does."""
         if view.is_contiguous() and view.dtype == self.dtype:
             self.file.read(view, self.offset)
+        elif view.ndim == 2 and view.t().is_contiguous():  # turned: torch does that fast from this side alone
+            view.t().copy_(self.tensor().view(view.shape).t())
         else:
             view.copy_(self.tensor().view(view.shape))
 

@@ -73,14 +73,13 @@ def load_offloaded(
     ...     few = load_offloaded(folder, expert_memory="5kB")
     ...     one, other = (model(torch.tensor([[1, 2, 3]])).logits_BSV for model in (few, lm.eval()))
     ...     few.experts.close()
-    >>> torch.equal(one, other), few.experts.stats().slots
-    (True, 3)
+    >>> torch.equal(one, other)
+    True
 
     Source: Eliseev & Mazur, 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading".
     """
-    path = located(path, where=_WHERE).folder
+    path, files = located(path, where=_WHERE).folder, dict[str, ExpertFile]()
     foreign = bool({"model_type", "architectures"} & set(read_json(path / "config.json", _WHERE)))
-    files: dict[str, ExpertFile] = {}
     try:
         found = _of_transformers(path, dtype, packed, files) if foreign else _of_ours(path, dtype, files)
         cache = found.cache(expert_memory, policy or LRU(), shared=shared, threads=threads)

@@ -88,7 +88,12 @@ class Loop:
         self._read(_SHARE * (time.perf_counter() - began_s) if ready else 0.0)
 
     def _step(self, lane: Lane, answers: list[Answer]) -> None:
-        scores = lane.step(answers)
+        try:
+            scores = lane.step(answers)
+        except TurnoutError as error:  # an expert's file is gone or changed: these end, and the engine goes on
+            for answer in answers:
+                self._fail(answer, error)
+            scores = []
         self._again(lane)
         for one in scores:
             self._take(one)
