@@ -105,7 +105,7 @@ def test_regrouping_wakes_fewer_experts_and_loses_nobody() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ShapeError, match="TraceMatching.learn"):
+    with pytest.raises(ShapeError, match=r"TraceMatching\.learn"):
         cache.TraceMatching(np.zeros((2, 2)))
     with pytest.raises(ShapeError, match="record this model"):
         cache.TraceMatching(np.ones((1, 2, 2))).init(CacheShape(3, 2, 1))
