@@ -116,7 +116,9 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     said = text(count, CONFIG.vocab_size, options.stay, TOPICS)
     lm = planted(dataclasses.replace(CONFIG, layers=options.layers), options.noise, TOPICS)
     near = locality(lm, said.ids)
-    lm = quantize(lm, bits=BITS[kind])[0] if kind in BITS else lm.to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    lm = (
+        quantize(lm, bits=BITS[kind])[0] if kind in BITS else lm.to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    )
     save(folder / kind, lm)
     del lm
     full = load(folder / kind)
@@ -173,12 +175,16 @@ def page(record: dict[str, Any]) -> list[str]:
             f"## {of['kind']}", "",
             f"A token's experts are {of['locality']:.0%} those of the token before (noise {options['noise']}, stay "
             f"{options['stay']}, {of['switches']} changes of topic). Speed is of all experts in memory, same round: "
-            f"median (least-most) of {options['rounds']} rounds of {options['tokens']} tokens; scores equal to the bit.",
+            f"median (least-most) of {options['rounds']} rounds of {options['tokens']} tokens; the same bits.",
             "", "| experts | ms a token | speed | speed by CPU time | hits | waited | read |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in of["modes"]:
-            more = [f"{row['hit_rate']:.1%}", f"{row['waits_s']:.2f} s", f"{row['gb']:.2f} GB"] if "gb" in row else ["", "", ""]
+            more = (
+                [f"{row['hit_rate']:.1%}", f"{row['waits_s']:.2f} s", f"{row['gb']:.2f} GB"]
+                if "gb" in row
+                else ["", "", ""]
+            )
             cells = [row["mode"], spread(row["ms"]), spread(row["speed"]), spread(row["cpu_speed"]), *more]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -76,11 +76,12 @@ class Load:
 
     def long_prompts(self, seed: int) -> dict[str, float]:
         """Gaps of texts under way while long prompts are read one after the other."""
-        count = 2 if self.quick else 4
+        count = 1 if self.quick else 3
 
         async def both() -> tuple[Driven, Driven]:
-            # Enough to go on until the last long prompt has been read.
-            short = asyncio.ensure_future(self._closed(self._traffic("64", "400"), 4 * 4, 4, seed))
+            # Long enough for most of the reading; gaps after it do not count.
+            tokens = "96" if self.quick else "256"
+            short = asyncio.ensure_future(self._closed(self._traffic("64", tokens), 4, 4, seed))
             await asyncio.sleep(1.0)
             long = await self._closed(self._traffic(str(LONG), "4"), count, 1, seed + 1)
             return await short, long

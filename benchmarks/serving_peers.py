@@ -141,7 +141,7 @@ def start(name: str, folder: Path, gguf: Path, kind: str, *, threads: int, strea
     return found
 
 
-def _wait(found: Running, limit_s: float = 240.0) -> None:
+def _wait(found: Running, limit_s: float = 600.0) -> None:
     until = time.monotonic() + limit_s
     while time.monotonic() < until and found.process.poll() is None:
         try:

@@ -59,7 +59,17 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import buffer_overflow, c3po, few_predictions, pr_moe, scmoe
+from turnout.claims.serve import (
+    buffer_overflow,
+    c3po,
+    expert_caching,
+    expert_flow,
+    few_predictions,
+    pr_moe,
+    pre_gated,
+    scmoe,
+    trace_matching,
+)
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -84,7 +94,9 @@ __all__ = [
     "drop_experts",
     "evo_moe",
     "exflow",
+    "expert_caching",
     "expert_choice",
+    "expert_flow",
     "fedins",
     "fedjets",
     "few_predictions",
@@ -112,6 +124,7 @@ __all__ = [
     "phatgoose",
     "post_validation",
     "pr_moe",
+    "pre_gated",
     "read_me",
     "replan",
     "scalearn",
@@ -125,6 +138,7 @@ __all__ = [
     "stragglers",
     "superpipeline",
     "surco",
+    "trace_matching",
     "tutel",
     "upcycle",
     "zero",

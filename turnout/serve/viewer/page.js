@@ -152,19 +152,22 @@
     const said = routes.map((chosen, at) => `${layerName(at)}: ${named(chosen)}`).join("; ");
     holder.replaceChildren(picture(width, height, `Token ${picked + 1}. ${said}`, dots, ways, marks));
   }
-  function loads() { return mine ? counts : (state && state.load) || data.load || []; }
+  function loads() {  // with a number for every expert
+    const found = mine ? counts : (state && state.load) || data.load || [];
+    return experts.map((many, at) => Array.from({ length: many }, (_, e) => (found[at] && found[at][e]) || 0));
+  }
   function drawLoad() {
-    const found = loads(), row = found[layer] || [], many = experts[layer] || row.length;
-    const sum = row.reduce((a, b) => a + (b || 0), 0);
+    const found = loads(), row = found[layer] || [], many = row.length;
+    const sum = row.reduce((a, b) => a + b, 0);
     const hint = mine ? `of the tokens of this text` : data.trace ? "of the whole trace" : state && state.live === false
       ? "of everybody, told in steps of many tokens, so that it is nobody's" : "of everybody since the server began";
     $("load-about").textContent = sum ? `${experts.length ? layerName(layer) : ""}: share of each expert, ${hint}` : `No load yet, ${hint}.`;
     const holder = $("load"), all = $("layers");
     if (!sum || !many) { holder.replaceChildren(); all.replaceChildren(); return; }
-    const left = 40, width = wide(holder), step = (width - left) / many, most = Math.max(...row.map((c) => c || 0)) / sum, high = 84;
+    const left = 40, width = wide(holder), step = (width - left) / many, most = Math.max(...row) / sum, high = 84;
     const bars = draw("g", {});
     for (let e = 0; e < many; e++) {
-      const share = (row[e] || 0) / sum, tall = Math.max(share ? 1.5 : 0, high * share / most);
+      const share = row[e] / sum, tall = Math.max(share ? 1.5 : 0, high * share / most);
       const bar = draw("rect", { x: left + e * step + (step > 4 ? 0.75 : 0), y: high + 6 - tall, width: Math.max(0.8, step - (step > 4 ? 1.5 : 0)), height: tall },
         draw("title", {}, `expert ${e}: ${percent(share)}`));
       bar.style.fill = color(e);
@@ -175,7 +178,7 @@
     }
     const even = high + 6 - high / many / most;
     bars.append(draw("path", { class: "cross", d: `M${left} ${even}H${width}` }), draw("text", { x: left - 5, y: even + 4, "text-anchor": "end" }, "even"));
-    const order = row.map((count, e) => [count || 0, e]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+    const order = row.map((count, e) => [count, e]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     const said = order.map(([count, e]) => `expert ${e} ${percent(count / sum)}`).join(", ");
     holder.replaceChildren(picture(width, high + 26, `${layerName(layer)}, busiest: ${said}`, bars));
     drawLayers(found, all, left);
@@ -183,13 +186,13 @@
   function drawLayers(found, holder, left) {
     const width = wide(holder), high = experts.length > 24 ? 10 : 17, rows = draw("g", {});
     experts.forEach((many, at) => {
-      const row = found[at] || [], sum = row.reduce((a, b) => a + (b || 0), 0), most = Math.max(1, ...row.map((c) => c || 0));
+      const row = found[at] || [], sum = row.reduce((a, b) => a + b, 0), most = Math.max(1, ...row);
       const group = draw("g", { "data-layer": at }), step = (width - left) / many;
       if (at % Math.ceil(14 / high) === 0) group.append(draw("text", { x: left - 5, y: at * high + high / 2 + 4, "text-anchor": "end", class: at === layer ? "on" : "" }, String(at)));
       for (let e = 0; e < many; e++) {
         const cell = draw("rect", { class: "cell", x: left + e * step, y: at * high + 0.5, width: Math.max(0.6, step - (step > 4 ? 1 : 0)), height: high - 1 },
-          draw("title", {}, `${layerName(at)}, expert ${e}: ${percent(sum ? (row[e] || 0) / sum : 0)}`));
-        cell.style.fillOpacity = (0.06 + 0.94 * (row[e] || 0) / most).toFixed(3);
+          draw("title", {}, `${layerName(at)}, expert ${e}: ${percent(sum ? row[e] / sum : 0)}`));
+        cell.style.fillOpacity = (0.06 + 0.94 * row[e] / most).toFixed(3);
         group.append(cell);
       }
       if (at === layer) group.append(draw("rect", { class: "now", x: left - 1, y: at * high, width: width - left, height: high }));
