@@ -1,5 +1,7 @@
 """Claim: experts mixed anew at test time, by the loss of like prompts that went well, put wrong routers right."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,8 +16,8 @@ _STEPS, _BATCH, _LR = 200, 64, 5e-3
 _TESTS, _KNOWN = 256, 400
 # How far routers are moved, in standard deviations of their weights: a fifth to a third of the answers goes wrong then.
 _NOISE = 2.0
-_HOW = {"neighbors": 4, "layers": 3}
-_ARMS: dict[str, dict[str, object]] = {
+_HOW: dict[str, Any] = {"neighbors": 4, "layers": 3}
+_ARMS: dict[str, dict[str, Any]] = {
     "gradient": {"by": "gradient"},
     "mode": {"by": "mode", "alpha": 0.5, "steps": 3},
     "average": {"by": "kernel", "kernel": "cosine", "experts": None},
