@@ -175,7 +175,7 @@ def page(record: dict[str, Any]) -> list[str]:
             f"## {of['kind']}", "",
             f"A token's experts are {of['locality']:.0%} those of the token before (noise {options['noise']}, stay "
             f"{options['stay']}, {of['switches']} changes of topic). Speed is of all experts in memory, same round: "
-            f"median (least-most) of {options['rounds']} rounds of {options['tokens']} tokens; scores equal to the bit.",
+            f"median (least-most) of {options['rounds']} rounds of {options['tokens']} tokens; the same bits.",
             "", "| experts | ms a token | speed | speed by CPU time | hits | waited | read |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip

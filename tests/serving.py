@@ -34,10 +34,10 @@ class Served:
         return self.app.state.service
 
 
-def make_lm(seed: int = 0) -> LM:
+def make_lm(seed: int = 0, max_seq: int = MAX_SEQ) -> LM:
     torch.manual_seed(seed)
     moe = MoEConfig(4, 2, 12)
-    sizes = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "max_seq": MAX_SEQ, "init_std": 0.4}
+    sizes = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "max_seq": max_seq, "init_std": 0.4}
     return LM(LMConfig(**sizes, moe=moe)).eval()
 
 
@@ -58,9 +58,10 @@ class serving:
         limits: Limits | None = None,
         template: str | None = TEMPLATE,
         eos: tuple[int, ...] = (0,),
+        max_seq: int = MAX_SEQ,
         **engine: Any,
     ) -> None:
-        self._lm = make_lm()
+        self._lm = make_lm(max_seq=max_seq)
         self._engine = Engine(self._lm, tokenizer=tokenizer, name="moe", **engine)
         made = None if template is None else ChatTemplate(template, {})
         self._texts = Texts(tokenizer, vocab_size=VOCAB, eos=eos, own=True, template=made)

@@ -134,7 +134,7 @@ def at_random(cluster):
 
 
 first = patched(
-    "topk", "largest", lambda _: lambda score_TE, k: torch.arange(k).expand(len(score_TE), k), "decide.token"
+    "topk", "picked", lambda _: lambda score_TE, k, rank: torch.arange(k).expand(len(score_TE), k), "decide.token"
 )
 # A threshold that nearly even gates come close to, as they do not in so few steps to the usual one.
 BARELY: dict[str, object] = {

@@ -121,6 +121,23 @@ def test_few_tokens_of_prompts_are_one_step(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(torch.stack(one), torch.stack(found[0]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["moe", "gpt-oss", "latent"])
+@torch.no_grad()
+def test_rows_in_16_bits_have_the_bits_that_they_have_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_FEW_SHORT", 5)
+    monkeypatch.setattr(paged, "CHUNK", 64)
+    lm = LM(dataclasses.replace(TINY, **VARIANTS[name], max_seq=400, init_std=0.2)).eval().bfloat16()
+    id_BS, lengths = ids(4, 170), [130, 1, 63, 68]
+    decoder = Decoder(lm, len(lengths), 10)
+    together = [decoder.prefill(id_BS[:, :130], torch.tensor(lengths)).clone()]
+    together += [decoder.step(id_B).clone() for id_B in id_BS[:, 130:].T]
+    for row, length in enumerate(lengths):
+        alone = Decoder(lm, 1, 1)
+        got = [alone.prefill(id_BS[row : row + 1, :length]).clone()]
+        got += [alone.step(id_BS[row : row + 1, place]).clone() for place in range(130, 170)]
+        assert torch.equal(torch.cat(got), torch.stack(together)[:, row])
+
+
 @pytest.mark.parametrize("few", [0, 5, 64])
 @pytest.mark.parametrize("name", ["moe", "window", "gpt-oss", "gemma", "latent", "sinks", "full norm"])
 @torch.no_grad()

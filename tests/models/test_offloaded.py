@@ -292,6 +292,7 @@ def test_too_little_memory_is_said_with_what_is_needed(tmp_path: Path) -> None:
 
 def test_closing_and_forgetting_give_threads_and_files_back(tmp_path: Path) -> None:
     save(tmp_path, lm := make("moe"))
+    gc.collect()  # what other tests have left
     before = threading.active_count()
     few = load_offloaded(tmp_path, expert_memory=2 * each(lm), threads=2)
     other = load_offloaded(tmp_path, expert_memory=2 * each(lm), threads=1)
@@ -317,9 +318,10 @@ def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], own())
 thread = threading.Thread(target=watch); thread.start()
-before = own()
-lm = load_offloaded(sys.argv[1], expert_memory=int(sys.argv[2]))
-generate(lm, [[1, 2, 3] * 30], tokens=8, temperature=0)
+for folder, size in zip(sys.argv[1:3], sys.argv[3:]):  # the first has the libraries take what they take
+    before, peak[0] = own(), 0
+    lm = load_offloaded(folder, expert_memory=int(size))
+    generate(lm, [[1, 2, 3] * 30], tokens=8, temperature=0)
 done.set(); thread.join()
 print(peak[0] - before)
 """
@@ -329,12 +331,15 @@ print(peak[0] - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of one's own is read in /proc")
 @pytest.mark.parametrize("kind", ["ours", "transformers"])
 def test_the_experts_are_never_all_in_memory(kind: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, width=256, heads=4, moe=MoEConfig(64, 2, 512), layers=2, max_seq=128)
-    lm, where = LM(config), tmp_path / "model"
-    save(where, lm) if kind == "ours" else to_hf(lm, where)
-    experts, slots = 128 * each(lm), 8 * each(lm)
+    sizes = []
+    for name, hidden in (("small", 16), ("large", 512)):
+        config = dataclasses.replace(TINY, width=256, heads=4, moe=MoEConfig(64, 2, hidden), layers=2, max_seq=128)
+        save(tmp_path / name, lm := LM(config)) if kind == "ours" else to_hf(lm := LM(config), tmp_path / name)
+        sizes.append(8 * each(lm))
+    experts, slots = 16 * sizes[1], sizes[1]
     environment = os.environ | {"TURNOUT_COMPILED": "0"}
-    run = [sys.executable, "-c", _MEASURE, str(where), str(slots)]
+    folders = [str(tmp_path / name) for name in ("small", "large")]
+    run = [sys.executable, "-c", _MEASURE, *folders, *map(str, sizes)]
     peak = int(subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout)
-    # Beside slots: what is not experts, torch's own first allocations, and a row of prompts.
-    assert experts > 200e6 and peak < slots + 60e6, (peak, slots, experts)
+    # Beside slots: what is no expert, one expert that is turned on its way, and a prompt.
+    assert experts > 200e6 and peak < slots + 24e6, (peak, slots, experts)

@@ -55,8 +55,8 @@ def looked_at(table, start, page_P, first, end, q_GW, sinks, softcap, scale, sco
 
 
 @kernel()
-def chosen_by(layers, logit_E, choice_K, weight_K):
-    chosen(layers[0], logit_E, choice_K, weight_K)
+def chosen_by(layers, logit_E, choice_K, weight_K, rank):
+    chosen(layers[0], logit_E, choice_K, weight_K, rank)
 
 
 def test_exponentials_are_right_to_the_last_digits_and_keep_what_is_no_number() -> None:
@@ -178,9 +178,17 @@ def test_routers(name: str) -> None:
     dense_TE = torch.zeros(40, 12)
     for row, x_D in enumerate(x_TD):
         choice, weight = np.empty(router.top_k, np.int64), np.empty(router.top_k, np.float32)
-        chosen_by(layer, array(torch.nn.functional.linear(x_D, router.weight, bias)), choice, weight)
+        chosen_by(layer, array(torch.nn.functional.linear(x_D, router.weight, bias)), choice, weight, 0)
         dense_TE[row, torch.from_numpy(choice)] = torch.from_numpy(weight)
     torch.testing.assert_close(dense_TE, router(x_TD).dense(), rtol=1e-5, atol=1e-6)
+    for rank in (1, 2, 4):
+        index_T1, weight_T1 = router.chosen(router.scored(x_TD)[1], rank=rank)
+        for row, x_D in enumerate(x_TD):
+            logit = array(torch.nn.functional.linear(x_D, router.weight, bias))
+            choice, weight = np.empty(router.top_k, np.int64), np.empty(router.top_k, np.float32)
+            chosen_by(layer, logit, choice, weight, rank)
+            assert choice.tolist() == [int(index_T1[row]), *[-1] * (router.top_k - 1)]
+            torch.testing.assert_close(weight[0].item(), weight_T1[row].item(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", list(CODES))

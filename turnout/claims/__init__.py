@@ -59,7 +59,14 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import buffer_overflow, few_predictions
+from turnout.claims.serve import (
+    buffer_overflow,
+    expert_caching,
+    expert_flow,
+    few_predictions,
+    pre_gated,
+    trace_matching,
+)
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -83,7 +90,9 @@ __all__ = [
     "drop_experts",
     "evo_moe",
     "exflow",
+    "expert_caching",
     "expert_choice",
+    "expert_flow",
     "fedins",
     "fedjets",
     "few_predictions",
@@ -110,6 +119,7 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pre_gated",
     "read_me",
     "replan",
     "scalearn",
@@ -122,6 +132,7 @@ __all__ = [
     "stragglers",
     "superpipeline",
     "surco",
+    "trace_matching",
     "tutel",
     "upcycle",
     "zero",

@@ -35,6 +35,7 @@ COMMANDS = (
     "audit",
     "parity",
     "place",
+    "cache",
     "plan",
     "verify",
     "methods",
@@ -62,6 +63,7 @@ a job each:
   turnout parity plan.json                       has training on many processes the gradients of one?
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
+  turnout cache trace                            which policy a cache of experts should have, from a recorded trace
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why

@@ -10,6 +10,7 @@ examples:
   turnout sample runs/x --prompt "import" --tokens 200 --top-p 0.95 --stop "def " --seed 1
   turnout sample mixtral --expert-memory 8GB --prompt "Once upon a time"    the other experts stay on disk
   turnout sample runs/x --prompts prompts.txt --min-p 0.05 --repetition-penalty 1.1
+  turnout sample runs/x --prompt "def main(" --contrast 0.5             less of what experts say that were not chosen
 """
 
 import argparse
@@ -46,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="above 1: tokens of the text so far less often",
     )
+    parser.add_argument(
+        "--contrast",
+        type=float,
+        metavar="BETA",
+        help="draw from (1 + BETA) times the scores less BETA times those of one lower expert (SCMoE; try 0.5)",
+    )
+    parser.add_argument("--contrast-rank", type=int, metavar="K", help="which expert that is, from 1 (default 2)")
+    parser.add_argument(
+        "--contrast-alpha", type=float, metavar="A", help="among those at least A times as likely (default 0.1)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--keep-stop", action="store_true", help="end behind it")
     parser.add_argument(
@@ -81,6 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
         keep_stop=arguments.keep_stop,
         eos=arguments.eos,
         seed=arguments.seed,
+        contrast=arguments.contrast,
+        contrast_alpha=arguments.contrast_alpha,
+        contrast_rank=arguments.contrast_rank,
     )
     prompts = [arguments.prompt] if arguments.prompts is None else prompts_in(arguments.prompts)
     one, watched = len(prompts) == 1, sys.stderr.isatty()

@@ -17,6 +17,7 @@ examples:
 
 import argparse
 import os
+import re
 import sys
 import typing
 from pathlib import Path
@@ -77,6 +78,17 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=256, metavar="N", help="texts that may wait (default 256), beyond that 429"
     )
     limit.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="for keys and values of all texts: 1GB, 512MB (default: 2,048 tokens a text)",
+    )
+    limit.add_argument(
+        "--no-prefix-sharing",
+        dest="sharing",
+        action="store_false",
+        help="read every prompt anew, also where one with the same beginning was read before",
+    )
+    limit.add_argument(
         "--request-timeout", type=float, default=1800.0, metavar="S", help="seconds an answer may take (default 1800)"
     )
     limit.add_argument(
@@ -90,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_there("PATH", [arguments.path], _WHERE, hub=True)
     adapters = _adapters(arguments.lora)
     keys = _keys(arguments)
+    if arguments.kv_memory is not None:
+        _bytes(arguments.kv_memory)
     _check_public(arguments, keys)
     _check_extra()
     from turnout.serve.http import Door, Limits, build_app, listen, run_server
@@ -114,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[typing.Any, typing.Any]:
     """What answers, and the texts of its model."""
+    from turnout.models import Drawing
+    from turnout.models.wishes import own_wishes, say_unmet
     from turnout.recipes.calibration import find_tokenizer
     from turnout.recipes.models import opened
     from turnout.recipes.sample import text_ends
@@ -122,6 +138,7 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
 
     _say(f"reading {arguments.path} ...")
     found = opened(arguments.path, _WHERE, arguments.device)
+    say_unmet(own_wishes(found.lm), Drawing(where=_WHERE), _WHERE)  # clients may pass it; nobody does for them
     file = find_tokenizer(found.folder, where=_WHERE)
     size = found.lm.config.vocab_size
     plain = Texts.load(file, vocab_size=size, eos=(), own=found.own)
@@ -134,6 +151,8 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
         adapters=adapters,
         slots=arguments.max_running,
         waiting=arguments.max_waiting,
+        cache_bytes=None if arguments.kv_memory is None else _bytes(arguments.kv_memory),
+        sharing=arguments.sharing,
     )
     _warm(engine, texts)
     return engine, texts
@@ -150,6 +169,18 @@ def _warm(engine: typing.Any, texts: typing.Any) -> None:
     if end.reason == "error":
         fix = "look at the model with turnout doctor"
         raise UsageError(word("the model", got=end.message, allowed="answer", where=_WHERE, fix=fix))
+
+
+def _bytes(size: str) -> int:
+    """A size with its unit, as --expert-memory has them."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", size.strip().upper())
+    value = (
+        0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    )
+    if value < 1:
+        got, allowed = size, "be a size above 0, with kB, MB, GB, KiB, MiB or GiB"
+        raise UsageError(word("--kv-memory", got=got, allowed=allowed, where=_WHERE, fix="pass --kv-memory 1GB"))
+    return value
 
 
 def _adapters(given: list[str]) -> dict[str, str]:

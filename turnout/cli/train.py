@@ -11,6 +11,9 @@ examples:
                                                    train a model on, with its own tokenizer: a run, a conversion, a
                                                    folder of transformers
   turnout train --from MODEL only=adapters rank=16 --data my_folder --out runs/z
+  turnout train pyramid --out runs/p
+  turnout train pyramid_student --teacher runs/p --out runs/s
+                                                   a smaller model, taught by that one for the first of its steps
   torchrun --nproc-per-node 4 --max-restarts 3 -m turnout train tiny --layout dp_shard=4,ep=2 --out runs/p
                                                    on four processes, with the losses of one; after a crash they go on
                                                    from the last checkpoint by themselves
@@ -46,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="start",
         metavar="MODEL",
         help="start from this model's weights and tokenizer, in place of a recipe",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="learn from this model's probabilities too at first (kd_weight, kd_share)"
     )
     parser.add_argument(
         "--data",
@@ -190,6 +196,10 @@ def _check_spread(arguments: argparse.Namespace) -> None:
 
 def _check_start(arguments: argparse.Namespace) -> None:
     """Refuses what does not go with --from, before torch loads."""
+    if arguments.teacher is not None and arguments.recipe is None:
+        got, fix = "no recipe beside it", "name a recipe: turnout train pyramid_student --teacher MODEL"
+        raise UsageError(word("--teacher", got=got, allowed="begin a run", where="turnout train", fix=fix))
+    check_there("--teacher", [arguments.teacher], "turnout train", hub=True)
     if arguments.start is None:
         return
     for flag, given in (("--resume", arguments.resume), (f"the recipe {arguments.recipe}", arguments.recipe)):
@@ -217,6 +227,10 @@ def _planned(arguments: argparse.Namespace) -> "Run":
     from turnout.recipes.run import named_domains
 
     recipe = _recipe(arguments)
+    if arguments.teacher is not None:
+        from turnout.recipes.teach import taught
+
+        recipe = taught(recipe, arguments.teacher)
     # Other text first: it lifts the recipe's own limit, and a limit that is asked for stays.
     plan = recipe.with_domains(named_domains(arguments.data)) if arguments.data else recipe
     plan = plan.scaled(arguments.overrides)

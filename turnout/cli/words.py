@@ -28,6 +28,7 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "turnout.device": {"device": "--device"},
     "turnout.models.gguf.to_gguf": {"kind": "--gguf"},
     "turnout.decide.device.layouts": {"devices": "--devices"},
+    "turnout.serve.Engine": {"slots": "--max-running", "waiting": "--max-waiting", "cache_bytes": "--kv-memory"},
 }
 # Commands whose own words are ``field=value``; of what they raise only flags are put in words.
 _FIELDS = {"train", "run"}

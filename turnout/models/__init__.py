@@ -1,6 +1,8 @@
 """Whole networks: a decoder language model, dense or sparse, and its files on disk."""
 
 from turnout.models import checkpoint
+from turnout.models.c3po import C3PO, Pathways
+from turnout.models.contrast import Contrast
 from turnout.models.draw import Drawing
 from turnout.models.fused import token_loss
 from turnout.models.generated import Asked, Generated, Piece
@@ -12,9 +14,11 @@ from turnout.models.pre_gate import PreGate
 from turnout.models.sentence import SentenceEncoder
 
 __all__ = [
+    "C3PO",
     "LM",
     "Asked",
     "Cache",
+    "Contrast",
     "Drawing",
     "FactoredConfig",
     "Generated",
@@ -24,6 +28,7 @@ __all__ = [
     "LMOutput",
     "MLAConfig",
     "MoEConfig",
+    "Pathways",
     "Piece",
     "PreGate",
     "QuantizedConfig",

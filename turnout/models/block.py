@@ -1,5 +1,6 @@
 """One layer of a decoder, and the routers that a configuration names."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,10 @@ from turnout.paths import FeedForward, PackedFeedForward
 from turnout.types import Routing
 from turnout.wrappers import unwrapped
 
-__all__ = ["Block", "build_pre_gate", "build_router"]
+__all__ = ["Block", "Detour", "build_pre_gate", "build_router"]
+
+# What decides in the place of a layer's router: given the layer, what it reads, and where there is padding.
+Detour = Callable[[MoE, Tensor, Places | None], Routing]
 
 
 class Block(nn.Module):
@@ -51,12 +55,13 @@ class Block(nn.Module):
             sizes = {"activation": activation, "bias": config.ff_bias, "packs": config.packs("dense")}
             self.ff = feed_forward(config.width, hidden, **sizes, **start)
         else:
-            moe = config.moe
+            moe, count = config.moe, config.experts_of(layer)
+            own = dataclasses.replace(moe, num_experts=count, per_layer=None)
             self.ff = MoE(
                 config.width,
                 moe.hidden,
-                moe.num_experts,
-                router=None if moe.router == "PreGate" else build_router(config.width, moe, generator, config.init_std),
+                count,
+                router=None if moe.router == "PreGate" else build_router(config.width, own, generator, config.init_std),
                 activation=moe.activation,
                 bias=moe.bias,
                 shared_hidden=moe.shared_hidden,
@@ -81,12 +86,15 @@ class Block(nn.Module):
         generator: torch.Generator | None,
         routing: Routing | None = None,
         only_B: Tensor | None = None,
+        detour: Detour | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The tokens after this layer, and where they went; a ``routing`` that is given is where they go.
 
         With ``only_B`` one token a row goes on after the attention, (B, 1, D), in evaluation: of those alone is asked.
+        A ``detour`` gives the routing, of what the routed layer reads.
         """
-        call = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator, "routing": routing}
+        call: dict[str, Any] = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator}
+        call |= {"routing": routing, "detour": detour}
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._run(x_BSD, angles, cache, places, **call, only_B=only_B)
         # The second time a router draws what it drew the first time.
@@ -113,9 +121,30 @@ class Block(nn.Module):
         generator: torch.Generator | None,
         routing: Routing | None = None,
         only_B: Tensor | None = None,
+        detour: Detour | None = None,
     ) -> tuple[Tensor, Routing | None]:
+        x_BSD = self.attended(x_BSD, angles, cache, places)
+        call: dict[str, Any] = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator}
+        return self.fed(x_BSD, places, **call, routing=routing, only_B=only_B, detour=detour)
+
+    def attended(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
+        """The first half of ``forward``: the tokens after the attention."""
         normed_BSD = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
-        x_BSD = self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+        return self.add(x_BSD, self.attention(normed_BSD, angles, cache, places), self.attention_out_norm)
+
+    def fed(
+        self,
+        x_BSD: Tensor,
+        places: Places | None = None,
+        *,
+        token_id_BS: Tensor,
+        backend: str,
+        generator: torch.Generator | None,
+        routing: Routing | None = None,
+        only_B: Tensor | None = None,
+        detour: Detour | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """The second half: the tokens after the feed-forward layer, and where they went."""
         if only_B is not None:
             places, at = None, (torch.arange(len(x_BSD), device=x_BSD.device), only_B)
             x_BSD, token_id_BS = x_BSD[at].unsqueeze(1), token_id_BS[at].unsqueeze(1)
@@ -123,6 +152,9 @@ class Block(nn.Module):
         ff: Any = self.ff  # or what wraps it
         if isinstance(unwrapped(ff), FeedForward | PackedFeedForward):
             return self.add(x_BSD, ff(normed_BSD), self.ff_out_norm), None
+        if detour is not None:
+            moe: Any = unwrapped(ff)
+            routing = detour(moe, normed_BSD, places)
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
         return self.add(x_BSD, routed.output, self.ff_out_norm), routed.routing

@@ -180,6 +180,14 @@ class LMConfig:
         """Whether this layer, counted from 0, has experts."""
         return self.moe is not None and (self.moe.layers == "all" or layer in self.moe.layers)
 
+    def experts_of(self, layer: int) -> int:
+        """How many experts the router of this layer chooses among; 0 for a dense layer."""
+        if self.moe is None or not self.is_routed(layer):
+            return 0
+        if self.moe.per_layer is None:
+            return self.moe.num_experts
+        return self.moe.per_layer[sum(self.is_routed(before) for before in range(layer))]
+
     def experts_held(self, layer: int) -> int | None:
         """How many different experts this routed layer holds; None for as many as its router chooses among."""
         if self.moe is None or self.moe.distinct is None or not self.is_routed(layer):
@@ -327,6 +335,9 @@ def _check_each_layer(moe: MoEConfig, routed: int) -> None:
     ):
         allowed = f"give each of the {routed} routed layers 1 to num_experts={moe.num_experts} experts, or be None"
         refuse("moe.distinct", held, allowed, "LMConfig", "distinct=None")
+    if moe.per_layer is not None and len(moe.per_layer) != routed:
+        refuse("moe.per_layer", moe.per_layer, f"give each of the {routed} routed layers its experts, or be None",
+                "LMConfig", "per_layer=None")  # fmt: skip
     rows = None if moe.factored is None else moe.factored.rows
     if rows is not None and len(rows) != routed:
         refuse("moe.factored.rows", rows, f"have one pair for each of the {routed} routed layers, or be None",

@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from turnout.expects import expects
+from turnout.expects import Kind, expects
+from turnout.models.c3po import C3PO, Remixed
 from turnout.models.checkpoint.live import lm_or_itself
-from turnout.models.decoding import Decoder
+from turnout.models.contrast import Contrast
+from turnout.models.decoding import Contrasted, Decoder
 from turnout.models.decoding.sides import Sides
 from turnout.models.draw import Drawing
 from turnout.models.ends import own_ends
@@ -23,7 +25,15 @@ from turnout.wrappers import unwrapped
 __all__ = ["foreign_steps", "generate"]
 
 
-@expects(model=nn.Module)
+def _one_of(kind: type, article: str, fix: str) -> Kind:
+    return Kind(lambda value: value is None or isinstance(value, kind), f"{article} {kind.__name__}", f"pass {fix}")
+
+
+_CONTRAST = _one_of(Contrast, "a", "turnout.models.Contrast(beta=0.5)")
+_REMIX = _one_of(C3PO, "a", "turnout.models.C3PO(pathways)")
+
+
+@expects(model=nn.Module, contrast=_CONTRAST, remix=_REMIX)
 def generate(
     model: nn.Module,
     prompts: Given,
@@ -45,6 +55,8 @@ def generate(
     stream: Callable[[Piece], object] | None = None,
     logprobs: bool = False,
     fallback: bool = False,
+    contrast: Contrast | None = None,
+    remix: C3PO | None = None,
 ) -> Generated:
     """What a model makes of prompts, each as it would alone; at temperature 0, token for token what transformers makes.
 
@@ -55,6 +67,10 @@ def generate(
         attention_mask: of prompts (B, S): (B, S), 1 or true at tokens, padding before them; or (B,) how many tokens
             each row begins with, which come out moved to its end. None for no padding.
         fallback: whether a model of transformers that is no LM exactly is run as it is, with a warning.
+        contrast: draws from the scores of self-contrast (SCMoE) in the place of the model's own; they come before
+            temperature and filters, and are what ``logprobs`` tells. None, or beta=0, for the model's own.
+        remix: routes the last token of each prompt as ``turnout.models.C3PO`` finds best. None, or alpha=1, for the
+            model's own routers.
 
     The other arguments are those of ``turnout.models.Drawing`` and ``turnout.models.Asked``.
 
@@ -75,8 +91,27 @@ def generate(
     own = own_ends(inside) if eos == "model" else ()
     say_unmet(own_wishes(inside), drawing, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = functools.partial(Decoder if isinstance(run, LM) else foreign_steps, run)
+    steps = _steps(run, contrast, remix)
     return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+
+
+def _steps(run: Any, contrast: Contrast | None, remix: C3PO | None) -> Any:
+    """What makes the steps of a generation."""
+    # What would change nothing is left out, so that nothing changes.
+    asked = [] if contrast is None or contrast.beta == 0 else ["contrast"]
+    asked += [] if remix is None or remix.alpha == 1 else ["remix"]
+    if asked and not isinstance(run, LM):
+        fix = f"pass a model that turnout computes itself, or leave {asked[0]} out"
+        raise refusal(asked[0], "a model that is run as it is", "go with an LM", fix)
+    if len(asked) > 1:
+        raise refusal("contrast and remix", "both", "be one", "leave one of them out")
+    if contrast is not None and asked == ["contrast"]:
+        contrast.check(run)
+        return functools.partial(Contrasted, run, contrast=contrast)
+    if remix is not None and asked == ["remix"]:
+        remix.check(run)
+        return functools.partial(Remixed, run, remix=remix)
+    return functools.partial(Decoder if isinstance(run, LM) else foreign_steps, run)
 
 
 def foreign_steps(model: Any, batch: int, room: int) -> Steps:

@@ -1,8 +1,9 @@
 """A decoder language model: dense or with experts in any layer, exactly expressible in the published architectures."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,11 +224,13 @@ class LM(Called):
         backend: str = "auto",
         generator: torch.Generator | None = None,
         only_B: Tensor | None = None,
+        detour: Callable[[int, MoE, Tensor, Places | None], Routing] | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...], Places | None]:
         """What the output layer reads, the decisions, and where there is padding.
 
         With ``only_B`` (B, 1, D) of that place in each row alone: the last layer does no more than is asked. Only for
-        models in which a token's experts do not depend on which other tokens there are.
+        models in which a token's experts do not depend on which other tokens there are. A ``detour`` decides in the
+        place of the layers' routers: given which of the routed layers it is, the layer, what that reads, and padding.
         """
         batch = self.begin(id_BS, attention_mask=attention_mask, cache=cache)
         x_BSD, places = batch.x_BSD, batch.places
@@ -237,7 +240,9 @@ class LM(Called):
         routings = []
         last = len(self.blocks) - 1
         for layer, (block, angles) in enumerate(zip(self._blocks(), batch.angles_L, strict=True)):
-            some = {} if only_B is None or layer < last else {"only_B": only_B}
+            some: dict[str, Any] = {} if only_B is None or layer < last else {"only_B": only_B}
+            if detour is not None:
+                some["detour"] = functools.partial(detour, len(routings))
             x_BSD, routing = block(x_BSD, angles, cache, places, **call, **some)
             if routing is not None:
                 routings.append(routing)

@@ -76,6 +76,9 @@ class MoEConfig:
         distinct: how many different experts each routed layer holds, in layer order, where several of the router's E
             share their weights (merged experts); None for E.
         factored: the sizes of experts whose matrices are factored; None for whole ones.
+        per_layer: how many experts each routed layer has, in layer order, where they are not all ``num_experts``, which
+            is the most of them: a pyramid has fewer in its first layers. Not with ``distinct``, ``factored`` or
+            "PreGate". No architecture of transformers has it.
 
     >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
     'TopK'
@@ -95,6 +98,7 @@ class MoEConfig:
     bias: bool = False
     distinct: tuple[int, ...] | None = None
     factored: FactoredConfig | None = None
+    per_layer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden"):
@@ -108,6 +112,19 @@ class MoEConfig:
             raise nearest(self.router, _ROUTERS, kind="router", where="MoEConfig")
         if self.shared_gate and self.shared_hidden is None:
             refuse("shared_gate", True, "go with a shared expert", "MoEConfig", "shared_hidden too")
+        if self.per_layer is not None:
+            self._check_per_layer(self.per_layer)
+
+    def _check_per_layer(self, counts: tuple[int, ...]) -> None:
+        for count in counts:
+            positive("per_layer", count, "MoEConfig")
+        least, most = min(counts, default=0), max(counts, default=0)
+        if not self.top_k <= least < most == self.num_experts:
+            allowed = f"be from top_k={self.top_k} to num_experts={self.num_experts}, that in one and less in another"
+            refuse("per_layer", counts, allowed, "MoEConfig", f"num_experts={max(most, 2)}, or per_layer=None")
+        if self.distinct is not None or self.factored is not None or self.router == "PreGate":
+            allowed = "be None with merged or factored experts, and with one router for all layers"
+            refuse("per_layer", counts, allowed, "MoEConfig", "per_layer=None")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,7 @@ def with_lora(lm: LM, adapter: str | Path | PeftAdapter) -> LM:
     """
     found = adapter if isinstance(adapter, PeftAdapter) else read_adapter(adapter)
     kept: dict[int, object] = {id(one): one for one in (*lm.parameters(), *lm.buffers())}
+    kept[id(lm.experts)] = lm.experts
     made = copy.deepcopy(lm, kept)
     family, _ = architecture_of(made.config)
     named = {key: slot.view for key, slot in slots(made, family.layouts[0]).items()}

@@ -180,7 +180,7 @@ class OffloadedBank(Called):
         Raises:
             UsageError: always.
         """
-        raise self._refusal("averaged")
+        raise self.refusal("averaged")
 
     def cost(self, tokens: int, entries: float) -> Cost:
         """What a forward pass over ``tokens`` tokens with ``entries`` routed entries takes (products only)."""
@@ -198,13 +198,14 @@ class OffloadedBank(Called):
             probe = stack.new_empty(0)
             after = fn(probe)
             if after.dtype != probe.dtype or after.device != probe.device:
-                raise self._refusal(f"brought to {after.dtype} on {after.device}")
+                raise self.refusal(f"brought to {after.dtype} on {after.device}")
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        raise self._refusal("written, or copied as a state dict")
+        raise self.refusal("written, or copied as a state dict")
 
-    def _refusal(self, what: str) -> UsageError:
+    def refusal(self, what: str) -> UsageError:
+        """What is to be raised where all experts would be needed; ``what`` follows "to be"."""
         fix = "read the model again without expert_memory"
         got = "a bank whose experts are in files"
         return UsageError(word("the experts", got=got, allowed=f"be in memory to be {what}", where=_WHERE, fix=fix))
@@ -216,7 +217,7 @@ class OffloadedBank(Called):
             UsageError: the matrices of all experts were asked for.
         """
         if name in ("up", "down", "up_EDH", "down_EFD", "weights"):
-            raise self._refusal(f"looked at ({name})")
+            raise self.refusal(f"looked at ({name})")
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

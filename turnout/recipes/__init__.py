@@ -1,10 +1,11 @@
 """Complete runs as Python functions, chosen by name on the command line; each returns a frozen Run."""
 
 from turnout.errors import nearest
+from turnout.recipes.pyramid import pyramid, pyramid_student
 from turnout.recipes.run import Run
 from turnout.recipes.tiny import tiny, tiny_dense
 
-__all__ = ["tiny", "tiny_dense"]
+__all__ = ["pyramid", "pyramid_student", "tiny", "tiny_dense"]
 
 
 def find(name: str) -> Run:

@@ -38,6 +38,11 @@ _PARTS = {
     "gguf": ("gguf", "models for llama.cpp"),
     "compressed-tensors": ("compressed", "folders in few bits, read by transformers"),
     "triton": ("triton", "GPU kernels, on Linux; torch for CUDA brings it"),
+    "fastapi": ("serve", "turnout serve: the API"),
+    "uvicorn": ("serve", "turnout serve: HTTP"),
+    "prometheus-client": ("serve", "turnout serve: its numbers"),
+    "llguidance": ("serve", "turnout serve: answers of a given form"),
+    "jinja2": ("serve", "turnout serve: chat templates"),
 }
 # Tokens, experts, top-k, width, hidden: training, serving and decoding.
 _SHAPES = ((4096, 8, 2, 256, 512), (4096, 64, 8, 1024, 256), (1, 64, 8, 1024, 256))

@@ -18,6 +18,7 @@ from turnout.recipes.inspect import measure_model, run_tokens, write_report, wri
 from turnout.recipes.run import Run
 from turnout.recipes.size import check_size
 from turnout.recipes.start import KEPT, begin, folded_only, kept_tokenizer, write_adapters
+from turnout.recipes.teach import need_teacher, read_teacher, tokenizer_of
 from turnout.reshape import fold_low_rank
 from turnout.run.tuned import tuning
 from turnout.show.headline import at_equal_time, headline
@@ -125,16 +126,18 @@ def execute(
     out = Path(out)
     if device is not None:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device))
+    need_teacher(run)
     check_size(run)
     found = claim(run, out, resume)
     with resumable(out):
         with begun(run, out):
             model = placed(begin(run, out, resume=resume), run.train.device)
-            tokenizer = None if run.start is None else kept_tokenizer(out)
+            tokenizer, teacher = tokenizer_of(run, out), read_teacher(run)
             tell(run, model, out, quiet=quiet)
             folder = Path(tokens_folder or out / "tokens")
             tokens = found or tokens_for(run, folder, tokenizer=tokenizer, quiet=quiet)
-        trained = _train(run, model, tokens, out, resume=resume, tensorboard=tensorboard, quiet=quiet)
+        how = {"resume": resume, "tensorboard": tensorboard, "quiet": quiet}
+        trained = _train(run, model, tokens, out, teacher, **how)
         return finish(run, model, tokens, out, trained)
 
 
@@ -150,7 +153,15 @@ def beside(tokens: TokenSet) -> dict[str, object]:
 
 
 def _train(
-    run: Run, model: LM, tokens: TokenSet, out: Path, *, resume: str | None, tensorboard: bool, quiet: bool
+    run: Run,
+    model: LM,
+    tokens: TokenSet,
+    out: Path,
+    teacher: LM | None,
+    *,
+    resume: str | None,
+    tensorboard: bool,
+    quiet: bool,
 ) -> TrainResult:
     return_freed_memory()
     forget_peak()  # of preparing the text, and of another run in this process
@@ -163,6 +174,7 @@ def _train(
         run_json=run.to_json_dict() | beside(tokens),
         tensorboard=tensorboard,
         quiet=quiet,
+        teacher=teacher,
     )
 
 

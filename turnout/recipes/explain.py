@@ -18,6 +18,7 @@ _SECTIONS = {
     "model.mla": MLAConfig,
     "train": TrainConfig,
     "start": Start,
+    "teacher": Start,
 }
 _ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 

@@ -32,9 +32,8 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
     if not text.held_out or not text.held_out_bytes:
         return None
     nats = torch.zeros((), dtype=torch.float64)
-    experts = lm.config.moe.num_experts if lm.config.moe else 0
     layers = [layer for layer in range(len(blocks(lm))) if lm.config.is_routed(layer)]
-    load_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
+    load_LE = [torch.zeros(lm.config.experts_of(layer), dtype=torch.int64) for layer in layers]
 
     def add(pair_2BS: Tensor) -> None:
         id_BS, target_BS = pair_2BS.to(lm.embedding.device)
@@ -49,10 +48,10 @@ def measured(lm: LM, text: Calibration) -> dict[str, Any] | None:
     with evaluating(lm):
         pairs = zip(text.held_out, text.predicted, strict=True)
         pairs_N2BS = [torch.stack([id_BS, id_BS.masked_fill(~text_BS, IGNORE)]) for id_BS, text_BS in pairs]
-        by_batch("held-out text", pairs_N2BS, {"nats": nats, "load": load_LE}, add)
-    share_LE = load_LE.double() / load_LE.sum(1, keepdim=True).clamp_min(1)
+        sums = {f"load {row}": load_E for row, load_E in enumerate(load_LE)}
+        by_batch("held-out text", pairs_N2BS, {"nats": nats, **sums}, add)
     return {
         "bits_per_byte": float(nats) / math.log(2) / text.held_out_bytes,
         "layers": layers,
-        "load": share_LE.tolist(),
+        "load": [(load_E.double() / load_E.sum().clamp_min(1)).tolist() for load_E in load_LE],
     }

@@ -73,12 +73,10 @@ def measure_model(
     batches = windows(tokens.held_out, batch=rows, seq=seq, limit=limit)
     if trace is None:
         return bits_per_byte(model, batches, torch.from_numpy(tokens.byte_length_V), domains=tokens.domains)
-    config = model.config.moe
-    assert config is not None  # it has routers
     context = {"tokens_digest": tokens.digest}
     writer = TraceWriter(
         trace,
-        num_experts_L=[config.num_experts] * len(model.routers),
+        num_experts_L=[count for layer in range(model.config.layers) if (count := model.config.experts_of(layer))],
         domains=tokens.domains,
         token_ids=token_ids,
         context=context,

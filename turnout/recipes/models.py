@@ -110,8 +110,9 @@ def evaluate_model(
         loads.append((predicted, found["load"]))
     values = {"bits_per_byte": nats / size, **values, "tokens": tokens, "bytes": size}
     if loads[0][1]:
-        share_LE = sum(weight / tokens * torch.tensor(load, dtype=torch.float64) for weight, load in loads)
-        assert isinstance(share_LE, torch.Tensor)
+        of_layers = zip(*(load for _, load in loads), strict=True)  # each the domains' loads of one layer
+        part_N = torch.tensor([weight / tokens for weight, _ in loads], dtype=torch.float64)
+        share_LE = [part_N @ torch.tensor(load, dtype=torch.float64) for load in of_layers]
         values["max_vio"] = sum(map(max_vio, share_LE)) / len(share_LE)
         values["entropy"] = sum(map(entropy, share_LE)) / len(share_LE)
     notes = (f"in rows of up to {min(LONGEST_ROW, config.max_seq)} tokens, documents one after the other",)

@@ -294,7 +294,8 @@ def _shape(config: LMConfig) -> str:
         return f"dense, hidden {config.dense_hidden}{rounded}"
     held = "" if moe.distinct is None else f", about {sum(moe.distinct) / len(moe.distinct):g} of them different"
     ranks = moe.factored and f", rank {moe.factored.up_rank}" + (" shared" if moe.factored.share > 1 else "")
-    return f"{moe.num_experts} experts, hidden {moe.hidden}, top {moe.top_k}{held}{ranks or ''}{rounded}"
+    counts = moe.num_experts if moe.per_layer is None else f"{min(moe.per_layer)} to {moe.num_experts}"
+    return f"{counts} experts, hidden {moe.hidden}, top {moe.top_k}{held}{ranks or ''}{rounded}"
 
 
 def _short(value: float) -> str:

@@ -98,6 +98,7 @@ class Run:
         train: the optimisation.
         start: the model whose weights and tokenizer it begins with; None begins with random weights and a tokenizer of
             its own text.
+        teacher: the model that it is taught by too (``train.kd_weight``), whose tokenizer it takes.
 
     Source: none; plain configuration.
     """
@@ -107,9 +108,14 @@ class Run:
     model: LMConfig
     train: TrainConfig
     start: Start | None = None
+    teacher: Start | None = None
 
     def __post_init__(self) -> None:
         self._check_only()
+        if self.start is not None and self.teacher is not None:
+            got, fix = "both", "begin the student anew, or train it on without a teacher"
+            where, allowed = f"recipe {self.recipe!r}", "be one of the two"
+            raise UsageError(word("start and teacher", got=got, allowed=allowed, where=where, fix=fix))
         if self.train.seq > self.model.max_seq:
             longer = "" if self.start else f", or max_seq={self.train.seq}"
             raise UsageError(
@@ -193,6 +199,10 @@ class Run:
 
     def _free(self, dotted: str) -> str:
         """The field, if it may be another: what the model is that a run goes on from is not the run's to say."""
+        if self.teacher is not None and (dotted.startswith("teacher.") or dotted == "model.vocab_size"):
+            got, fix = "another value", "name the model with turnout train --teacher"
+            where, allowed = "turnout train --teacher", f"stay {self.fields()[dotted]!r}, as the teacher has it"
+            raise UsageError(word(dotted, got=got, allowed=allowed, where=where, fix=fix))
         if self.start is None or not dotted.startswith(("model.", "start.")):
             return dotted
         allowed = (

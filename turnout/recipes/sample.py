@@ -4,12 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from turnout.errors import DataError, UsageError, word
-from turnout.models import LM, Generated, Piece, generate
+from turnout.models import LM, Contrast, Generated, Piece, generate
 from turnout.models.ends import own_ends
 from turnout.reading import read_text
 from turnout.recipes.calibration import find_tokenizer
@@ -34,6 +35,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (0, 1, "0.95"),
     "min_p": (0, 1, "0.05"),
     "repetition_penalty": (1e-9, math.inf, "1.1"),
+    "contrast": (0, math.inf, "0.5"),
+    "contrast_alpha": (1e-9, 1, "0.1"),
+    "contrast_rank": (1, math.inf, "2"),
 }
 
 
@@ -44,6 +48,9 @@ class Sampling:
     Args:
         tokens: how many to add; None for 100, or as many as fit into the model's longest sequence.
         eos: whether to end where the model's text ends; None for yes, where it is known how that is said.
+        contrast: beta of ``turnout.models.Contrast``; None or 0 draws from the model's own scores.
+        contrast_alpha: its alpha.
+        contrast_rank: its rank.
 
     The others are those of ``turnout.generate``, and their flags.
 
@@ -63,6 +70,9 @@ class Sampling:
     keep_stop: bool = False
     eos: bool | None = None
     seed: int = 0
+    contrast: float | None = None
+    contrast_alpha: float | None = None
+    contrast_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, fix) in _RANGES.items():
@@ -77,11 +87,23 @@ class Sampling:
         if self.temperature == 0 and idle is not None:
             flag, got = f"--{idle.replace('_', '-')}", "--temperature 0, which takes the likeliest token"
             raise _refusal(flag, got, "go with a temperature above 0", f"leave {flag} out, or pass --temperature 0.8")
+        of_none = next((n for n in ("contrast_alpha", "contrast_rank") if getattr(self, n) is not None), None)
+        if not self.contrast and of_none is not None:
+            flag = f"--{of_none.replace('_', '-')}"
+            fix = f"add --contrast 0.5, or leave {flag} out"
+            raise _refusal(flag, "no --contrast", "go with a contrast above 0", fix)
         if not all(self.stop):
             raise _refusal("--stop", "an empty text", "be a text to stop at", "leave it out")
         if self.keep_stop and not self.stop:
             fix = "add --stop TEXT, or leave --keep-stop out"
             raise _refusal("--keep-stop", "no --stop", "go with a text to stop at", fix)
+
+    def contrasted(self) -> Contrast | None:
+        """How scores are contrasted; None where they are not."""
+        if not self.contrast:
+            return None
+        asked: dict[str, Any] = {"alpha": self.contrast_alpha, "rank": self.contrast_rank}
+        return Contrast(self.contrast, **{name: value for name, value in asked.items() if value is not None})
 
 
 def sample_model(
@@ -200,6 +222,7 @@ def _made(
         tokenizer=tokenizer,
         seed=asked.seed,
         stream=told,
+        contrast=asked.contrasted(),
     )
 
 

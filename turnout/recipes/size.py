@@ -26,13 +26,14 @@ def least_bytes(run: Run) -> int:
     Source: none; plain arithmetic.
     """
     model, moe = run.model, run.model.moe
-    routed = sum(model.is_routed(layer) for layer in range(min(model.layers, 100_000)))
+    layers = range(min(model.layers, 100_000))
+    routed, banked = sum(map(model.is_routed, layers)), sum(map(model.experts_of, layers))
     dense = max(model.layers - routed, 0) * 3 * model.width * model.dense_hidden
-    experts = 0 if moe is None else routed * moe.num_experts * 3 * model.width * moe.hidden
+    experts = 0 if moe is None else banked * 3 * model.width * moe.hidden
     weights = model.vocab_size * model.width + dense + experts + model.layers * model.width**2
     trained = weights
     if run.train.only != "all":
-        trained = 0 if moe is None or run.train.only == "adapters" else routed * moe.num_experts * model.width
+        trained = 0 if moe is None or run.train.only == "adapters" else banked * model.width
     kept = run.train.batch * _row_bytes(run)
     return _PER_WEIGHT * weights + _PER_TRAINED * trained + _PER_BLOCK * model.layers + kept
 

@@ -195,6 +195,9 @@ def _refuse(run: Run, plan: Plan) -> None:
     if run.train.only != "all":
         fix = "train it in one process, without torchrun and --layout"
         raise refuse("only", run.train.only, "be all where many processes train", fix)
+    if run.teacher is not None or run.train.kd_weight > 0:
+        fix = "train it in one process, without torchrun and --layout"
+        raise refuse("a teacher", run.recipe, "be nobody's where many processes train", fix)
     if layout.pp > 1:
         schedule = schedule_of(plan)
         sizes = even_stages(run.model.layers, schedule.stages) if plan.stages is None else plan.stages

@@ -103,7 +103,7 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
     sizes = {name: p.numel() for name, p in block.named_parameters()}
     bank = sum(size for name, size in sizes.items() if ".bank." in f".{name}")
     moe = config.moe if config.is_routed(layer) else None
-    held = 0 if moe is None else config.experts_held(layer) or moe.num_experts
+    held = 0 if moe is None else config.experts_held(layer) or config.experts_of(layer)
     taken = 0.0 if moe is None else min(_taken(moe), float(held))  # of merged experts a token takes one once
     params = sum(sizes.values()) - bank
     if config.mla is None:
@@ -116,7 +116,9 @@ def _block(config: LMConfig, block: nn.Module, layer: int, seq: int, half: bool)
     if moe is None:
         kept += _feed_forward(config.dense_hidden, config.activation) * _DENSE
     else:
-        kept += _feed_forward(moe.shared_hidden or 0, moe.activation) * _DENSE + 4 * moe.num_experts * (1 + half)
+        kept += _feed_forward(moe.shared_hidden or 0, moe.activation) * _DENSE + 4 * config.experts_of(layer) * (
+            1 + half
+        )
         kept += config.width * ((1 + half) * moe.shared_gate + half * (moe.shared_hidden is not None))
         expert_kept = _feed_forward(moe.hidden, moe.activation) * _EXPERT
         # Experts that share a factor use it once for a token; biases are no products.

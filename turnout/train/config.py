@@ -36,6 +36,8 @@ class TrainConfig:
             device that computes in it, else fp32.
         aux_weight: weight of the load-balance loss, averaged over the routed layers; 0 only reports it.
         z_weight: weight of the router z-loss, averaged over the routed layers; 0 only reports it.
+        kd_weight: weight of KL(teacher || student), per token as the loss, where there is a teacher; 0 for none.
+        kd_share: the first share of the steps that have one; after it the loss is of the text alone.
         only: what is trained: "all", the "router" of each routed layer, or "adapters"; the rest is frozen.
         rank: with only="adapters", that of each adapter; else None.
         alpha: with only="adapters", what they add is scaled by alpha / rank; None for 2 · rank.
@@ -75,6 +77,8 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     aux_weight: float = 0.01
     z_weight: float = 0.001
+    kd_weight: float = 0.0
+    kd_share: float = 0.7
     only: Literal["all", "router", "adapters"] = "all"
     rank: int | None = None
     alpha: float | None = None
@@ -115,6 +119,7 @@ class TrainConfig:
             f"be between 0 and steps={self.steps}",
             min(max(self.warmup, 0), self.steps),
         )
+        self._check("kd_share", 0 < self.kd_share <= 1, "be above 0 and at most 1", 0.7)
         self._check("decay", 0 <= self.decay <= 1, "be in [0, 1]", 0.2)
         self._check("clip", self.clip is None or self.clip > 0, "be above 0, or None", None)
         self._check("betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)", (0.9, 0.95))
@@ -127,7 +132,7 @@ class TrainConfig:
         fits = self.alpha is None or (adapted and 0 < self.alpha < math.inf)
         fix = "leave alpha out, for 2 · rank" if adapted else "add only=adapters, or leave alpha out"
         self._check("alpha", fits, "go with only=adapters, above 0 and finite", None, fix=fix)
-        for name in ("weight_decay", "aux_weight", "z_weight"):
+        for name in ("weight_decay", "aux_weight", "z_weight", "kd_weight"):
             self._check(name, getattr(self, name) >= 0, "be 0 or more", 0.0)
 
     def _check(self, name: str, fits: bool, allowed: str, instead: object, *, fix: str = "") -> None:

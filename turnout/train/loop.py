@@ -58,6 +58,7 @@ def train(
     tensorboard: bool = False,
     quiet: bool = False,
     team: Team = ALONE,
+    teacher: nn.Module | None = None,
 ) -> TrainResult:
     """Trains ``model`` in place and leaves run.json, metrics.jsonl and checkpoints in ``out``.
 
@@ -69,8 +70,7 @@ def train(
         model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
             device, unless ``config.device`` names another. If it takes a ``generator``, it is given one seeded from
             (seed, step, micro-batch); if it takes an ``attention_mask``, one for batches with padding. All this is
-            found in what is wrapped too: compiled, DistributedDataParallel, a module around it. Checkpoints are
-            written in the names of the model inside.
+            found in what is wrapped too (compiled, DistributedDataParallel); checkpoints have the names inside.
         tokens: a TokenSet.
         config: the optimisation.
         out: a folder that holds no run; or, with ``resume``, the one that holds this run.
@@ -81,6 +81,7 @@ def train(
         tensorboard: also write TensorBoard events (an extra).
         quiet: see ``progress``.
         team: the processes that train one model together, each of which calls this; ``turnout.train.sharded``.
+        teacher: with ``config.kd_weight``: a model of the same vocabulary, from whose probabilities it learns too.
 
     Returns:
         The result; evaluations and seconds count what came before a resume.
@@ -102,7 +103,7 @@ def train(
     wanted = "latest" if resume is True else (resume or None)
     team.lead(lambda: refuse_missing_run(Path(out), wanted))
     teller = progress or progress_for(quiet=quiet or not team.first)
-    run = _Run(model, tokens, config, Path(out), teller, team)
+    run = _Run(model, tokens, config, Path(out), teller, team, teacher)
     return run.whole(wanted, dict(run_json or {}), tensorboard=tensorboard)
 
 
@@ -110,9 +111,10 @@ class _Run:
     """One run while it is going."""
 
     def __init__(
-        self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress, team: Team
-    ) -> None:
-        self.team = team
+        self, model: nn.Module, tokens: TokenSet, config: TrainConfig, out: Path, teller: Progress, team: Team,
+        teacher: nn.Module | None,
+    ) -> None:  # fmt: skip
+        self.team, self.teacher = team, teacher
         self.place = settle(model, config)
         # As it was asked for, which run.json holds, and with what "auto" became.
         self.asked, self.config = config, dataclasses.replace(config, dtype=self.place.dtype)
@@ -166,8 +168,7 @@ class _Run:
                 self.model, Stream(self.tokens.train, batch=1, seq=config.seq, seed=config.seed).batch(0), config
             )
         next(self._held_out())
-        self.work = Step(self.model, config, stream, self.team)
-        changed: dict[str, Any] = {}
+        self.work, changed = Step(self.model, config, stream, self.team, self.teacher), dict[str, Any]()
         if path is not None:
             changed = self._load(path)
         elif wanted is not None:

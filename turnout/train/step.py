@@ -14,6 +14,7 @@ from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
 from turnout.train.objective import objective
 from turnout.train.place import sent
+from turnout.train.taught import check_teacher, divergence, taught_until, told
 from turnout.train.team import ALONE, Passed, Team, Weights
 from turnout.wrappers import routers_of, takes
 
@@ -126,11 +127,16 @@ class Step:
         config: a TrainConfig.
         stream: ``batch(index)`` gives ``id_BS`` and ``target_BS``; micro-batch m of step s has index s·accumulate + m.
         team: who trains together; each takes its rows of every batch, and the step is that of the whole batch.
+        teacher: whom the model learns from too, in the steps that ``config`` says.
 
     Source: none; the usual loop.
     """
 
-    def __init__(self, model: nn.Module, config: Any, stream: Any, team: Team = ALONE) -> None:
+    def __init__(
+        self, model: nn.Module, config: Any, stream: Any, team: Team = ALONE, teacher: nn.Module | None = None
+    ) -> None:
+        check_teacher(config, teacher, alone=team is ALONE)
+        self._teacher, self._taught = teacher, False  # in the step that is going
         self.model, self.config, self.stream, self.team = model, config, stream, team
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.held = {name: team.held(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -158,6 +164,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._taught = step < taught_until(self.config)
         sums = self._backward(step)
         held = list(self.held.values())
         self.grad_norm = self.team.norm(held)
@@ -225,24 +232,30 @@ class Step:
     def _passed(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights) -> Passed:
         """Forward and backward pass of one micro-batch."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=weights.bf16):
-            nats, routings = self._nats(id_BS, target_BS, real_BS)
+            nats, routings, apart = self._nats(id_BS, target_BS, real_BS)
         loss, done = objective(nats / weights.predicted, routings, self.team.wholes(routings), weights)
+        loss = loss if apart is None else loss + self.config.kd_weight * apart / weights.predicted
         loss.backward()
         return done
 
-    def _nats(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None) -> tuple[Tensor, Sequence[Any]]:
-        """The summed token loss and the routings."""
+    def _nats(
+        self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None
+    ) -> tuple[Tensor, Sequence[Any], Tensor | None]:
+        """The summed token loss, the routings, and how far the model is from its teacher in this step."""
         keywords: dict[str, Any] = {"generator": self._generator} if self._draws else {}
         if real_BS is not None and self._masks:
             keywords["attention_mask"] = real_BS
-        if isinstance(self.model, LM):  # the logits are never whole
+        if isinstance(self.model, LM) and not self._taught:  # the logits are never whole
             done = self.model.loss(id_BS, target_BS, **keywords)
-            return done.nats, done.routings
+            return done.nats, done.routings, None
         output = self.model(id_BS, **keywords)
         if real_BS is not None and not self._masks and len(output.routings):
             allowed, fix = "be known to a model that routes", "give its forward a keyword attention_mask, as LM has it"
             raise UsageError(word("padding", got="a padded batch", allowed=allowed, where="turnout.train", fix=fix))
-        return token_loss(output.logits_BSV, target_BS), output.routings
+        apart = None
+        if self._taught and self._teacher is not None:
+            apart = divergence(output.logits_BSV, told(self._teacher, id_BS, real_BS), target_BS)
+        return token_loss(output.logits_BSV, target_BS), output.routings, apart
 
     def _warn(self, routed: int, scored: int, logged: int) -> None:
         self._warned = True

@@ -10,7 +10,8 @@ from variants import TINY, VARIANTS, make
 
 import turnout
 from turnout.errors import ShapeError, UnknownNameError, UsageError
-from turnout.models import LM, Drawing
+from turnout.models import LM, Drawing, checkpoint
+from turnout.models.checkpoint.offloaded import load_offloaded
 from turnout.models.decoding import paged
 from turnout.models.decoding.pages import Pages
 from turnout.serve.engine import Engine, Finished, QueueFull, Request, Token, paged_lane
@@ -250,3 +251,18 @@ def test_texts_and_stops_are_those_of_generate() -> None:
                 assert [token.id for token in tokens] == want.rows[0]
                 assert "".join(token.text for token in tokens) == want.text_B[0]
                 assert end.reason == {"tokens": "length", "stop": "stop"}[want.why_B[0]]
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_experts_in_files_make_no_difference(tmp_path) -> None:
+    lm = longer("moe")
+    checkpoint.save(tmp_path, lm)
+    few = load_offloaded(tmp_path, expert_memory="40kB")
+    some = [tuple(range(n)) for n in (3, 40, 20, 61)]
+    asked = [Request(prompt * 2, 12, logprobs=0) for prompt in some]
+    with Engine(few, slots=3) as engine:
+        found = [heard(ticket.result(WAIT_S)[0]) for ticket in [engine.submit(one) for one in asked]]
+        counts = engine.stats().counts
+    few.experts.close()
+    assert found == [made_alone(lm, one) for one in asked]
+    assert counts["expert_slots"] < 10 and counts["expert_hits"] > 0 and counts["expert_misses"] > 0

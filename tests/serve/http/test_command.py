@@ -119,6 +119,9 @@ def test_mistakes(folder, tmp_path, capsys, monkeypatch):
     assert "hold a key" in refused(capsys, folder, "--api-key-file", tmp_path / "keys")
     assert "printable ASCII" in refused(capsys, folder, "--api-key", "a b")
     assert "above 0" in refused(capsys, folder, "--request-timeout", "0")
+    assert "--kv-memory 1GB" in refused(capsys, folder, "--kv-memory", "much")
+    said = refused(capsys, folder, "--max-running", "0", "--port", "0")
+    assert "--max-running and --max-waiting must be" in said and "turnout serve;" in said
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'turnout[serve]'" in refused(capsys, folder)
 
@@ -139,3 +142,23 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert serve._keys(parser.parse_args(["x", "--api-key-file", str(tmp_path / "keys")])) == ["one", "two"]
     assert serve._keys(parser.parse_args(["x"])) == ["three"]
     assert serve._keys(parser.parse_args(["x", "--api-key", "four"])) == ["four"]
+
+
+def test_what_the_checkpoint_wishes_is_said(folder, tmp_path):
+    import argparse
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "moe")
+    (tmp_path / "moe" / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "eos_token_id": 0}')
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    arguments = parser.parse_args([str(tmp_path / "moe"), "--device", "cpu", "--served-model-name", "m"])
+    with pytest.warns(UserWarning, match="pass top_k=20"):
+        engine, texts = serve._engine(arguments, {})
+    engine.close()
+    assert (engine.models(), texts.eos) == (("m",), (0,))
+    assert texts.template is not None
+
+
+def test_sizes():
+    assert [serve._bytes(one) for one in ("1GB", "512 MiB", "1.5kB", "7")] == [10**9, 512 << 20, 1500, 7]

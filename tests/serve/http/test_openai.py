@@ -7,7 +7,7 @@ import math
 import openai
 import pydantic
 import pytest
-from serving import wait_for
+from serving import make_lm, serving, wait_for
 
 from turnout import generate
 
@@ -303,3 +303,27 @@ def test_a_client_that_leaves_frees_its_slot(served, client):
     stream.close()
     wait_for(lambda: served.engine.stats().running == 0)
     wait_for(lambda: served.service.door.active == 0)
+
+
+def test_adapters_by_name(tokenizer):
+    other = make_lm(seed=1)
+    with serving(tokenizer, adapters={"other": other}) as served:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["moe", "other"]
+            for name, lm in (("moe", served.lm), ("other", other)):
+                found = client.completions.create(model=name, prompt="the cat", max_tokens=12, temperature=0)
+                ids = opened(served, "the cat")
+                made = generate(lm, [ids], tokens=12, temperature=0, eos=0, tokenizer=served.tokenizer)
+                assert (found.model, found.choices[0].text) == (name, made.text_B[0])
+
+
+def test_a_prompt_that_was_read_before_is_counted_as_cached(tokenizer):
+    prompt = "line 7: the cat and the dog " * 18
+    told = {"model": "moe", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    with serving(tokenizer, max_seq=512) as served:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            first, second = client.completions.create(**told), client.completions.create(**told)
+        assert first.choices[0].text == second.choices[0].text == alone(served, opened(served, prompt), 8)[0]
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert 0 < second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
+    assert second.usage.prompt_tokens == first.usage.prompt_tokens

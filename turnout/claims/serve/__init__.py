@@ -1,6 +1,10 @@
 """Claims of the family ``serve``: sparse models served in little memory, to many, and better at the same cost."""
 
 from turnout.claims.serve.buffer_overflow import buffer_overflow
+from turnout.claims.serve.expert_caching import expert_caching
+from turnout.claims.serve.expert_flow import expert_flow
 from turnout.claims.serve.few_predictions import few_predictions
+from turnout.claims.serve.pre_gated import pre_gated
+from turnout.claims.serve.trace_matching import trace_matching
 
-__all__ = ["buffer_overflow", "few_predictions"]
+__all__ = ["buffer_overflow", "expert_caching", "expert_flow", "few_predictions", "pre_gated", "trace_matching"]

@@ -32,7 +32,7 @@ def buffer_overflow() -> Claim:
     Source: Hayes, Shumailov & Yona, 2024, "Buffer Overflow in Mixture of Experts".
     """
     answers = "share of the model's right answers that turn wrong"
-    moved, order = "the victim's relative change under attack", "the same attack, in order of arrival"
+    moved, order = "the victim's relative change under attack", "the same attack in order"
     return Claim(
         name="buffer_overflow",
         statement="Rows made to fill experts of limited capacity change the answer to others in the batch, also where "
@@ -49,14 +49,14 @@ def buffer_overflow() -> Claim:
                 headline=True),
             Row("the victim's places at experts that are left", "below", "left", "benign left", "others at random",
                 headline=True),
-            Row(moved, "below", "shuffled", "attacked", f"{order}: random order", headline=True),
-            Row(moved, "below", "slack", "attacked", f"{order}: four times an even load", headline=True),
-            Row(moved, "below", "sampled", "attacked", f"{order}: experts drawn by their weights", headline=True),
+            Row(moved, "below", "shuffled", "attacked", f"{order}, random order", headline=True),
+            Row(moved, "below", "slack", "attacked", f"{order}, four times an even load", headline=True),
+            Row(moved, "below", "sampled", "attacked", f"{order}, experts drawn by their weights", headline=True),
         ),
         measure=_measure,
         seconds=20,
-        note=f"{_EXPERTS} experts, top-{_TOP_K}, {_VICTIM} tokens after {_OTHERS}; the change without attack is at most "
-        "{benign:.3f}. The model answers {right:.2f} of sums rightly, {benign flipped:.2f} of its answers change beside "
+        note=f"{_EXPERTS} experts, top-{_TOP_K}, {_VICTIM} after {_OTHERS}; without attack it changes by at most "
+        "{benign:.3f}. The model answers {right:.2f} of sums rightly, {benign flipped:.2f} change beside "
         "rows at random",
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from turnout.decide.device.one_f_one_b import one_f_one_b
 from turnout.decide.device.pace import Pace, Wire, pace
 from turnout.decide.device.partition import Partition, partition
 from turnout.decide.device.refined import refined
+from turnout.decide.device.regroup import regroup
 from turnout.decide.device.search import Found, known_schedules, search
 from turnout.decide.device.v_pattern import v_half, v_min
 from turnout.decide.device.zb_automatic import zb_automatic
@@ -57,6 +58,7 @@ __all__ = [
     "partition",
     "place",
     "refined",
+    "regroup",
     "schedule_of",
     "search",
     "stage_blocks",

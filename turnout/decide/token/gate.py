@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,31 @@ from turnout.types.recall import steady
 Priority = Literal["weight", "position"]
 # Below this many scores one stable sort takes less time than the four small operations that build the keys.
 _FEW = 512
+
+
+@runtime_checkable
+class ByScore(Protocol):
+    """A router whose choice follows from scores of a token alone: others than its own can be put in their place.
+
+    Source: none; plain bookkeeping.
+    """
+
+    num_experts: int
+    top_k: int
+
+    def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, E) the logits and the scores of these tokens."""
+        ...
+
+    def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """(T, K) the experts that these scores choose, best first, and their weights.
+
+        Args:
+            score_TE: (T, E).
+            rank: takes the one expert of this rank alone, 1 for the best, (T, 1); its weight is the one that it has
+                where it is the only one.
+        """
+        ...
 
 
 def check(
@@ -92,6 +117,11 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
     bit_TE ^= (bit_TE >> 31) & 0x7FFFFFFF
     back_E = torch.arange(num_experts - 1, -1, -1, device=bit_TE.device)
     return torch.add(back_E, bit_TE.to(torch.int64), alpha=1 << 31).topk(k, dim=1)[1]
+
+
+def picked(score_TE: Tensor, k: int, rank: int | None) -> Tensor:
+    """(T, K) the positions of the k largest, or (T, 1) that of the one of this rank, counted from 1."""
+    return largest(score_TE, k) if rank is None else largest(score_TE, rank)[:, rank - 1 :]
 
 
 def draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from turnout.decide.token.gate import capacity, check, draw, largest, linear, refuse_capacity, softmax
+from turnout.decide.token.gate import capacity, check, draw, linear, picked, refuse_capacity, softmax
 from turnout.errors import ShapeError, UsageError, word
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -74,11 +74,8 @@ class GShard(Called):
         Raises:
             ShapeError: x_TD is not (T, width).
         """
-        logit_TE = linear(x_TD, self.weight)
-        score_TE = softmax(logit_TE)
-        index_TK = largest(score_TE, 2)
-        weight_TK = score_TE.gather(1, index_TK)
-        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
+        logit_TE, score_TE = self.scored(x_TD)
+        index_TK, weight_TK = self.chosen(score_TE)
         routing = Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
@@ -98,6 +95,17 @@ class GShard(Called):
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_TD.device))
         most = capacity(len(x_TD), self.num_experts, 2, self.capacity_factor)
         return routing.keep(place_R - routing.offset_E[routing.expert_R] < most)
+
+    def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``."""
+        logit_TE = linear(x_TD, self.weight)
+        return logit_TE, softmax(logit_TE)
+
+    def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``."""
+        index_TK = picked(score_TE, 2, rank)
+        weight_TK = score_TE.gather(1, index_TK)
+        return index_TK, weight_TK / weight_TK.sum(1, keepdim=True)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

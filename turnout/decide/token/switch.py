@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from turnout.decide.token.gate import check, draw, largest, limit, linear, softmax
+from turnout.decide.token.gate import check, draw, limit, linear, picked, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -73,17 +73,20 @@ class Switch(Called):
         if self.training and self.jitter > 0:
             x_TD = x_TD.to(torch.promote_types(self.weight.dtype, torch.float32))
             x_TD = x_TD * (1 + self.jitter * (2 * draw(torch.rand, x_TD, generator) - 1))
-        logit_TE = linear(x_TD, self.weight)
-        score_TE = softmax(logit_TE)
-        index_TK = largest(score_TE, 1)
-        routing = Routing.from_topk(
-            index_TK,
-            score_TE.gather(1, index_TK),
-            num_experts=self.num_experts,
-            score_TE=score_TE,
-            logit_TE=logit_TE,
-        )
+        logit_TE, score_TE = self.scored(x_TD)
+        chosen, more = self.chosen(score_TE), {"score_TE": score_TE, "logit_TE": logit_TE}
+        routing = Routing.from_topk(*chosen, num_experts=self.num_experts, **more)
         return limit(routing, 1, self.capacity_factor, "position")
+
+    def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``; without jitter."""
+        logit_TE = linear(x_TD, self.weight)
+        return logit_TE, softmax(logit_TE)
+
+    def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``."""
+        index_TK = picked(score_TE, 1, rank)
+        return index_TK, score_TE.gather(1, index_TK)
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

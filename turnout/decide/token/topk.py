@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from turnout.decide.token.gate import Priority, check, largest, limit, linear, softmax
+from turnout.decide.token.gate import Priority, check, limit, linear, picked, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -83,16 +83,25 @@ class TopK(Called):
         Raises:
             ShapeError: x_TD is not (T, width).
         """
-        logit_TE = linear(x_TD, self.weight, self.bias)
-        score_TE = softmax(logit_TE)
-        index_TK = largest(score_TE, self.top_k)
-        weight_TK = score_TE.gather(1, index_TK)
-        if self.renormalize:
-            weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
+        logit_TE, score_TE = self.scored(x_TD)
+        index_TK, weight_TK = self.chosen(score_TE)
         routing = Routing.from_topk(
             index_TK, weight_TK, num_experts=self.num_experts, score_TE=score_TE, logit_TE=logit_TE
         )
         return limit(routing, self.top_k, self.capacity_factor, self.priority)
+
+    def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``."""
+        logit_TE = linear(x_TD, self.weight, self.bias)
+        return logit_TE, softmax(logit_TE)
+
+    def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """As ``turnout.decide.token.gate.ByScore``."""
+        index_TK = picked(score_TE, self.top_k, rank)
+        weight_TK = score_TE.gather(1, index_TK)
+        if self.renormalize:
+            weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
+        return index_TK, weight_TK
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""

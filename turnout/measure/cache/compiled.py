@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,11 @@ def jitted_by_worth() -> Callable[..., Any]:
     if why_plain():
         return by_worth
     numba = importlib.import_module("numba")
-    types = numba.types
-    whole, real, shape = types.int64[::1], types.float64[::1], types.Tuple([types.int64] * 3 + [types.boolean])
-    tables = [whole] * 6 + [shape, types.float64, real, types.int64, types.boolean]
-    return numba.njit(types.boolean(*tables, _worth_type(numba), *[whole] * 4))(by_worth)
+    whole, real, one = numba.types.int64[::1], numba.types.float64[::1], numba.types.int64
+    told, shape = numba.types.UniTuple(whole, 5), numba.types.Tuple([one, one, one, numba.types.boolean])
+    tables = [told, shape, numba.types.float64, real, whole, one, numba.types.boolean]
+    signature = numba.types.boolean(*tables, _worth_type(numba), numba.types.UniTuple(whole, 4))
+    return numba.njit(signature)(with_compiled(by_worth))
 
 
 def _worth_type(numba: Any) -> Any:
@@ -77,135 +79,156 @@ def _worth_type(numba: Any) -> Any:
 def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled where numba is there, and as it is otherwise: the numbers are the same.
 
-    >>> jitted(why_plain) is why_plain or why_plain() is None
-    True
+    >>> jitted(_over)(np.array([1]), np.array([True, False]), 0, 1)
+    1
 
     Source: none; numba.
     """
-    return function if why_plain() else importlib.import_module("numba").njit(function)
+    return function if why_plain() else importlib.import_module("numba").njit(with_compiled(function))
+
+
+def with_compiled(function: Any) -> Callable[..., Any]:
+    """The function where every other of this file that it calls is compiled.
+
+    Source: none; numba, which sees functions and not what calls them.
+    """
+    names = [name for name in function.__code__.co_names if isinstance(globals().get(name), types.FunctionType)]
+    known = function.__globals__ | {name: jitted(globals()[name]) for name in names}
+    return types.FunctionType(function.__code__, known, function.__name__)
 
 
 def by_worth(
-    layer_I: np.ndarray,
-    start_J: np.ndarray,
-    page_R: np.ndarray,
-    next_R: np.ndarray,
-    first_P: np.ndarray,
-    end_I: np.ndarray,
+    told: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     shape: tuple[int, int, int, bool],
     keep: float,
     told_P: np.ndarray,
+    next_P: np.ndarray,
     ahead: int,
     prefetch: bool,
     worth: Callable[..., np.ndarray],
-    fetch_J: np.ndarray,
-    fetch_R: np.ndarray,
-    prefetch_J: np.ndarray,
-    prefetch_R: np.ndarray,
+    out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
 ) -> bool:
     """What ``History`` does access by access, for a rule of worth; False where ``prefetch_R`` is too short.
 
     Args:
-        layer_I: the layer of each access.
-        start_J: where its pages begin.
-        page_R: the pages asked for.
-        next_R: the access that asks for each again.
-        first_P: the access that asks for each page first.
-        end_I: the last access of the same pass.
+        told: (I,) layers, (I + 1,) where each access's pages begin, (R,) the pages, (R,) the access that asks for each
+            again, (I,) the last access of the same pass.
         shape: layers, experts, slots, shared.
         keep: what a use counts an access later.
-        told_P: what the policy was told beforehand; overwritten where ``ahead`` says that more is known.
+        told_P: what the policy was told; overwritten where ``ahead`` is not 0. ``next_P`` is too.
+        next_P: the access that asks for each page first.
         ahead: how many accesses of the same pass are known; 0 for none.
-        prefetch: whether what is known to come is fetched.
-        worth: the rule.
-        fetch_J: (I + 1,) out.
-        fetch_R: out, as long as page_R.
-        prefetch_J: (I + 1,) out.
-        prefetch_R: out.
+        prefetch: whether it fetches what is known to come, by the rule ``worth``.
+        out: ``fetch_J``, ``fetch_R``, ``prefetch_J``, ``prefetch_R``.
     """
-    layers, experts, slots, shared = shape
-    pages = layers * experts
-    held_P, asked_P = np.zeros(pages, np.bool_), np.zeros(pages, np.bool_)
-    last_P, count_P, next_P = np.zeros(pages, np.int64), np.zeros(pages), first_P.copy()
-    until_P, lowest_K = np.zeros(pages, np.int64), np.zeros(pages, np.int64)
-    held_L = np.zeros(layers, np.int64)  # how many of each layer; of all in the first where they share
-    fetched, early, began = 0, 0, 0
+    layer_I, start_J, page_R, next_R, end_I = told
+    fetch_J, fetch_R, prefetch_J, prefetch_R = out
+    (layers, experts, slots, shared), pages, fetched, early, began = shape, shape[0] * shape[1], 0, 0, 0
+    held_P, asked_P, last_P = np.zeros(pages, np.bool_), np.zeros(pages, np.bool_), np.zeros(pages, np.int64)
+    count_P, until_P, lowest_K = np.zeros(pages), np.zeros(pages, np.int64), np.zeros(pages, np.int64)
     for at in range(len(layer_I)):
-        layer, tick = layer_I[at], at + 1
-        if at > 0 and end_I[at] != end_I[at - 1]:
-            began = at
-        pool = 0 if shared else layer
+        layer, tick, known = layer_I[at], at + 1, min(at + ahead, end_I[at])
+        began = at if at > 0 and end_I[at] != end_I[at - 1] else began
         begin, end = (0, pages) if shared else (layer * experts, (layer + 1) * experts)
-        missing = 0
         for r in range(start_J[at], start_J[at + 1]):
             page = page_R[r]
             count_P[page] = 1 + count_P[page] * keep ** (tick - last_P[page])
             last_P[page], next_P[page], asked_P[page] = tick, next_R[r], True
-            missing += 0 if held_P[page] else 1
-        over = held_L[pool] + missing - slots
-        known = min(at + ahead, end_I[at])
+        over = _over(page_R[start_J[at] : start_J[at + 1]], held_P[begin:end], begin, slots)
         if over > 0 or (prefetch and known > at):
-            both = prefetch and known > at
-            for each in range(layers) if shared or both else range(layer, layer + 1):
-                until_P[each * experts : (each + 1) * experts] = (each - layer - 1) % layers + 1
-            if ahead > 0:
-                for page in range(0 if both else begin, pages if both else end):
-                    told_P[page] = -(next_P[page] + 1.0) if next_P[page] <= known else -np.inf
+            _see(layer, known if ahead > 0 else -1, (layers, experts), until_P, next_P, told_P)
         if over > 0:
             worth_P = worth(last_P[begin:end], count_P[begin:end], told_P[begin:end], until_P[begin:end],
                             layers - 1 - layer, tick, began)  # fmt: skip
-            found = 0  # of the lowest, ascending; a later page does not pass an equal one
-            for page in range(begin, end):
-                if held_P[page] and not asked_P[page]:
-                    value = worth_P[page - begin]
-                    if found == over and value >= worth_P[lowest_K[over - 1] - begin]:
-                        continue
-                    spot = found if found < over else over - 1
-                    while spot > 0 and worth_P[lowest_K[spot - 1] - begin] > value:
-                        lowest_K[spot] = lowest_K[spot - 1]
-                        spot -= 1
-                    lowest_K[spot] = page
-                    found = min(found + 1, over)
-            for k in range(over):
-                held_P[lowest_K[k]] = False
-            held_L[pool] -= over
+            _give_up(over, held_P[begin:end], asked_P[begin:end], worth_P, lowest_K)
         for r in range(start_J[at], start_J[at + 1]):
             if not held_P[page_R[r]]:
-                held_P[page_R[r]] = True
-                fetch_R[fetched] = page_R[r]
+                held_P[page_R[r]], fetch_R[fetched] = True, page_R[r]
                 fetched += 1
-        held_L[pool] += missing
-        first_early = early
+        first = early
         if prefetch and known > at:
             worth_P = worth(last_P, count_P, told_P, until_P, layers - 1 - layer, tick, began)
-            for r in range(start_J[at + 1], start_J[known + 1]):
-                page = page_R[r]
-                if held_P[page]:
-                    continue
-                pool = 0 if shared else page // experts
-                begin, end = (0, pages) if shared else (pool * experts, (pool + 1) * experts)
-                if held_L[pool] >= slots:
-                    victim = -1
-                    for each in range(begin, end):
-                        if held_P[each] and not asked_P[each]:
-                            if victim < 0 or worth_P[each] < worth_P[victim]:
-                                victim = each
-                    if victim < 0 or told_P[victim] > -np.inf:  # known to come: Belady's rule would not give it up yet
-                        continue
-                    held_P[victim] = False
-                    held_L[pool] -= 1
-                held_P[page] = asked_P[page] = True
-                held_L[pool] += 1
-                if early == len(prefetch_R):
-                    return False
-                prefetch_R[early] = page
-                early += 1
-        for r in range(start_J[at], start_J[at + 1]):
-            asked_P[page_R[r]] = False
-        for r in range(first_early, early):
-            asked_P[prefetch_R[r]] = False
+            wish_W = page_R[start_J[at + 1] : start_J[known + 1]]
+            if early + len(wish_W) > len(prefetch_R):
+                return False
+            early += _fetch_early(wish_W, held_P, asked_P, worth_P, shape, -1e14, prefetch_R[first:])
+        asked_P[page_R[start_J[at] : start_J[at + 1]]] = False
+        asked_P[prefetch_R[first:early]] = False
         fetch_J[at + 1], prefetch_J[at + 1] = fetched, early
     return True
+
+
+def _over(page_K: np.ndarray, held_P: np.ndarray, begin: int, slots: int) -> int:
+    """How many of a pool's pages have to go; ``held_P`` is the pool's part, which begins at ``begin``."""
+    count = 0
+    for held in held_P:
+        count += 1 if held else 0
+    for page in page_K:
+        count += 0 if held_P[page - begin] else 1
+    return count - slots
+
+
+def _see(
+    layer: int, known: int, shape: tuple[int, int], until_P: np.ndarray, next_P: np.ndarray, told_P: np.ndarray
+) -> None:
+    """How far away each page's turn is, and when it is asked for again if that is known."""
+    layers, experts = shape
+    for each in range(layers):
+        until_P[each * experts : (each + 1) * experts] = (each - layer - 1) % layers + 1
+    if known >= 0:
+        for page in range(layers * experts):
+            told_P[page] = -(next_P[page] + 1.0) if next_P[page] <= known else -np.inf
+
+
+def _give_up(over: int, held_P: np.ndarray, asked_P: np.ndarray, worth_P: np.ndarray, lowest_K: np.ndarray) -> None:
+    """The ``over`` pages of one pool that are worth least go, the first among equals."""
+    found = 0  # of the lowest, ascending; a later page does not pass an equal one
+    for page in range(len(held_P)):
+        if held_P[page] and not asked_P[page]:
+            value = worth_P[page]
+            if found == over and value >= worth_P[lowest_K[over - 1]]:
+                continue
+            spot = found if found < over else over - 1
+            while spot > 0 and worth_P[lowest_K[spot - 1]] > value:
+                lowest_K[spot] = lowest_K[spot - 1]
+                spot -= 1
+            lowest_K[spot] = page
+            found = min(found + 1, over)
+    for k in range(over):
+        held_P[lowest_K[k]] = False
+
+
+def _fetch_early(
+    wish_W: np.ndarray,
+    held_P: np.ndarray,
+    asked_P: np.ndarray,
+    worth_P: np.ndarray,
+    shape: tuple[int, int, int, bool],
+    below: float,
+    prefetch_R: np.ndarray,
+) -> int:
+    """The wishes of ``History.served``; how many entries of the last it has written."""
+    layers, experts, slots, shared = shape
+    early = 0
+    for page in wish_W:
+        if held_P[page]:
+            continue
+        pool = page // experts
+        begin, end = (0, layers * experts) if shared else (pool * experts, (pool + 1) * experts)
+        victim, count = -1, 0
+        for each in range(begin, end):
+            if held_P[each]:
+                count += 1
+                if not asked_P[each] and (victim < 0 or worth_P[each] < worth_P[victim]):
+                    victim = each
+        if count >= slots:
+            if victim < 0 or worth_P[victim] >= min(below, worth_P[page]):
+                continue
+            held_P[victim] = False
+        held_P[page] = asked_P[page] = True
+        prefetch_R[early] = page
+        early += 1
+    return early
 
 
 def by_foresight(
@@ -231,45 +254,17 @@ def by_foresight(
         prefetch_W: out.
     """
     layers, experts, slots, shared = shape
-    pages = layers * experts
-    asked_P = np.zeros(pages, np.bool_)
-    begin, end = (0, pages) if shared else (layer * experts, (layer + 1) * experts)
-    fetched, early, count = 0, 0, 0
+    asked_P, lowest_K = np.zeros(layers * experts, np.bool_), np.zeros(layers * experts, np.int64)
+    begin, end = (0, layers * experts) if shared else (layer * experts, (layer + 1) * experts)
+    fetched, over = 0, _over(page_K, held_P[begin:end], begin, slots)
+    asked_P[page_K] = True
+    if over > 0:
+        _give_up(over, held_P[begin:end], asked_P[begin:end], worth_P[begin:end], lowest_K)
     for page in page_K:
-        asked_P[page] = True
         if not held_P[page]:
-            fetch_K[fetched] = page
+            held_P[page], fetch_K[fetched] = True, page
             fetched += 1
-    for page in range(begin, end):
-        count += 1 if held_P[page] else 0
-    for _ in range(count + fetched - slots):
-        victim = -1
-        for page in range(begin, end):
-            if held_P[page] and not asked_P[page]:
-                if victim < 0 or worth_P[page] < worth_P[victim]:
-                    victim = page
-        held_P[victim] = False
-    for k in range(fetched):
-        held_P[fetch_K[k]] = True
-    for page in wish_W:
-        if held_P[page]:
-            continue
-        pool = page // experts
-        begin, end = (0, pages) if shared else (pool * experts, (pool + 1) * experts)
-        victim, count = -1, 0
-        for each in range(begin, end):
-            if held_P[each]:
-                count += 1
-                if not asked_P[each] and (victim < 0 or worth_P[each] < worth_P[victim]):
-                    victim = each
-        if count >= slots:
-            if victim < 0 or worth_P[victim] >= worth_P[page]:
-                continue
-            held_P[victim] = False
-        held_P[page] = asked_P[page] = True
-        prefetch_W[early] = page
-        early += 1
-    return fetched, early
+    return fetched, _fetch_early(wish_W, held_P, asked_P, worth_P, shape, np.inf, prefetch_W)
 
 
 def used_in_time(

@@ -67,7 +67,7 @@ class Replay:
 
     @property
     def moved_rate(self) -> float:
-        """1 less the fetches over the experts asked for: no policy's is above Belady's; negative where it moves more."""
+        """1 less all fetches over the experts asked for; no policy's is above Belady's."""
         return 1 - self.fetches / max(1, len(self.accesses.expert_R))
 
     @property
@@ -127,12 +127,14 @@ def replay(
     Raises:
         UsageError: a cache that does not hold the largest access, or of another model.
 
+    >>> from turnout.types.expert_cache import Decision
     >>> class Never:  # holds what is asked for and nothing else
     ...     def init(self, sizes):
     ...         return ()
     ...     def update(self, state, access):
     ...         asked = tuple((access.layer, expert) for expert in access.experts)
-    ...         return asked, Decision(tuple(p for p in state if p not in asked), tuple(p for p in asked if p not in state))
+    ...         gone = tuple(page for page in state if page not in asked)
+    ...         return asked, Decision(gone, tuple(page for page in asked if page not in state))
     >>> told = Accesses.of_paths(np.array([[[0]], [[1]], [[1]]]), experts=2)
     >>> replay(told, Never(), CacheShape(1, 2, 1)).misses
     2
@@ -180,9 +182,10 @@ def _by_worth(accesses: Accesses, policy: Any, sizes: CacheShape, ahead: int) ->
         told_P = np.zeros(pages) if profile_P is None else np.asarray(profile_P, np.float64).copy()
         prefetch_R = np.empty(room, np.int64)
         early = bool(ahead and getattr(policy, "prefetch", False))
-        head = (accesses.layer_I, accesses.start_J, page_R, next_R, first_P, end_I, shape, float(policy.keep), told_P)
+        told = (accesses.layer_I, accesses.start_J, page_R, next_R, end_I)
         out = (fetch_J, fetch_R, prefetch_J, prefetch_R)
-        if jitted_by_worth()(*head, ahead, early, jitted_worth(policy.worth), *out):
+        rule, run = jitted_worth(policy.worth), jitted_by_worth()
+        if run(told, shape, float(policy.keep), told_P, first_P.copy(), ahead, early, rule, out):
             break
         room *= 2
     return Replay(accesses, sizes, fetch_J, fetch_R[: fetch_J[-1]].copy(), prefetch_J, prefetch_R[: prefetch_J[-1]])
@@ -215,7 +218,15 @@ def replays(accesses: Accesses, policy: Any, sizes: Sequence[CacheShape]) -> lis
 
     Raises:
         UsageError: a cache that does not hold the largest access, or of another model.
+
+    >>> from turnout.measure.cache.replay import replays
+    >>> replays(Accesses.of_paths(np.array([[[0]]]), experts=2), None, [])
+    []
+
+    Source: none; plain bookkeeping.
     """
+    if not sizes:
+        return []
     for each in sizes:
         _fits(accesses, each)
     serve, state = jitted(by_foresight), policy.init(sizes[0])

@@ -44,6 +44,13 @@ class ExpertFile:
         check_safetensors(path, self.refuse)
         self._file: BinaryIO = open_regular(path, refuse=self.refuse)
         self._turn = threading.Lock()
+        try:
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self) -> None:
         size = int.from_bytes(self._file.read(8), "little")
         self.header = parse_json(self._file.read(size), self.refuse)
         self._start, self._seen = 8 + size, self._state()

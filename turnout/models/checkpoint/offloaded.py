@@ -79,10 +79,15 @@ def load_offloaded(
     Source: Eliseev & Mazur, 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading".
     """
     path = located(path, where=_WHERE).folder
-    keys = read_json(path / "config.json", _WHERE)
-    foreign = "model_type" in keys or "architectures" in keys
-    found = _of_transformers(path, dtype, packed) if foreign else _of_ours(path, dtype)
-    cache = found.cache(expert_memory, policy or LRU(), shared=shared, threads=threads)
+    foreign = bool({"model_type", "architectures"} & set(read_json(path / "config.json", _WHERE)))
+    files: dict[str, ExpertFile] = {}
+    try:
+        found = _of_transformers(path, dtype, packed, files) if foreign else _of_ours(path, dtype, files)
+        cache = found.cache(expert_memory, policy or LRU(), shared=shared, threads=threads)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
     try:
         found.fill()
         found.give(cache)
@@ -122,13 +127,8 @@ class _Found:
             bias=bank.up_bias is not None,
         )
         each, count = sum(part.nbytes for part in parts), len(self.banks)
-        try:
-            shape = expert_slots(
-                memory, expert_bytes=each, layers=count, experts=bank.num_experts, top_k=moe.top_k, shared=shared
-            )
-        except UsageError:
-            self.close()
-            raise
+        sizes = {"expert_bytes": each, "layers": count, "experts": bank.num_experts, "top_k": moe.top_k}
+        shape = expert_slots(memory, **sizes, shared=shared)
         biases = [[one for one in (bank.up_bias, bank.down_bias) if one is not None] for _, bank in self.banks]
         source = FileExperts(parts, self.pieces, biases, list(self.files.values()))
         return ExpertCache(source, shape, policy, threads=threads)
@@ -171,11 +171,6 @@ class _Found:
                 down_bias=bank.down_bias,
             )
         self.lm.experts = cache
-
-    def close(self) -> None:
-        """Gives up the files."""
-        for file in self.files.values():
-            file.close()
 
 
 def _banks(lm: LM) -> list[tuple[MoE, Bank | PackedBank]]:
@@ -229,26 +224,19 @@ def _cut(view: Tensor, places: Mapping[int, tuple[int, int, int]]) -> Iterator[t
     return iter([(layer, expert, Place(part, tuple(view.shape), tuple(view.stride()), offset))])
 
 
-def _opened(path: Path, shards: Sequence[str]) -> dict[str, ExpertFile]:
-    """The files that hold experts, open."""
-    found: dict[str, ExpertFile] = {}
-    try:
-        for shard in shards:
-            if plain_or_zipped(path / shard) != path / shard:
-                got, fix = f"{path / shard}, which is zipped", f"turnout unzip {path}, or read it whole"
-                raise CheckpointError(word("the experts", got=got, allowed="lie plain", where=_WHERE, fix=fix))
-            found[shard] = ExpertFile(path / shard)
-    except BaseException:
-        for file in found.values():
-            file.close()
-        raise
-    return found
+def _open(path: Path, shards: Sequence[str], files: dict[str, ExpertFile]) -> None:
+    """Opens the files that hold experts; whoever gave the dictionary closes them."""
+    for shard in shards:
+        if plain_or_zipped(path / shard) != path / shard:
+            got, fix = f"{path / shard}, which is zipped", f"turnout unzip {path}, or read it whole"
+            raise CheckpointError(word("the experts", got=got, allowed="lie plain", where=_WHERE, fix=fix))
+        files[shard] = ExpertFile(path / shard)
 
 
-def _of_ours(path: Path, dtype: torch.dtype | None) -> _Found:
+def _of_ours(path: Path, dtype: torch.dtype | None, files: dict[str, ExpertFile]) -> _Found:
     """A folder that ``save`` wrote; its digest is checked, as ``load`` does."""
     weights = own.WEIGHTS
-    files = _opened(path, [weights])
+    _open(path, [weights], files)
     config, stored_as = own.describe(path)
     own.check_digest(path)
     if dtype not in (None, stored_as):
@@ -272,7 +260,7 @@ def _of_ours(path: Path, dtype: torch.dtype | None) -> _Found:
     return found
 
 
-def _of_transformers(path: Path, dtype: torch.dtype | None, packed: bool) -> _Found:
+def _of_transformers(path: Path, dtype: torch.dtype | None, packed: bool, files: dict[str, ExpertFile]) -> _Found:
     """A folder that transformers wrote."""
     found = survey(path, dtype)
     held_there = packed and bool(found.packed.scales)
@@ -290,7 +278,7 @@ def _of_transformers(path: Path, dtype: torch.dtype | None, packed: bool) -> _Fo
             got = f"{found.packed.method}, which is read as the numbers that it stands for"
             raise CheckpointError(word("the experts", got=got, allowed="be plain or held", where=str(path), fix=fix))
     shards = {found.where[name] for name in cuts} | {found.packed.scales[name] for name in cuts if name in held}
-    files = _opened(path, sorted(shards))
+    _open(path, sorted(shards), files)
     pieces: dict[tuple[int, int], list[Piece]] = {}
     for name, some in cuts.items():
         for layer, expert, piece in _pieces(name, some, found, files, held.get(name), places):

@@ -23,7 +23,7 @@ from turnout.models.checkpoint.mapped import MappedFile
 from turnout.models.checkpoint.sizes import check_sizes
 from turnout.models.checkpoint.zipped import ZippedFile, plain_or_zipped
 from turnout.models.lm import LM, LMConfig
-from turnout.paths import Bank, LowRank
+from turnout.paths import Bank, LowRank, OffloadedBank
 from turnout.reading import check_fields
 from turnout.run.pages import in_large_pages
 from turnout.storage import check_seal, digest, read_error, sealed, write_whole
@@ -218,6 +218,9 @@ def bare(lm: nn.Module) -> LM:
         got, fix = type(lm).__name__, "pass a turnout.models.LM; others are written by their own libraries"
         raise UsageError(word("the model", got=got, allowed="be an LM, or one wrapped", where=_WHERE, fix=fix))
     refuse_adapters(inside, _WHERE)
+    for module in inside.modules():
+        if isinstance(module, OffloadedBank):
+            raise module.refusal("written")
     return inside
 
 

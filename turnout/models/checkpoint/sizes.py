@@ -49,7 +49,7 @@ def check_sizes(path: Path, config: LMConfig, shapes: Mapping[str, Sequence[int]
         needs |= {f"latents of width {latents:,}": latents * width}
     if moe is not None:
         routed = config.layers if moe.layers == "all" else len(moe.layers)
-        held = moe.num_experts * routed if moe.distinct is None else sum(moe.distinct)
+        held = sum(moe.distinct or moe.per_layer or (moe.num_experts * routed,))
         each = 2 * moe.hidden * width if moe.factored is None else 1
         needs |= {f"{moe.num_experts:,} experts of width {moe.hidden:,} in {routed:,} layers": held * each}
         needs |= {f"a shared expert of width {moe.shared_hidden or 0:,}": 2 * (moe.shared_hidden or 0) * width}

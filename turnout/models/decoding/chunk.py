@@ -1,12 +1,14 @@
 """A part of a prompt, read by a model's modules layer by layer, with what went before in pages."""
 
 import dataclasses
+import functools
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from turnout.models.contrast import ranked
 from turnout.models.decoding.pages import Pages, Text
 from turnout.models.lm import LM
 from turnout.types import Routing
@@ -47,7 +49,7 @@ class _Before:
 
 
 def read_chunk(lm: LM, pages: Pages, text: Text, id_S: Sequence[int]) -> Generator[None, None, Chunk]:
-    """Reads the next tokens of a text, for which there are pages; a layer between two ``next``.
+    """Reads the next tokens of a text, for which there are pages; half a layer between two ``next``.
 
     Nothing but the tokens and what went before them decides what comes out, to the bit; who runs in between does not.
 
@@ -67,7 +69,11 @@ def read_chunk(lm: LM, pages: Pages, text: Text, id_S: Sequence[int]) -> Generat
         if layer == last:  # what can be compiled routes each token for itself
             some = {"only_B": torch.tensor([len(id_S) - 1])}
         call: dict[str, Any] = {"token_id_BS": id_1S, "backend": "auto", "generator": None, **some}
-        x_BSD, routing = block(x_BSD, angles, before, batch.places, **call)
+        if text.rank:
+            call["detour"] = functools.partial(ranked(torch.tensor([text.rank])), len(routings))
+        x_BSD = block.attended(x_BSD, angles, before, batch.places)
+        yield
+        x_BSD, routing = block.fed(x_BSD, batch.places, **call)
         if routing is not None:
             routings.append(routing)
         if layer < last:

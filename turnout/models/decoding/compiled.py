@@ -19,8 +19,9 @@ class CompiledSteps:
     Of longrope all rows are on the same side of its border; ``turnout.models.decoding.sides`` sees to that.
     """
 
-    def __init__(self, lm: LM, batch: int, room: int) -> None:
+    def __init__(self, lm: LM, batch: int, room: int, rank_B: Tensor | None = None) -> None:
         self._lm, self._room = lm, min(room, lm.config.max_seq)
+        self._rank_B = [0] * batch if rank_B is None else rank_B.tolist()
         self._pages = Pages(lm, [batch * self._each(window) for window in Pages.windows_of(lm)])
         self._steps = PagedSteps(lm, self._pages)
         self._texts: list[Text] = []
@@ -36,6 +37,8 @@ class CompiledSteps:
         lengths, full = length_B.tolist(), self._each(None)
         self._steps.entries.of_texts(max(lengths))
         self._texts = [self._pages.begin(near=row * full) for row in range(len(lengths))]
+        for text, rank in zip(self._texts, self._rank_B, strict=True):
+            text.rank = rank
         score_BV = torch.empty(len(lengths), self._lm.config.vocab_size, dtype=torch.float32)
         short: list[tuple[int, list[int]]] = []
         for row, (text, id_S) in enumerate(zip(self._texts, id_BS.tolist(), strict=True)):
@@ -103,6 +106,7 @@ class CompiledSteps:
             if row not in rows:
                 self._pages.free(text)
         self._texts = [self._texts[row] for row in rows]
+        self._rank_B = [self._rank_B[row] for row in rows]
 
 
 def finish(reading: Generator[None, None, Chunk]) -> Chunk:

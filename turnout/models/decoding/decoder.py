@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
+from turnout.models.contrast import Contrast
 from turnout.models.decoding.compiled import CompiledSteps
 from turnout.models.decoding.path import why_plain
 from turnout.models.decoding.plain import PlainSteps
@@ -27,9 +28,11 @@ class Decoder:
         lm: the model, in evaluation mode.
         batch: B, how many rows there are.
         room: for how many positions a row memory is set aside at first; there is more where more is needed.
+        rank_B: (B,) int64 for rows whose tokens take one expert alone, its rank, as ``turnout.models.Contrast`` has it;
+            0 for rows that are routed as ever. None for all of them.
 
     Raises:
-        UsageError: a batch or a room below 1, or a model that is training.
+        UsageError: a batch or a room below 1, a model that is training, or ranks that it does not have.
 
     >>> from turnout.models import LMConfig
     >>> decoder = Decoder(LM(LMConfig(vocab_size=16, width=8, layers=1, heads=2)).eval(), batch=2, room=8)
@@ -41,7 +44,7 @@ class Decoder:
     Source: none; the usual split into prefill and decoding.
     """
 
-    def __init__(self, lm: LM, batch: int, room: int) -> None:
+    def __init__(self, lm: LM, batch: int, room: int, *, rank_B: Tensor | None = None) -> None:
         for name, size in (("batch", batch), ("room", room)):
             if size < 1:
                 raise UsageError(
@@ -50,14 +53,25 @@ class Decoder:
         if lm.training:
             fix = "call lm.eval() first"
             raise UsageError(word("lm", got="a model in training", allowed="be evaluated", where=_WHERE, fix=fix))
-        self.lm, self.batch, self.room = lm, batch, room
+        self.lm, self.batch, self.room, self._rank_B = lm, batch, room, rank_B
+        if rank_B is not None:
+            self._check_ranks(rank_B)
         self.length_B = torch.zeros(batch, dtype=torch.int64)
         self.why_plain = why_plain(lm)  # None where steps are compiled
         border = lm.rope.border
         self._steps: Any = self._made(batch) if border is None else Sides(self._made, border)
 
     def _made(self, batch: int) -> Any:
-        return PlainSteps(self.lm) if self.why_plain is not None else CompiledSteps(self.lm, batch, self.room)
+        if self.why_plain is not None:
+            return PlainSteps(self.lm, self._rank_B)
+        return CompiledSteps(self.lm, batch, self.room, self._rank_B)
+
+    def _check_ranks(self, rank_B: Tensor) -> None:
+        if rank_B.shape != (self.batch,) or rank_B.dtype != torch.int64 or bool((rank_B < 0).any()):
+            got, allowed = f"{rank_B.dtype} {rank_B.tolist()}", f"be {self.batch} int64 of at least 0"
+            raise UsageError(word("rank_B", got=got, allowed=allowed, where=_WHERE, fix="pass 0 for rows as ever"))
+        if bool(rank_B.any()):
+            Contrast(rank=int(rank_B.max())).check(self.lm)
 
     @torch.no_grad()
     def prefill(self, id_BS: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -66,7 +66,7 @@ class PagedSteps:
         return count <= self.few
 
     def read(self, text: Text, id_S: Sequence[int]) -> Generator[None, None, Chunk]:
-        """Reads a part that is not short with the model's modules, a layer at a time; pages are there already."""
+        """Reads a part that is not short with the model's modules, half a layer at a time; pages are there already."""
         return read_chunk(self.lm, self.pages, text, id_S)
 
     def step(self, texts: Sequence[Text], id_RN: Sequence[Sequence[int]]) -> Tensor:
@@ -82,11 +82,12 @@ class PagedSteps:
         self._make_room(rows, int(place_R.max()) + 1)
         seat_R = np.repeat([text.seat for text in texts], counts)
         page_GRP = np.ascontiguousarray(self.pages.page_GXP[:, seat_R])
+        rank_R = np.repeat(np.array([text.rank for text in texts], np.int64), counts)
         id_R = np.array([one for id_N in id_RN for one in id_N], np.int64)
         logits_BV, entries = self._logits_RV[: len(texts)], self.entries
         told = entries.models, entries.layers, entries.norms, entries.matrices
         with entries.turn(id_R):
-            step(*told, id_R, place_R, page_GRP, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
+            step(*told, id_R, place_R, page_GRP, rank_R, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
         for text, count in zip(texts, counts, strict=True):
             text.length += count
         return logits_BV

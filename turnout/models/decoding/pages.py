@@ -29,6 +29,8 @@ class Text:
             was never there.
         length: how many positions are stored.
         near: where its pages would best begin.
+        rank: above 0 each of its tokens takes in every routed layer its one expert of this rank
+            (``turnout.models.Contrast``); what is stored is then of no use to a text of another rank.
 
     Source: none; plain bookkeeping.
     """
@@ -37,6 +39,7 @@ class Text:
     held_G: list[list[int]]
     length: int = 0
     near: int | None = None
+    rank: int = 0
 
 
 class Pages:

@@ -17,6 +17,7 @@ _FIXES = {
     "moe.factored": "write the experts' matrices out (--densify, turnout.reshape.densify)",
     "quantized": "write its weights out in full (--densify, turnout.reshape.densify)",
     "moe.distinct": "give each expert weights of its own (--densify, turnout.reshape.densify)",
+    "moe.per_layer": "train with as many experts in every layer (per_layer=None)",
     "moe.router_options.capacity_factor": "train with a router that drops no tokens (capacity_factor=None)",
     "moe.router": "train with the router TopK, or with GroupLimited",
     "activation": "train with activation='swiglu'",

@@ -164,6 +164,9 @@ def _routed(config: LMConfig) -> MoEConfig:
     if config.moe.distinct is not None:
         got, fix = "one with merged experts", "drop experts first, then merge"
         raise UsageError(word("the model", got=got, allowed="have none merged yet", where=_WHERE, fix=fix))
+    if config.moe.per_layer is not None:
+        got, fix = f"one with per_layer={config.moe.per_layer}", "train it with fewer (per_layer=...)"
+        raise UsageError(word("the model", got=got, allowed="have as many in each layer", where=_WHERE, fix=fix))
     if config.moe.factored is not None:
         got, fix = "one with factored experts", "drop experts first, then factor them, or densify it"
         raise UsageError(word("the model", got=got, allowed="have whole matrices", where=_WHERE, fix=fix))

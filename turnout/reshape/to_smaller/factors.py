@@ -36,6 +36,9 @@ def whole(config: LMConfig, where: str) -> MoEConfig:
         got = "a dense one" if config.moe is None else "one with factored experts"
         fix = "upcycle or split it first" if config.moe is None else "densify it first, or start from the model before"
         raise UsageError(word("the model", got=got, allowed="have experts with whole matrices", where=where, fix=fix))
+    if config.moe.per_layer is not None:
+        got, fix = f"one with per_layer={config.moe.per_layer}", "train it with the same number in each layer"
+        raise UsageError(word("the model", got=got, allowed="have as many in each layer", where=where, fix=fix))
     return config.moe
 
 

@@ -244,6 +244,9 @@ def _routed(config: LMConfig, keep: int) -> MoEConfig:
         allowed = "have experts, none merged yet and none factored, and a router with logits"
         fix = "start from the model before"
         raise UsageError(word("the model", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if moe.per_layer is not None:
+        got, fix = f"one with per_layer={moe.per_layer}", "train it with fewer (per_layer=...)"
+        raise UsageError(word("the model", got=got, allowed="have as many in each layer", where=_WHERE, fix=fix))
     if not 1 <= keep <= moe.num_experts:
         allowed, fix = f"be from 1 to num_experts={moe.num_experts}", f"pass keep={min(max(keep, 1), moe.num_experts)}"
         raise UsageError(word("keep", got=keep, allowed=allowed, where=_WHERE, fix=fix))

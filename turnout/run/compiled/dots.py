@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turnout.run.compiled.dot_tile import OUTS, ROWS, dot_tile, dot_tile_1, dot_tile_2
 from turnout.run.compiled.engine import array, compiled_here, kernel, takes
-from turnout.run.compiled.fetch import LINE, fetch
+from turnout.run.compiled.fetch import LINE
 from turnout.run.compiled.lanes import features, prange
 from turnout.run.compiled.vectors import WIDE
 
@@ -98,21 +98,22 @@ def with_outputs(x, first, last, w, at, out, to, ins, outs, then, next_at, lines
     # Four rows at a time, then two, then one: whichever tile makes a row, it has the same bits.
     whole, rest = (last - first) // ROWS, (last - first) % ROWS
     tiles = whole + rest // 2 + rest % 2
-    each = (lines + tiles - 1) // tiles
-    m = first
+    steps = ins * x.itemsize // LINE
+    each = (lines + tiles * steps - 1) // (tiles * steps)
+    m, end = first, next_at + lines * line
     for tile in range(tiles):
-        for _ in range(each):
-            fetch(then, next_at)
-            next_at += line
+        if next_at >= end:
+            each = 0
         if tile < whole:
-            dot_tile(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
+            dot_tile(x, m * ins, ins, w, at, out, m * outs + to, outs, ins, then, next_at, each, line)
             m += ROWS
         elif last - m > 1:
-            dot_tile_2(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
+            dot_tile_2(x, m * ins, ins, w, at, out, m * outs + to, outs, ins, then, next_at, each, line)
             m += 2
         else:
-            dot_tile_1(x, m * ins, ins, w, at, out, m * outs + to, outs, ins)
+            dot_tile_1(x, m * ins, ins, w, at, out, m * outs + to, outs, ins, then, next_at, each, line)
             m += 1
+        next_at += steps * each * line
 
 
 @kernel(threaded=True, exact=True)

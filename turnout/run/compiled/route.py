@@ -59,8 +59,11 @@ def limited(layer, biased_E, taken_E):
 
 
 @kernel()
-def chosen(layer, logit_E, choice_K, weight_K):
-    """The experts that a row takes and their weights, from the logits, which become scores."""
+def chosen(layer, logit_E, choice_K, weight_K, rank):
+    """The experts that a row takes and their weights, from the logits, which become scores.
+
+    With a rank above 0 it takes the one expert of that rank alone, 1 being the best; the other places are -1, no one.
+    """
     E, K = logit_E.shape[0], choice_K.shape[0]
     scored(logit_E, layer.sigmoid)
     biased_E, taken_E = logit_E, np.zeros(E, np.bool_)
@@ -71,7 +74,12 @@ def chosen(layer, logit_E, choice_K, weight_K):
     if layer.top_groups < layer.groups:
         limited(layer, biased_E, taken_E)
     total = layer.floor
+    for _ in range(rank - 1):
+        taken_E[largest(biased_E, taken_E)] = True
     for k in range(K):
+        if rank > 0 and k > 0:
+            choice_K[k], weight_K[k] = -1, np.float32(0)
+            continue
         e = largest(biased_E, taken_E)
         taken_E[e] = True
         choice_K[k], weight_K[k] = e, logit_E[e]

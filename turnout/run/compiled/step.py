@@ -78,24 +78,25 @@ def _attention(layer, norms, table, h_BD, place_B, page_BP, cos_BP, sin_BP, room
 
 
 @kernel()
-def _routed(layer, table, h_BD, room_F, logit_BE, weight_BK, choice_BK):
-    """Which experts each row takes, and with what weight."""
+def _routed(layer, table, h_BD, rank_B, room_F, logit_BE, weight_BK, choice_BK):
+    """Which experts each row takes, and with what weight; -1 stands for no one."""
     times(table, layer.router, 0, laid_out(table, layer.router, h_BD, room_F), logit_BE, 0, logit_BE.shape[1])
     told_BK = wholes(layer.routes, choice_BK.size if layer.routes != 0 else 0)
     told_BK = told_BK.reshape(h_BD.shape[0] if layer.routes != 0 else 0, choice_BK.shape[1])
     for b in range(h_BD.shape[0]):
-        chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b])
+        chosen(layer, logit_BE[b], choice_BK[b], weight_BK[b], rank_B[b])
         if layer.routes != 0:
             for k in range(choice_BK.shape[1]):
                 told_BK[b, k] = choice_BK[b, k]
         if layer.labels != 0:
             label_E = wholes(layer.labels, logit_BE.shape[1])
             for k in range(choice_BK.shape[1]):
-                choice_BK[b, k] = label_E[choice_BK[b, k]]
+                if choice_BK[b, k] >= 0:
+                    choice_BK[b, k] = label_E[choice_BK[b, k]]
 
 
 @kernel()
-def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
+def _feed_forward(layer, table, h_BD, rank_B, room_F, room_I, y_BD, parts):
     """What the feed-forward layer, dense or routed, makes of normed rows; whether all its experts could be had."""
     rows, most, width = h_BD.shape[0], max(layer.top_k, 1), h_BD.shape[1]
     entries = rows * most
@@ -110,7 +111,7 @@ def _feed_forward(layer, table, h_BD, room_F, room_I, y_BD, parts):
         logit_BE = _cut(rest_F, 0, rows, table[layer.router, OUTS])
         weight_BK = _cut(rest_F, logit_BE.size, rows, most)
         choice_BK = room_I[3 * entries + 1 : 4 * entries + 1].reshape(rows, most)
-        _routed(layer, table, h_BD, rest_F[logit_BE.size + weight_BK.size :], logit_BE, weight_BK, choice_BK)
+        _routed(layer, table, h_BD, rank_B, rest_F[logit_BE.size + weight_BK.size :], logit_BE, weight_BK, choice_BK)
         groups = grouped(choice_BK, weight_BK, expert_G, start_G, row_R, weight_R)
     code = layer.activation
     if layer.ready != 0:
@@ -157,11 +158,12 @@ def _embedded(address, code, index, scale, x_D, adds):
 
 
 @kernel()
-def step(models, layers, norms, table, id_B, place_B, page_GBP, asked_N, room_F, room_I, logits_NV, parts):
+def step(models, layers, norms, table, id_B, place_B, page_GBP, rank_B, asked_N, room_F, room_I, logits_NV, parts):
     """One token of each row at its place in its text: all layers, and what comes after the rows that are asked for.
 
     For each group of layers ``page_GBP`` says in which pages a row's text is. Rows with the same pages are of one text,
-    whose tokens before them are in the pages or among them. Whether it came to an end: not where experts could not be
+    whose tokens before them are in the pages or among them. A row with a rank above 0 takes in each routed layer its
+    one expert of that rank (``turnout.models.Contrast``). Whether it came to an end: not where experts could not be
     had.
     """
     model, B, N, V = models[0], id_B.shape[0], asked_N.shape[0], logits_NV.shape[1]
@@ -189,7 +191,7 @@ def step(models, layers, norms, table, id_B, place_B, page_GBP, asked_N, room_F,
             _attention(layer, norms, table, h_BD, place_B, page_BP, cos, sin, rest_F, y_BD, parts)
         _added(norms, layer.out_norm, layer.residual, y_BD, x_BD)
         _before(norms, layer.ff_norm, x_BD, h_BD)
-        if not _feed_forward(layer, table, h_BD, rest_F, room_I, y_BD, parts):
+        if not _feed_forward(layer, table, h_BD, rank_B, rest_F, room_I, y_BD, parts):
             return False
         _added(norms, layer.ff_out_norm, layer.residual, y_BD, x_BD)
     for n in range(N):

@@ -166,6 +166,7 @@ class Engine:
                 together=loop.together,
                 expert_load=tuple(map(tuple, loads[0].tolist())) if loads else (),
                 trouble=self._trouble,
+                counts=self._counts(),
             )
 
     def drain(self, timeout_s: float) -> bool:
@@ -240,6 +241,15 @@ class Engine:
         for answer in left:
             self._loop.cancel(answer)
         return not closing
+
+    def _counts(self) -> dict[str, float]:
+        """Of experts in slots: what was there, and what was waited for."""
+        experts = getattr(self.lm, "experts", None)
+        if experts is None:
+            return {}
+        told = experts.stats()
+        names = ("slots", "hits", "misses", "waits_s", "fetched_bytes", "prefetched", "prefetched_used", "evicted")
+        return {f"expert_{name}": getattr(told, name) for name in names}
 
     def _look(self) -> None:
         """Counts pages now and then, and whenever there is nothing else to do: others read the sums alone."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from turnout.errors import DataError
+from turnout.errors import DataError, UsageError
 from turnout.serve.http.chat_template import ChatTemplate
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.grammar import Grammar, Grammars
@@ -123,8 +123,11 @@ class Texts:
             inside = asked.get("json_schema", asked)
             param = f"{param}.json_schema.schema" if "json_schema" in asked else f"{param}.schema"
             schema = inside["schema"]
-        with self._making:
-            grammars = self._grammars
+        try:
+            with self._making:
+                grammars = self._grammars
+        except UsageError as error:  # a tokenizer that cannot be kept to a form
+            raise ApiError(str(error), 400, param, "unsupported_parameter") from error
         return grammars.of(schema, param=param, where=where)
 
     @functools.cached_property

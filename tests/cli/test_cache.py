@@ -1,0 +1,108 @@
+"""``turnout cache``: what it prints and writes, what it recommends, and what a user gets wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from turnout.cli import cache
+from turnout.cli.main import main
+from turnout.recipes.cache import POLICIES
+from turnout.types import Routing, TraceWriter
+
+
+def record(path: Path, documents: int, *, tokens: int = 30) -> str:
+    """Documents of two topics, 3 layers of 8 experts, 2 taken."""
+    rng, liked_ZLE = np.random.default_rng(0), np.random.default_rng(1).standard_normal((2, 3, 8)) * 2
+    with TraceWriter(path, num_experts_L=[8] * 3, domains=["all"], token_ids=True) as writer:
+        for document in range(documents):
+            noisy = liked_ZLE[document % 2] + rng.gumbel(size=(tokens, 3, 8))
+            index_TLK = torch.from_numpy(np.argsort(-noisy, axis=2)[:, :, :2].copy())
+            weight = torch.ones(tokens, 2)
+            writer.add(
+                [Routing.from_topk(index_TLK[:, layer], weight, num_experts=8) for layer in range(3)],
+                document_tokens=[tokens],
+                document_domains=[0],
+                token_id_T=torch.from_numpy(rng.integers(0, 50, tokens)),
+            )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return record(tmp_path_factory.mktemp("traces") / "trace", 8)
+
+
+def test_the_parser_knows_every_policy():
+    assert cache.POLICIES == POLICIES
+
+
+def test_every_policy_is_beside_the_bound_and_one_is_recommended(trace, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["cache", trace, "--slots", "2,4", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*POLICIES, "belady", "take ", "needs a router")) and "cache.html" in text
+    values = json.loads((out / "cache.json").read_text())["values"]
+    assert values["documents"] == 2 and values["documents_learnt"] == 6
+    assert len(values["rows"]) == 4 * (len(POLICIES) + 1)
+    for told in values["recommended"]:
+        here = {r["policy"]: r for r in values["rows"] if (r["pool"], r["slots"]) == (told["pool"], told["slots"])}
+        bound = here["belady"]
+        assert all(r["fetches"] >= bound["fetches"] and r["seconds"] >= bound["seconds"] - 1e-9 for r in here.values())
+        able = [r["seconds"] for name, r in here.items() if name not in ("belady", "pre_gated")]
+        assert here[told["policy"]]["seconds"] <= 1.01 * min(able)
+    page = (out / "cache.html").read_text()
+    assert "What to take" in page and page.count("<svg") >= 6 and "https://" not in page
+
+
+def test_the_same_twice_to_the_bit(trace, capsys):
+    found = []
+    for _ in range(2):
+        assert main(["cache", trace, "--slots", "3", "--json"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
+def test_a_memory_is_as_many_slots_as_fit(trace, capsys):
+    asked = ["cache", trace, "--memory", "10KB", "--expert-bytes", "1KB", "--policy", "lru", "--json"]
+    assert main(asked) == 0
+    rows = json.loads(capsys.readouterr().out)["values"]["rows"]
+    assert {(row["pool"], row["slots"], row["capacity"]) for row in rows} == {
+        ("each layer", 3, 9),
+        ("all layers", 10, 10),
+    }
+
+
+def test_streams_side_by_side_ask_for_the_union(trace, capsys):
+    assert (
+        main(["cache", trace, "--slots", "6", "--streams", "2", "--policy", "lru,lfu", "--pool", "layer", "--json"])
+        == 0
+    )
+    values = json.loads(capsys.readouterr().out)["values"]
+    assert values["documents"] == 8 and values["steps"] == 120 and values["experts_asked"] > 120 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--slots", "1"], "pass at least 2"),
+        (["--slots", "a"], "write --slots 8,16,32"),
+        (["--policy", "lur"], "lru"),
+        (["--memory", "2GB"], "--expert-bytes 4.7MB"),
+        (["--memory", "lots", "--expert-bytes", "1MB"], "write --memory 2GB"),
+        (["--streams", "0"], "streams=1"),
+        (["--fetch-ms", "0"], "above 0"),
+    ],
+)
+def test_mistakes_are_told_with_what_would_do(trace, flags, said, capsys):
+    assert main(["cache", trace, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_learns_needs_another_document(tmp_path, capsys):
+    one = record(tmp_path / "one", 1)
+    assert main(["cache", one]) == 2
+    assert "leave out static, trace_matching, expert_flow" in capsys.readouterr().err
+    assert main(["cache", one, "--policy", "lru", "--slots", "4"]) == 0

@@ -1,0 +1,7 @@
+"""Test-time expert re-mixing: a prompt's last token takes experts as it did where the model was right."""
+
+from turnout.models.c3po.c3po import C3PO
+from turnout.models.c3po.pathways import Pathways
+from turnout.models.c3po.remixed import Remixed
+
+__all__ = ["C3PO", "Pathways", "Remixed"]
