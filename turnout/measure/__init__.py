@@ -10,7 +10,7 @@ from turnout.measure.cost import count_flops, count_params
 from turnout.measure.crowd import crowd_load
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
-from turnout.measure.isolation import Isolation, audit
+from turnout.measure.isolation import Finding, Isolation, audit
 from turnout.measure.load import coefficient_of_variation, dead_experts, dropped_share, entropy, load_report, max_vio
 from turnout.measure.passage import Passage
 from turnout.measure.placement import placement_report
@@ -24,6 +24,7 @@ __all__ = [
     "BlockTimes",
     "Certificate",
     "Evaluation",
+    "Finding",
     "Isolation",
     "Passage",
     "ReportData",

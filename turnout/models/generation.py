@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from turnout.expects import Kind, expects
-from turnout.models.c3po import C3PO, Remixed
+from turnout.models.c3po import C3PO
+from turnout.models.c3po.remixed import Remixed
 from turnout.models.checkpoint.live import lm_or_itself
 from turnout.models.contrast import Contrast
 from turnout.models.decoding import Contrasted, Decoder

@@ -2,6 +2,5 @@
 
 from turnout.models.c3po.c3po import C3PO
 from turnout.models.c3po.pathways import Pathways
-from turnout.models.c3po.remixed import Remixed
 
-__all__ = ["C3PO", "Pathways", "Remixed"]
+__all__ = ["C3PO", "Pathways"]
