@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import UsageError, word
+from turnout.expects import expects
 from turnout.measure.isolation.finding import Finding, Isolation
 from turnout.measure.isolation.overflow import overflow
 from turnout.measure.isolation.padding import padding
@@ -26,6 +27,7 @@ _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.
 _PROBES = (overflow, ties, scale, padding, shape, position, threads)
 
 
+@expects(module=nn.Module)
 def audit(
     module: nn.Module,
     *,
