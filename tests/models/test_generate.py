@@ -174,7 +174,9 @@ def test_the_end_says_why() -> None:
     last = tokenizer.decode(plain.rows[0][-1:])
     if plain.text_B[0].index(last) == len(plain.text_B[0]) - len(last):
         assert greedy(texts, lm=lm, tokens=5, tokenizer=tokenizer, stop=last).why_B == ("stop",)
-    assert greedy(texts, lm=lm, tokens=5, eos=plain.rows[0][-1], tokenizer=tokenizer).why_B == ("eos",)
+    ended = greedy(texts, lm=lm, tokens=5, eos=plain.rows[0][-1], tokenizer=tokenizer)
+    assert ended.why_B == ("eos",)
+    assert ended.text_B == (tokenizer.decode(ended.rows[0][:-1]),)  # what it ended with is none of it
 
 
 def test_the_model_says_how_texts_end(tmp_path) -> None:

@@ -102,6 +102,29 @@ def test_a_prompt_may_end_within_a_character() -> None:
     assert "".join(said(tokenizer, ids[:1], ids[1:])[0]) == "例え"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentence piece"])
+def test_what_is_broken_in_a_prompt_is_no_part_of_its_answer(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    name = "\u0142" if kind == "bytes" else "<0xE4>"  # a byte that begins a character, here none
+    broken, more = tokenizer.token_to_id(name), tokenizer.encode("cat").ids
+    for prompt in ([broken], [*more, broken, broken], tokenizer.encode("x\ufffd\ufffd").ids):
+        for ids in (more, [broken, *more]):
+            found = "".join(said(tokenizer, prompt, ids)[0])
+            assert tokenizer.decode(prompt) + found == tokenizer.decode([*prompt, *ids])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_plain_token_that_ends_a_text_is_none_of_it(keep: bool) -> None:
+    tokenizer = byte_level()
+    *ids, last = tokenizer.encode("the cat").ids
+    pieces = Pieces(tokenizer, tokenizer.encode("x").ids, stop=["zz"], keep_stop=keep)
+    found = [*map(pieces.add, ids), pieces.add_end(last)]
+    assert "".join(found) == tokenizer.decode([*ids, last] if keep else ids) == pieces.text
+    broken = tokenizer.encode("é🙂").ids[:-1]
+    pieces = Pieces(tokenizer, [], stop=["zz"])
+    assert "".join([*map(pieces.add, broken), pieces.add_end(last)]) == "é\ufffd"
+
+
 def stopped(text: str, stop: list[str], keep: bool = False) -> str | None:
     """What is said of the text, the same in one token after another as in whole."""
     tokenizer = byte_level()

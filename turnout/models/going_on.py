@@ -183,7 +183,7 @@ class _Rows:
         said = ""
         if self._pieces is not None:
             pieces = self._pieces[row]
-            said = pieces.add(token) + ("" if why is None else pieces.end())
+            said = pieces.add_end(token) if why == "eos" else pieces.add(token) + ("" if why is None else pieces.end())
             why = "stop" if pieces.stopped else why
         self._why_B[row] = why
         return said

@@ -67,6 +67,14 @@ class Pieces:
         self._held += self._decoded(last=False)
         return self._give(len(self._held) if self._find() else len(self._held) - self._begun())
 
+    def add_end(self, token: int) -> str:
+        """What is left of the text with the token that ended it, whose own text is no part of it unless that is kept.
+
+        A special token has no text anyway; some tokenizers have plain ones that end a turn.
+        """
+        said = self.add(token) if self._keep_stop or token in self._special else ""
+        return said + self.end()
+
     def end(self) -> str:
         """What is left when no token follows: bytes that became no character, and a stop that only began."""
         if not self.stopped:
@@ -82,8 +90,9 @@ class Pieces:
         whole = self._reader.decode(self._ids[self._from :], skip_special_tokens=True)
         if whole.endswith(_BROKEN) and not last:
             return ""
-        if self._from == 0:  # a prompt may end within a character, which the first tokens then complete
-            before = before.rstrip(_BROKEN)
+        # A prompt may end within a character, which the first tokens then complete; what they leave broken was there.
+        while self._from == 0 and before.endswith(_BROKEN) and not whole.startswith(before):
+            before = before[: -len(_BROKEN)]
         if len(whole) <= len(before) and not last:  # a special token, which a decoder may join to its neighbours
             return ""
         self._from, self._to = self._to, len(self._ids)

@@ -251,6 +251,11 @@ def test_texts_and_stops_are_those_of_generate() -> None:
                 assert [token.id for token in tokens] == want.rows[0]
                 assert "".join(token.text for token in tokens) == want.text_B[0]
                 assert end.reason == {"tokens": "length", "stop": "stop"}[want.why_B[0]]
+        ended = engine.submit(Request((3, 1, 4), 40, drawing, seed=0, eos=tuple(range(26, 61)))).result(WAIT_S)[0]
+        made = turnout.generate(lm, [[3, 1, 4]], tokens=40, temperature=1.5, seed=0, eos=None).rows[0]
+        first = next(place for place, token in enumerate(made) if token > 25)
+        assert [token.id for token in ended] == made[: first + 1]
+        assert "".join(token.text for token in ended) == words.decode(made[:first])
 
 
 @pytest.mark.usefixtures("short_parts")

@@ -75,6 +75,23 @@ def test_a_model_that_never_ends_its_text_is_not_told_to(tokenizer):
     assert not mask.allowed()[0]
 
 
+def test_a_plain_token_that_ends_texts_ends_them_where_the_form_is_whole(tokenizer):
+    seven, comma = (tokenizer.encode(one).ids[0] for one in "7,")
+    grammars = Grammars(tokenizer, vocab_size=VOCAB, eos=(0, seven))
+    mask = of(grammars, {"type": "array", "items": {"type": "integer"}})
+    for token in tokenizer.encode("[8").ids:
+        mask.took(token)
+    assert mask.allowed()[comma] and not mask.allowed()[seven]
+    mask = of(grammars, {"type": "integer"})
+    mask.took(tokenizer.encode("8").ids[0])
+    assert mask.allowed()[seven] and mask.allowed()[0]
+    mask.took(seven)
+    assert mask.done
+    eights = Grammars(tokenizer, vocab_size=VOCAB, eos=tuple(tokenizer.encode(one).ids[0] for one in "8"))
+    with pytest.raises(UsageError, match="none of its tokens goes on with"):
+        of(eights, {"enum": [8]}).allowed()
+
+
 def test_copies_go_their_own_ways(tokenizer, grammars):
     first = of(grammars, {"enum": ["a", "b"]})
     second = first.copy()

@@ -7,9 +7,13 @@ import math
 import openai
 import pydantic
 import pytest
+import tokenizers
 from serving import make_lm, serving, wait_for
 
 from turnout import generate
+from turnout.serve.engine import Token
+from turnout.serve.http.made import completion_logprobs
+from turnout.serve.http.spelling import Spelling
 
 CHAT = [{"role": "user", "content": "line 3"}]
 WRITTEN = "<user>line 3\n<assistant>"
@@ -145,6 +149,17 @@ def test_logprobs_of_completions(served, client):
     assert told.text_offset == sorted(told.text_offset)
     chosen = client.completions.create(model="moe", prompt="the cat", max_tokens=8, temperature=0, logprobs=0)
     assert all(len(top) == 1 for top in chosen.choices[0].logprobs.top_logprobs)
+
+
+def test_of_tokens_that_are_spelt_alike_the_likeliest_is_told():
+    words = {"<unk>": 0, "▁": 1, "<0x20>": 2, "a": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], byte_fallback=True))
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    token = Token(3, "a", -1.5, ((1, -0.5), (3, -1.5), (2, -9.0)))
+    told = completion_logprobs([token], Spelling(tokenizer), ends=(), offset=0)
+    assert told["top_logprobs"] == [{" ": -0.5, "a": -1.5}]
 
 
 def test_logprobs_of_chats_whole_and_streamed(served, client):

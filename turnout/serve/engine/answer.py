@@ -79,7 +79,10 @@ class Answer:
         why = self._why(token)
         text = ""
         if self._pieces is not None:
-            text = self._pieces.add(token) + ("" if why is None else self._pieces.end())
+            if token in self.request.eos:
+                text = self._pieces.add_end(token)
+            else:
+                text = self._pieces.add(token) + ("" if why is None else self._pieces.end())
             why = "stop" if self._pieces.stopped else why
         logprob, top = self._chances(score_V, token)
         self.ticket.put(Token(token, text, logprob, top, routes if self.request.routes else None))

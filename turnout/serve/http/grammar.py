@@ -38,7 +38,7 @@ class Grammars:
         except ImportError as error:
             why = f"{_WHERE} needs llguidance for response_format"
             raise MissingExtraError(f"{why}. Nearest fix: pip install 'turnout[serve]'.") from error
-        self._library, self._eos = llguidance, tuple(eos)
+        self._library, self._never = llguidance, not eos
         special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         # One that ends nothing has to stand in where no token does; it is never allowed.
         ends = list(eos) or special[:1] or [0]
@@ -48,11 +48,8 @@ class Grammars:
             got, allowed = f"one that llguidance does not read ({error!s:.200})", "be of a kind that it reads"
             fix = "leave response_format out"
             raise UsageError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
-        self._banned_V: Tensor | None = None
-        if not eos:
-            self._banned_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self._banned_V[ends] = True
-        self._vocab_size = vocab_size
+        self._ends_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self._ends_V[ends] = True
 
     def of(self, schema: Mapping[str, Any], *, param: str, where: str) -> "Grammar":
         """The grammar of JSON by a schema.
@@ -80,7 +77,7 @@ class Grammars:
         if problem:
             allowed = "be a JSON schema of what llguidance does"
             raise invalid(param, got=f"one it refuses: {problem:.300}", allowed=allowed, where=where, fix="simplify it")
-        return Grammar(made, self._vocab_size, self._banned_V)
+        return Grammar(made, self._ends_V, never=self._never)
 
 
 class Grammar:
@@ -88,18 +85,18 @@ class Grammar:
 
     Args:
         matcher: of llguidance.
-        vocab_size: V of the model.
-        banned_V: (V,) bool, tokens that are never allowed; None for none.
+        ends_V: (V,) bool, the tokens that end a text, which nothing but a whole text may be followed by.
+        never: whether they end none, and are not allowed then either.
 
     Source: none; ``LLMatcher`` of llguidance.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, banned_V: Tensor | None) -> None:
-        self._matcher, self._vocab_size, self._banned_V = matcher, vocab_size, banned_V
+    def __init__(self, matcher: Any, ends_V: Tensor, *, never: bool) -> None:
+        self._matcher, self._ends_V, self._never = matcher, ends_V, never
 
     def copy(self) -> "Grammar":
         """The same, for another text that begins where this one is."""
-        return Grammar(self._matcher.deep_copy(), self._vocab_size, self._banned_V)
+        return Grammar(self._matcher.deep_copy(), self._ends_V, never=self._never)
 
     @property
     def done(self) -> bool:
@@ -110,12 +107,19 @@ class Grammar:
         """(V,) bool, the tokens that may come next.
 
         Raises:
-            UsageError: the grammar grew beyond llguidance's limits.
+            UsageError: the grammar grew beyond llguidance's limits, or no token goes on within it.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed_V = torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool))
-        return allowed_V if self._banned_V is None else allowed_V & ~self._banned_V
+        allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(self._ends_V), bitorder="little").astype(bool))
+        if self._never or not self._matcher.is_accepting():
+            # A model may end its texts with a plain token, a digit say, which the form would allow in its middle.
+            allowed_V &= ~self._ends_V
+        if not bool(allowed_V.any()):
+            fix = "allow more in the schema, or leave response_format out"
+            got, allowed = "a text that none of its tokens goes on with", "be of what the model's tokens can write"
+            raise UsageError(word("response_format", got=got, allowed=allowed, where=_WHERE, fix=fix))
+        return allowed_V
 
     def took(self, token: int) -> None:
         """Goes on from this token.

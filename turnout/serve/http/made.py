@@ -117,7 +117,9 @@ def completion_logprobs(
             logprob = _finite(token.logprob or 0.0)
             found["tokens"].append(spelling.text(token.id))
             found["token_logprobs"].append(logprob)
-            top = {spelling.text(one): _finite(value) for one, value in token.top}
+            top: dict[str, float] = {}
+            for one, value in token.top:  # of those that are spelt alike the likeliest
+                top.setdefault(spelling.text(one), _finite(value))
             found["top_logprobs"].append({**top, spelling.text(token.id): logprob})
             found["text_offset"].append(offset)
         offset += len(token.text)
