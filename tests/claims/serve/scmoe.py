@@ -16,6 +16,6 @@ def elsewhere(self, strong_TV, weak_TV):
 CASE = Case(
     lambda m: m.setattr(Contrast, "scores", elsewhere),
     "lost",
-    small={"_SCORED": 2048},
-    taught=60,
+    small={"_SCORED": 2048, "_PLAIN": 1},
+    taught=1,
 )
