@@ -112,9 +112,10 @@ class Grammar:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(self._ends_V), bitorder="little").astype(bool))
-        if self._never or not self._matcher.is_accepting():
-            # A model may end its texts with a plain token, a digit say, which the form would allow in its middle.
-            allowed_V &= ~self._ends_V
+        within_V = allowed_V & ~self._ends_V
+        # A model may end its texts with a plain token, a digit say, which the form would allow in its middle.
+        if self._never or (bool(within_V.any()) and not self._matcher.is_accepting()):
+            allowed_V = within_V
         if not bool(allowed_V.any()):
             fix = "allow more in the schema, or leave response_format out"
             got, allowed = "a text that none of its tokens goes on with", "be of what the model's tokens can write"
