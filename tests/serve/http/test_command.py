@@ -119,9 +119,7 @@ def test_mistakes(folder, tmp_path, capsys, monkeypatch):
     assert "hold a key" in refused(capsys, folder, "--api-key-file", tmp_path / "keys")
     assert "printable ASCII" in refused(capsys, folder, "--api-key", "a b")
     assert "above 0" in refused(capsys, folder, "--request-timeout", "0")
-    assert "--kv-memory 1GB" in refused(capsys, folder, "--kv-memory", "much")
-    said = refused(capsys, folder, "--max-running", "0", "--port", "0")
-    assert "--max-running and --max-waiting must be" in said and "turnout serve;" in said
+    assert "--kv-memory 2GB" in refused(capsys, folder, "--kv-memory", "much")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'turnout[serve]'" in refused(capsys, folder)
 
@@ -158,7 +156,3 @@ def test_what_the_checkpoint_wishes_is_said(folder, tmp_path):
     engine.close()
     assert (engine.models(), texts.eos) == (("m",), (0,))
     assert texts.template is not None
-
-
-def test_sizes():
-    assert [serve._bytes(one) for one in ("1GB", "512 MiB", "1.5kB", "7")] == [10**9, 512 << 20, 1500, 7]
