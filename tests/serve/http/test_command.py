@@ -156,3 +156,15 @@ def test_what_the_checkpoint_wishes_is_said(folder, tmp_path):
     engine.close()
     assert (engine.models(), texts.eos) == (("m",), (0,))
     assert texts.template is not None
+
+
+def test_a_budget_below_a_page_or_beyond_the_machine_is_refused():
+    from turnout.errors import UsageError
+    from turnout.models import LM, LMConfig
+    from turnout.serve.engine.paged_lane import PagedLane
+
+    lm = LM(LMConfig(vocab_size=16, width=16, layers=2, heads=2))
+    with pytest.raises(UsageError, match="cache_bytes must hold a page of 64 positions"):
+        PagedLane(lm, 1, 10, sharing=False)
+    with pytest.raises(UsageError, match="cache_bytes must be memory that this machine has"):
+        PagedLane(lm, 1, 10**17, sharing=False)

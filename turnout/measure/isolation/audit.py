@@ -64,12 +64,7 @@ def audit(
     Source: Hayes et al., 2024, "Buffer Overflow in Mixture of Experts"; Yona et al., 2024, "Stealing User Prompts from
     Mixture of Experts"; vllm-project/vllm, issue 57016; He, 2025, "Defeating Nondeterminism in LLM Inference".
     """
-    for what, number, least in (("batches", batches, 4), ("length", length, 1), ("width", width, 1)):
-        if number is not None and number < least:
-            raise UsageError(word(what, got=number, allowed=f"be {least} or more", where=_WHERE, fix="leave it out"))
-    if bound is not None and not 0 < bound < float("inf"):
-        allowed, fix = "be a finite number above 0", "leave it out; whether a bit differs is told beside it"
-        raise UsageError(word("bound", got=bound, allowed=allowed, where=_WHERE, fix=fix))
+    _check_asked(batches, length, width, bound)
     subject = _subject(module, width, vocabulary, length, name or type(module).__name__)
     limit = _BOUNDS.get(subject.dtype, 1e-4) if bound is None else bound
     with evaluating(module):
@@ -89,6 +84,15 @@ def audit(
         "seed": seed,
     }
     return Isolation(subject.name, tuple(findings), limit, context)
+
+
+def _check_asked(batches: int, length: int | None, width: int | None, bound: float | None) -> None:
+    for what, number, least in (("batches", batches, 4), ("length", length, 1), ("width", width, 1)):
+        if number is not None and number < least:
+            raise UsageError(word(what, got=number, allowed=f"be {least} or more", where=_WHERE, fix="leave it out"))
+    if bound is not None and not 0 < bound < float("inf"):
+        allowed, fix = "be a finite number above 0", "leave it out; whether a bit differs is told beside it"
+        raise UsageError(word("bound", got=bound, allowed=allowed, where=_WHERE, fix=fix))
 
 
 def _probed(probe: Any, subject: Layer | Model, seed: int, batches: int, bound: float) -> Finding:
