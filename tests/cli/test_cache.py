@@ -91,14 +91,27 @@ def test_streams_side_by_side_ask_for_the_union(trace, capsys):
         (["--slots", "a"], "write --slots 8,16,32"),
         (["--policy", "lur"], "lru"),
         (["--memory", "2GB"], "--expert-bytes 4.7MB"),
-        (["--memory", "lots", "--expert-bytes", "1MB"], "write --memory 2GB"),
-        (["--streams", "0"], "streams=1"),
-        (["--fetch-ms", "0"], "above 0"),
+        (["--memory", "lots", "--expert-bytes", "1MB"], "pass --memory 2GB"),
+        (["--memory", "10", "--expert-bytes", "1MB"], "pass --memory 2000000 or more"),
+        (["--expert-bytes", "1MB"], "got --expert-bytes."),
+        (["--slots", "99"], "--slots must be at most"),
+        (["--streams", "0"], "--streams must be 1 or more"),
+        (["--tokens", "0"], "--tokens must be 1 or more"),
+        (["--fetch-ms", "0"], "--fetch-ms must be a finite number above 0"),
+        (["--compute-ms", "nan"], "--compute-ms must be a finite number above 0"),
+        (["--seed", "-1"], "--seed must be a whole number from 0"),
+        (["--out", __file__], "is a file"),
     ],
 )
 def test_mistakes_are_told_with_what_would_do(trace, flags, said, capsys):
     assert main(["cache", trace, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_is_written_again(trace, tmp_path):
+    for _ in range(2):
+        assert main(["cache", trace, "--policy", "lru, lru", "--slots", "4", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "cache.html").is_file()
 
 
 def test_what_learns_needs_another_document(tmp_path, capsys):

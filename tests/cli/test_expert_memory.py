@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from turnout.cli.main import main
-from turnout.decide.device import expert_memory, expert_slots
+from turnout.decide.device import byte_size, expert_slots
 from turnout.errors import UsageError
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.expert_room import ExpertRoom
@@ -43,7 +43,7 @@ def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> Non
 
 def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:
     for flags, words in (
-        (("--expert-memory", "2 experts"), "expert_memory must be bytes"),
+        (("--expert-memory", "2 experts"), "--expert-memory must be bytes"),
         (("--expert-memory", EACH), f"{2 * EACH:,} bytes"),
         (("--expert-memory", "1GB", "--expert-policy", "lrv"), "Did you mean 'lru'?"),
         (("--n-cpu-moe", "-1"), "--n-cpu-moe"),
@@ -71,12 +71,12 @@ def test_with_an_accelerator_both_are_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_sizes_and_slots() -> None:
-    assert [expert_memory(size) for size in ("2GB", "0.5 kB", "3 MiB", 7, "12")] == [
+    assert [byte_size(size) for size in ("2GB", "0.5 kB", "3 MiB", 7, "12")] == [
         2_000_000_000, 500, 3 << 20, 7, 12,
     ]  # fmt: skip
     for size in ("", "GB", "-1", "2 Gb/s", 0, True, "1.2.3MB"):
         with pytest.raises(UsageError, match="expert_memory"):
-            expert_memory(size)
+            byte_size(size)
     whole = expert_slots("1GB", expert_bytes=10, layers=3, experts=8, top_k=2)
     assert (whole.slots, whole.shared) == (8, False)
     assert expert_slots(59, expert_bytes=10, layers=3, experts=8, top_k=2).shared

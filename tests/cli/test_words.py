@@ -35,6 +35,7 @@ def place(tmp_path_factory) -> Path:
         checkpoint.to_hf(LM(config), folder / name)
         train_tokenizer([LINES], vocab_size=300).save(str(folder / name / "tokenizer.json"))
     (folder / "text.txt").write_text(LINES)
+    (folder / "binary").write_bytes(b"\xff\xfe")
     return folder
 
 
@@ -91,6 +92,30 @@ CASES = {
     "eval moe --data text.txt --token-ids": "add --trace DIR, or leave it out",
     "report moee": "did you mean moe",
     "demo --steps 0": "pass --steps 1",
+    "serve moe --max-running 0": "--max-running must be 1 or more.*got 0",
+    "serve moe --max-waiting -1": "--max-waiting must be 0 or more",
+    "serve moe --request-timeout nan": "--request-timeout must be a finite number of seconds",
+    "serve moe --drain-timeout inf": "--drain-timeout must be a finite number of seconds",
+    "serve moe --max-body 0": "--max-body must be 1 or more, in MB",
+    "serve moe --served-model-name=": "--served-model-name must be a name",
+    "serve moe --api-key-file moe": "--api-key-file must be a file of text.*Is a directory",
+    "serve moe --api-key-file binary": "--api-key-file must be a file of text.*not UTF-8",
+    "serve moe --kv-memory 1XB --port 0": "--kv-memory must be bytes, or a number and a unit.*got '1XB'",
+    "serve moe --lora moe=moe --port 0": "--lora must have names other than the model's",
+    "serve moe --expert-policy lfu --port 0": "--expert-policy must go with --expert-memory",
+    "serve moe --expert-memory 1kB --port 0": "--expert-memory must hold the 2.*pass --expert-memory 4608 or more",
+    "serve moe --expert-memory 50% --port 0": "--expert-memory must be bytes.*pass --expert-memory 2GB",
+    "sample moe --expert-policy lfu": "--expert-policy must go with --expert-memory",
+    "sample moe --contrast 0.5 --contrast-rank 99": "--contrast-rank must be at most.*pass --contrast-rank 8",
+    "audit moe --batches 3": "--batches must be 4 or more in turnout audit",
+    "audit moe --length 0": "--length must be 1 or more",
+    "audit moe --bound nan": "--bound must be a finite number above 0",
+    "audit moe --bound 0": "--bound must be a finite number above 0",
+    "audit moe --seed 99999999999999999999": "--seed must be a whole number of 64 bits",
+    "audit moe --length 9999": "must run on rows of 9999 tokens in turnout audit.*max_seq=64",
+    "audit text.txt": "in turnout audit; got text.txt",
+    "audit torch.nn:Linear": "make one when called without arguments.*TypeError",
+    "audit torch.nn:Identity --width -1": "--width must be 1 or more",
 }
 # What only Python has words for: a parameter with its value, or a function by its full name.
 PYTHON = re.compile(r"\b(?!max_seq|hidden|num_experts|vocab_size)[a-z_]+=\S|turnout\.[a-z_]+\.|None|True")

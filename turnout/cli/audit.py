@@ -19,7 +19,7 @@ examples:
 import argparse
 
 from turnout.cli.device import add_device
-from turnout.cli.early import check_there
+from turnout.cli.early import check_seed, check_there
 
 HELP = "whether others in a batch change what a model answers, and how"
 
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Audits and prints; the exit code is 1 when something leaked."""
     if ":" not in arguments.model:
         check_there("MODEL", [arguments.model], "turnout audit", hub=True)
+    check_seed(arguments.seed, "turnout audit")
     from turnout.recipes.audit import audit_model
 
     found = audit_model(

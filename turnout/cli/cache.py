@@ -13,9 +13,11 @@ examples:
 """
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turnout.cli.early import check_seed, check_there, check_writable
+from turnout.cli.early import check_there
+from turnout.errors import UsageError, word
 
 if TYPE_CHECKING:
     from turnout.types import Report
@@ -23,15 +25,15 @@ if TYPE_CHECKING:
 HELP = "which policy a cache of experts should have, from a recorded trace"
 # turnout.recipes.cache.POLICIES, which would load torch; a test compares them.
 POLICIES = ("lru", "lfu", "lfru", "least_stale", "static", "trace_matching", "expert_flow", "pre_gated")
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+_WHERE = "turnout cache"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout cache`` takes."""
     parser.add_argument("trace", metavar="TRACE", help="a folder that turnout eval --trace wrote")
     parser.add_argument("--slots", metavar="N,N,...", help="experts held in each layer (default 1/4, 1/2, 3/4 of them)")
-    parser.add_argument("--memory", metavar="BYTES", help="what held experts may take, as 2GB, in the place of --slots")
-    parser.add_argument("--expert-bytes", metavar="BYTES", help="with --memory: the weights of one expert, as 4.7MB")
+    parser.add_argument("--memory", metavar="SIZE", help="what held experts may take, as 2GB, in the place of --slots")
+    parser.add_argument("--expert-bytes", metavar="SIZE", help="with --memory: the weights of one expert, as 4.7MB")
     parser.add_argument(
         "--pool", choices=("layer", "all", "both"), default="both", help="slots of each layer, or of all together"
     )
@@ -49,24 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compares, prints and writes."""
-    check_there("TRACE", [arguments.trace], "turnout cache")
-    check_seed(arguments.seed, "turnout cache")
-    check_writable("turnout cache", out=arguments.out)
-    slots = [_whole(part) for part in arguments.slots.split(",")] if arguments.slots else []
-    memory, bytes_ = (_bytes(f"--{n.replace('_', '-')}", getattr(arguments, n)) for n in ("memory", "expert_bytes"))
-    from pathlib import Path
-
+    check_there("TRACE", [arguments.trace], _WHERE)
+    _check_numbers(arguments)
+    _check_folder(arguments.out)
+    slots = [] if arguments.slots is None else [_whole(part) for part in arguments.slots.split(",")]
+    names = dict.fromkeys(name.strip() for name in (arguments.policy or ",".join(POLICIES)).split(","))
+    from turnout.decide.device import byte_size
     from turnout.recipes.cache import cache_trace
     from turnout.show.cache import cache_html
     from turnout.storage import write_whole
 
+    each = arguments.expert_bytes
+    each = None if each is None else byte_size(each, what="--expert-bytes", where=_WHERE)
     report = cache_trace(
         arguments.trace,
         slots=slots,
         shared={"layer": False, "all": True, "both": None}[arguments.pool],
-        memory_bytes=memory,
-        expert_bytes=bytes_,
-        policies=arguments.policy.split(",") if arguments.policy else POLICIES,
+        memory_bytes=None if arguments.memory is None else byte_size(arguments.memory, what="--memory", where=_WHERE),
+        expert_bytes=each,
+        policies=list(names),
         streams=arguments.streams,
         tokens=arguments.tokens,
         fetch_s=arguments.fetch_ms / 1e3,
@@ -84,30 +87,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(text: str) -> int:
-    from turnout.errors import UsageError, word
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for flag, least, words in (
+        ("streams", 1, "be 1 or more"),
+        ("tokens", 1, "be 1 or more"),
+        ("fetch_ms", 1e-9, "be a finite number above 0"),
+        ("compute_ms", 1e-9, "be a finite number above 0"),
+        ("seed", 0, "be a whole number from 0 to 2^64 - 1"),
+    ):
+        got = getattr(arguments, flag)
+        if not least <= got < (1 << 64):
+            fix = "leave it out for the default"
+            raise UsageError(word(f"--{flag.replace('_', '-')}", got=got, allowed=words, where=_WHERE, fix=fix))
 
+
+def _check_folder(out: str | None) -> None:
+    """Refuses what is, or lies below, a file."""
+    path = Path(out or ".").absolute()
+    if not (above := next(each for each in (path, *path.parents) if each.exists())).is_dir():
+        got, fix = f"{out}, and {above} is a file", "choose another path"
+        raise UsageError(word("--out", got=got, allowed="be a folder", where=_WHERE, fix=fix))
+
+
+def _whole(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         fix = "write --slots 8,16,32"
         allowed = "be whole numbers of at least 1 with commas between"
-        raise UsageError(word("--slots", got=text, allowed=allowed, where="turnout cache", fix=fix))
+        raise UsageError(word("--slots", got=repr(text), allowed=allowed, where=_WHERE, fix=fix))
     return int(text)
-
-
-def _bytes(what: str, text: str | None) -> float | None:
-    from turnout.errors import UsageError, word
-
-    if text is None:
-        return None
-    unit = next((unit for unit in _UNITS if text.upper().endswith(unit)), "")
-    try:
-        found = float(text[: len(text) - len(unit)]) * _UNITS.get(unit, 1)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        allowed = "be a number of bytes above 0, with KB, MB, GB or KiB, MiB, GiB behind it"
-        raise UsageError(word(what, got=text, allowed=allowed, where="turnout cache", fix=f"write {what} 2GB"))
-    return found
 
 
 def table(report: "Report") -> str:

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from turnout.errors import UsageError, word
+
 if TYPE_CHECKING:
     from turnout.recipes.expert_room import ExpertRoom
 
@@ -18,9 +20,9 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--expert-policy",
-        default="lru",
         metavar="NAME",
-        help="which experts stay: lru (default), lfu or least_stale; turnout cache compares them on a trace",
+        help="with --expert-memory, which experts stay: lru (default), lfu or least_stale; turnout cache compares them "
+        "on a trace",
     )
     parser.add_argument(
         "--n-cpu-moe",
@@ -31,9 +33,17 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
 
 
 def experts_of(arguments: argparse.Namespace) -> "ExpertRoom | None":
-    """What these flags say; None where none was given."""
+    """What these flags say; None where none was given.
+
+    Raises:
+        UsageError: a policy for experts that all stay.
+    """
+    if arguments.expert_policy is not None and arguments.expert_memory is None:
+        allowed, fix = "go with --expert-memory", "add --expert-memory 2GB, or leave it out: all experts stay"
+        where = f"turnout {arguments.command}"
+        raise UsageError(word("--expert-policy", got=arguments.expert_policy, allowed=allowed, where=where, fix=fix))
     if arguments.expert_memory is None and arguments.n_cpu_moe is None:
         return None
     from turnout.recipes.expert_room import ExpertRoom
 
-    return ExpertRoom(arguments.expert_memory, arguments.expert_policy, arguments.n_cpu_moe)
+    return ExpertRoom(arguments.expert_memory, arguments.expert_policy or "lru", arguments.n_cpu_moe)

@@ -17,15 +17,14 @@ examples:
 
 import argparse
 import os
-import re
 import sys
 import typing
-from pathlib import Path
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
 from turnout.cli.experts import add_experts, experts_of
 from turnout.errors import DataError, MissingExtraError, UsageError, word
+from turnout.reading import read_text
 
 HELP = "answer by OpenAI's API over HTTP"
 _WHERE = "turnout serve"
@@ -104,8 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_there("PATH", [arguments.path], _WHERE, hub=True)
     adapters = _adapters(arguments.lora)
     keys = _keys(arguments)
-    if arguments.kv_memory is not None:
-        _bytes(arguments.kv_memory)
+    _check_numbers(arguments)
+    room = experts_of(arguments)
+    _kv_bytes(arguments.kv_memory)
     _check_public(arguments, keys)
     _check_extra()
     from turnout.serve.http import Door, Limits, build_app, listen, run_server
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     # Before the model, whose reading takes a while: a port that is taken is known now.
     with listen(arguments.host, arguments.port, reader_s=limits.reader_s) as sock:
-        engine, texts = _engine(arguments, adapters)
+        engine, texts = _engine(arguments, adapters, room)
         with engine:
             door = Door.at(arguments.host, keys=keys, also=arguments.allowed_host)
             app = build_app(engine, texts, door=door, limits=limits, viewer=_viewer(arguments, keys))
@@ -128,7 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[typing.Any, typing.Any]:
+def _engine(
+    arguments: argparse.Namespace, adapters: dict[str, str], room: typing.Any = None
+) -> tuple[typing.Any, typing.Any]:
     """What answers, and the texts of its model."""
     from turnout.models import Drawing
     from turnout.models.wishes import own_wishes, say_unmet
@@ -139,9 +141,9 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
     from turnout.serve.http import Texts
 
     _say(f"reading {arguments.path} ...")
-    found = opened(arguments.path, _WHERE, arguments.device, experts=experts_of(arguments))
+    found = opened(arguments.path, _WHERE, arguments.device, experts=room)
     for note in found.notes:
-        _say(note)
+        print(note, file=sys.stderr)  # in a log too: what was asked for is not quite what is done
     say_unmet(own_wishes(found.lm), Drawing(where=_WHERE), _WHERE)  # clients may pass it; nobody does for them
     file = find_tokenizer(found.folder, where=_WHERE)
     size = found.lm.config.vocab_size
@@ -155,7 +157,7 @@ def _engine(arguments: argparse.Namespace, adapters: dict[str, str]) -> tuple[ty
         adapters=adapters,
         slots=arguments.max_running,
         waiting=arguments.max_waiting,
-        cache_bytes=None if arguments.kv_memory is None else _bytes(arguments.kv_memory),
+        cache_bytes=_kv_bytes(arguments.kv_memory),
         sharing=arguments.sharing,
     )
     _warm(engine, texts)
@@ -175,16 +177,27 @@ def _warm(engine: typing.Any, texts: typing.Any) -> None:
         raise UsageError(word("the model", got=end.message, allowed="answer", where=_WHERE, fix=fix))
 
 
-def _bytes(size: str) -> int:
-    """A size with its unit, as --expert-memory has them."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", size.strip().upper())
-    value = (
-        0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
-    )
-    if value < 1:
-        got, allowed = size, "be a size above 0, with kB, MB, GB, KiB, MiB or GiB"
-        raise UsageError(word("--kv-memory", got=got, allowed=allowed, where=_WHERE, fix="pass --kv-memory 1GB"))
-    return value
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuses limits that let nothing through, before anything is read."""
+    for flag, least, words in (
+        ("max_running", 1, "be 1 or more"),
+        ("max_waiting", 0, "be 0 or more"),
+        ("request_timeout", 1e-3, "be a finite number of seconds above 0"),
+        ("drain_timeout", 1e-3, "be a finite number of seconds above 0"),
+        ("max_body", 1, "be 1 or more, in MB"),
+    ):
+        if not least <= (got := getattr(arguments, flag)) < float("inf"):
+            fix = "leave it out for the default"
+            raise UsageError(word(f"--{flag.replace('_', '-')}", got=got, allowed=words, where=_WHERE, fix=fix))
+    if arguments.served_model_name == "":
+        allowed, fix = "be a name", "leave it out for the folder's name"
+        raise UsageError(word("--served-model-name", got="an empty text", allowed=allowed, where=_WHERE, fix=fix))
+
+
+def _kv_bytes(size: str | None) -> int | None:
+    from turnout.decide.device import byte_size
+
+    return None if size is None else byte_size(size, what="--kv-memory", where=_WHERE)
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
@@ -207,7 +220,7 @@ def _keys(arguments: argparse.Namespace) -> list[str]:
     keys = [arguments.api_key] if arguments.api_key is not None else []
     if arguments.api_key_file is not None:
         check_there("--api-key-file", [arguments.api_key_file], _WHERE)
-        keys = [line.strip() for line in Path(arguments.api_key_file).read_text(encoding="utf-8").splitlines()]
+        keys = [line.strip() for line in _read(arguments.api_key_file).splitlines()]
         keys = [key for key in keys if key and not key.startswith("#")]
         if not keys:
             got, fix = f"{arguments.api_key_file}, which holds none", "write one a line"
@@ -220,6 +233,17 @@ def _keys(arguments: argparse.Namespace) -> list[str]:
             word("an API key", got=got, allowed="be printable ASCII without spaces", where=_WHERE, fix=fix)
         )
     return keys
+
+
+def _read(path: str) -> str:
+    def unread(wrong: str) -> DataError:
+        got, fix = f"{path} ({wrong})", "write one key a line"
+        return DataError(word("--api-key-file", got=got, allowed="be a file of text", where=_WHERE, fix=fix))
+
+    try:
+        return read_text(path, refuse=unread, any_link=True)
+    except OSError as error:
+        raise unread(error.strerror or str(error)) from error
 
 
 def _viewer(arguments: argparse.Namespace, keys: list[str]) -> typing.Literal["live", "shared"] | None:

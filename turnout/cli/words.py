@@ -28,7 +28,15 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
     "turnout.device": {"device": "--device"},
     "turnout.models.gguf.to_gguf": {"kind": "--gguf"},
     "turnout.decide.device.layouts": {"devices": "--devices"},
-    "turnout.serve.Engine": {"slots": "--max-running", "waiting": "--max-waiting", "cache_bytes": "--kv-memory"},
+    "turnout.serve.Engine": {
+        "slots": "--max-running",
+        "waiting": "--max-waiting",
+        "cache_bytes": "--kv-memory",
+        "adapters": "--lora",
+    },
+    "turnout.decide.device.expert_slots": {"expert_memory": "--expert-memory"},
+    "turnout.models.Contrast": {"rank": "--contrast-rank"},
+    "turnout.measure.audit": {name: f"--{name}" for name in ("batches", "length", "bound", "width")},
 }
 # Commands whose own words are ``field=value``; of what they raise only flags are put in words.
 _FIELDS = {"train", "run"}
@@ -36,13 +44,13 @@ _TEXTS = (
     (re.compile(r" ?\(resume=True\)"), ""),
     (re.compile(r"resume from (\S+?)([.;,]?)$"), r"pass --resume \1\2"),
     (re.compile(r"share=[\d.]+ or more \((--drop-experts [\d.]+%)\)"), r"\1 or more"),
-    (re.compile(r", or batches=None"), ", or leave it out"),
-    (re.compile(r"batches=\[[^\]]*\]"), "--calibration FILE"),
     (re.compile(r"[,;] turnout\.[a-z][\w.]+\)"), ")"),
-    (re.compile(r"\bbatches\b(?= must)"), "--calibration"),
 )
 # Of turnout convert alone: what a configuration says of few bits, elsewhere its own fields, was a flag here.
 _CONVERT = (
+    (re.compile(r", or batches=None"), ", or leave it out"),
+    (re.compile(r"batches=\[[^\]]*\]"), "--calibration FILE"),
+    (re.compile(r"\bbatches\b(?= must)"), "--calibration"),
     (re.compile(r"\bpass (?=(?:q8_0|q4_0|mxfp4)\b)"), "pass --gguf "),
     (re.compile(r"\(turnout convert --densify --gguf\)"), "(--densify)"),
     (

@@ -66,7 +66,7 @@ def _opened(model: str | Path, stock: bool) -> tuple[nn.Module, str]:
         return _imported(str(model)), str(model)
     found = located(model, where=_WHERE)
     if not stock:
-        return open_model(found.folder)[0], found.name
+        return open_model(found.folder, where=_WHERE)[0], found.name
     return _stock(model_folder(found.folder, where=_WHERE)), f"{found.name} in transformers"
 
 
@@ -85,7 +85,12 @@ def _imported(name: str) -> nn.Module:
     finally:
         if added:
             sys.path.remove(here)
-    network = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    try:
+        network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except Exception as error:  # whatever the code says is the answer
+        got, fix = f"{name} ({type(error).__name__}: {str(error)[:200]})", "name a function that makes it by itself"
+        allowed = "be a network, or make one when called without arguments,"
+        raise UsageError(word("MODEL", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
     if not isinstance(network, nn.Module):
         got, fix = f"{name}, a {type(network).__name__}", "name a torch.nn.Module, or what makes one"
         raise UsageError(word("MODEL", got=got, allowed="be a network", where=_WHERE, fix=fix))

@@ -99,10 +99,20 @@ def _sizes(
     told: Accesses, slots: Sequence[int], shared: bool | None, memory: float | None, expert_bytes: float | None
 ) -> list[CacheShape]:
     least, experts = told.most, told.experts
+    if (memory is None) != (expert_bytes is None) or (memory is not None and slots):
+        flags = {"--memory": memory, "--expert-bytes": expert_bytes, "--slots": slots or None}
+        got = " and ".join(flag for flag, value in flags.items() if value is not None)
+        allowed, fix = "go together, in the place of --slots", "pass --memory 2GB --expert-bytes 4.7MB"
+        raise UsageError(word("--memory and --expert-bytes", got=got, allowed=allowed, where=_WHERE, fix=fix))
+    if too_many := [one for one in slots if one > experts]:
+        allowed, fix = f"be at most {experts}, the experts of a layer", f"pass --slots {experts}"
+        raise UsageError(word("--slots", got=too_many[0], allowed=allowed, where=_WHERE, fix=fix))
     if memory is not None:
-        if slots or expert_bytes is None or not expert_bytes > 0:
-            got = f"--slots {slots}" if slots else f"--expert-bytes {expert_bytes}"
-            allowed, fix = "stand alone, with the bytes of an expert", "pass --memory 2GB --expert-bytes 4.7MB"
+        assert expert_bytes is not None
+        if memory < least * expert_bytes:
+            got = f"{memory:,.0f} bytes, room for {memory // expert_bytes:.0f} experts"
+            allowed = f"hold the {least} experts that one pass of a layer asks for"
+            fix = f"pass --memory {least * expert_bytes:.0f} or more, or fewer --streams"
             raise UsageError(word("--memory", got=got, allowed=allowed, where=_WHERE, fix=fix))
         total = min(int(memory // expert_bytes), told.layers * experts)
         pools = [(total // told.layers, False), (total, True)]

@@ -185,14 +185,14 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     raise CheckpointError(word("the folder", got=got, allowed="hold a model", where=where, fix=fix))
 
 
-def open_model(path: str | Path, *, packed: bool = True) -> tuple[LM, str]:
+def open_model(path: str | Path, *, packed: bool = True, where: str = _WHERE) -> tuple[LM, str]:
     """The model in a folder, ours or of transformers, and the SHA-256 of its configuration.
 
     Weights that a folder of transformers has in few bits are held as they lie, where that can be; where not, it is
     said. Without ``packed``, to be trained, they are the numbers that they stand for.
     """
-    folder = model_folder(path)
-    body = own.read_json(folder / "config.json", _WHERE)
+    folder = model_folder(path, where=where)
+    body = own.read_json(folder / "config.json", where)
     foreign = "model_type" in body or "architectures" in body
     if not foreign:
         lm = checkpoint.load(folder)

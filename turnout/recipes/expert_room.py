@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from turnout.decide.device import cache, expert_memory
+from turnout.decide.device import byte_size, cache
 from turnout.errors import UsageError, nearest, word
 from turnout.models import LM
 from turnout.models.checkpoint import load_offloaded
@@ -42,7 +42,7 @@ class ExpertRoom:
 
     def __post_init__(self) -> None:
         if self.memory is not None:
-            expert_memory(self.memory)
+            byte_size(self.memory)
         if self.policy not in POLICIES:
             raise nearest(self.policy, list(POLICIES), kind="policy", where="--expert-policy")
         if self.n_cpu_moe is not None and self.n_cpu_moe < 0:
@@ -84,6 +84,6 @@ class ExpertRoom:
         made, shape = lm.experts.stats(), lm.experts.shape
         each = "" if shape.shared else f", {shape.slots} of {shape.experts} in each of {shape.layers} layers"
         return (
-            f"--expert-memory {self.memory}: {expert_memory(self.memory):,} bytes hold {made.slots:,} of "
+            f"--expert-memory {self.memory}: {byte_size(self.memory):,} bytes hold {made.slots:,} of "
             f"{made.experts:,} experts of {made.expert_bytes:,} bytes{each}; the others come from {folder} when used"
         )

@@ -119,9 +119,7 @@ def test_mistakes(folder, tmp_path, capsys, monkeypatch):
     assert "hold a key" in refused(capsys, folder, "--api-key-file", tmp_path / "keys")
     assert "printable ASCII" in refused(capsys, folder, "--api-key", "a b")
     assert "above 0" in refused(capsys, folder, "--request-timeout", "0")
-    assert "--kv-memory 1GB" in refused(capsys, folder, "--kv-memory", "much")
-    said = refused(capsys, folder, "--max-running", "0", "--port", "0")
-    assert "--max-running and --max-waiting must be" in said and "turnout serve;" in said
+    assert "--kv-memory 2GB" in refused(capsys, folder, "--kv-memory", "much")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'turnout[serve]'" in refused(capsys, folder)
 
@@ -160,5 +158,13 @@ def test_what_the_checkpoint_wishes_is_said(folder, tmp_path):
     assert texts.template is not None
 
 
-def test_sizes():
-    assert [serve._bytes(one) for one in ("1GB", "512 MiB", "1.5kB", "7")] == [10**9, 512 << 20, 1500, 7]
+def test_a_budget_below_a_page_or_beyond_the_machine_is_refused():
+    from turnout.errors import UsageError
+    from turnout.models import LM, LMConfig
+    from turnout.serve.engine.paged_lane import PagedLane
+
+    lm = LM(LMConfig(vocab_size=16, width=16, layers=2, heads=2))
+    with pytest.raises(UsageError, match="cache_bytes must hold a page of 64 positions"):
+        PagedLane(lm, 1, 10, sharing=False)
+    with pytest.raises(UsageError, match="cache_bytes must be memory that this machine has"):
+        PagedLane(lm, 1, 10**17, sharing=False)

@@ -100,6 +100,16 @@ def test_the_page_and_its_state(served, engine) -> None:
     assert httpx.get(served()).status_code == 404, "there is none where nobody wants it"
 
 
+def test_a_wrong_address_is_told_the_right_ones_also_beside_the_page(served) -> None:
+    import httpx
+
+    url = served(viewer="live")
+    for method, path, status in (("GET", "/v1/nope", 404), ("POST", "/v1/models", 405), ("POST", "/", 405)):
+        found = httpx.request(method, f"{url}{path}")
+        assert found.status_code == status, found.text
+        assert "Nearest fix: use /v1/chat/completions, /v1/completions" in found.json()["error"]["message"]
+
+
 def test_a_browser_streams(served, engine, browse) -> None:
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait

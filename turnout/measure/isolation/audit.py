@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import UsageError, word
+from turnout.errors import ShapeError, TurnoutError, UsageError, word
 from turnout.expects import expects
 from turnout.measure.isolation.finding import Finding, Isolation
 from turnout.measure.isolation.overflow import overflow
@@ -66,8 +66,7 @@ def audit(
     Source: Hayes et al., 2024, "Buffer Overflow in Mixture of Experts"; Yona et al., 2024, "Stealing User Prompts from
     Mixture of Experts"; vllm-project/vllm, issue 57016; He, 2025, "Defeating Nondeterminism in LLM Inference".
     """
-    if batches < 4:
-        raise UsageError(word("batches", got=batches, allowed="be 4 or more", where=_WHERE, fix="leave it out"))
+    _check_asked(batches, length, width, bound)
     subject = _subject(module, width, vocabulary, length, name or type(module).__name__)
     limit = _BOUNDS.get(subject.dtype, 1e-4) if bound is None else bound
     with evaluating(module):
@@ -89,6 +88,15 @@ def audit(
     return Isolation(subject.name, tuple(findings), limit, context)
 
 
+def _check_asked(batches: int, length: int | None, width: int | None, bound: float | None) -> None:
+    for what, number, least in (("batches", batches, 4), ("length", length, 1), ("width", width, 1)):
+        if number is not None and number < least:
+            raise UsageError(word(what, got=number, allowed=f"be {least} or more", where=_WHERE, fix="leave it out"))
+    if bound is not None and not 0 < bound < float("inf"):
+        allowed, fix = "be a finite number above 0", "leave it out; whether a bit differs is told beside it"
+        raise UsageError(word("bound", got=bound, allowed=allowed, where=_WHERE, fix=fix))
+
+
 def _probed(probe: Any, subject: Layer | Model, seed: int, batches: int, bound: float) -> Finding:
     chance = torch.Generator().manual_seed(seed)
     if probe is not scale or isinstance(subject, Layer):
@@ -104,7 +112,16 @@ def _probed(probe: Any, subject: Layer | Model, seed: int, batches: int, bound: 
 def _check_alive(subject: Layer | Model, chance: torch.Generator) -> None:
     """Refuses a network whose output of a row does not depend on the row."""
     one, other, rest = subject.rows(1, chance), subject.rows(1, chance), subject.rows(3, chance)
-    y, z = (subject.run(torch.cat((row, rest)))[0] for row in (one, other))
+    try:
+        y, z = (subject.run(torch.cat((row, rest)))[0] for row in (one, other))
+    except Exception as error:  # of anybody's network: what it says is the answer
+        if isinstance(error, TurnoutError) and not isinstance(error, ShapeError):
+            raise
+        said = str(error).partition(" Nearest fix")[0].removesuffix(".")
+        got, fix = f"{type(error).__name__}: {said:.300}", "pass another length or width, as it takes them"
+        allowed = f"run on rows of {subject.length} tokens"
+        allowed += f" of {subject.width} numbers" if isinstance(subject, Layer) else ""
+        raise UsageError(word("the network", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
     if torch.equal(y, z):
         got, fix = "the same for two different rows", "audit one that is trained or initialised, and does not drop all"
         raise UsageError(word("the output", got=got, allowed="depend on the input", where=_WHERE, fix=fix))
@@ -121,7 +138,7 @@ def _subject(
         return Model(module, vocabulary, length=length or 12, name=name)
     width = _width(module) if width is None else width
     if width is None:
-        got, fix = name, "pass width= of a layer, or vocabulary= of a model"
+        got, fix = name, "pass width=D of a layer"
         allowed = "say how wide its input is, or how many ids it knows"
         raise UsageError(word("the network", got=got, allowed=allowed, where=_WHERE, fix=fix))
     return Layer(module, width, length=length or 4, name=name)

@@ -84,8 +84,8 @@ class Engine:
         lanes = {name: lane_of(self.lm, slots, cache_bytes, sharing)}
         for other, one in (adapters or {}).items():
             if other in lanes:
-                fix = "give each its own name"
-                raise UsageError(word("adapters", got=f"{other!r} twice", allowed="differ", where=_WHERE, fix=fix))
+                allowed, fix = "have names other than the model's", "name it otherwise"
+                raise UsageError(word("adapters", got=repr(other), allowed=allowed, where=_WHERE, fix=fix))
             lanes[other] = adapted(self.lm, one)
         self._loop = Loop(lanes, slots)
         self._turn = threading.Condition()

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from torch import Tensor
 
+from turnout.errors import UsageError, word
 from turnout.models.decoding.chunk import Chunk
 from turnout.models.decoding.paged import PagedSteps
 from turnout.models.decoding.pages import PAGE, Pages, Text, pages_of
@@ -21,6 +22,7 @@ __all__ = ["PagedLane"]
 _BESIDE = 16
 # Without a budget there is room for so many positions of every slot.
 _ROOM = 2048
+_WHERE = "turnout.serve.Engine"
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +45,14 @@ class PagedLane:
     """
 
     def __init__(self, lm: LM, slots: int, cache_bytes: int | None, sharing: bool) -> None:
-        self.pages = Pages(lm, _counts(lm, slots, cache_bytes))
+        counts = _counts(lm, slots, cache_bytes)
+        try:
+            self.pages = Pages(lm, counts)
+        except (RuntimeError, MemoryError) as error:  # torch's word for what there is no memory for
+            each = Pages.page_bytes(lm)
+            got = f"{sum(count * size for count, size in zip(counts, each, strict=True)):,} bytes for {slots} slots"
+            allowed, fix = "be memory that this machine has", "pass cache_bytes=1GB, or fewer slots"
+            raise UsageError(word("cache_bytes", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
         self._lm, self._steps = lm, PagedSteps(lm, self.pages)
         self._prefixes = Prefixes(self.pages, self._steps.chunk)
         self._sharing, self._held = sharing, dict[Answer, _Held]()
@@ -206,5 +215,8 @@ def _counts(lm: LM, slots: int, cache_bytes: int | None) -> list[int]:
     need_G = _most(windows, length)
     texts = float(slots)
     if cache_bytes is not None:
+        if cache_bytes < (least := sum(bytes_G)):
+            allowed, fix = f"hold a page of {PAGE} positions, {least:,} bytes", f"pass cache_bytes={least} or more"
+            raise UsageError(word("cache_bytes", got=f"{cache_bytes:,} bytes", allowed=allowed, where=_WHERE, fix=fix))
         texts = cache_bytes / sum(need * size for need, size in zip(need_G, bytes_G, strict=True))
     return [max(1, int(need * texts)) for need in need_G]

@@ -157,9 +157,7 @@ def _say_errors(app: Any, fastapi: Any) -> None:
 
     async def http(request: fastapi.Request, error: Any) -> Any:
         words = _STATUS.get(error.status_code, f"{error.detail}:")
-        known = ", ".join(
-            sorted({route.path.partition("/{")[0] for route in app.routes if route.path.startswith("/v1")})
-        )
+        known = ", ".join(sorted(("/v1/models", *_POSTED)))
         message = f"{words} {request.method} {request.url.path:.200}. Nearest fix: use {known}."
         body = error_body(message, kind="invalid_request_error", code=f"http_{error.status_code}")
         return said(error.status_code, body, error.headers)

@@ -82,7 +82,8 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
             # A page elsewhere may send other kinds here without asking first: nothing else is read.
-            message = f"The body must be application/json; got {kind or 'no Content-Type'!r:.80}. Nearest fix: say so."
+            message = f"The body must be application/json; got {kind or 'no Content-Type'!r:.80}."
+            message += " Nearest fix: send the header Content-Type: application/json."
             raise ApiError(message, 415, code="unsupported_media_type")
         raw = await read_body(request.receive, self.limits)
         body = await self.aside(len(raw), lambda: checked(parse_json(raw, _no_json), schema, "", where))
