@@ -79,7 +79,7 @@ class serving:
 
     def __exit__(self, *_: object) -> None:
         self._app.state.service.door.draining = True
-        self._thread.join(30)
+        self._thread.join(90)  # longer than it waits for what is under way
         assert not self._thread.is_alive(), "the server did not end"
 
 

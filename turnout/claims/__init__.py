@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from turnout.claims import scale, serve
+from turnout.claims import scale
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
 from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
@@ -59,17 +59,6 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
-from turnout.claims.serve import (
-    buffer_overflow,
-    c3po,
-    expert_caching,
-    expert_flow,
-    few_predictions,
-    pr_moe,
-    pre_gated,
-    scmoe,
-    trace_matching,
-)
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -83,8 +72,6 @@ __all__ = [
     "arrow",
     "backends",
     "block_schedule",
-    "buffer_overflow",
-    "c3po",
     "co2",
     "coded",
     "comet",
@@ -94,12 +81,9 @@ __all__ = [
     "drop_experts",
     "evo_moe",
     "exflow",
-    "expert_caching",
     "expert_choice",
-    "expert_flow",
     "fedins",
     "fedjets",
-    "few_predictions",
     "fisher",
     "flowmoe",
     "flows",
@@ -123,13 +107,10 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
-    "pr_moe",
-    "pre_gated",
     "read_me",
     "replan",
     "scalearn",
     "schedule_search",
-    "scmoe",
     "shuffle_private",
     "smear",
     "soup",
@@ -138,7 +119,6 @@ __all__ = [
     "stragglers",
     "superpipeline",
     "surco",
-    "trace_matching",
     "tutel",
     "upcycle",
     "zero",
@@ -149,7 +129,7 @@ __all__ = [
 ]
 
 
-FAMILIES = {"scale": scale, "serve": serve}
+FAMILIES = {"scale": scale}
 
 
 def family(name: str) -> list[str]:

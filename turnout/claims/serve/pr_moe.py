@@ -38,8 +38,8 @@ def pr_moe() -> Claim:
         off="experts of twice the size, no fixed MLP; no teacher",
         switched={"pyramid": "wide", "staged": "untaught"},
         rows=(
-            Row(bits, "no_worse", "pyramid", "wide", "one expert of twice the size, no fixed MLP", margin=0.05,
-                why="one arm's seeds spread by 0.04; experts of half the size without a fixed MLP are 0.06 above"),
+            Row(bits, "no_worse", "pyramid", "wide", "one expert of twice the size, no fixed MLP", margin=0.02,
+                why=why),
             Row(f"{bits}, student", "below", "staged", "untaught", "the same student, no teacher"),
             Row(bits, "no_worse", "pyramid", "even", "8 experts everywhere, 2 a token", margin=0.02, why=why,
                 headline=True),
