@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from turnout.errors import CheckpointError, UsageError, nearest, word
 
-__all__ = ["build", "fit", "plain"]
+__all__ = ["build", "byte_size", "fit", "plain"]
 
 # Types, for people.
 _WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -18,6 +18,13 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _DEVICES = "be auto, cpu, cuda, cuda:N (the N-th, from 0) or mps"
 # What people write for "whatever accelerator this machine has".
 _ACCELERATOR = ("gpu", "nvidia", "amd", "rocm", "hip", "accelerator", "metal", "apple")
+# What sizes are said in.
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
 
 
 def plain(value: object) -> typing.Any:
@@ -138,3 +145,32 @@ def device_name(name: object, where: str) -> str:
     near = difflib.get_close_matches(str(name).lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
     near = ["auto"] if not near or any(text in str(name).lower() for text in _ACCELERATOR) else near
     raise UsageError(word("device", got=repr(name), allowed=_DEVICES, where=where, fix=f"pass device={near[0]}"))
+
+
+def byte_size(size: int | str, *, what: str, where: str) -> int:
+    """The bytes that a size says, as a number or in words: 2GB is 2,000,000,000 and 2GiB 2,147,483,648.
+
+    Args:
+        size: bytes, or a number with a unit: kB, MB, GB, TB (thousands) or KiB, MiB, GiB, TiB (of 1024).
+        what: the size as the user knows it: ``"--kv-memory"``.
+        where: who asks.
+
+    Raises:
+        UsageError: no size, or none above 0.
+
+    >>> [byte_size(size, what="--memory", where="here") for size in ("2GB", "1.5 GiB", 4096)]
+    [2000000000, 1610612736, 4096]
+
+    Source: IEC 80000-13, for the units.
+    """
+    fix = f"pass {what} 2GB" if what.startswith("--") else f"pass {what}='2GB'"
+    found = _SIZE.fullmatch(str(size)) if not isinstance(size, bool) else None
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        allowed = "be bytes, or a number and a unit of kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        raise UsageError(word(what, got=repr(size), allowed=allowed, where=where, fix=fix))
+    bytes_ = int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+    if bytes_ < 1:
+        allowed = "be a byte at least"
+        raise UsageError(word(what, got=size, allowed=allowed, where=where, fix=f"{fix}, or leave it out"))
+    return bytes_

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from turnout.cli.main import main
-from turnout.decide.device import byte_size, expert_slots
+from turnout.decide.device import expert_slots
 from turnout.errors import UsageError
+from turnout.fields import byte_size
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.expert_room import ExpertRoom
 from turnout.train.data import train_tokenizer
@@ -71,12 +72,12 @@ def test_with_an_accelerator_both_are_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_sizes_and_slots() -> None:
-    assert [byte_size(size) for size in ("2GB", "0.5 kB", "3 MiB", 7, "12")] == [
+    assert [byte_size(size, what="expert_memory", where="here") for size in ("2GB", "0.5 kB", "3 MiB", 7, "12")] == [
         2_000_000_000, 500, 3 << 20, 7, 12,
     ]  # fmt: skip
     for size in ("", "GB", "-1", "2 Gb/s", 0, True, "1.2.3MB"):
         with pytest.raises(UsageError, match="expert_memory"):
-            byte_size(size)
+            byte_size(size, what="expert_memory", where="here")
     whole = expert_slots("1GB", expert_bytes=10, layers=3, experts=8, top_k=2)
     assert (whole.slots, whole.shared) == (8, False)
     assert expert_slots(59, expert_bytes=10, layers=3, experts=8, top_k=2).shared

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_folder(arguments.out)
     slots = [] if arguments.slots is None else [_whole(part) for part in arguments.slots.split(",")]
     names = dict.fromkeys(name.strip() for name in (arguments.policy or ",".join(POLICIES)).split(","))
-    from turnout.decide.device import byte_size
+    from turnout.fields import byte_size
     from turnout.recipes.cache import cache_trace
     from turnout.show.cache import cache_html
     from turnout.storage import write_whole

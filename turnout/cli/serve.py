@@ -195,7 +195,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _kv_bytes(size: str | None) -> int | None:
-    from turnout.decide.device import byte_size
+    from turnout.fields import byte_size
 
     return None if size is None else byte_size(size, what="--kv-memory", where=_WHERE)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from turnout.decide.device import byte_size, cache
+from turnout.decide.device import cache
 from turnout.errors import UsageError, nearest, word
+from turnout.fields import byte_size
 from turnout.models import LM
 from turnout.models.checkpoint import load_offloaded
 from turnout.types.device import find_device, shown
@@ -42,7 +43,7 @@ class ExpertRoom:
 
     def __post_init__(self) -> None:
         if self.memory is not None:
-            byte_size(self.memory)
+            self._bytes(self.memory)
         if self.policy not in POLICIES:
             raise nearest(self.policy, list(POLICIES), kind="policy", where="--expert-policy")
         if self.n_cpu_moe is not None and self.n_cpu_moe < 0:
@@ -79,11 +80,15 @@ class ExpertRoom:
         lm = load_offloaded(folder, expert_memory=self.memory, policy=POLICIES[self.policy]())
         return lm, (self._understood(lm, folder), *notes)
 
+    @staticmethod
+    def _bytes(memory: str | int) -> int:
+        return byte_size(memory, what="--expert-memory", where="turnout")
+
     def _understood(self, lm: LM, folder: Path) -> str:
         assert lm.experts is not None and self.memory is not None
         made, shape = lm.experts.stats(), lm.experts.shape
         each = "" if shape.shared else f", {shape.slots} of {shape.experts} in each of {shape.layers} layers"
         return (
-            f"--expert-memory {self.memory}: {byte_size(self.memory):,} bytes hold {made.slots:,} of "
+            f"--expert-memory {self.memory}: {self._bytes(self.memory):,} bytes hold {made.slots:,} of "
             f"{made.experts:,} experts of {made.expert_bytes:,} bytes{each}; the others come from {folder} when used"
         )

@@ -10,7 +10,7 @@ from importlib import resources
 from turnout import __version__
 from turnout.show import palette
 
-__all__ = ["card", "dot", "flat", "fold", "frame", "missing", "section", "table"]
+__all__ = ["card", "dot", "embedded", "flat", "fold", "frame", "missing", "section", "source_hash", "table"]
 
 
 def frame(title: str, head: str, sections: Sequence[str], *, experts: int, payload: object) -> str:
@@ -42,7 +42,7 @@ def frame(title: str, head: str, sections: Sequence[str], *, experts: int, paylo
             "</main>",
             f"<footer>Made by turnout {escape(__version__)}. This file holds everything it shows.</footer>",
             '<div id="tip" role="status" hidden></div>',
-            f'<script type="application/json" id="data">{_embedded(payload)}</script>',
+            f'<script type="application/json" id="data">{embedded(payload)}</script>',
             f"<script>{script}</script>",
             "</body>",
             "</html>",
@@ -97,15 +97,19 @@ def dot(run: int) -> str:
     return f'<i class="dot" style="--c:{palette.run_color(run)}"></i>'
 
 
-def _embedded(payload: object) -> str:
+def embedded(payload: object) -> str:
     """JSON that no text in it can close: every character that HTML could read is written as an escape."""
     text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def source_hash(text: str) -> str:
+    """What a content security policy calls a script or a style by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 def _policy(script: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src {source_hash(script)}"
 
 
 def _asset(name: str) -> str:

@@ -1,11 +1,13 @@
 """What a cache of experts and the policy that governs it say to each other."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from turnout.errors import UsageError, word
 
-__all__ = ["Access", "CachePolicy", "CacheShape", "Decision", "Expert"]
+__all__ = ["Access", "CachePolicy", "CacheShape", "Decision", "Expert", "Seen"]
 
 Expert = tuple[int, int]  # (layer, expert)
 _WHERE = "turnout.types.CacheShape"
@@ -122,3 +124,30 @@ class CachePolicy(Protocol):
     def update(self, state: Any, access: Access) -> tuple[Any, Decision]:
         """The state after this access, and what is to be done for it; the given state stays as it was."""
         ...
+
+
+class Seen(NamedTuple):
+    """What a policy has seen of each expert, P = L E of them, when a layer asks; a tuple, which a replay can compile.
+
+    Args:
+        last_P: the access that used it last, counted from 1; 0 for none.
+        count_P: its uses.
+        told_P: what the policy was told of it beforehand; zeros without.
+        until_P: how many layers from now its turn comes: 1 for the next layer's, L for this one's.
+        left: how many layers of this pass are still to come.
+        tick: this access.
+        began: the access before this pass.
+
+    >>> Seen(np.zeros(2, np.int64), np.zeros(2), np.zeros(2), np.ones(2, np.int64), left=0, tick=1, began=0).tick
+    1
+
+    Source: none; plain bookkeeping.
+    """
+
+    last_P: np.ndarray
+    count_P: np.ndarray
+    told_P: np.ndarray
+    until_P: np.ndarray
+    left: int
+    tick: int
+    began: int

@@ -77,6 +77,10 @@ def test_every_request_is_as_it_is_alone(name: str) -> None:
             if number % 7 == 3:
                 chance.choice(tickets).cancel()
             time.sleep(chance.random() * 0.01)
+        # However fast the machine is: six at once whose prompts fit, and who all outgrow the memory as they go on.
+        crowd = [Request(tuple(chance.choices(range(TINY.vocab_size), k=120)), 50, logprobs=3) for _ in range(6)]
+        requests += crowd
+        tickets += [engine.submit(request) for request in crowd]
         for ticket in tickets:
             ticket.result(WAIT_S)
         assert engine.drain(WAIT_S)

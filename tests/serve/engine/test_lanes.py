@@ -72,7 +72,7 @@ def test_adapters_of_what_is_no_map_by_itself_are_refused(tmp_path) -> None:
     adapted(str(tmp_path), ["lm_head"])
     with pytest.raises(CheckpointError, match="factors of lm_head"):
         Engine(from_live(llama()), adapters={"a": tmp_path})
-    with pytest.raises(UsageError, match="twice"):
+    with pytest.raises(UsageError, match="other than the model's"):
         Engine(from_live(llama()), name="a", adapters={"a": tmp_path})
 
 
@@ -117,3 +117,10 @@ def test_without_numba_requests_are_right(monkeypatch: pytest.MonkeyPatch) -> No
         want = turnout.generate(lm, [list(one.prompt)], tokens=20, temperature=0, logprobs=True)
         assert [token.id for token in tokens] == want.rows[0]
         assert [token.logprob for token in tokens] == want.logprob_BN[0].tolist()
+
+
+def test_memory_that_cannot_be_bounded_is_said() -> None:
+    lm = from_live(llama())
+    lm.blocks[0].register_forward_hook(lambda *_: None)  # which no step is compiled for
+    with pytest.warns(UserWarning, match="cache_bytes=1,000,000 has no effect"):
+        Engine(lm, cache_bytes=1_000_000)

@@ -38,7 +38,7 @@ def _measure(seed: int) -> Values:
             if access.layer + 1 < _LAYERS:
                 right, asked = right + (policy.match(state) == access.sequence), asked + 1
         values[name] = 1 - right / asked
-    return values | _on_others(seed)
+    return {**values, **_on_others(seed)}
 
 
 def _on_others(seed: int) -> Values:

@@ -4,7 +4,7 @@ from turnout.decide.device import cache, place
 from turnout.decide.device.block_schedule import block_schedule
 from turnout.decide.device.dual_pipe_v import dual_pipe_v
 from turnout.decide.device.exact_schedule import exact_schedule
-from turnout.decide.device.expert_memory import byte_size, expert_slots
+from turnout.decide.device.expert_memory import expert_slots
 from turnout.decide.device.flows import Flows, ecmp, flows
 from turnout.decide.device.gpipe import gpipe
 from turnout.decide.device.interleaved import interleaved, looped_breadth_first
@@ -36,7 +36,6 @@ __all__ = [
     "Wire",
     "block_loads",
     "block_schedule",
-    "byte_size",
     "cache",
     "dual_pipe_v",
     "ecmp",

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from turnout.types.expert_cache import Seen
+
 __all__ = [
     "by_foresight",
     "by_worth",
@@ -72,7 +74,8 @@ def jitted_by_worth() -> Callable[..., Any]:
 
 def _worth_type(numba: Any) -> Any:
     whole, real, one = numba.types.int64[::1], numba.types.float64[::1], numba.types.int64
-    return numba.types.FunctionType(real(whole, real, real, whole, one, one, one))
+    seen = numba.types.NamedTuple([whole, real, real, whole, one, one, one], Seen)
+    return numba.types.FunctionType(real(seen))
 
 
 @functools.cache
@@ -138,8 +141,8 @@ def by_worth(
         if over > 0 or (prefetch and known > at):
             _see(layer, known if ahead > 0 else -1, (layers, experts), until_P, next_P, told_P)
         if over > 0:
-            worth_P = worth(last_P[begin:end], count_P[begin:end], told_P[begin:end], until_P[begin:end],
-                            layers - 1 - layer, tick, began)  # fmt: skip
+            worth_P = worth(Seen(last_P[begin:end], count_P[begin:end], told_P[begin:end], until_P[begin:end],
+                                 layers - 1 - layer, tick, began))  # fmt: skip
             _give_up(over, held_P[begin:end], asked_P[begin:end], worth_P, lowest_K)
         for r in range(start_J[at], start_J[at + 1]):
             if not held_P[page_R[r]]:
@@ -147,7 +150,7 @@ def by_worth(
                 fetched += 1
         first = early
         if prefetch and known > at:
-            worth_P = worth(last_P, count_P, told_P, until_P, layers - 1 - layer, tick, began)
+            worth_P = worth(Seen(last_P, count_P, told_P, until_P, layers - 1 - layer, tick, began))
             wish_W = page_R[start_J[at + 1] : start_J[known + 1]]
             if early + len(wish_W) > len(prefetch_R):
                 return False

@@ -40,7 +40,8 @@ class Engine:
         adapters: further names, and the PEFT folders of LoRA, or models, that answer to them.
         slots: how many requests go on at once.
         waiting: how many may wait for a slot; beyond that they are refused.
-        cache_bytes: for keys and values of all requests together; None for 2,048 positions a slot.
+        cache_bytes: for keys and values of all requests together; None for 2,048 positions a slot. Adapters, and models
+            that are not compiled, keep theirs beside it; of the latter it is said.
         sharing: whether what was read of prompts is kept, for requests of the same tenant that begin with it.
         fallback: whether a model of transformers that is no LM exactly is run as it is.
 

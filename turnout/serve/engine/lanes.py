@@ -1,6 +1,7 @@
 """Which lane a model takes."""
 
 import functools
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -24,6 +25,12 @@ def lane_of(model: nn.Module, slots: int, cache_bytes: int | None, sharing: bool
     """That of pages where the model is compiled and keys mean the same in texts of any length; else the plain one."""
     if isinstance(model, LM) and why_plain(model) is None and model.rope.border is None:
         return PagedLane(model, slots, cache_bytes, sharing)
+    if cache_bytes is not None:
+        why = (why_plain(model) or "longrope") if isinstance(model, LM) else "a model of transformers as it is"
+        said = (
+            f"cache_bytes={cache_bytes:,} has no effect: this model ({why}) keeps its keys and values for each request"
+        )
+        warnings.warn(f"{said}. Nearest fix: bound slots, and the length of texts.", UserWarning, stacklevel=3)
     return _plain(model)
 
 

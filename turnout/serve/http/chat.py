@@ -10,7 +10,7 @@ from turnout.serve.engine import Token
 from turnout.serve.http.answer import answer, event
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.made import Made, Usage, chat_logprobs
-from turnout.serve.http.sampling import check_choices, fitting, requests
+from turnout.serve.http.sampling import check_choices, fitting
 from turnout.serve.http.schemas import CHAT
 from turnout.serve.http.service import Asked, Service
 
@@ -35,21 +35,8 @@ async def chat(service: Service, request: Any) -> Any:
     prompt = await service.aside(asked.size, lambda: service.texts.chat(messages, told, param="messages", where=WHERE))
     name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     tokens = fitting(prompt, body.get(name), None, service.engine.max_seq, name)
-    wanted = await service.aside(
-        0 if body.get("response_format") is None else 1 << 30,
-        lambda: requests(
-            body,
-            [prompt],
-            service.texts,
-            tokens=[tokens],
-            logprobs=_logprobs(body),
-            form=body.get("response_format"),
-            form_param="response_format",
-            adapter=asked.adapter,
-            tenant=asked.tenant,
-            where=WHERE,
-        ),
-    )
+    how: dict[str, Any] = {"logprobs": _logprobs(body), "form": body.get("response_format")}
+    wanted = await service.wanted(asked, [prompt], tokens=[tokens], **how)
     return await answer(service, request, asked, wanted, _Style(service, asked), copies=copies)
 
 

@@ -10,7 +10,7 @@ from turnout.serve.engine import Token
 from turnout.serve.http.answer import answer, event
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.made import Made, Usage, completion_logprobs
-from turnout.serve.http.sampling import check_choices, fitting, requests
+from turnout.serve.http.sampling import check_choices, fitting
 from turnout.serve.http.schemas import COMPLETIONS
 from turnout.serve.http.service import Asked, Service
 
@@ -37,21 +37,9 @@ async def completions(service: Service, request: Any) -> Any:
     prompts = await service.aside(asked.size, lambda: _prompts(service, body["prompt"]))
     check_choices(len(prompts) * copies, service.limits.choices, WHERE)
     room = service.engine.max_seq
-    wanted = await service.aside(
-        asked.size if body.get("response_format") is None else 1 << 30,
-        lambda: requests(
-            body,
-            prompts,
-            service.texts,
-            tokens=[fitting(one, body.get("max_tokens"), _TOKENS, room, "max_tokens") for one in prompts],
-            logprobs=body.get("logprobs"),
-            form=body.get("response_format"),
-            form_param="response_format",
-            adapter=asked.adapter,
-            tenant=asked.tenant,
-            where=WHERE,
-        ),
-    )
+    tokens = [fitting(one, body.get("max_tokens"), _TOKENS, room, "max_tokens") for one in prompts]
+    how: dict[str, Any] = {"logprobs": body.get("logprobs"), "form": body.get("response_format")}
+    wanted = await service.wanted(asked, prompts, tokens=tokens, **how)
     starts = [_said(service, body["prompt"], prompts, place) if echo else "" for place in range(len(prompts))]
     return await answer(service, request, asked, wanted, _Style(service, asked, starts), copies=copies)
 

@@ -11,7 +11,7 @@ from turnout.serve.http.answer import answer, event
 from turnout.serve.http.chat import joined
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.made import Made, Usage, chat_logprobs
-from turnout.serve.http.sampling import fitting, requests
+from turnout.serve.http.sampling import fitting
 from turnout.serve.http.schemas import RESPONSES
 from turnout.serve.http.service import Asked, Service
 
@@ -36,21 +36,8 @@ async def responses(service: Service, request: Any) -> Any:
     prompt = await service.aside(asked.size, lambda: service.texts.chat(messages, told, param="input", where=WHERE))
     tokens = fitting(prompt, body.get("max_output_tokens"), None, service.engine.max_seq, "max_output_tokens")
     form = (body.get("text") or {}).get("format")
-    wanted = await service.aside(
-        0 if form is None else 1 << 30,
-        lambda: requests(
-            body,
-            [prompt],
-            service.texts,
-            tokens=[tokens],
-            logprobs=_logprobs(body),
-            form=form,
-            form_param="text.format",
-            adapter=asked.adapter,
-            tenant=asked.tenant,
-            where=WHERE,
-        ),
-    )
+    how: dict[str, Any] = {"logprobs": _logprobs(body), "form": form, "form_param": "text.format"}
+    wanted = await service.wanted(asked, [prompt], tokens=[tokens], **how)
     return await answer(service, request, asked, wanted, _Style(service, asked))
 
 

@@ -9,7 +9,7 @@ from turnout.serve.engine import Request
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.texts import Texts
 
-__all__ = ["drawing", "fitting", "requests"]
+__all__ = ["check_choices", "drawing", "fitting", "requests"]
 
 
 def drawing(body: Mapping[str, Any]) -> Drawing:

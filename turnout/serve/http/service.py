@@ -14,6 +14,7 @@ from turnout.serve.http.errors import ApiError, unknown_model
 from turnout.serve.http.gate import TICKETS, read_body
 from turnout.serve.http.limits import Door, Limits
 from turnout.serve.http.metrics import Meters
+from turnout.serve.http.sampling import requests
 from turnout.serve.http.schema_check import checked
 from turnout.serve.http.texts import Texts
 
@@ -33,6 +34,7 @@ class Asked:
         model: the name that it is answered by.
         adapter: that name, where it is not the model's own.
         tenant: whose it is.
+        where: the endpoint.
         arrived_s: when, by ``time.perf_counter``.
         size: of its body, in bytes.
     """
@@ -41,6 +43,7 @@ class Asked:
     model: str
     adapter: str | None
     tenant: str
+    where: str
     arrived_s: float
     size: int
 
@@ -92,13 +95,33 @@ class Service:
             raise unknown_model(name, self.names)
         tenant = self.door.tenant(request.headers.get("authorization", ""))
         adapter = None if name == self.names[0] else name
-        return Asked(body, name, adapter, tenant, arrived_s, len(raw))
+        return Asked(body, name, adapter, tenant, where, arrived_s, len(raw))
 
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """What the work gives; in a thread of its own where it is long."""
         return work() if size < _INLINE else await asyncio.to_thread(work)
 
-    def submit(self, requests: Sequence[Request], request: Any) -> list[Ticket]:
+    async def wanted(
+        self,
+        asked: Asked,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        tokens: Sequence[int],
+        logprobs: int | None,
+        form: Mapping[str, Any] | None,
+        form_param: str = "response_format",
+    ) -> list[Request]:
+        """What the engine is asked: see ``sampling.requests``. A form is made ready in a thread of its own.
+
+        Raises:
+            ApiError: a setting that cannot be.
+        """
+        how: dict[str, Any] = {"adapter": asked.adapter, "tenant": asked.tenant, "where": asked.where}
+        how |= {"tokens": tokens, "logprobs": logprobs, "form": form, "form_param": form_param}
+        size = asked.size if form is None else _INLINE
+        return await self.aside(size, lambda: requests(asked.body, prompts, self.texts, **how))
+
+    def submit(self, wanted: Sequence[Request], request: Any) -> list[Ticket]:
         """Tickets for all of them, or none; they are let go when the request is over, however it ends.
 
         Raises:
@@ -109,7 +132,7 @@ class Service:
             raise ApiError(f"The engine does not run: {stats.trouble or 'it has not begun'}.", 503, code="engine_dead")
         tickets: list[Ticket] = request.scope[TICKETS]
         try:
-            for one in requests:
+            for one in wanted:
                 tickets.append(self.engine.submit(one))
         except QueueFull as error:
             later = str(max(1, math.ceil(error.retry_after_s)))

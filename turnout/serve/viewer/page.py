@@ -1,13 +1,11 @@
 """The page itself: one document with its style, script and data, that asks nobody but the server it came from."""
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping
 from html import escape
 from importlib import resources
 
 from turnout.show import palette
+from turnout.show.page import embedded, source_hash
 
 __all__ = ["document", "policy"]
 
@@ -23,9 +21,7 @@ def document(data: Mapping[str, object]) -> str:
 
     Source: none; plain bookkeeping.
     """
-    text = json.dumps({**data, "colors": palette.EXPERTS}, separators=(",", ":"), allow_nan=False)
-    # No text in it can close the element that holds it.
-    text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = embedded({**data, "colors": palette.EXPERTS})
     style, script = _style(), _asset("page.js")
     return "\n".join(
         [
@@ -58,8 +54,8 @@ def policy() -> str:
 
     Source: W3C, Content Security Policy Level 3.
     """
-    own = f"style-src '{_hash(_style())}'; script-src '{_hash(_asset('page.js'))}'; connect-src 'self'; img-src data:"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+    own = f"style-src {source_hash(_style())}; script-src {source_hash(_asset('page.js'))}"
+    return f"default-src 'none'; {own}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def _style() -> str:
@@ -69,7 +65,3 @@ def _style() -> str:
 
 def _asset(name: str) -> str:
     return resources.files("turnout.serve.viewer").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

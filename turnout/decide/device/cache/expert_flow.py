@@ -119,5 +119,5 @@ class ExpertFlow:
     def update(self, state: Flowing, access: Access) -> tuple[Flowing, Decision]:
         """Fetches what is missing, and early what is likely in the next layers."""
         state, worth_P, wish = self.foretell(state, access)
-        history, decision = state.history.served(access, worth_P, wish)
+        history, decision = state.history.served(access, lambda: worth_P, wish)
         return dataclasses.replace(state, history=history), decision

@@ -1,15 +1,16 @@
 """History: what every policy of a cache of experts remembers, and how it serves an access by what experts are worth."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from turnout.errors import UsageError, word
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.types.expert_cache import Access, CacheShape, Decision, Seen
 
-__all__ = ["History", "Worth"]
+__all__ = ["History", "Worth", "by_worth"]
 
 _WHERE = "a cache policy's update"
 
@@ -17,35 +18,16 @@ _WHERE = "a cache policy's update"
 class Worth(Protocol):
     """A rule that says what each expert is worth, of numbers alone, so that a replay can compile it.
 
-    >>> def oldest(last_P, count_P, told_P, until_P, left, tick, began):
-    ...     return last_P * 1.0
+    >>> def oldest(seen):
+    ...     return seen.last_P * 1.0
     >>> History.empty(CacheShape(layers=1, experts=2, slots=1)).worths(oldest, 0).tolist()
     [0.0, 0.0]
 
     Source: none; plain bookkeeping.
     """
 
-    def __call__(
-        self,
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
-        """(P,) the worth of each expert.
-
-        Args:
-            last_P: the access that used it last.
-            count_P: its uses.
-            told_P: what the policy was told of it beforehand; zeros without.
-            until_P: how many layers from now its turn comes: 1 for the next layer's, L for this one's.
-            left: how many layers of this pass are still to come.
-            tick: this access.
-            began: the access before this pass.
-        """
+    def __call__(self, seen: Seen) -> np.ndarray:
+        """(P,) the worth of each expert."""
         ...
 
 
@@ -64,7 +46,7 @@ class History:
 
     >>> start = History.empty(CacheShape(layers=1, experts=4, slots=2))
     >>> now = start.touched(Access(0, (1, 3), step=0))
-    >>> now, decision = now.served(Access(0, (1, 3), step=0), now.last_P)
+    >>> now, decision = now.served(Access(0, (1, 3), step=0), lambda: now.last_P)
     >>> decision.fetch, now.held_P.tolist(), start.held_P.any()
     (((0, 1), (0, 3)), [False, True, False, True], np.False_)
 
@@ -109,13 +91,13 @@ class History:
         return dataclasses.replace(self, last_P=last_P, count_P=count_P, tick=tick, step=access.step, began=began)
 
     def served(
-        self, access: Access, worth_P: np.ndarray, wish: Sequence[int] = (), below: float = np.inf
+        self, access: Access, worth: Callable[[], np.ndarray], wish: Sequence[int] = (), below: float = np.inf
     ) -> tuple["History", Decision]:
         """What to give up and fetch: always the expert that is worth least, the first among equals.
 
         Args:
             access: what is asked for; it is neither given up nor wished for.
-            worth_P: (P,) what each is worth.
+            worth: gives (P,) what each is worth; asked where something has to go.
             wish: further experts to fetch, the most urgent first; one of them takes a free slot, or that of an expert
                 that is worth less than it, and less than ``below``.
             below: see there.
@@ -127,6 +109,7 @@ class History:
         evict: list[int] = []
         spare = np.nonzero(self._pool(held_P, access.layer) & ~asked_P)[0]
         over = int(self._pool(held_P, access.layer).sum()) + len(missing) - sizes.slots
+        worth_P = worth() if over > 0 or wish else np.zeros(0)
         if over > 0:
             evict += spare[np.argsort(worth_P[spare], kind="stable")[:over]].tolist()
             held_P[evict] = False
@@ -161,9 +144,27 @@ class History:
         """(P,) what each is worth at an access of this layer, by a rule of what is remembered."""
         told_P = np.zeros(len(self.held_P)) if told_P is None else told_P
         left = self.sizes.layers - 1 - layer
-        return worth(self.last_P, self.count_P, told_P, self.until(layer), left, self.tick, self.began)
+        return worth(Seen(self.last_P, self.count_P, told_P, self.until(layer), left, self.tick, self.began))
 
     def until(self, layer: int) -> np.ndarray:
         """(P,) how many layers from now each expert's turn comes: 1 for the next layer's, L for this one's."""
         layer_P = np.arange(len(self.held_P)) // self.sizes.experts
         return (layer_P - layer - 1) % self.sizes.layers + 1
+
+
+class _Ruled(Protocol):
+    """A policy that is a rule of worth, and what a use counts an access later."""
+
+    keep: float
+
+    @property
+    def worth(self) -> Worth: ...
+
+
+def by_worth(policy: _Ruled, state: History, access: Access) -> tuple[History, Decision]:
+    """Fetches what is missing, nothing before its time; what is worth least gives up its slot.
+
+    A policy that is a rule of worth has this as its ``update``, and ``profile_P`` where it was told something.
+    """
+    now, told_P = state.touched(access, policy.keep), getattr(policy, "profile_P", None)
+    return now.served(access, functools.partial(now.worths, policy.worth, access.layer, told_P))

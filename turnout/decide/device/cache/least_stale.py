@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.decide.device.cache.history import History, by_worth
+from turnout.types.expert_cache import Seen
 
 __all__ = ["LeastStale"]
 
@@ -17,6 +17,7 @@ class LeastStale:
     used in it, of the layer that has its next turn last; then those of layers still to come, by the whole passes for
     which they were not used, and of the layer that comes last. In pools of one layer each this is LRU.
 
+    >>> from turnout.types import Access, CacheShape
     >>> policy = LeastStale()
     >>> state = policy.init(CacheShape(3, 4, 3, shared=True))
     >>> for layer in range(3):
@@ -30,27 +31,13 @@ class LeastStale:
 
     keep = 1.0
 
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
-
-    def update(self, state: History, access: Access) -> tuple[History, Decision]:
-        """Fetches what is missing; nothing before its time."""
-        now = state.touched(access)
-        return now.served(access, now.worths(self.worth, access.layer))
+    init = staticmethod(History.empty)
+    update = by_worth
 
     @staticmethod
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
+    def worth(seen: Seen) -> np.ndarray:
         """Three ranks, the lowest first, and within each its own order."""
-        layers = until_P.max()
-        idle_P = (tick - last_P) // layers  # whole passes since
-        passed_P = np.where(last_P > began, 1e15 - until_P, last_P * 1.0)
-        return np.where(until_P <= left, 2e15 - idle_P * (layers + 1.0) - until_P, passed_P)
+        layers = seen.until_P.max()
+        idle_P = (seen.tick - seen.last_P) // layers  # whole passes since
+        passed_P = np.where(seen.last_P > seen.began, 1e15 - seen.until_P, seen.last_P * 1.0)
+        return np.where(seen.until_P <= seen.left, 2e15 - idle_P * (layers + 1.0) - seen.until_P, passed_P)

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History, Worth
+from turnout.decide.device.cache.history import History, Worth, by_worth
 from turnout.errors import UsageError, word
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.types.expert_cache import Seen
 
 __all__ = ["LFRU"]
 
@@ -15,16 +15,8 @@ __all__ = ["LFRU"]
 def _rule(keep: float) -> Worth:
     """The same function for the same half-life, so that it is compiled once."""
 
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
-        return count_P * keep ** (tick - last_P)
+    def worth(seen: Seen) -> np.ndarray:
+        return seen.count_P * keep ** (seen.tick - seen.last_P)
 
     return worth
 
@@ -41,6 +33,7 @@ class LFRU:
     Raises:
         UsageError: a half-life that is not above 0.
 
+    >>> from turnout.types import Access, CacheShape
     >>> policy = LFRU(half=1.0, layers=1)
     >>> state = policy.init(CacheShape(1, 4, 2))
     >>> for step, experts in enumerate([(0,), (0,), (1,), (1,), (1,)]):
@@ -52,17 +45,11 @@ class LFRU:
     Used Policies". Servers of experts name it LFRU; their formulas are not published.
     """
 
+    init = staticmethod(History.empty)
+    update = by_worth
+
     def __init__(self, *, half: float = 16.0, layers: int) -> None:
         if not half > 0:
             raise UsageError(word("half", got=half, allowed="be above 0", where="LFRU", fix="pass half=16"))
         self.keep = 2.0 ** (-1.0 / (half * layers))
         self.worth = _rule(self.keep)
-
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
-
-    def update(self, state: History, access: Access) -> tuple[History, Decision]:
-        """Fetches what is missing; nothing before its time."""
-        now = state.touched(access, self.keep)
-        return now.served(access, now.worths(self.worth, access.layer))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.decide.device.cache.history import History, by_worth
+from turnout.types.expert_cache import Seen
 
 __all__ = ["LFU"]
 
@@ -13,6 +13,7 @@ class LFU:
 
     Uses are counted for as long as the state lives, also while an expert is not held.
 
+    >>> from turnout.types import Access, CacheShape
     >>> policy = LFU()
     >>> state = policy.init(CacheShape(1, 4, 2))
     >>> for step, experts in enumerate([(0, 1), (0,), (1,), (0,)]):
@@ -25,24 +26,10 @@ class LFU:
 
     keep = 1.0
 
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
-
-    def update(self, state: History, access: Access) -> tuple[History, Decision]:
-        """Fetches what is missing; nothing before its time."""
-        now = state.touched(access)
-        return now.served(access, now.worths(self.worth, access.layer))
+    init = staticmethod(History.empty)
+    update = by_worth
 
     @staticmethod
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
+    def worth(seen: Seen) -> np.ndarray:
         """How often each was used; what was used later is worth a little more."""
-        return count_P + last_P / (tick + 1.0)
+        return seen.count_P + seen.last_P / (seen.tick + 1.0)

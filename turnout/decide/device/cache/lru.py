@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.decide.device.cache.history import History, by_worth
+from turnout.types.expert_cache import Seen
 
 __all__ = ["LRU"]
 
@@ -14,6 +14,7 @@ class LRU:
     With one pool for all layers that is the very expert whose layer comes next: a pool smaller than what one pass asks
     for hits nothing.
 
+    >>> from turnout.types import Access, CacheShape
     >>> policy = LRU()
     >>> state, _ = policy.update(policy.init(CacheShape(1, 4, 2)), Access(0, (0, 1), step=0))
     >>> policy.update(state, Access(0, (1, 2), step=1))[1]
@@ -25,24 +26,10 @@ class LRU:
 
     keep = 1.0
 
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
-
-    def update(self, state: History, access: Access) -> tuple[History, Decision]:
-        """Fetches what is missing; nothing before its time."""
-        now = state.touched(access)
-        return now.served(access, now.worths(self.worth, access.layer))
+    init = staticmethod(History.empty)
+    update = by_worth
 
     @staticmethod
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
+    def worth(seen: Seen) -> np.ndarray:
         """When each was used last."""
-        return last_P * 1.0
+        return seen.last_P * 1.0

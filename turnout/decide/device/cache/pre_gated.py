@@ -1,9 +1,11 @@
 """Pre-gated look-ahead: a router that runs ahead says what comes, and within that Belady's rule is exact."""
 
+import functools
+
 import numpy as np
 
 from turnout.decide.device.cache.history import History
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.types.expert_cache import Access, Decision, Seen
 
 __all__ = ["PreGated"]
 
@@ -20,6 +22,7 @@ class PreGated:
     Args:
         prefetch: whether it also fetches before the time.
 
+    >>> from turnout.types import CacheShape
     >>> policy = PreGated()
     >>> state = policy.init(CacheShape(1, 4, 2))
     >>> state, _ = policy.update(state, Access(0, (0, 1), step=0, coming=((0, (1,)),)))
@@ -31,13 +34,10 @@ class PreGated:
     """
 
     keep = 1.0
+    init = staticmethod(History.empty)
 
     def __init__(self, *, prefetch: bool = True) -> None:
         self.prefetch = prefetch
-
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
 
     def update(self, state: History, access: Access) -> tuple[History, Decision]:
         """Fetches what is missing, then what comes, in its order."""
@@ -45,21 +45,13 @@ class PreGated:
         told_P = np.full(len(now.held_P), -np.inf)
         for far, (layer, experts) in reversed(list(enumerate(access.coming, 1))):
             told_P[layer * now.sizes.experts + np.array(experts, np.int64)] = -float(now.tick + far)
-        worth_P = now.worths(self.worth, access.layer, told_P)
+        worth = functools.partial(now.worths, self.worth, access.layer, told_P)
         if not self.prefetch:
-            return now.served(access, worth_P)
+            return now.served(access, worth)
         wish_P = np.nonzero(np.isfinite(told_P))[0]
-        return now.served(access, worth_P, wish_P[np.argsort(-told_P[wish_P], kind="stable")].tolist(), below=-1e14)
+        return now.served(access, worth, wish_P[np.argsort(-told_P[wish_P], kind="stable")].tolist(), below=-1e14)
 
     @staticmethod
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
+    def worth(seen: Seen) -> np.ndarray:
         """Minus the time of the next use that is known; below that, when each was used last."""
-        return np.where(np.isfinite(told_P), told_P, last_P - 1e15)
+        return np.where(np.isfinite(seen.told_P), seen.told_P, seen.last_P - 1e15)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
-from turnout.types.expert_cache import Access, CacheShape, Decision
+from turnout.decide.device.cache.history import History, by_worth
+from turnout.types.expert_cache import Seen
 
 __all__ = ["Static"]
 
@@ -16,6 +16,7 @@ class Static:
     Args:
         profile_LE: (L, E) how often each expert was used in what was recorded.
 
+    >>> from turnout.types import Access, CacheShape
     >>> policy = Static(np.array([[5, 1, 4, 2]]))
     >>> state, _ = policy.update(policy.init(CacheShape(1, 4, 2)), Access(0, (0, 1), step=0))
     >>> policy.update(state, Access(0, (3,), step=1))[1].evict
@@ -29,24 +30,10 @@ class Static:
     def __init__(self, profile_LE: np.ndarray) -> None:
         self.profile_P = np.asarray(profile_LE, np.float64).reshape(-1)
 
-    def init(self, sizes: CacheShape) -> History:
-        """Nothing is held."""
-        return History.empty(sizes)
-
-    def update(self, state: History, access: Access) -> tuple[History, Decision]:
-        """Fetches what is missing; nothing before its time."""
-        now = state.touched(access)
-        return now.served(access, now.worths(self.worth, access.layer, self.profile_P))
+    init = staticmethod(History.empty)
+    update = by_worth
 
     @staticmethod
-    def worth(
-        last_P: np.ndarray,
-        count_P: np.ndarray,
-        told_P: np.ndarray,
-        until_P: np.ndarray,
-        left: int,
-        tick: int,
-        began: int,
-    ) -> np.ndarray:
+    def worth(seen: Seen) -> np.ndarray:
         """What the profile says; among equals, what was used later."""
-        return told_P + last_P / (tick + 1.0)
+        return seen.told_P + seen.last_P / (seen.tick + 1.0)

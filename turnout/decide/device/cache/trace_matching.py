@@ -111,5 +111,5 @@ class TraceMatching:
     def update(self, state: Matched, access: Access) -> tuple[Matched, Decision]:
         """Fetches what is missing, and early what the match used in the next layers."""
         state, worth_P, wish = self.foretell(state, access)
-        history, decision = state.history.served(access, worth_P, wish)
+        history, decision = state.history.served(access, lambda: worth_P, wish)
         return dataclasses.replace(state, history=history), decision
