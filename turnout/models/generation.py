@@ -107,10 +107,8 @@ def _steps(run: Any, contrast: Contrast | None, remix: C3PO | None) -> Any:
     if len(asked) > 1:
         raise refusal("contrast and remix", "both", "be one", "leave one of them out")
     if contrast is not None and asked == ["contrast"]:
-        contrast.check(run)
         return functools.partial(Contrasted, run, contrast=contrast)
     if remix is not None and asked == ["remix"]:
-        remix.check(run)
         return functools.partial(Remixed, run, remix=remix)
     return functools.partial(Decoder if isinstance(run, LM) else foreign_steps, run)
 

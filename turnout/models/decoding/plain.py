@@ -18,12 +18,15 @@ class PlainSteps:
     def __init__(self, lm: LM, rank_B: Tensor | None = None) -> None:
         self._lm, self._cache, self._rank_B = lm, Cache(), rank_B
 
-    def prefill(self, id_BS: Tensor, length_B: Tensor) -> Tensor:
-        """(B, V) the scores after each row's last token; what was there before is forgotten."""
+    def prefill(self, id_BS: Tensor, length_B: Tensor, *, detour: Any = None) -> Tensor:
+        """(B, V) the scores after each row's last token; what was there before is forgotten.
+
+        A ``detour`` of ``LM.hidden`` decides for the prompts alone.
+        """
         id_BS = id_BS[:, : int(length_B.max())]
         self._cache = Cache()
         whole = bool((length_B == id_BS.shape[1]).all())
-        hidden_BSD = self._lm.hidden(id_BS, None if whole else length_B, self._cache, detour=self._detour)[0]
+        hidden_BSD = self._lm.hidden(id_BS, None if whole else length_B, self._cache, detour=detour or self._detour)[0]
         row_B = torch.arange(len(id_BS), device=id_BS.device)
         return self._lm.scores(hidden_BSD[row_B, length_B.to(id_BS.device) - 1])
 
