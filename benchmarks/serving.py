@@ -12,7 +12,8 @@ are cut, short or miscounted are failures, and a server with one of them is out.
 
   throughput   16 users, each of whom asks again when answered
   low load     one user: the time to the first token
-  long prompts 4 users' texts go on while prompts of 2,048 tokens are read without a pause: their gaps
+  long prompts 4 users' texts go on while prompts of 2,048 tokens are read without a pause: their gaps; where the
+               model has the positions
 
 llama.cpp's wheel has no server; benchmarks/llama_server.py is a loop around it with continuous batching.
 """
@@ -123,11 +124,13 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
     source, folder, gguf = _prepared(name, kind, options)
     peers = [one for one in options.peers if one != "transformers" or kind in ("fp32", "bf16")]
     found: dict[str, Any] = {"model": name, "kind": kind, "peers": {one: [] for one in peers}, "failed": {}}
+    jobs, found["left_out"] = jobs_of(positions(folder), options.jobs)
     with contextlib.ExitStack() as stack:
         loads = dict[str, Load]()
         for one in peers:
             of = source / kind if one == "turnout" and kind in ("int8", "int4") else folder
-            running = start(one, of, gguf, kind, threads=options.threads, streams=MANY + 4, room=LONG + 512)
+            room = min(LONG + 512, positions(folder))
+            running = start(one, of, gguf, kind, threads=options.threads, streams=MANY + 4, room=room)
             stack.callback(running.stop)
             loads[one] = Load(running, options.quick)
             found.setdefault("resident_bytes", {})[one] = running.resident_bytes()
@@ -136,7 +139,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
                 if one in found["failed"]:
                     continue
                 round_ = dict[str, Any]()
-                for job in options.jobs:
+                for job in jobs:
                     begun = time.monotonic()
                     try:
                         round_[job] = getattr(loads[one], job)(100 * (number + 2))
@@ -149,6 +152,20 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
                 if number >= 0 and one not in found["failed"]:
                     found["peers"][one].append(round_)
     return found
+
+
+def positions(folder: Path) -> int:
+    """How many a model has, by its configuration."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config["max_position_embeddings"])
+
+
+def jobs_of(room: int, wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Which of them a model of so many positions can do, and why not the others."""
+    if room >= LONG + 4:
+        return list(wanted), {}
+    why = f"prompts of {LONG:,} tokens do not fit into the model's {room:,} positions"
+    return [job for job in wanted if job != "long_prompts"], {job: why for job in wanted if job == "long_prompts"}
 
 
 def _prepared(name: str, kind: str, options: argparse.Namespace) -> tuple[Path, Path, Path]:
@@ -176,7 +193,7 @@ def _exported(run: Path, kind: str, options: argparse.Namespace) -> tuple[Path, 
 
     if kind not in ("fp32", "bf16"):
         raise RuntimeError(f"a run is served in fp32 and bf16, not in {kind}")
-    place = options.work / "served" / run.name
+    place = options.work / "served" / f"run-{run.resolve().parent.name}-{run.name}"  # a shape may have the same name
     place.mkdir(parents=True, exist_ok=True)
     found = opened(str(run), "benchmarks.serving", "cpu")
     lm = found.lm.to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])

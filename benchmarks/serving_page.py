@@ -32,6 +32,7 @@ def page(record: dict[str, Any]) -> list[str]:
     for piece in record["pieces"]:
         lines += ["", f"## {piece['model']}, {piece['kind']}", "", *_table(piece)]
         lines += [f"- **{one} failed**: {why}" for one, why in piece["failed"].items()]
+        lines += [f"- {job.replace('_', ' ')} left out: {why}." for job, why in piece["left_out"].items()]
     return lines
 
 

@@ -111,6 +111,7 @@ def test_few_tokens_of_prompts_are_one_step(name: str, monkeypatch: pytest.Monke
     run = PagedSteps.read
     monkeypatch.setattr(PagedSteps, "read", lambda *given: read.append(len(given[2])) or run(*given))
     for most, long in ((14, []), (13, [14]), (3, [9, 14]), (0, lengths)):
+        monkeypatch.setattr(paged, "_SMALL", 0)
         monkeypatch.setattr(paged, "_FEW", most)
         decoder = Decoder(lm, 4, 4)
         found.append([decoder.prefill(id_BS[:, :14], torch.tensor(lengths)).clone()])
@@ -124,6 +125,7 @@ def test_few_tokens_of_prompts_are_one_step(name: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["moe", "gpt-oss", "latent"])
 @torch.no_grad()
 def test_rows_in_16_bits_have_the_bits_that_they_have_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_SMALL", 0)
     monkeypatch.setattr(paged, "_FEW_SHORT", 5)
     monkeypatch.setattr(paged, "CHUNK", 64)
     lm = LM(dataclasses.replace(TINY, **VARIANTS[name], max_seq=400, init_std=0.2)).eval().bfloat16()
@@ -143,6 +145,7 @@ def test_rows_in_16_bits_have_the_bits_that_they_have_alone(name: str, monkeypat
 @torch.no_grad()
 def test_rows_have_the_bits_that_they_have_alone(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in parts, parts as steps or not, pages in any order; and both are what the whole text gives."""
+    monkeypatch.setattr(paged, "_SMALL", 0)
     monkeypatch.setattr(paged, "_FEW", few)
     monkeypatch.setattr(paged, "CHUNK", 64)
     config = dataclasses.replace(TINY, **VARIANTS[name], max_seq=400, init_std=0.2)

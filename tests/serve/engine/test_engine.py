@@ -25,6 +25,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of a hundred tokens have several parts, and ends that are steps and such that are not."""
     monkeypatch.setattr(paged, "CHUNK", 64)
     monkeypatch.setattr(paged, "_FEW", 20)
+    monkeypatch.setattr(paged, "_SMALL", 0)
 
 
 def longer(name: str) -> LM:
@@ -61,13 +62,21 @@ def heard(tokens: tuple[Token, ...]) -> tuple[list[int], list[float | None]]:
     return [token.id for token in tokens], [token.logprob for token in tokens]
 
 
+@pytest.mark.usefixtures("compiled")
+def test_of_small_models_steps_read_the_ends_of_prompts_whole() -> None:
+    assert [paged._few(LM(dataclasses.replace(TINY, width=width)).eval()) for width in (8, 512)] == [255, 64]
+    assert paged._few(LM(dataclasses.replace(TINY, width=512)).to(torch.bfloat16).eval()) == 32
+
+
 @pytest.mark.usefixtures("short_parts")
-@pytest.mark.parametrize("name", KINDS)
-def test_every_request_is_as_it_is_alone(name: str) -> None:
+@pytest.mark.parametrize("name", [*KINDS, "moe, small"])
+def test_every_request_is_as_it_is_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrivals at any time, cancellations, shared beginnings, memory for a few of them: not a bit differs."""
     seed = 11 + len(name)
     print("seed", seed)
-    chance, lm = random.Random(seed), longer(name)
+    if name.endswith("small"):  # steps read all but whole parts
+        monkeypatch.setattr(paged, "_SMALL", 1 << 18)
+    chance, lm = random.Random(seed), longer(name.removesuffix(", small"))
     beginnings = [(), tuple(chance.choices(range(TINY.vocab_size), k=130)), tuple(chance.choices(range(9), k=70))]
     requests = [some_request(chance, beginnings) for _ in range(24)]
     with Engine(lm, slots=6, cache_bytes=few_pages(lm)) as engine:

@@ -89,6 +89,42 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_step_for_either(monke
     assert loop.finished == {"length": 3} and loop.tokens_out == 42 and loop.tokens_in == 9
 
 
+def test_where_several_prompts_wait_twice_as_much_of_them_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(of_loop.time, "perf_counter", lambda: now_s[0])
+
+    class Slow(Told):
+        """A step takes eight seconds, a piece of reading one."""
+
+        def step(self, answers: Sequence[Answer]) -> list[Scores]:
+            now_s[0] += 8.0
+            return super().step(answers)
+
+        def read(self, answer: Answer) -> Generator[bool, None, Scores | None]:
+            reading = super().read(answer)
+            while True:
+                now_s[0] += 1.0
+                try:
+                    yield next(reading)
+                except StopIteration as done:
+                    return done.value
+
+    def read_between_steps(prompts: int) -> int:
+        loop = Loop({"": Slow()}, slots=9)
+        loop.turns.add(asked(1, 1, 40))
+        loop.admit()
+        while loop.tokens_out == 0:
+            loop.turn()
+        for number in range(prompts):
+            loop.turns.add(asked(2 + number, 30, 1))
+        loop.admit()
+        begun_s = now_s[0]
+        loop.turn()
+        return round(now_s[0] - begun_s) - 8
+
+    assert [read_between_steps(prompts) for prompts in (1, 2, 3)] == [8, 16, 16]
+
+
 def test_who_finds_no_memory_is_not_overtaken_and_who_leaves_frees_a_slot() -> None:
     lane = Told(room=1)
     loop = Loop({"": lane}, slots=2)

@@ -22,6 +22,9 @@ __all__ = ["PagedSteps"]
 # Up to so many tokens the end of a prompt is read by the compiled step; beyond, torch's products in 16 bits win.
 # AMD Zen 4, 32 tokens over the modules' time: mixtures 0.62 to 0.92, a dense model 0.67 in fp32 and 0.98 in bf16.
 _FEW, _FEW_SHORT = 64, 32
+# A layer of so few products a token costs modules more to call than to compute: all ends of prompts are read by steps.
+# Intel Cascade Lake, the demo's model of 100,000, 128 tokens: 13 ms by the step and 24 by the modules.
+_SMALL = 1 << 18
 # Prompts are read in parts of so many positions, the last of what is left: whole pages.
 CHUNK = 256
 # The room for scores grows by so many positions.
@@ -44,7 +47,7 @@ class PagedSteps:
 
     def __init__(self, lm: LM, pages: Pages) -> None:
         self.lm, self.pages, self.entries = lm, pages, Entries(lm)
-        self.few = _FEW if lm.embedding.dtype == torch.float32 else _FEW_SHORT
+        self.few = _few(lm)
         self.chunk = CHUNK if lm.rope.border is None else lm.config.max_seq
         layers = self.entries.layers
         layers["group"] = pages.group_L
@@ -152,3 +155,12 @@ class PagedSteps:
             wide, made = config.head_width, int(table[layer["qkv"], OUTS]) + out
             heads //= int(layer["key_heads"])
         return rows * made + max(laid, parts * heads * (self._seen + blocks(wide)))
+
+
+def _few(lm: LM) -> int:
+    """Up to how many tokens the compiled step reads the end of a prompt: the model decides it, not the machine."""
+    config = lm.config
+    products = (lm.cost(seq=1).flops or 0.0) / 2 - config.width * config.vocab_size
+    if products / config.layers <= _SMALL:
+        return CHUNK - 1
+    return _FEW if lm.embedding.dtype == torch.float32 else _FEW_SHORT

@@ -18,8 +18,9 @@ from turnout.serve.engine.prefix import Node, Prefixes
 
 __all__ = ["PagedLane"]
 
-# How many tokens of prompts a step takes beside those that go on, so that these do not wait for long.
-_BESIDE = 16
+# How many tokens of prompts a step takes beside those that go on, so that these do not wait for long: for each of them
+# so many, and this at least.
+_EACH, _BESIDE = 2, 16
 # Without a budget there is room for so many positions of every slot.
 _ROOM = 2048
 _WHERE = "turnout.serve.Engine"
@@ -107,7 +108,8 @@ class PagedLane:
     def step(self, answers: Sequence[Answer]) -> list[Scores]:
         """One step: a token of those that go on, and some of what is left to read of others, the oldest first."""
         some: dict[Answer, list[int]] = {}
-        beside = _BESIDE if any(len(one.ids) - self._held[one].text.length == 1 for one in answers) else self._steps.few
+        going = sum(len(one.ids) - self._held[one].text.length == 1 for one in answers)
+        beside = min(self._steps.few, max(_BESIDE, _EACH * going)) if going else self._steps.few
         for answer in sorted(answers, key=lambda one: one.ticket.number):
             if answer in self.dropped:
                 continue

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from turnout.serve.engine import Finished, Request, Ticket, Token
@@ -12,10 +12,13 @@ from turnout.serve.http.heard import Heard, Listener
 from turnout.serve.http.made import Made, trouble
 from turnout.serve.http.service import Asked, Service
 
-__all__ = ["Style", "answer", "event"]
+__all__ = ["Pieces", "Style", "answer", "event"]
 
 # An event stream says so often that it is there, so that nobody between cuts it off.
 _PULSE_S = 15.0
+_JSON = json.JSONEncoder(separators=(",", ":")).encode
+# Stands where a piece of text comes to stand; nobody's text is compared with it.
+_HERE = "\0here\0"
 
 
 class Style(Protocol):
@@ -52,7 +55,32 @@ def event(body: Mapping[str, Any], name: str = "") -> bytes:
     Source: the HTML standard, section 9.2.
     """
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {_JSON(body)}\n\n".encode()
+
+
+class Pieces:
+    r"""Events that differ in one text alone: what stands around it is written once for each of a request's texts.
+
+    Args:
+        body: that of an event, by the number of the request's text and what comes in its place.
+
+    >>> pieces = Pieces(lambda index, text: {"index": index, "text": text})
+    >>> pieces.event(1, "a"), pieces.event(1, '"') == event({"index": 1, "text": '"'})
+    (b'data: {"index":1,"text":"a"}\n\n', True)
+
+    Source: none; a template.
+    """
+
+    def __init__(self, body: Callable[[int, str], Mapping[str, Any]]) -> None:
+        self._body, self._around = body, dict[int, tuple[bytes, bytes]]()
+
+    def event(self, index: int, text: str) -> bytes:
+        """With this text, as ``event`` would write it."""
+        if index not in self._around:
+            before, _, after = event(self._body(index, _HERE)).rpartition(_JSON(_HERE).encode())
+            self._around[index] = before, after
+        before, after = self._around[index]
+        return before + _JSON(text).encode() + after
 
 
 async def answer(
@@ -113,9 +141,12 @@ class _Run:
 
     async def whole(self) -> list[Made]:
         """All texts, once they have ended."""
-        while any(made.end is None for made in self._texts):
-            for heard in await self._more():
-                self._take(heard)
+        try:
+            while any(made.end is None for made in self._texts):
+                for heard in await self._more():
+                    self._take(heard)
+        finally:
+            self._listener.close()
         return self._texts
 
     async def events(self, style: Style) -> AsyncIterator[bytes]:
@@ -131,6 +162,8 @@ class _Run:
             yield b"".join(style.closing(self._texts))
         except ApiError as error:
             yield b"".join(style.failed(error))
+        finally:
+            self._listener.close()
 
     async def _more(self) -> list[Heard]:
         left_s = self._until_s - time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 from turnout import __version__
 from turnout.serve.engine import Token
-from turnout.serve.http.answer import answer, event
+from turnout.serve.http.answer import Pieces, answer, event
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.made import Made, Usage, chat_logprobs
 from turnout.serve.http.sampling import check_choices, fitting
@@ -78,6 +78,7 @@ class _Style:
         self._counts: dict[str, Any] = {"usage": None} if options.get("include_usage") else {}
         self._copies = asked.body.get("n") or 1
         self._chunk = self._head("chat.completion.chunk")
+        self._pieces = Pieces(lambda index, text: self._body(index, {"content": text}))
 
     def opening(self) -> Iterable[bytes]:
         """Who speaks."""
@@ -85,6 +86,8 @@ class _Style:
 
     def piece(self, made: Made, token: Token) -> Iterable[bytes]:
         """A token's text."""
+        if not self._logs:
+            return [self._pieces.event(made.index, token.text)] if token.text else []
         logs = self._logprobs([token])
         if not token.text and not (logs and logs["content"]):
             return []
@@ -132,5 +135,14 @@ class _Style:
         logprobs: Mapping[str, Any] | None = None,
         reason: str | None = None,
     ) -> bytes:
+        return event(self._body(index, delta, logprobs, reason))
+
+    def _body(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        logprobs: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**self._chunk, "choices": [choice], **self._counts})
+        return {**self._chunk, "choices": [choice], **self._counts}

@@ -7,7 +7,7 @@ from typing import Any
 
 from turnout import __version__
 from turnout.serve.engine import Token
-from turnout.serve.http.answer import answer, event
+from turnout.serve.http.answer import Pieces, answer, event
 from turnout.serve.http.errors import ApiError, invalid
 from turnout.serve.http.made import Made, Usage, completion_logprobs
 from turnout.serve.http.sampling import check_choices, fitting
@@ -88,6 +88,7 @@ class _Style:
         self._logs = asked.body.get("logprobs") is not None
         self._routes = bool(asked.body.get("routes"))
         self._sent: dict[int, int] = {}
+        self._pieces = Pieces(lambda index, text: self._body_of(_choice(index, text, None, None)))
 
     def opening(self) -> Iterable[bytes]:
         """The prompts, where they are wanted back."""
@@ -96,6 +97,8 @@ class _Style:
 
     def piece(self, made: Made, token: Token) -> Iterable[bytes]:
         """A token's text."""
+        if not (self._logs or self._routes):
+            return [self._pieces.event(made.index, token.text)] if token.text else []
         offset = self._sent.get(made.index, 0)
         self._sent[made.index] = offset + len(token.text)
         logs = self._logprobs([token], offset)
@@ -136,7 +139,10 @@ class _Style:
         routes: Sequence[Sequence[int]] | None = None,
     ) -> bytes:
         further = {"routes": routes} if self._routes and reason is None else {}
-        return event({**self._head, "choices": [_choice(index, text, logprobs, reason) | further], **self._counts})
+        return event(self._body_of(_choice(index, text, logprobs, reason) | further))
+
+    def _body_of(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [choice], **self._counts}
 
 
 def _choice(index: int, text: str, logprobs: Mapping[str, Any] | None, reason: str | None) -> dict[str, Any]:

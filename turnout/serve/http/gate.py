@@ -60,8 +60,9 @@ class Gate:
         told = _Told(send, self._limits.reader_s, self._meters, scope)
         self._door.active += 1
         try:
-            self._check(scope)
-            await self._app(scope, receive, told)
+            async with told.limit:
+                self._check(scope)
+                await self._app(scope, receive, told)
         except ApiError as error:
             await told.refuse(error)
         except TimeoutError:
@@ -104,14 +105,34 @@ class _Told:
     def __init__(self, send: Send, reader_s: float, meters: Meters, scope: Message) -> None:
         self._send, self._reader_s, self._meters, self._scope = send, reader_s, meters, scope
         self.started, self._status = False, 0
+        self.limit = asyncio.timeout(None)
+        self._loop = asyncio.get_running_loop()
+        self._begun_s: float | None = None  # when what is being sent was begun
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started, self._status = True, message["status"]
             name = (b"x-request-id", uuid.uuid4().hex.encode())
             message["headers"] = [*message.get("headers", ()), name, (b"x-content-type-options", b"nosniff")]
-        async with asyncio.timeout(self._reader_s):
+        self._begun_s = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._begun_s + self._reader_s, self._look)
+        try:
             await self._send(message)
+        finally:
+            self._begun_s = None
+
+    def _look(self) -> None:
+        """Now and then, and not once for each token: whether what is being sent is not taken for too long."""
+        self._timer = None
+        if self._begun_s is None:
+            return
+        until_s = self._begun_s + self._reader_s
+        if self._loop.time() >= until_s:
+            self.limit.reschedule(until_s)
+        else:
+            self._timer = self._loop.call_at(until_s, self._look)
 
     async def refuse(self, error: ApiError) -> None:
         """Answers with an error, if nothing was answered yet."""
@@ -125,6 +146,8 @@ class _Told:
 
     def close(self) -> None:
         """Counts it."""
+        if self._timer is not None:
+            self._timer.cancel()
         route = getattr(self._scope.get("route"), "path", "")
         self._meters.answered(route, self._status)
 
