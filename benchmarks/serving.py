@@ -56,7 +56,7 @@ class Load:
 
     def __init__(self, server: Running, quick: bool) -> None:
         self.server, self.quick, self.target = server, quick, Target(server.url)
-        self.cost = asyncio.run(calibrated(self.target, self._traffic("16", "4"), server.model, 120.0))[0]
+        self.cost = asyncio.run(calibrated(self.target, self._traffic("16", "4"), server.model, 600.0))[0]
 
     def throughput(self, seed: int) -> dict[str, float]:
         """Tokens a second with many users."""
