@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turnout.layers import MoE
-
 
 def room(name: str) -> Any:
     return importlib.import_module(f"turnout.claims.serve.{name}")
@@ -35,13 +33,3 @@ def test_products_as_usual_are_told_from_tiles(monkeypatch: pytest.MonkeyPatch) 
     assert whole["tiles"] == 0 < whole["usual"]
     monkeypatch.setattr(module, "batch_invariant", contextlib.nullcontext)
     assert module._by_rounding(0)["tiles"] == whole["usual"]
-
-
-@pytest.mark.slow
-def test_a_pyramid_whose_fixed_mlp_says_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = room("pr_moe")
-    (row,) = [row for row in module.pr_moe().rows if row.control == "wide"]
-    whole = module._trained(module._sizes(module._COUNTS), 0)
-    monkeypatch.setattr(MoE, "always", lambda self, x: None)
-    broken = module._trained(module._sizes(module._COUNTS), 0)
-    assert broken - whole > row.margin
