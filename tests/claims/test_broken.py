@@ -257,7 +257,9 @@ CASES = {
 }
 
 for each in claims.FAMILIES:
-    CASES |= family(each)
+    CASES |= {
+        name: case for name, case in family(each).items() if name in claims.family(each)
+    }  # some are not listed yet
 
 
 def test_every_claim_is_broken_here():

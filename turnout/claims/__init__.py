@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from turnout.claims import scale
+from turnout.claims import scale, serve
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
 from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
@@ -59,6 +59,15 @@ from turnout.claims.scale import (
     zeropp,
 )
 from turnout.claims.scalearn import scalearn
+from turnout.claims.serve import (
+    buffer_overflow,
+    c3po,
+    expert_caching,
+    expert_flow,
+    few_predictions,
+    pre_gated,
+    trace_matching,
+)
 from turnout.claims.smear import smear
 from turnout.claims.soup import soup
 from turnout.claims.split import split
@@ -72,6 +81,8 @@ __all__ = [
     "arrow",
     "backends",
     "block_schedule",
+    "buffer_overflow",
+    "c3po",
     "co2",
     "coded",
     "comet",
@@ -81,9 +92,12 @@ __all__ = [
     "drop_experts",
     "evo_moe",
     "exflow",
+    "expert_caching",
     "expert_choice",
+    "expert_flow",
     "fedins",
     "fedjets",
+    "few_predictions",
     "fisher",
     "flowmoe",
     "flows",
@@ -107,6 +121,7 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pre_gated",
     "read_me",
     "replan",
     "scalearn",
@@ -119,6 +134,7 @@ __all__ = [
     "stragglers",
     "superpipeline",
     "surco",
+    "trace_matching",
     "tutel",
     "upcycle",
     "zero",
@@ -129,7 +145,7 @@ __all__ = [
 ]
 
 
-FAMILIES = {"scale": scale}
+FAMILIES = {"scale": scale, "serve": serve}
 
 
 def family(name: str) -> list[str]:

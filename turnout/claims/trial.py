@@ -58,9 +58,9 @@ def trial(model: LMConfig | LM, *, seed: int, steps: int, teacher: LM | None = N
         teacher: whom it learns from too, where ``kd_weight`` says so.
         train_fields: fields of TrainConfig that are the claim's subject (``aux_weight=0.001``).
     """
-    fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10} | train_fields
+    fields = {"batch": 8, "seq": SEQ, "lr": 3e-3, "min_lr": 3e-4, "warmup": steps // 10}
     every = {"eval_tokens": HELD_OUT, "eval_every": steps, "checkpoint_every": steps, "log_every": steps}
-    config = TrainConfig(steps=steps, seed=seed, **every, **fields)  # pyrefly: ignore[bad-argument-type]
+    config = TrainConfig(steps=steps, seed=seed, **(fields | every | train_fields))  # pyrefly: ignore[bad-argument-type]
     with tempfile.TemporaryDirectory(prefix="turnout-trial-") as out:
         network = LM(model, seed=seed) if isinstance(model, LMConfig) else model
         result = train(network, text(), config, Path(out) / "run", quiet=True, teacher=teacher)

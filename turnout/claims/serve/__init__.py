@@ -1,3 +1,19 @@
-"""Claims of the family ``serve``, not listed yet: their published seeds run once, when all of them were attacked."""
+"""Claims of the family ``serve``: sparse models served in little memory, to many, and better at the same cost."""
 
-__all__: list[str] = []
+from turnout.claims.serve.buffer_overflow import buffer_overflow
+from turnout.claims.serve.c3po import c3po
+from turnout.claims.serve.expert_caching import expert_caching
+from turnout.claims.serve.expert_flow import expert_flow
+from turnout.claims.serve.few_predictions import few_predictions
+from turnout.claims.serve.pre_gated import pre_gated
+from turnout.claims.serve.trace_matching import trace_matching
+
+__all__ = [
+    "buffer_overflow",
+    "c3po",
+    "expert_caching",
+    "expert_flow",
+    "few_predictions",
+    "pre_gated",
+    "trace_matching",
+]

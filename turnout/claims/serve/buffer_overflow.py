@@ -18,6 +18,8 @@ __all__ = ["buffer_overflow"]
 _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 32, 16, 8, 2
 _VICTIM, _OTHERS, _SLACK = 4, 28, 2.0
 _SEARCH, _BENIGN, _ORDERS, _AIM = 600, 40, 20, 0.3
+# The same without a limit, wide enough that the usual products round otherwise in other batches.
+_WIDE, _CROWDS = 128, (1, 3, 12, 28, 60)
 # A model that adds two digits, "a + b =", modulo ten: rows of four ids, seven of others before the victim's.
 _PLUS, _EQUALS, _IDS, _ROWS, _STEPS, _PROMPTS, _LM_SEARCH = 10, 11, 12, 7, 250, 8, 120
 _OURS: float | None = None  # no limit
@@ -27,7 +29,7 @@ def buffer_overflow() -> Claim:
     """A random search over others' rows, against a layer and a trained model whose experts have a limit, and ours.
 
     >>> buffer_overflow().off
-    'experts with a limit of capacity, kept by the earliest'
+    'experts with a limit of capacity, kept by the earliest; products as usual'
 
     Source: Hayes, Shumailov & Yona, 2024, "Buffer Overflow in Mixture of Experts".
     """
@@ -39,11 +41,13 @@ def buffer_overflow() -> Claim:
         "twice the capacity of an even load changes nothing by itself; dropless, in batch-invariant tiles, the answer "
         "does not move by a bit.",
         source="Hayes et al., 2024, Buffer Overflow in Mixture of Experts",
-        off="experts with a limit of capacity, kept by the earliest",
-        switched={"ours": "attacked", "ours flipped": "flipped"},
+        off="experts with a limit of capacity, kept by the earliest; products as usual",
+        switched={"ours": "attacked", "ours flipped": "flipped", "tiles": "usual"},
         rows=(
             Row(moved, "within", "ours", "attacked", "capacity of twice an even load", bound=0.0),
             Row(answers, "within", "ours flipped", "flipped", "capacity of twice an even load", bound=0.0),
+            Row("share of batches in which a bit of the victim moves", "within", "tiles", "usual", "products as usual, "
+                "no limit", bound=0.0),
             Row(answers, "below", "benign flipped", "flipped", "the same limit, others at random", headline=True),
             Row("what the change lacks to 0.3", "within", "lacks", "benign lacks", "others at random", bound=0.0,
                 headline=True),
@@ -54,7 +58,7 @@ def buffer_overflow() -> Claim:
             Row(moved, "below", "sampled", "attacked", f"{order}, experts drawn by their weights", headline=True),
         ),
         measure=_measure,
-        seconds=20,
+        seconds=30,
         note=f"{_EXPERTS} experts, top-{_TOP_K}, {_VICTIM} after {_OTHERS}; without attack it changes by at most "
         "{benign:.3f}. The model answers {right:.2f} of sums rightly, {benign flipped:.2f} change beside "
         "rows at random",
@@ -62,18 +66,18 @@ def buffer_overflow() -> Claim:
 
 
 def _measure(seed: int) -> Values:
-    return {**_on_layer(seed), **_on_model(seed)}
+    return {**_on_layer(seed), **_by_rounding(seed), **_on_model(seed)}
 
 
 # ---- a layer
 
 
-def _layer(seed: int) -> MoE:
+def _layer(seed: int, width: int = _WIDTH, hidden: int = _HIDDEN) -> MoE:
     chance = torch.Generator().manual_seed(seed)
-    router = TopK(_WIDTH, _EXPERTS, top_k=_TOP_K, priority="position", std=_WIDTH**-0.5, generator=chance)
+    router = TopK(width, _EXPERTS, top_k=_TOP_K, priority="position", std=width**-0.5, generator=chance)
     # Directions at right angles and of one length: an even load, as a trained router has.
     router.weight.data.copy_(torch.linalg.qr(router.weight.data.t())[0].t())
-    return MoE(_WIDTH, _HIDDEN, _EXPERTS, router=router, std=_WIDTH**-0.5, generator=chance).eval()
+    return MoE(width, hidden, _EXPERTS, router=router, std=width**-0.5, generator=chance).eval()
 
 
 def _limited(layer: MoE, x_TD: Tensor, slack: float | None, draw: torch.Generator | None = None) -> Tensor:
@@ -177,6 +181,22 @@ def _ours(layer: MoE, others: Tensor, victim: Tensor) -> float:
     with batch_invariant():
         alone = _limited(layer, victim, None)
         return _apart(_limited(layer, torch.cat((others, victim)), _OURS)[-_VICTIM:], alone)
+
+
+@torch.no_grad()
+def _by_rounding(seed: int) -> Values:
+    """In how many batches, of no ill will and without a limit, the victim is not what it is alone, to the bit."""
+    layer, chance = _layer(seed, _WIDE, _WIDE), torch.Generator().manual_seed(seed + 3000)
+    victim = torch.randn(_VICTIM, _WIDE, generator=chance)
+    batches = [torch.cat((torch.randn(others, _WIDE, generator=chance), victim)) for others in _CROWDS]
+
+    def moved() -> float:
+        alone = layer(victim).output
+        return sum(not torch.equal(layer(x_TD).output[-_VICTIM:], alone) for x_TD in batches) / len(batches)
+
+    with batch_invariant():
+        tiles = moved()
+    return {"tiles": tiles, "usual": moved()}
 
 
 # ---- a model

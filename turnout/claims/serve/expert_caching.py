@@ -31,7 +31,7 @@ def expert_caching() -> Claim:
     """The order of system-level techniques: fetched on demand, cached, prefetched by prediction, known beforehand.
 
     >>> expert_caching().off
-    "the technique before it in the order; of prediction, the same cache without"
+    'the technique before it in the order; of prediction, the same cache without'
 
     Source: Liu et al., 2024, "A Survey on Inference Optimization Techniques for Mixture of Experts Models".
     """

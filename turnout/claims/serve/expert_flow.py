@@ -13,6 +13,7 @@ from turnout.types import Accesses, CacheShape
 __all__ = ["expert_flow"]
 
 _SLOTS, _BATCH = 10, 4
+_SPARING = 2  # of 32 experts, where a token takes one: 93.75 % of their memory is saved, the paper's utmost
 
 
 def _measure(seed: int) -> Values:
@@ -27,7 +28,16 @@ def _measure(seed: int) -> Values:
         values[f"{name} waits"] = 1 - found.hit_rate
         values[f"{name} time"] = found.timing(fetch_s=1.0, compute_s=1.0).seconds
     values = {name: value / (values["lru time"] if name.endswith("time") else 1) for name, value in values.items()}
-    return values | _awake(told, flow)
+    return values | _awake(told, flow) | {"sparing time": _sparing(seed)}
+
+
+def _sparing(seed: int) -> float:
+    """The time of decoding over LRU's where tokens take one expert, and a sixteenth of them is held."""
+    known, told = (planted_paths(seed, 2 * seed + n, texts=texts, uses=1) for n, texts in ((0, 24), (1, 12)))
+    sizes, seconds = CacheShape(told.layers, told.experts, _SPARING), []
+    for policy in (ExpertFlow.learn(known, seed=seed), LRU()):
+        seconds.append(replay(told, policy, sizes).timing(fetch_s=1.0, compute_s=1.0).seconds)
+    return seconds[0] / seconds[1]
 
 
 def _awake(told: Accesses, flow: ExpertFlow) -> dict[str, float]:
@@ -73,12 +83,15 @@ def expert_flow() -> Claim:
                 headline=True),
             Row("time of decoding over LRU's", "within", "flow time", "lru time", "LRU; the paper has 1/2 to 1/10 of "
                 "its baselines'", bound=0.5, headline=True),
+            Row("the same in a sixteenth of the memory", "within", "sparing time", "lru time", "LRU; the paper saves "
+                "up to 93.72 % of memory", bound=0.5, headline=True),
         ),
         measure=_measure,
         seconds=20,
         note="planted texts, 6 layers of 32 experts, 3 taken, 10 slots a layer; an expert comes in the time of a "
         "layer's pass; LRU waits for {lru waits:.3f}, by a text's own rates {own rate waits:.3f}, with the "
-        "predictor {uncorrected waits:.3f}, corrected {flow waits:.3f}; time {flow time:.2f} of LRU's; "
+        "predictor {uncorrected waits:.3f}, corrected {flow waits:.3f}; time {flow time:.2f} of LRU's, "
+        "{sparing time:.2f} with two slots of 32 where one expert is taken; "
         "{regrouped:.3f} of experts awake, {arrival:.3f} ungrouped",
         simulated=True,
     )  # fmt: skip

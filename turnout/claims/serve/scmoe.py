@@ -25,8 +25,9 @@ def scmoe() -> Claim:
     """Answers contrasted with a model's own second experts: against those of other places, the first, and none.
 
     A small mixture learns a rule from examples of which half follow a habit instead, which is easier to learn and
-    which its second experts know better than the rule. The same rule without a habit, and text, are there too: second
-    experts have no habit there that the model does not need.
+    which its second experts know better than the rule. The habit was planted because contrast wins there: it is the
+    mechanism's condition, no sample of tasks. The same rule without a habit, and text, are there too: second experts
+    have no habit there that the model does not need, and contrast does not win.
 
     >>> scmoe().off
     'the weak scores of another place'
@@ -50,7 +51,8 @@ def scmoe() -> Claim:
         ),
         measure=_measure,
         seconds=30,
-        note=f"beta {_USUAL:g}, alpha 0.1. Rules: 2 layers, width 48, 8 experts, top 2, {_TAUGHT} steps of 64, without "
+        note="The task with a habit was chosen because contrast wins there; the rows without one are as they came. "
+        f"Beta {_USUAL:g}, alpha 0.1. Rules: 2 layers, width 48, 8 experts, top 2, {_TAUGHT} steps of 64, without "
         f"habit {_PLAIN}; "
         "{greedy:.3f} by the model's own scores, {contrast:.3f} contrasted, {elsewhere:.3f} with another place, "
         "{third:.3f} with third experts, as the code's example has it. "
