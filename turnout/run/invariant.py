@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from turnout.run.compiled.dots import suits_dots
-from turnout.run.compiled.experts import experts_times, suits_experts
+from turnout.run.compiled.experts import experts_times, few_rows, suits_experts, suits_few_rows
 from turnout.run.compiled.gates import GATES, suits_gates
 from turnout.run.compiled.passes import forward_pass
 from turnout.run.compiled.sums import suits_sums
+from turnout.run.invariant_linear import HALVES
 from turnout.run.plan import plan_rows
 from turnout.run.reference import activate, prepare
 from turnout.run.sort import sort_packed
 from turnout.run.tiled import suits_tiles
-from turnout.solve.fixed_rows import fixed_rows
+from turnout.solve.fixed_rows import fixed_rows, fixed_tiles
 from turnout.types import ExpertWeights, PackedWeights, Routing
 
 __all__ = ["invariant_experts", "invariant_packed"]
@@ -43,6 +44,8 @@ def invariant_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) ->
     if not routing.num_entries:
         return torch.zeros_like(x_TD)
     if not _one_call(x_TD, weights):
+        if x_TD.dtype in HALVES and suits_few_rows(x_TD, routing, weights):
+            return few_rows(x_TD, routing, weights)
         return _summed(_rows(x_TD, routing, weights), routing, x_TD.dtype)
     plan = plan_rows(routing, weights, x_TD, one_call=True)
     h_NH = x_TD.new_empty(plan.most, weights.up_EDH.shape[2])
@@ -62,21 +65,23 @@ def _one_call(x_TD: Tensor, weights: ExpertWeights) -> bool:
 def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """(R, D) what each entry's expert makes of its token: an expert's rows in tiles of one size, in one memory."""
     up_EDH, down_EFD = weights.up_EDH, weights.down_EFD
-    rows = min(fixed_rows(up_EDH[0].t()), fixed_rows(down_EFD[0].t()))
     out_RD = x_TD.new_empty(routing.num_entries, x_TD.shape[1])
-    tile_ND, made_NH, made_ND = (x_TD.new_zeros(rows, size) for size in (x_TD.shape[1], up_EDH.shape[2], x_TD.shape[1]))
-    for expert, (first, last) in enumerate(itertools.pairwise(routing.bounds())):
-        for start in range(first, last, rows):
-            end = min(start + rows, last)
-            tile_ND[: end - start] = x_TD.index_select(0, routing.token_R[start:end])
-            torch.mm(tile_ND, up_EDH[expert], out=made_NH)
+    for expert, (begin, end) in enumerate(itertools.pairwise(routing.bounds())):
+        maps = up_EDH[expert].t(), down_EFD[expert].t()
+        for first, last, size in fixed_tiles(
+            end - begin, lambda size, maps=maps: all(fixed_rows(m, size) for m in maps)
+        ):
+            some, rows = slice(begin + first, begin + last), last - first
+            tile_ND = x_TD.new_zeros(size, x_TD.shape[1])
+            tile_ND[:rows] = x_TD.index_select(0, routing.token_R[some])
+            made_NH = torch.mm(tile_ND, up_EDH[expert])
             if weights.up_bias_EH is not None:
                 made_NH.add_(weights.up_bias_EH[expert])
             made_NF = activate(made_NH, weights.activation, interleaved=weights.interleaved)
-            torch.mm(made_NF, down_EFD[expert], out=made_ND)
+            made_ND = torch.mm(made_NF, down_EFD[expert])
             if weights.down_bias_ED is not None:
                 made_ND.add_(weights.down_bias_ED[expert])
-            out_RD[start:end] = made_ND[: end - start]
+            out_RD[some] = made_ND[:rows]
     return out_RD
 
 
