@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seen = []
                     for way in WAYS.values():
                         with way():
-                            seen.append(outputs(run, draw, MOST[name.split()[0]]))
+                            seen.append(outputs(run, draw, MOST[name[:5]]))
                 cells = [
                     spread([a / b for a, b in zip(each["batch_invariant"], each["usual"], strict=True)])
                     for each in times.values()
