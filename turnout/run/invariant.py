@@ -1,6 +1,9 @@
 """Batch-invariant experts: a token's bits do not depend on who shares the batch, as in ``invariant_linear``."""
 
+import functools
 import itertools
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from turnout.run.plan import plan_rows
 from turnout.run.reference import activate, prepare
 from turnout.run.sort import sort_packed
 from turnout.run.tiled import suits_tiles
-from turnout.solve.fixed_rows import fixed_rows, fixed_tiles
+from turnout.solve.fixed_rows import LINE, fixed_rows, fixed_tiles
 from turnout.types import ExpertWeights, PackedWeights, Routing
 
 __all__ = ["invariant_experts", "invariant_packed"]
@@ -63,17 +66,15 @@ def _one_call(x_TD: Tensor, weights: ExpertWeights) -> bool:
 
 
 def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """(R, D) what each entry's expert makes of its token: an expert's rows in tiles of one size, in one memory."""
+    """(R, D) what each entry's expert makes of its token: an expert's rows in tiles that agree."""
     up_EDH, down_EFD = weights.up_EDH, weights.down_EFD
-    out_RD = x_TD.new_empty(routing.num_entries, x_TD.shape[1])
+    out_RD, suits = x_TD.new_empty(routing.num_entries, x_TD.shape[1]), _agreed(up_EDH, down_EFD)
     for expert, (begin, end) in enumerate(itertools.pairwise(routing.bounds())):
-        maps = up_EDH[expert].t(), down_EFD[expert].t()
-        for first, last, size in fixed_tiles(
-            end - begin, lambda size, maps=maps: all(fixed_rows(m, size) for m in maps)
-        ):
+        for first, last, size in fixed_tiles(end - begin, suits) if end > begin else ():
             some, rows = slice(begin + first, begin + last), last - first
-            tile_ND = x_TD.new_zeros(size, x_TD.shape[1])
-            tile_ND[:rows] = x_TD.index_select(0, routing.token_R[some])
+            tile_ND = x_TD.index_select(0, routing.token_R[some])
+            if rows < size:
+                tile_ND = torch.cat((tile_ND, x_TD.new_zeros(size - rows, x_TD.shape[1])))
             made_NH = torch.mm(tile_ND, up_EDH[expert])
             if weights.up_bias_EH is not None:
                 made_NH.add_(weights.up_bias_EH[expert])
@@ -83,6 +84,15 @@ def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
                 made_ND.add_(weights.down_bias_ED[expert])
             out_RD[some] = made_ND[:rows]
     return out_RD
+
+
+def _agreed(*stacks: Tensor) -> Callable[[int], bool]:
+    """Whether tiles of so many rows agree for every expert: those whose matrices begin at all places in a line."""
+    matrices = []
+    for stack in stacks:
+        step = stack.stride(0) * stack.element_size()
+        matrices += [stack[expert].t() for expert in range(min(len(stack), LINE // math.gcd(LINE, step)))]
+    return functools.cache(lambda size: all(fixed_rows(matrix, size) for matrix in matrices))
 
 
 def _summed(row_RD: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,12 @@
 """Products of rows in tiles of known sizes, so that no row's bits depend on how many rows there are, or on which."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["ROWS", "fixed_linear", "fixed_rows", "fixed_tiles"]
+__all__ = ["LINE", "ROWS", "fixed_linear", "fixed_rows", "fixed_tiles"]
 
 # Rows of the tile that all others must agree with: more are a waste for a single row, fewer for many (docs/log.md).
 ROWS = 16
@@ -13,7 +14,8 @@ ROWS = 16
 _FEWER, _MORE = (1, 2, 4, 8), (64, 256)
 # So many rows are drawn to see whether two tiles agree: few outputs of few inputs could agree by chance.
 _DRAWS = 3
-_LINE = 64
+# Bytes of a line of memory: kernels may ask where in it a matrix begins.
+LINE = 64
 _known: dict[tuple[object, ...], bool] = {}
 
 
@@ -32,7 +34,7 @@ def fixed_rows(weight_OI: Tensor, size: int = ROWS) -> bool:
 
     Source: none; a product in which every row meets the same operations.
     """
-    lies = weight_OI.shape, weight_OI.stride(), weight_OI.data_ptr() % _LINE
+    lies = weight_OI.shape, weight_OI.stride(), weight_OI.data_ptr() % LINE
     key = (lies, weight_OI.dtype, weight_OI.device, torch.get_num_threads(), size)
     if key not in _known:
         generator = torch.Generator().manual_seed(0)
@@ -90,7 +92,8 @@ def fixed_linear(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
     """
     (count, inner), outer = x_MI.shape, weight_OI.shape[0]
     out_MO = x_MI.new_empty(count, outer)
-    for first, last, size in fixed_tiles(count, lambda size: fixed_rows(weight_OI, size)):
+    suits = functools.cache(lambda size: fixed_rows(weight_OI, size))
+    for first, last, size in fixed_tiles(count, suits):
         tile_NI = x_MI.new_zeros(size, inner)
         tile_NI[: last - first] = x_MI[first:last]
         out_MO[first:last] = torch.mm(tile_NI, weight_OI.t())[: last - first]
