@@ -3,9 +3,10 @@
     python -m benchmarks.isolation [--rounds 9] [--tokens 1 4 16 64 256] [--out benchmarks/results]
 
 The whole layer, router and all, without gradients; beside its time how many different outputs three victim's tokens
-have over 40 batches of 0 to 99 other tokens, each way. Both ways take turns in shuffled order in one process, with new
-tokens in every round; ratios are of the same round, CPU time. Once with compiled kernels, where they are, and once with
-torch alone.
+have over 40 batches of 0 to 99 other tokens, each way; of the model, three of 0 to 19 other rows. Both ways take turns
+in shuffled order in one process, with new tokens in every round; ratios are of the same round, CPU time. Once with
+compiled kernels, where they are, and once with torch alone. At the end the audit's overflow: how far a victim's output
+is moved by others who fill the experts that it needs, of a layer with a limit of capacity and of ours.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from benchmarks.tables import heading, provenance, spread, write
 from turnout.decide.token import TopK
 from turnout.layers import MoE
+from turnout.measure import audit
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.run.compiled import compiled_here
 from turnout.types import batch_invariant
@@ -30,13 +33,14 @@ SHAPES = ((512, 32, 4, 256), (512, 128, 6, 128), (1024, 16, 2, 1024))  # D, E, K
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = {"usual": contextlib.nullcontext, "batch_invariant": batch_invariant}
 VICTIM, BATCHES, SEQ = 3, 40, 16
+MOST = {"layer": 100, "model": 20}
 
 
-def layer(shape: tuple[int, ...], dtype: torch.dtype) -> MoE:
+def layer(shape: tuple[int, ...], dtype: torch.dtype, **limits: Any) -> MoE:
     """A layer of experts with normal weights."""
     D, E, K, F = shape
     chance = torch.Generator().manual_seed(0)
-    router = TopK(D, E, top_k=K, std=D**-0.5, generator=chance)
+    router = TopK(D, E, top_k=K, std=D**-0.5, generator=chance, **limits)
     return MoE(D, F, E, router=router, std=D**-0.5, generator=chance).to(dtype).eval()
 
 
@@ -46,11 +50,11 @@ def model(dtype: torch.dtype) -> LM:
     return LM(LMConfig(vocab_size=4096, width=512, layers=4, heads=8, kv_heads=4, max_seq=64, moe=moe)).to(dtype).eval()
 
 
-def outputs(run: Callable[[Tensor], Tensor], draw: Callable[[int, int], Tensor]) -> int:
+def outputs(run: Callable[[Tensor], Tensor], draw: Callable[[int, int], Tensor], most: int) -> int:
     """How many different outputs a victim's rows have beside others."""
     chance, seen, victim = random.Random(0), set(), draw(VICTIM, 1)
     for batch in range(BATCHES):
-        count = chance.randrange(100)
+        count = chance.randrange(most)
         at = chance.randrange(count + 1)
         others = draw(count, 2 + batch)
         y = run(torch.cat((others[:at], victim, others[at:])))[at : at + VICTIM]
@@ -112,6 +116,18 @@ def cases(dtype: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[i
     return found
 
 
+def attacked() -> list[str]:
+    """How far the overflow of the audit moves a victim, with a limit of capacity and within ``batch_invariant``."""
+    lines = ["", "| overflow, of the length of the victim's output | moved | outputs |", "|---|---|---|"]
+    for dtype in DTYPES.values():
+        with_limit = audit(layer(SHAPES[0], dtype, capacity_factor=2.0, priority="position"))["overflow"]
+        with batch_invariant():
+            ours = audit(layer(SHAPES[0], dtype))["overflow"]
+        for how, found in (("twice an even load, the earliest first", with_limit), ("ours, batch_invariant", ours)):
+            lines.append(f"| {str(dtype)[6:]}, {how} | {found.difference:.3g} | {found.outputs} |")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -138,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seen = []
                     for way in WAYS.values():
                         with way():
-                            seen.append(outputs(run, draw))
+                            seen.append(outputs(run, draw, MOST[name[:5]]))
                 cells = [
                     spread([a / b for a, b in zip(each["batch_invariant"], each["usual"], strict=True)])
                     for each in times.values()
@@ -147,6 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
                 lines.append(f"| {how}, {dtype} {name} | {' | '.join(cells)} | {seen[0]} | {seen[1]} |")
                 print(lines[-1], flush=True)
                 record[f"{how} {dtype} {name}"] = {"ms": times, "outputs": dict(zip(WAYS, seen, strict=True))}
+    lines += attacked()
+    print("\n".join(lines[-7:]), flush=True)
     write(options.out, "isolation", lines, record)
 
 

@@ -59,18 +59,19 @@ class serving:
         template: str | None = TEMPLATE,
         eos: tuple[int, ...] = (0,),
         max_seq: int = MAX_SEQ,
+        viewer: Any = None,
         **engine: Any,
     ) -> None:
         self._lm = make_lm(max_seq=max_seq)
         self._engine = Engine(self._lm, tokenizer=tokenizer, name="moe", **engine)
         made = None if template is None else ChatTemplate(template, {})
         self._texts = Texts(tokenizer, vocab_size=VOCAB, eos=eos, own=True, template=made)
-        self._door, self._limits, self._tokenizer = door, limits, tokenizer
+        self._door, self._limits, self._tokenizer, self._viewer = door, limits, tokenizer, viewer
 
     def __enter__(self) -> Served:
         self._engine.start()
         self._engine.submit(Request((0,), tokens=2)).result(600)  # what is compiled on first use is compiled now
-        self._app = build_app(self._engine, self._texts, door=self._door, limits=self._limits)
+        self._app = build_app(self._engine, self._texts, door=self._door, limits=self._limits, viewer=self._viewer)
         sock, told = listen("127.0.0.1", 0), list[str]()
         self._thread = threading.Thread(target=run_server, args=(self._app, sock), kwargs={"ready": told.append})
         self._thread.start()

@@ -1,5 +1,7 @@
 """Within ``batch_invariant`` a row has one output, to the bit, whoever shares its batch; what cannot, refuses."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ from turnout.errors import UsageError
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig, MLAConfig, MoEConfig
 from turnout.run import execute, packed_experts, packed_linear, reference
+from turnout.solve.fixed_rows import fixed_linear, fixed_rows, fixed_tiles
 from turnout.types import Packed, PackedWeights
-from turnout.types.invariant import batch_invariant
+from turnout.types.invariant import alike, batch_invariant
 
 BATCHES = 40
 
@@ -171,3 +174,45 @@ def test_a_model_with_and_without_padding(machine, threads, kind):
         plain = lm(victim[None]).logits_BSV[0]
     assert len(seen) == 1
     torch.testing.assert_close(plain, lm(victim[None]).logits_BSV[0].detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.softplus, torch.tanh]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_the_same_wherever_it_stands(threads, function, dtype):
+    """torch has another routine for what is left behind whole vectors: seen of silu and sigmoid on an Intel Xeon."""
+    x = (3 * torch.randn(40_000, generator=torch.Generator().manual_seed(1))).to(dtype)
+    with batch_invariant():
+        y = alike(function, x, "the test")
+        for first, last in ((0, 1), (5, 18), (7, 30_000), (33_000, 39_999)):
+            assert torch.equal(alike(function, x[first:last], "the test"), y[first:last])
+        both = alike(function, x.view(2, -1).t(), "the test")
+        assert torch.equal(both, y.view(2, -1).t())
+    assert alike(function, x[:0], "the test").shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (36, 100), (7, 3)])
+def test_tiles_of_all_sizes_agree(threads, shape):
+    """Rows in few tiles and in many have the bits that they have alone; tiles that do not agree are not taken."""
+    chance = torch.Generator().manual_seed(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight_OI, x_MI = (torch.randn(*one, generator=chance).to(dtype) for one in (shape, (353, shape[1])))
+        whole_MO = fixed_linear(x_MI, weight_OI)
+        for count in (1, 2, 3, 7, 9, 16, 17, 63, 65, 80, 257):
+            assert torch.equal(fixed_linear(x_MI[-count:], weight_OI), whole_MO[-count:])
+        torch.testing.assert_close(whole_MO, x_MI @ weight_OI.t())
+
+
+def test_a_tile_that_does_not_agree_is_not_taken(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("turnout.solve.fixed_rows"), "_known", {})
+    right = torch.mm
+
+    def other_kernel(a_MK, b_KN):
+        return right(a_MK, b_KN) + (1e-7 if a_MK.shape[0] in (4, 64) else 0)
+
+    monkeypatch.setattr(torch, "mm", other_kernel)
+    weight_OI = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    assert fixed_rows(weight_OI) and not fixed_rows(weight_OI, 4) and not fixed_rows(weight_OI, 64)
+    sizes = {size for _, _, size in fixed_tiles(83, lambda size: fixed_rows(weight_OI, size))}
+    assert 64 not in sizes and 4 not in sizes

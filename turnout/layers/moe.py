@@ -13,6 +13,7 @@ from turnout.paths import Bank, FactoredBank, FeedForward, OffloadedBank, Packed
 from turnout.run.product import linear
 from turnout.types import Routing
 from turnout.types.called import Called
+from turnout.types.invariant import alike
 from turnout.types.weights import Activation
 from turnout.wrappers import unwrapped
 
@@ -177,7 +178,7 @@ class MoE(Called):
         always = self.shared(x)
         if self.shared_gate is None:
             return always
-        return always * torch.sigmoid(linear(x, self.shared_gate))
+        return always * alike(torch.sigmoid, linear(x, self.shared_gate), "turnout.layers.MoE")
 
     def extra_repr(self) -> str:
         """The backend, for printing."""

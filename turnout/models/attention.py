@@ -146,8 +146,12 @@ def _each(q_BHSP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, real_BT: Tensor | None
     (batch, heads, new, _), total = q_BHSP.shape, k_BHTP.shape[2]
     out_BSO = q_BHSP.new_zeros(batch, new, heads * v_BHTP.shape[3])
     for b in range(batch):
+        if real_BT is None:
+            row = q_BHSP[b : b + 1], k_BHTP[b : b + 1], v_BHTP[b : b + 1]
+            out_BSO[b] = _attend(*row, **how, places=None)[0]
+            continue
         place_N = torch.arange(total, device=q_BHSP.device)
-        place_N = place_N if real_BT is None else place_N[real_BT[b]]
+        place_N = place_N[real_BT[b]]
         asks_M = place_N[place_N >= total - new] - (total - new)
         if len(asks_M):
             row = q_BHSP[b : b + 1, :, asks_M], k_BHTP[b : b + 1, :, place_N], v_BHTP[b : b + 1, :, place_N]

@@ -8,6 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.composed import composes, slopes, transformed
+from turnout.types.invariant import alike
 
 __all__ = ["capped", "rms_norm", "token_loss", "turn"]
 
@@ -24,7 +25,7 @@ def by_hand(*tensors: Tensor) -> bool:
 
 def capped(x: Tensor, cap: float | None) -> Tensor:
     """The x held within the cap on either side, cap * tanh(x / cap); x where there is none."""
-    return x if cap is None else torch.tanh(x / cap) * cap
+    return x if cap is None else alike(torch.tanh, x / cap, "the softcap") * cap
 
 
 class _Norm(torch.autograd.Function):

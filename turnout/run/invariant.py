@@ -1,23 +1,31 @@
 """Batch-invariant experts: a token's bits do not depend on who shares the batch, as in ``invariant_linear``."""
 
+import functools
 import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from turnout.run.compiled.dots import suits_dots
-from turnout.run.compiled.experts import experts_times, suits_experts
+from turnout.run.compiled.experts import experts_times, few_rows, suits_experts, suits_few_rows
 from turnout.run.compiled.gates import GATES, suits_gates
 from turnout.run.compiled.passes import forward_pass
 from turnout.run.compiled.sums import suits_sums
+from turnout.run.invariant_linear import HALVES
 from turnout.run.plan import plan_rows
 from turnout.run.reference import activate, prepare
 from turnout.run.sort import sort_packed
 from turnout.run.tiled import suits_tiles
-from turnout.solve.fixed_rows import fixed_rows
+from turnout.solve.fixed_rows import LINE, ROWS, fixed_rows, fixed_tiles
 from turnout.types import ExpertWeights, PackedWeights, Routing
 
 __all__ = ["invariant_experts", "invariant_packed"]
+
+# Rows of tiles whose intermediate results are in memory at once.
+_ROOM = 512
 
 
 def invariant_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
@@ -43,6 +51,8 @@ def invariant_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) ->
     if not routing.num_entries:
         return torch.zeros_like(x_TD)
     if not _one_call(x_TD, weights):
+        if x_TD.dtype in HALVES and suits_few_rows(x_TD, routing, weights):
+            return few_rows(x_TD, routing, weights)
         return _summed(_rows(x_TD, routing, weights), routing, x_TD.dtype)
     plan = plan_rows(routing, weights, x_TD, one_call=True)
     h_NH = x_TD.new_empty(plan.most, weights.up_EDH.shape[2])
@@ -60,24 +70,59 @@ def _one_call(x_TD: Tensor, weights: ExpertWeights) -> bool:
 
 
 def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """(R, D) what each entry's expert makes of its token: an expert's rows in tiles of one size, in one memory."""
-    up_EDH, down_EFD = weights.up_EDH, weights.down_EFD
-    rows = min(fixed_rows(up_EDH[0].t()), fixed_rows(down_EFD[0].t()))
-    out_RD = x_TD.new_empty(routing.num_entries, x_TD.shape[1])
-    tile_ND, made_NH, made_ND = (x_TD.new_zeros(rows, size) for size in (x_TD.shape[1], up_EDH.shape[2], x_TD.shape[1]))
-    for expert, (first, last) in enumerate(itertools.pairwise(routing.bounds())):
-        for start in range(first, last, rows):
-            end = min(start + rows, last)
-            tile_ND[: end - start] = x_TD.index_select(0, routing.token_R[start:end])
-            torch.mm(tile_ND, up_EDH[expert], out=made_NH)
-            if weights.up_bias_EH is not None:
-                made_NH.add_(weights.up_bias_EH[expert])
-            made_NF = activate(made_NH, weights.activation, interleaved=weights.interleaved)
-            torch.mm(made_NF, down_EFD[expert], out=made_ND)
-            if weights.down_bias_ED is not None:
-                made_ND.add_(weights.down_bias_ED[expert])
-            out_RD[start:end] = made_ND[: end - start]
+    """(R, D) what each entry's expert makes of its token: an expert's rows in tiles that agree, some at a time."""
+    out_RD, suits = x_TD.new_empty(routing.num_entries, x_TD.shape[1]), _agreed(weights.up_EDH, weights.down_EFD)
+    some, room = list[_Tile](), 0
+    for expert, (begin, end) in enumerate(itertools.pairwise(routing.bounds())):
+        for first, last, size in fixed_tiles(end - begin, suits) if end > begin else ():
+            some.append(_Tile(expert, begin + first, begin + last, slice(room, room + size)))
+            room += -(-size // ROWS) * ROWS
+            if room >= _ROOM:
+                _write(out_RD, x_TD, routing, weights, some, room)
+                some, room = [], 0
+    if some:
+        _write(out_RD, x_TD, routing, weights, some, room)
     return out_RD
+
+
+class _Tile(NamedTuple):
+    """Entries first to last, of one expert, and which rows of the room are theirs and what fills the tile."""
+
+    expert: int
+    first: int
+    last: int
+    rows: slice
+
+
+def _write(
+    out_RD: Tensor, x_TD: Tensor, routing: Routing, weights: ExpertWeights, some: list[_Tile], room: int
+) -> None:
+    """The outputs of these tiles, which follow each other: each by itself but for what is done to single numbers."""
+    count_N = torch.tensor([tile.last - tile.first for tile in some])
+    start_N = torch.tensor([tile.rows.start for tile in some])
+    place_R = torch.arange(int(count_N.sum())) + (start_N - count_N.cumsum(0) + count_N).repeat_interleave(count_N)
+    entries = slice(some[0].first, some[-1].last)
+    row_PD = x_TD.new_zeros(room, x_TD.shape[1]).index_copy_(0, place_R, x_TD.index_select(0, routing.token_R[entries]))
+    made_PH, made_PD = (x_TD.new_zeros(room, stack.shape[2]) for stack in (weights.up_EDH, weights.down_EFD))
+    for tile in some:
+        torch.mm(row_PD[tile.rows], weights.up_EDH[tile.expert], out=made_PH[tile.rows])
+        if weights.up_bias_EH is not None:
+            made_PH[tile.rows] += weights.up_bias_EH[tile.expert]
+    made_PF = activate(made_PH, weights.activation, interleaved=weights.interleaved)
+    for tile in some:
+        torch.mm(made_PF[tile.rows], weights.down_EFD[tile.expert], out=made_PD[tile.rows])
+        if weights.down_bias_ED is not None:
+            made_PD[tile.rows] += weights.down_bias_ED[tile.expert]
+    out_RD[entries] = made_PD.index_select(0, place_R)
+
+
+def _agreed(*stacks: Tensor) -> Callable[[int], bool]:
+    """Whether tiles of so many rows agree for every expert: those whose matrices begin at all places in a line."""
+    matrices = []
+    for stack in stacks:
+        step = stack.stride(0) * stack.element_size()
+        matrices += [stack[expert].t() for expert in range(min(len(stack), LINE // math.gcd(LINE, step)))]
+    return functools.cache(lambda size: all(fixed_rows(matrix, size) for matrix in matrices))
 
 
 def _summed(row_RD: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from turnout.errors import ShapeError, UsageError, word
 from turnout.run.composed import transformed
 from turnout.types import ExpertWeights, Routing
+from turnout.types.invariant import alike
 from turnout.types.weights import GATED, OAI_LIMIT, OAI_SLOPE, Activation
 
 __all__ = ["Executor", "activate", "as_reference", "by_reference", "prepare", "reference", "trains", "uncompiled"]
 
 Executor = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
+_ACTIVATE = "turnout.run.activate"
 _PLAIN = {
     "swiglu": F.silu,
     "geglu": F.gelu,
@@ -68,8 +70,8 @@ def activate(hidden: Tensor, activation: str, *, interleaved: bool = False) -> T
         gate, value = (hidden[..., 0::2], hidden[..., 1::2]) if interleaved else hidden.chunk(2, dim=-1)
         if activation == "swiglu_oai":
             gate, value = gate.clamp(max=OAI_LIMIT), value.clamp(-OAI_LIMIT, OAI_LIMIT) + 1
-        return _PLAIN[activation](gate) * value
-    return _PLAIN[activation](hidden)
+        return alike(_PLAIN[activation], gate, _ACTIVATE) * value
+    return alike(_PLAIN[activation], hidden, _ACTIVATE)
 
 
 def uncompiled(executor: Executor) -> Executor:

@@ -1,37 +1,84 @@
-"""Products of rows in tiles of one size, so that no row's bits depend on how many rows there are or which they are."""
+"""Products of rows in tiles of known sizes, so that no row's bits depend on how many rows there are, or on which."""
+
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["ROWS", "fixed_linear", "fixed_rows"]
+__all__ = ["LINE", "ROWS", "fixed_linear", "fixed_rows", "fixed_tiles"]
 
-# Rows of a tile: more are a waste for a single row, fewer for many (docs/log.md).
+# Rows of the tile that all others must agree with: more are a waste for a single row, fewer for many (docs/log.md).
 ROWS = 16
-_known: dict[tuple[object, ...], int] = {}
+# What other tiles may have: fewer for few rows, more for many, where each row has the bits that it has in ``ROWS``.
+_FEWER, _MORE = (1, 2, 4, 8), (64, 256)
+# So many rows are drawn to see whether two tiles agree: few outputs of few inputs could agree by chance.
+_DRAWS = 3
+# Bytes of a line of memory: kernels may ask where in it a matrix begins.
+LINE = 64
+_known: dict[tuple[object, ...], bool] = {}
 
 
-def fixed_rows(weight_OI: Tensor) -> int:
-    """How many rows a tile has for this matrix: ``ROWS`` where a row's bits are the same in each place, else 1.
+def fixed_rows(weight_OI: Tensor, size: int = ROWS) -> bool:
+    """Whether a tile of so many rows gives each of them, in every place, the bits that it has in a tile of ``ROWS``.
 
-    That is looked at, once for each shape, dtype and number of threads: a tile of equal rows must give equal rows.
+    That is looked at, once for each shape, place within a line of memory, dtype and number of threads: a tile of equal
+    rows must give equal rows, and those of the other tile. The weights' numbers count for nothing.
 
-    >>> fixed_rows(torch.ones(4, 8)) in (1, ROWS)
+    Args:
+        weight_OI: (O, I), any strides.
+        size: how many rows, at least 1.
+
+    >>> fixed_rows(torch.ones(4, 8)) in (False, True)
     True
 
     Source: none; a product in which every row meets the same operations.
     """
-    shape, threads = (weight_OI.shape, weight_OI.stride()), torch.get_num_threads()
-    key = (shape, weight_OI.dtype, weight_OI.device, threads)
+    lies = weight_OI.shape, weight_OI.stride(), weight_OI.data_ptr() % LINE
+    key = (lies, weight_OI.dtype, weight_OI.device, torch.get_num_threads(), size)
     if key not in _known:
         generator = torch.Generator().manual_seed(0)
-        row_1I = torch.randn(1, weight_OI.shape[1], generator=generator).to(weight_OI)
-        out_NO = torch.mm(row_1I.repeat(ROWS, 1), weight_OI.t())
-        _known[key] = ROWS if bool((out_NO == out_NO[:1]).all()) else 1
+        row_NI = torch.randn(_DRAWS, weight_OI.shape[1], generator=generator).to(weight_OI)
+        _known[key] = all(_agree(row_I, weight_OI, size) for row_I in row_NI)
     return _known[key]
 
 
+def _agree(row_I: Tensor, weight_OI: Tensor, size: int) -> bool:
+    out_NO = torch.mm(row_I.expand(ROWS, -1).contiguous(), weight_OI.t())
+    same = bool((out_NO == out_NO[:1]).all())
+    if same and size != ROWS:
+        same = bool((torch.mm(row_I.expand(size, -1).contiguous(), weight_OI.t()) == out_NO[:1]).all())
+    return same
+
+
+def fixed_tiles(count: int, suits: Callable[[int], bool]) -> Iterator[tuple[int, int, int]]:
+    """(first, last, size) of tiles that hold so many rows, the last of them perhaps not full.
+
+    Args:
+        count: how many rows.
+        suits: whether tiles of so many rows may be taken; where not even ``ROWS`` is, each row is one.
+
+    >>> list(fixed_tiles(90, lambda size: size >= 8))
+    [(0, 64, 64), (64, 80, 16), (80, 90, 16)]
+    >>> list(fixed_tiles(5, lambda size: size >= 8))
+    [(0, 5, 8)]
+
+    Source: none; whole tiles, the largest first.
+    """
+    if not suits(ROWS):
+        yield from ((row, row + 1, 1) for row in range(count))
+        return
+    start = 0
+    for size in (*reversed(_MORE), ROWS):
+        while count - start >= size and suits(size):
+            yield start, start + size, size
+            start += size
+    if left := count - start:
+        yield start, count, next((size for size in _FEWER if size >= left and suits(size)), ROWS)
+
+
 def fixed_linear(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """(M, O) x W^T + b, computed so many rows at a time, always in the same memory; no gradients.
+    """(M, O) x W^T + b, computed so many rows at a time, in memory of its own; no gradients.
 
     Args:
         x_MI: the rows.
@@ -43,12 +90,11 @@ def fixed_linear(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
 
     Source: He, 2025, "Defeating Nondeterminism in LLM Inference" (Thinking Machines Lab).
     """
-    (M, inner), outer, rows = x_MI.shape, weight_OI.shape[0], fixed_rows(weight_OI)
-    tile_NI, made_NO = x_MI.new_zeros(rows, inner), x_MI.new_empty(rows, outer)
-    out_MO = x_MI.new_empty(M, outer)
-    for start in range(0, M, rows):
-        some = min(rows, M - start)
-        tile_NI[:some] = x_MI[start : start + some]
-        torch.mm(tile_NI, weight_OI.t(), out=made_NO)
-        out_MO[start : start + some] = made_NO[:some]
+    (count, inner), outer = x_MI.shape, weight_OI.shape[0]
+    out_MO = x_MI.new_empty(count, outer)
+    suits = functools.cache(lambda size: fixed_rows(weight_OI, size))
+    for first, last, size in fixed_tiles(count, suits):
+        tile_NI = x_MI.new_zeros(size, inner)
+        tile_NI[: last - first] = x_MI[first:last]
+        out_MO[first:last] = torch.mm(tile_NI, weight_OI.t())[: last - first]
     return out_MO if bias_O is None else out_MO.add_(bias_O)

@@ -2,15 +2,18 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from turnout.errors import UsageError, word
 
-__all__ = ["batch_invariant", "invariant_here", "refuse_invariant"]
+__all__ = ["alike", "batch_invariant", "invariant_here", "refuse_invariant"]
 
 _HERE = threading.local()
+# Numbers that vectors of any processor divide, a few at a time, and as many as torch gives to a single thread.
+_WHOLE, _PART = 128, 1 << 14
 
 
 @contextlib.contextmanager
@@ -61,6 +64,34 @@ def invariant_here(where: str) -> bool:
         fix = "train outside of it" if got == "gradients" else "cast the model itself: model.to(torch.bfloat16)"
         raise UsageError(word("batch_invariant", got=got, allowed="be for inference", where=where, fix=fix))
     return True
+
+
+def alike(function: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
+    """The element-wise function of x, within ``batch_invariant`` of each number by the same instructions.
+
+    torch takes vectors of numbers and what is left at the end one by one, by another routine: of silu, sigmoid and
+    softplus the last bit then depends on how many numbers there are. Here there is nothing left at the end.
+
+    Args:
+        function: of tensors of any shape, one number for each.
+        x: of any shape.
+        where: who asks, for errors.
+
+    >>> alike(torch.sigmoid, torch.zeros(3), "the doctest")
+    tensor([0.5000, 0.5000, 0.5000])
+
+    Source: none; padding.
+    """
+    if not invariant_here(where) or x.device.type != "cpu":
+        return function(x)
+    count = x.numel()
+    flat = x.reshape(-1)
+    if count % _WHOLE:
+        flat = x.new_zeros(-(-count // _WHOLE) * _WHOLE)
+        flat[:count] = x.reshape(-1)
+    if torch.get_num_threads() > 1 and len(flat) > _PART:
+        return torch.cat([function(part) for part in flat.split(_PART)])[:count].view(x.shape)
+    return function(flat)[:count].view(x.shape)
 
 
 def refuse_invariant(what: str, where: str, fix: str) -> None:

@@ -5,14 +5,18 @@ import json
 import os
 import random
 import time
+from urllib.parse import quote
 
 import httpx
 import pytest
 from serving import serving, wait_for
 
+from turnout.serve.http import service
+
 SECONDS = float(os.environ.get("TURNOUT_FUZZ_S", "20"))  # of each endpoint
 SEED = int(os.environ.get("TURNOUT_FUZZ_SEED", "0"))
 POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+LOOKS = ("/v1/models", "/v1/models/{name}", "/health", "/metrics", "/", "/viewer/state")
 
 
 def check(found: httpx.Response, body: object) -> None:
@@ -29,8 +33,63 @@ def check(found: httpx.Response, body: object) -> None:
 
 @pytest.fixture(scope="module")
 def target(tokenizer):
-    with serving(tokenizer, waiting=2000) as found:
+    with serving(tokenizer, waiting=2000, viewer="shared") as found:
         yield found
+
+
+def test_every_route_is_fuzzed(target):
+    paths = httpx.get(f"{target.url}/openapi.json", trust_env=False).json()["paths"]
+    found = {(method, path) for path, methods in paths.items() for method in methods}
+    viewers = {("get", "/"), ("get", "/viewer/state")}  # of the page alone: no part of the API
+    assert found | viewers == {*(("post", path) for path in POSTS), *(("get", path) for path in LOOKS)}
+
+
+def test_names_of_models_that_nobody_has(target):
+    """What is looked at takes no body and one name: any letters, a slash and an empty one among them."""
+    chance = random.Random(SEED)
+    with httpx.Client(base_url=target.url, timeout=60, trust_env=False) as client:
+        for path in LOOKS:
+            for _ in range(20):
+                name = "".join(chance.choices("am/%.?#é\\ \x01", k=chance.randint(0, 6)))
+                found = client.request(
+                    chance.choice(["GET", "POST", "PUT", "HEAD"]),
+                    path.replace("{name}", quote(name, safe=chance.choice(["", "/"]))),
+                    params={"x": name} if chance.random() < 0.5 else None,
+                )
+                assert found.status_code < 500, (path, name, found.text)
+                if found.status_code >= 400 and found.request.method != "HEAD":
+                    assert set(found.json()["error"]) == {"message", "type", "param", "code"}, found.text
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (500, {"error": dict.fromkeys(("message", "type", "param", "code"))}),  # a mistake of the server
+        (400, {"detail": "no"}),  # another format
+        (400, {"error": {"message": "no"}}),
+        (200, [1]),
+    ],
+)
+def test_it_sees_a_wrong_answer(status, content):
+    with pytest.raises((AssertionError, KeyError)):
+        check(httpx.Response(status, json=content), {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_it_finds_a_fault_that_is_planted(target, monkeypatch):
+    """Of one field, at one of its values: what is fuzzed reaches into the bodies."""
+    right = service.requests
+
+    def spoilt(body, *given, **more):
+        if body.get("stop"):
+            raise RuntimeError("planted")
+        return right(body, *given, **more)
+
+    monkeypatch.setattr(service, "requests", spoilt)
+    with pytest.raises(AssertionError):
+        test_what_schemathesis_makes(target, POSTS[0])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Who may ask, what a request may take, and what becomes of those who leave, read slowly or come too many."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -12,8 +13,10 @@ import pytest
 from serving import serving, wait_for
 
 from turnout.errors import UsageError
+from turnout.serve.engine import EngineStats
 from turnout.serve.http import Door, Limits, listen
 from turnout.serve.http.limits import host_name, is_local
+from turnout.serve.http.metrics import Meters
 
 LONG = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
 
@@ -264,3 +267,19 @@ def test_ports():
         listen("127.0.0.1", 70000)
     with pytest.raises(UsageError, match="address of this machine"):
         listen("192.0.2.1", 0)
+
+
+def test_counts_of_slots_stand_still_among_strangers():
+    """What one token fetched says which experts it took: whoever reads the page before and after must not see it."""
+    stats = EngineStats(alive=True, slots=4)
+    page = Meters("m", lambda: stats), Meters("m", lambda: stats, live=True)
+
+    def told(meters: Meters) -> list[bytes]:
+        return [line for line in meters.page()[0].splitlines() if line.startswith(b"turnout_engine_count")]
+
+    for tokens, misses, want in ((1, 3, None), (900, 40, None), (1024, 50, 50), (1025, 53, 50), (2047, 70, 50)):
+        stats = dataclasses.replace(stats, tokens_out=tokens, counts={"expert_misses": misses})
+        shared, live = map(told, page)
+        assert live == [b'turnout_engine_count{model_name="m",name="expert_misses"} %d.0' % misses]
+        line = b'turnout_engine_count{model_name="m",name="expert_misses"} 50.0'
+        assert shared == ([] if want is None else [line])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.correction import Corrected
-from turnout.decide.token.gate import Priority, check, largest, limit, linear, picked, softmax
+from turnout.decide.token.gate import Priority, check, largest, limit, linear, picked, sigmoid, softmax
 from turnout.errors import ShapeError, UsageError, nearest, word
 from turnout.types import Routing
 
@@ -102,7 +102,7 @@ class GroupLimited(Corrected):
     def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As ``turnout.decide.token.gate.ByScore``."""
         logit_TE = linear(x_TD, self.weight)
-        return logit_TE, logit_TE.sigmoid() if self.scores == "sigmoid" else softmax(logit_TE)
+        return logit_TE, sigmoid(logit_TE) if self.scores == "sigmoid" else softmax(logit_TE)
 
     def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
         """As ``turnout.decide.token.gate.ByScore``; a rank among the experts of the groups that are open."""

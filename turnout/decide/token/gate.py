@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout.errors import ShapeError, UsageError, word
 from turnout.solve.fixed_rows import fixed_linear
 from turnout.types import Routing
-from turnout.types.invariant import invariant_here, refuse_invariant
+from turnout.types.invariant import alike, invariant_here, refuse_invariant
 from turnout.types.recall import steady
 
 Priority = Literal["weight", "position"]
@@ -94,6 +94,11 @@ def softmax(logit_TE: Tensor) -> Tensor:
     if logit_TE.shape[1] < 16 and logit_TE.device.type == "cpu" and not invariant_here("the router"):
         return logit_TE.t().softmax(0).t()
     return logit_TE.softmax(1)
+
+
+def sigmoid(logit_TE: Tensor) -> Tensor:
+    """The sigmoid of each score."""
+    return alike(torch.sigmoid, logit_TE, "the router")
 
 
 def standard(x_ND: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.decide.token.correction import Corrected
-from turnout.decide.token.gate import Priority, check, limit, linear, picked, softmax
+from turnout.decide.token.gate import Priority, check, limit, linear, picked, sigmoid, softmax
 from turnout.errors import UsageError, word
 from turnout.types import Routing
 
@@ -97,7 +97,7 @@ class LossFree(Corrected):
     def scored(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As ``turnout.decide.token.gate.ByScore``."""
         logit_TE = linear(x_TD, self.weight)
-        return logit_TE, logit_TE.sigmoid() if self.scores == "sigmoid" else softmax(logit_TE)
+        return logit_TE, sigmoid(logit_TE) if self.scores == "sigmoid" else softmax(logit_TE)
 
     def chosen(self, score_TE: Tensor, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
         """As ``turnout.decide.token.gate.ByScore``."""

@@ -66,7 +66,7 @@ def build_app(
     except ImportError as error:
         raise MissingExtraError("turnout serve needs FastAPI. Nearest fix: pip install 'turnout[serve]'.") from error
     door, limits = door or Door.at("localhost"), limits or Limits()
-    service = Service(engine, texts, door, limits, Meters(engine.models()[0], engine.stats))
+    service = Service(engine, texts, door, limits, Meters(engine.models()[0], engine.stats, live=viewer == "live"))
     # The pages that would show the schema load scripts from elsewhere: the schema itself is enough.
     app = fastapi.FastAPI(
         title="turnout", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None, redirect_slashes=False

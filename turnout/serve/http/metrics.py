@@ -5,6 +5,7 @@ from typing import Any
 
 from turnout.errors import MissingExtraError
 from turnout.serve.engine import EngineStats, Finished
+from turnout.serve.viewer.state import Shared
 
 __all__ = ["Meters"]
 
@@ -20,6 +21,8 @@ class Meters:
     Args:
         model: the served name, a label of all.
         stats: how the engine does.
+        live: whether counts of experts in slots are told as they are, rather than of many tokens at a time: what one
+            token fetched says which experts it took (``turnout.serve.viewer.Shared``).
 
     Raises:
         MissingExtraError: prometheus-client is not installed.
@@ -32,7 +35,7 @@ class Meters:
     Source: the metrics of vLLM.
     """
 
-    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, model: str, stats: Callable[[], EngineStats], *, live: bool = False) -> None:
         try:
             import prometheus_client
         except ImportError as error:
@@ -40,7 +43,7 @@ class Meters:
             raise MissingExtraError(f"{why}. Nearest fix: pip install 'turnout[serve]'.") from error
         self._client: Any = prometheus_client
         self._registry = prometheus_client.CollectorRegistry()
-        self._model, self._stats = model, stats
+        self._model, self._stats, self._shared = model, stats, Shared(live=live)
 
         def made(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
             found = kind(f"turnout_{name}", text, ("model_name", *labels), registry=self._registry, **options)
@@ -104,7 +107,8 @@ class Meters:
             family = kind(f"turnout_{name}", text, labels=("model_name",))
             family.add_metric((self._model,), value)
             yield family
-        counts = {name: value for name, value in stats.counts.items() if isinstance(value, int | float)}
+        told = self._shared.of(stats)["counts"]
+        counts = {name: value for name, value in told.items() if isinstance(value, int | float)}
         if counts:
             family = gauge("turnout_engine_count", "Further numbers of the engine", labels=("model_name", "name"))
             for name, value in counts.items():
