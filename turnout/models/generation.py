@@ -1,7 +1,7 @@
 """Going on from prompts with a model of ours, or one of transformers that is one of ours."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,9 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     eos: int | Sequence[int] | Literal["model"] | None = "model",
     stop: str | Sequence[str] | None = None,
     keep_stop: bool = False,
@@ -86,7 +89,8 @@ def generate(
 
     Source: none; ``generate`` of transformers.
     """
-    drawing = Drawing(temperature, top_k, top_p, min_p, repetition_penalty)
+    penalties = {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
+    drawing = Drawing(temperature, top_k, top_p, min_p, repetition_penalty, **penalties, logit_bias=logit_bias)
     asked = Asked(tokens, drawing, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
     inside = unwrapped(model)
     own = own_ends(inside) if eos == "model" else ()
