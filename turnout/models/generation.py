@@ -90,14 +90,10 @@ def generate(
     penalties = (repetition_penalty, frequency_penalty, presence_penalty, logit_bias)
     drawn = Drawing(temperature, top_k, top_p, min_p, *penalties)
     asked = Asked(tokens, drawn, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
-    inside = unwrapped(model)
-    say_unmet(own_wishes(inside), drawn, WHERE)
-    run, own = _run_as(inside, fallback), own_ends(inside) if eos == "model" else ()
+    say_unmet(own_wishes(inside := unwrapped(model)), drawn, WHERE)
+    run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
+    own = own_ends(inside) if eos == "model" else ()
     return go_on(run, _steps(run, contrast, remix), prompts, asked, attention_mask=attention_mask, own=own)
-
-
-def _run_as(inside: Any, fallback: bool) -> Any:
-    return inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
 
 
 def _steps(run: Any, contrast: Contrast | None, remix: C3PO | None) -> Any:

@@ -266,6 +266,7 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("settings", "kind", "says", "param"),
     [
+        ({"model": "MOE"}, openai.NotFoundError, "Did you mean 'moe'", "model"),
         ({"model": "mo"}, openai.NotFoundError, "Did you mean 'moe'", "model"),
         ({"max_tokens": 300}, openai.BadRequestError, "maximum context length is 256", "max_tokens"),
         ({"temperature": 3}, openai.BadRequestError, "from 0 to 2", "temperature"),
