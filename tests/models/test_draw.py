@@ -97,6 +97,27 @@ def test_no_token_without_a_share_is_drawn() -> None:
     assert Drawing(top_p=0.0).pick(score_BV, chance_B).tolist() == [3, 3, 3]
 
 
+def test_bias_and_penalties_are_those_of_openai_in_the_order_of_vllm() -> None:
+    chance = torch.Generator().manual_seed(3)
+    score_BV = torch.randn(3, 11, generator=chance) * 2
+    drawn_BV = torch.randint(3, (3, 11), generator=chance)
+    seen_BV = torch.rand(3, 11, generator=chance) < 0.5
+    drawing = Drawing(0.7, None, None, None, 1.3, 0.4, -0.25, {2: -100, 9: 1.5})
+    want_BV = score_BV.clone()
+    for row, token in itertools.product(range(3), range(11)):
+        score = score_BV[row, token] + {2: -100, 9: 1.5}.get(token, 0)
+        if seen_BV[row, token]:
+            score = score * 1.3 if score < 0 else score / 1.3
+        count = int(drawn_BV[row, token])
+        want_BV[row, token] = (score - count * 0.4 - (count > 0) * -0.25) / 0.7
+    torch.testing.assert_close(drawing.processed(score_BV, seen_BV, drawn_BV), want_BV)
+    assert Drawing(0, logit_bias={4: 100}).pick(score_BV, torch.zeros(3)).tolist() == [4, 4, 4]
+    assert not Drawing(0, logit_bias={4: 1}).is_plain and not Drawing(0, presence_penalty=1).is_plain
+    assert Drawing(0).is_plain and Drawing(0, logit_bias={}).is_plain
+    most = Drawing(0, frequency_penalty=1e308, logit_bias={4: 1e308, 5: -1e308})
+    assert bool(most.processed(score_BV, None, drawn_BV).isfinite().all())
+
+
 def test_the_likeliest_is_taken_at_temperature_0_whatever_the_chance() -> None:
     score_BV = torch.tensor([[3.0, -1.0, 2.9]])
     assert Drawing(0).pick(score_BV, torch.zeros(1)).tolist() == [0]
@@ -140,6 +161,12 @@ def test_chances_belong_to_the_prompt_and_the_seed() -> None:
         ({"min_p": math.nan}, "min_p must be a number from 0 to 1"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must be a finite number"),
+        ({"presence_penalty": "1"}, "presence_penalty must be a finite number"),
+        ({"logit_bias": [1]}, "logit_bias must be finite numbers by token ids"),
+        ({"logit_bias": {"1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict, said: str) -> None:

@@ -92,6 +92,21 @@ def test_a_row_is_drawn_as_alone(name: str) -> None:
     assert generate(TEXTS, lm=lm, seed=1).rows == generate(TEXTS, lm=lm, seed=1).rows != generate(TEXTS, seed=2).rows
 
 
+def test_what_was_drawn_is_penalised_and_tokens_are_biased() -> None:
+    plain = greedy(TEXTS).rows
+    often = [max(row, key=row.count) for row in plain]
+    rows = greedy(TEXTS, frequency_penalty=1e6).rows
+    assert all(len(set(row)) == len(row) for row in rows), "the prompt does not count, and nothing comes twice"
+    assert [row[0] for row in rows] == [row[0] for row in plain]
+    for text, row in zip(TEXTS, rows, strict=True):
+        assert greedy([text], frequency_penalty=1e6).rows[0] == row, "counted by itself"
+    assert greedy(TEXTS, logit_bias={7: 1e6}).rows == ([7] * len(plain[0]),) * 3
+    assert all(often[0] not in row for row in greedy(TEXTS, logit_bias={often[0]: -1e6}).rows)
+    assert greedy(TEXTS, logit_bias={7: 1e6}, presence_penalty=2e6).rows[0].count(7) == 1
+    with pytest.raises(UsageError, match=r"logit_bias must be of tokens from 0 to .*got the token 100000"):
+        greedy(TEXTS, logit_bias={100_000: 1.0})
+
+
 def test_a_generator_draws_for_the_batch() -> None:
     def drawn(seed: int) -> tuple[list[int], ...]:
         return generate(TEXTS, generator=torch.Generator().manual_seed(seed)).rows

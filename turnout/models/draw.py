@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ _LEAST, _MOST = 1e-15, 1e15
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How a token is drawn from its scores, in the order of transformers: penalty, temperature, top-k, top-p, min-p.
+    """How a token is drawn from its scores, in the order of transformers: penalties, temperature, top-k, top-p, min-p.
 
     Args:
         temperature: scores are divided by it; 0 takes the likeliest token, and nothing after the penalty counts.
@@ -30,6 +30,10 @@ class Drawing:
         min_p: only those stay that are at least this share, from 0 to 1, of the likeliest; None for all.
         repetition_penalty: above 0; the scores of tokens that stand in the text, prompt included, are divided by it
             where they are positive and multiplied where they are negative. 1 changes nothing.
+        frequency_penalty: is taken from the score of a token as often as it was drawn already; the prompt does not
+            count. Below 0 it asks for repetition.
+        presence_penalty: is taken once from the scores of tokens that were drawn already.
+        logit_bias: what is added to the scores of tokens, by their ids, before any penalty; None for nothing.
         where: the function that was given them, for errors.
 
     Raises:
@@ -44,6 +48,8 @@ class Drawing:
     Source: Keskar et al., 2019, "CTRL" (the penalty); Fan et al., 2018, "Hierarchical Neural Story Generation" (top-k);
     Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., 2025, "Turning Up the
     Heat: Min-p Sampling"; each as transformers 5 has it. Of scores that tie at the border of top-p the lower ids stay.
+    OpenAI's API for the penalties of what was drawn and the bias, in the order that vLLM applies them in: bias,
+    repetition, frequency, presence.
     """
 
     temperature: float = 1.0
@@ -51,6 +57,9 @@ class Drawing:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     where: str = "turnout.generate"
 
     def __post_init__(self) -> None:
@@ -70,35 +79,82 @@ class Drawing:
             raise self._refusal(
                 "repetition_penalty", penalty, "be a finite number above 0", "pass repetition_penalty=1.1"
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value):
+                raise self._refusal(name, value, "be a finite number", f"pass {name}=0.5")
+        self._check_bias()
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature == 0 and idle and self.top_k != 1:
             has = "have no effect" if len(idle) > 1 else "has no effect"
             warnings.warn(f"{' and '.join(idle)} {has} at temperature 0, which takes the likeliest token", stacklevel=5)
 
+    def _check_bias(self) -> None:
+        allowed, fix = "be finite numbers by token ids of at least 0, or None", "pass logit_bias={7: -1.5}"
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise self._refusal("logit_bias", self.logit_bias, allowed, fix)
+        for token, value in self.logit_bias.items():
+            whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            if not whole or not _is_number(value) or not math.isfinite(value):
+                raise self._refusal("logit_bias", {token: value}, allowed, fix)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token with the highest score is all that is drawn."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.counts and not self.logit_bias
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was drawn."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses a bias of what is no token.
+
+        Args:
+            vocab_size: V.
+
+        Raises:
+            UsageError: an id of V or more.
+        """
+        if self.logit_bias and (most := max(self.logit_bias)) >= vocab_size:
+            allowed = f"be of tokens from 0 to {vocab_size - 1}"
+            raise self._refusal("logit_bias", f"the token {most}", allowed, "use the model's own tokenizer")
+
     def _refusal(self, name: str, got: object, allowed: str, fix: str) -> UsageError:
         return UsageError(word(name, got=got, allowed=allowed, where=self.where, fix=fix))
 
-    def processed(self, score_BV: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+    def processed(self, score_BV: Tensor, seen_BV: Tensor | None = None, drawn_BV: Tensor | None = None) -> Tensor:
         """(B, V) the scores whose softmax a token is drawn from: -inf at tokens that were left out.
 
         Args:
             score_BV: (B, V) floating-point, of the model.
-            seen_BV: (B, V) bool, which tokens stand in the text; None for no penalty.
+            seen_BV: (B, V) bool, which tokens stand in the text; None for no repetition penalty.
+            drawn_BV: (B, V) how often each token was drawn; None for never.
         """
-        kept_BC, index_BC = self._kept(self._penalised(score_BV, seen_BV))
+        kept_BC, index_BC = self._kept(self._penalised(score_BV, seen_BV, drawn_BV))
         if index_BC is None:
             return kept_BC
         return torch.full_like(score_BV, -math.inf, dtype=kept_BC.dtype).scatter_(1, index_BC, kept_BC)
 
-    def pick(self, score_BV: Tensor, chance_B: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+    def pick(
+        self,
+        score_BV: Tensor,
+        chance_B: Tensor,
+        seen_BV: Tensor | None = None,
+        drawn_BV: Tensor | None = None,
+    ) -> Tensor:
         """(B,) the tokens drawn: in the order of their ids, the one within whose share ``chance_B`` falls.
 
         Args:
             score_BV: as in ``processed``.
             chance_B: (B,) from 0 to below 1; does not count at temperature 0.
             seen_BV: as in ``processed``.
+            drawn_BV: as in ``processed``.
         """
-        score_BV = self._penalised(score_BV, seen_BV)
+        score_BV = self._penalised(score_BV, seen_BV, drawn_BV)
         if self.temperature == 0:
             return score_BV.argmax(1)
         kept_BC, index_BC = self._kept(score_BV)
@@ -111,12 +167,19 @@ class Drawing:
         place_B1 = torch.searchsorted(below_BC, at_B1, right=True).to(score_BV.device)
         return (place_B1 if index_BC is None else index_BC.gather(1, place_B1)).squeeze(1)
 
-    def _penalised(self, score_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
+    def _penalised(self, score_BV: Tensor, seen_BV: Tensor | None, drawn_BV: Tensor | None) -> Tensor:
         score_BV, by = score_BV.float() if score_BV.dtype != torch.float64 else score_BV, self.repetition_penalty
         by = min(max(by, _LEAST), _MOST)
-        if by == 1 or seen_BV is None:
-            return score_BV
-        return torch.where(seen_BV, torch.where(score_BV < 0, score_BV * by, score_BV / by), score_BV)
+        if self.logit_bias:
+            place_N = torch.tensor(list(self.logit_bias), device=score_BV.device)
+            bias_N = score_BV.new_tensor([_bounded(value) for value in self.logit_bias.values()])
+            score_BV = score_BV.index_add(1, place_N, bias_N.expand(len(score_BV), -1))
+        if by != 1 and seen_BV is not None:
+            score_BV = torch.where(seen_BV, torch.where(score_BV < 0, score_BV * by, score_BV / by), score_BV)
+        if self.counts and drawn_BV is not None:
+            less_BV = _bounded(self.frequency_penalty) * drawn_BV + _bounded(self.presence_penalty) * (drawn_BV > 0)
+            score_BV = score_BV - less_BV.to(score_BV)
+        return score_BV
 
     def _kept(self, score_BV: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, C) scores after everything, and the tokens that they are of, by id; None where they are of all V."""
@@ -158,6 +221,10 @@ def chances(prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
     return torch.stack(rows)
+
+
+def _bounded(value: float) -> float:
+    return min(max(value, -_MOST), _MOST)
 
 
 def _is_number(value: object) -> bool:

@@ -52,8 +52,8 @@ class Generated:
         why_B: why each row ended: its ``tokens`` were used up, at an ``eos`` token, or at a ``stop`` text.
         text_B: the new text of each row, ending before what it stopped at unless that is kept; None without a
             tokenizer. The tokens of a row are all that were drawn, also where its text was cut.
-        logprob_BN: (B, N) the log-probability of each new token as the model has it, before temperature and filters; 0
-            at padding. None where it was not asked for.
+        logprob_BN: (B, N) the log-probability of each new token as the model has it, before bias, penalties,
+            temperature and filters; 0 at padding. None where it was not asked for.
 
     >>> Generated(torch.tensor([[5, 6, 0], [7, 8, 9]]), 1, torch.tensor([1, 2]), ("eos", "tokens")).rows
     ([6], [8, 9])

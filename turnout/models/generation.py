@@ -1,7 +1,7 @@
 """Going on from prompts with a model of ours, or one of transformers that is one of ours."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,9 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     eos: int | Sequence[int] | Literal["model"] | None = "model",
     stop: str | Sequence[str] | None = None,
     keep_stop: bool = False,
@@ -62,16 +65,14 @@ def generate(
     """What a model makes of prompts, each as it would alone; at temperature 0, token for token what transformers makes.
 
     Args:
-        model: an ``LM``, or a causal language model of transformers, which is computed as the LM that it is exactly
-            (to generate often, make that once: ``turnout.models.checkpoint.from_live``); wrapped or not.
+        model: an ``LM``, or a causal language model of transformers, wrapped or not, which is computed as the LM that
+            it is exactly (``turnout.models.checkpoint.from_live`` makes that once).
         prompts: token ids: (B, S), or a list of B prompts of any lengths, each a list or a tensor (S,).
-        attention_mask: of prompts (B, S): (B, S), 1 or true at tokens, padding before them; or (B,) how many tokens
-            each row begins with, which come out moved to its end. None for no padding.
-        fallback: whether a model of transformers that is no LM exactly is run as it is, with a warning.
-        contrast: draws from the scores of self-contrast (SCMoE) in the place of the model's own; they come before
-            temperature and filters, and are what ``logprobs`` tells. None, or beta=0, for the model's own.
-        remix: routes the last token of each prompt as ``turnout.models.C3PO`` finds best. None, or alpha=1, for the
-            model's own routers.
+        attention_mask: of prompts (B, S): (B, S), true at tokens, padding before them; or (B,) how many tokens each row
+            begins with, which come out moved to its end. None for no padding.
+        fallback: whether a model of transformers that is no LM is run as it is, with a warning.
+        contrast: scores of self-contrast (SCMoE) in place of the model's, as ``logprobs`` too; None or beta=0 for none.
+        remix: routes the last token of each prompt as ``turnout.models.C3PO`` finds best; None or alpha=1 for none.
 
     The other arguments are those of ``turnout.models.Drawing`` and ``turnout.models.Asked``.
 
@@ -86,14 +87,13 @@ def generate(
 
     Source: none; ``generate`` of transformers.
     """
-    drawing = Drawing(temperature, top_k, top_p, min_p, repetition_penalty)
-    asked = Asked(tokens, drawing, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
-    inside = unwrapped(model)
-    own = own_ends(inside) if eos == "model" else ()
-    say_unmet(own_wishes(inside), drawing, WHERE)
+    penalties = (repetition_penalty, frequency_penalty, presence_penalty, logit_bias)
+    drawn = Drawing(temperature, top_k, top_p, min_p, *penalties)
+    asked = Asked(tokens, drawn, eos, stop, keep_stop, tokenizer, seed, generator, pad, stream, logprobs)
+    say_unmet(own_wishes(inside := unwrapped(model)), drawn, WHERE)
     run = inside if isinstance(inside, LM) else lm_or_itself(inside, fallback=fallback)
-    steps = _steps(run, contrast, remix)
-    return go_on(run, steps, prompts, asked, attention_mask=attention_mask, own=own)
+    own = own_ends(inside) if eos == "model" else ()
+    return go_on(run, _steps(run, contrast, remix), prompts, asked, attention_mask=attention_mask, own=own)
 
 
 def _steps(run: Any, contrast: Contrast | None, remix: C3PO | None) -> Any:

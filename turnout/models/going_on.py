@@ -109,6 +109,10 @@ class _Batch:
         chance_BN = id_BS.new_zeros(1, 1).expand(len(id_BS), more) if greedy else asked.chance(prompts.rows)
         self._chance_BN = chance_BN.to(id_BS.device)
         self._logprob_BN = torch.zeros(len(id_BS), more, device=id_BS.device) if asked.logprobs else None
+        asked.drawing.check_ids(vocab_size)
+        self._drawn_BV = None
+        if asked.drawing.counts:
+            self._drawn_BV = torch.zeros(len(id_BS), vocab_size, dtype=torch.int32, device=id_BS.device)
         self._seen_BV = None
         if asked.drawing.repetition_penalty != 1:
             # Padding stands at a place behind the vocabulary, which is then cut off.
@@ -124,10 +128,13 @@ class _Batch:
             got = f"infinity or no number at new token {step}"
             raise refusal("the model's scores", got, "be finite numbers", fix)
         seen_NV = None if self._seen_BV is None else self._seen_BV[row_N]
-        new_N = self._drawing.pick(score_NV, self._chance_BN[row_N, step], seen_NV)
+        drawn_NV = None if self._drawn_BV is None else self._drawn_BV[row_N]
+        new_N = self._drawing.pick(score_NV, self._chance_BN[row_N, step], seen_NV, drawn_NV)
         self._id_BT[row_N, self._end] = new_N
         if self._seen_BV is not None:
             self._seen_BV[row_N, new_N] = True
+        if self._drawn_BV is not None:
+            self._drawn_BV[row_N, new_N] += 1
         if self._logprob_BN is not None:
             self._logprob_BN[row_N, step] = score_NV.float().log_softmax(1).gather(1, new_N[:, None])[:, 0]
         self._end += 1

@@ -13,7 +13,7 @@ from turnout.models.checkpoint.peft import PeftAdapter, read_adapter
 from turnout.models.families.express import architecture_of
 from turnout.models.families.tensors import slots
 from turnout.models.lm import LM
-from turnout.paths import FeedForward
+from turnout.paths import FeedForward, OffloadedBank, PackedBank
 from turnout.paths.low_rank import LowRank
 from turnout.types.weights import GATED
 
@@ -49,7 +49,9 @@ def with_lora(lm: LM, adapter: str | Path | PeftAdapter) -> LM:
     kept[id(lm.experts)] = lm.experts
     made = copy.deepcopy(lm, kept)
     family, _ = architecture_of(made.config)
-    named = {key: slot.view for key, slot in slots(made, family.layouts[0]).items()}
+    # Experts may be in files or in few bits; adapters of them are refused below.
+    whole = not any(isinstance(one, OffloadedBank | PackedBank) for one in made.modules())
+    named = {key: slot.view for key, slot in slots(made, family.layouts[0], experts=whole).items()}
     for key, tensor in found.copies.items():
         if (own := named.get(f"{key}.weight")) is None or not torch.equal(own, tensor.to(own.dtype)):
             raise _refused(found.name, f"{key}, other than the model's", "hold no weights of another base")

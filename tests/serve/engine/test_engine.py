@@ -128,7 +128,8 @@ def test_what_was_read_before_is_not_read_again() -> None:
 
 def test_drawn_is_generate_and_a_seed_is_all_that_counts() -> None:
     lm = make("moe")
-    drawing = Drawing(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    further = {"frequency_penalty": 0.5, "presence_penalty": -0.2, "logit_bias": {5: 2.0, 9: -100}}
+    drawing = Drawing(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, **further)
     with Engine(lm) as engine:
         asked = [Request((3, 1, 4), tokens=30, drawing=drawing, seed=seed, logprobs=0) for seed in (5, 5, 6)]
         found = [heard(ticket.result(WAIT_S)[0]) for ticket in [engine.submit(one) for one in asked]]

@@ -6,8 +6,9 @@ from variants import make
 
 import turnout
 from turnout.errors import CheckpointError, UsageError
-from turnout.models.checkpoint import from_live
+from turnout.models.checkpoint import from_hf, from_live, load_offloaded
 from turnout.models.with_lora import with_lora
+from turnout.reshape.quantize import quantize
 from turnout.serve.engine import Engine, Request
 from turnout.serve.engine.paged_lane import PagedLane
 
@@ -65,6 +66,29 @@ def test_adapters_by_name_are_as_peft_computes_them(tmp_path) -> None:
     assert all(a is b for (n, a), b in zip(lm.named_parameters(), lm.parameters(), strict=True) if n)
     own = {id(one) for one in lm.parameters()}
     assert all(id(one) in own for name, one in shared.named_parameters() if "added" not in name)
+
+
+def test_adapters_go_with_experts_in_files_and_in_few_bits(tmp_path) -> None:
+    """Found by hand: turnout serve MODEL --expert-memory SIZE --lora NAME=FOLDER ended with an AssertionError."""
+    torch.manual_seed(5)
+    config = transformers.MixtralConfig(**{**SIZES, "num_local_experts": 4})
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    whole = from_hf(tmp_path / "base")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "one")
+    few = load_offloaded(tmp_path / "base", expert_memory=4 * 3 * 32 * 48 * 4)
+    packed, _ = quantize(whole, bits=8, group=16, parts=("experts",))
+    for lm in (few, packed):
+        with Engine(lm, name="base", adapters={"one": tmp_path / "one"}) as engine:
+            asked = [Request(PROMPT, 12, adapter=name) for name in ("one", None)]
+            found = [[t.id for t in ticket.result(WAIT_S)[0]] for ticket in [engine.submit(one) for one in asked]]
+        same = whole if lm is few else lm
+        assert found[1] == turnout.generate(same, [PROMPT], tokens=12, temperature=0).rows[0]
+        theirs = with_lora(same, tmp_path / "one")
+        assert found[0] == turnout.generate(theirs, [PROMPT], tokens=12, temperature=0).rows[0]
+        assert found[0] != found[1] and (lm is packed or found[0] == greedy(tuned.eval(), PROMPT, 12))
+    few.experts.close()
 
 
 @torch.no_grad()

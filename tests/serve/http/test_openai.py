@@ -266,11 +266,14 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("settings", "kind", "says", "param"),
     [
+        ({"model": "MOE"}, openai.NotFoundError, "Did you mean 'moe'", "model"),
         ({"model": "mo"}, openai.NotFoundError, "Did you mean 'moe'", "model"),
         ({"max_tokens": 300}, openai.BadRequestError, "maximum context length is 256", "max_tokens"),
         ({"temperature": 3}, openai.BadRequestError, "from 0 to 2", "temperature"),
-        ({"logit_bias": {"3": 1}}, openai.BadRequestError, "scores are the model's own", "logit_bias"),
-        ({"presence_penalty": 1}, openai.BadRequestError, "repetition_penalty", "presence_penalty"),
+        ({"logit_bias": {"300": 1}}, openai.BadRequestError, "token ids from 0 to 299", "logit_bias"),
+        ({"logit_bias": {"the": 1}}, openai.BadRequestError, "token ids from 0 to 299", "logit_bias"),
+        ({"logit_bias": {"3": 101}}, openai.BadRequestError, "from -100 to 100", "logit_bias.3"),
+        ({"presence_penalty": 2.5}, openai.BadRequestError, "from -2 to 2", "presence_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "no tools", "tools"),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "write temperature", "temprature"),
         ({"messages": [{"role": "tool", "content": "a"}]}, openai.BadRequestError, "one of", "messages[0].role"),
@@ -308,6 +311,19 @@ def test_what_is_harmless_is_taken(client):
         top_p=0.5,
         seed=None,
     )
+
+
+def test_penalties_and_bias_draw_what_generate_draws(served, client):
+    for temperature, seed in ((0, None), (1.0, 5)):
+        how = {"frequency_penalty": 1.5, "presence_penalty": -0.5, "temperature": temperature, "seed": seed}
+        told = client.completions.create(
+            model="moe", prompt="the cat", max_tokens=20, logprobs=0, logit_bias={"70": -100, "71": 3.5}, **how
+        )
+        ids = opened(served, "the cat")
+        bias = {70: -100, 71: 3.5}
+        made = generate(served.lm, [ids], tokens=20, eos=[0], tokenizer=served.tokenizer, logit_bias=bias, **how)
+        plain = generate(served.lm, [ids], tokens=20, eos=[0], temperature=temperature, seed=seed)
+        assert told.choices[0].text == made.text_B[0] and made.rows != plain.rows
 
 
 def test_a_client_that_leaves_frees_its_slot(served, client):

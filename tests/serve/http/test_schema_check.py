@@ -56,7 +56,8 @@ def test_it_reads_schemas_as_jsonschema_does(name):
         ({"prompt": ["a", 3]}, "prompt[1]", "be a text"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4 items"),
         ({"prompt": "a", "stop": [""]}, "stop[0]", "at least 1 characters"),
-        ({"prompt": "a", "logit_bias": {"1": 1}}, "logit_bias", "be left out, scores are the model's own,"),
+        ({"prompt": "a", "logit_bias": {"1": "a"}}, "logit_bias.1", "be a number"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "be left out, all of n are given,"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "be left out, text is only gone on with,"),
         ({"prompt": "a", "response_format": {"type": "jsn"}}, "response_format.type", '"json_object", "json_schema"'),
         (

@@ -52,6 +52,14 @@ def test_a_trace_without_ids_shows_places(trace) -> None:
         trace_html("trace")
 
 
+def test_a_command_writes_it(trace, tmp_path, capsys) -> None:
+    from turnout.cli.main import main
+
+    assert main(["report", str(trace.path)]) == 0 and str(tmp_path / "trace.html") in capsys.readouterr().out
+    assert data_of((tmp_path / "trace.html").read_text()) == data_of(trace_html(trace))
+    assert main(["report", str(trace.path), str(tmp_path)]) == 2 and "one trace" in capsys.readouterr().err
+
+
 def test_nothing_is_asked_of_a_network(trace) -> None:
     page = trace_html(trace, name="<img src=x>", text_of=TEXTS.__getitem__)
     assert "unsafe" not in policy() and "default-src 'none'" in page

@@ -41,7 +41,7 @@ class Slot:
         return self.view.flatten(-2) if self.joined else self.view
 
 
-def slots(lm: LM, names: Names) -> dict[str, Slot]:
+def slots(lm: LM, names: Names, *, experts: bool = True) -> dict[str, Slot]:
     """Every tensor that the folder of this model holds, by name.
 
     Reading copies into the views, writing copies out of them. No two overlap and together they are all parameters.
@@ -49,6 +49,7 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
     Args:
         lm: the model.
         names: how the architecture names its tensors.
+        experts: whether those of routed experts are among them, which have to be whole and in memory for it.
     """
     if names.views is not None:
         return {name: Slot(tensor.detach()) for name, tensor in names.views(lm, names.root).items()}
@@ -64,7 +65,7 @@ def slots(lm: LM, names: Names) -> dict[str, Slot]:
         else:
             found |= _latent(f"{prefix}self_attn.", block.attention)
         if isinstance(block.ff, MoE):
-            found |= _routed(f"{prefix}{names.routed}.", block.ff, names)
+            found |= _routed(f"{prefix}{names.routed}.", block.ff, names, experts=experts)
         else:
             found |= _dense(f"{prefix}mlp.", block.ff, names)
     joined = _alternating(names) if lm.config.moe is not None else ()
@@ -135,7 +136,7 @@ def _dense(prefix: str, ff: FeedForward, names: Names) -> Views:
     return found
 
 
-def _routed(prefix: str, moe: MoE, names: Names) -> Views:
+def _routed(prefix: str, moe: MoE, names: Names, *, experts: bool) -> Views:
     found: Views = {}
     assert moe.router is not None
     router = dict(moe.router.named_parameters()) | dict(moe.router.named_buffers())
@@ -144,8 +145,9 @@ def _routed(prefix: str, moe: MoE, names: Names) -> Views:
         found[f"{prefix}{names.router.removesuffix('weight')}bias"] = router["bias"]
     if "bias_E" in router:
         found[f"{prefix}gate.e_score_correction_bias"] = router["bias_E"]
-    assert isinstance(moe.bank, Bank)  # factored experts were refused: no architecture has them
-    found |= _experts(prefix, moe.bank, names)
+    if experts:
+        assert isinstance(moe.bank, Bank)  # factored experts were refused: no architecture has them
+        found |= _experts(prefix, moe.bank, names)
     if moe.shared is not None:
         found |= _dense(f"{prefix}{names.shared}.", moe.shared, names)
     if moe.shared_gate is not None:

@@ -41,6 +41,7 @@ class Answer:
         if request.drawing.temperature != 0:
             seed = secrets.randbits(63) if request.seed is None else request.seed
             self._chance_1N = chances([request.prompt], request.tokens, seed)
+        self._drawn_1V = torch.zeros(1, vocab_size, dtype=torch.int32) if request.drawing.counts else None
         self._seen_1V: Tensor | None = None
         if request.drawing.repetition_penalty != 1:
             self._seen_1V = torch.zeros(1, vocab_size, dtype=torch.bool)
@@ -55,8 +56,7 @@ class Answer:
     def is_plain(self) -> bool:
         """Whether the likeliest token is all that is asked for."""
         asked = self.request
-        greedy = asked.drawing.temperature == 0 and self._seen_1V is None
-        return greedy and asked.mask is None and asked.logprobs is None
+        return asked.drawing.is_plain and asked.mask is None and asked.logprobs is None
 
     def take(self, score_V: Tensor, routes: Routes | None = None, *, best: int | None = None) -> bool:
         """Draws the next token from its scores and tells it; whether the request ends with it.
@@ -73,6 +73,8 @@ class Answer:
         self.ids.append(token)
         if self._seen_1V is not None:
             self._seen_1V[0, token] = True
+        if self._drawn_1V is not None:
+            self._drawn_1V[0, token] += 1
         mask = self.request.mask
         if mask is not None:
             mask.took(token)
@@ -112,7 +114,7 @@ class Answer:
             score_1V = score_1V.masked_fill(~self.request.mask.allowed(), -torch.inf)
         drawn = self.drawn
         chance_1 = torch.zeros(1) if self._chance_1N is None else self._chance_1N[:, drawn]
-        return int(self.request.drawing.pick(score_1V, chance_1, self._seen_1V))
+        return int(self.request.drawing.pick(score_1V, chance_1, self._seen_1V, self._drawn_1V))
 
     def _chances(self, score_V: Tensor, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         """The log-probability of a token, and the likeliest ones."""

@@ -200,6 +200,7 @@ class Engine:
         if name is not None and name not in names:
             raise nearest(name, names, kind="model", where=_WHERE)
         stops_of(request.stop, self._reader, _WHERE)
+        request.drawing.check_ids(self.vocab_size)
         prompt, tokens, most = len(request.prompt), request.tokens, self.max_seq
         if most is not None and prompt + tokens > most:
             fix = f"ask for at most {max(0, most - prompt)} tokens"

@@ -119,7 +119,8 @@ class Token:
         id: which.
         text: what can be shown beyond the tokens before it: '' within a character, or where a stop may have begun.
             The texts of a request's tokens are its text.
-        logprob: as the model has it, before temperature, filters and masks; None where it was not asked for.
+        logprob: as the model has it, before bias, penalties, temperature, filters and masks; None where it was
+            not asked for.
         top: the likeliest tokens and their log-probabilities, the likeliest first.
         routes: for each routed layer the experts that the position was sent to that this token was made at; None where
             they were not asked for, or are not known.

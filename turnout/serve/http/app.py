@@ -158,7 +158,9 @@ def _say_errors(app: Any, fastapi: Any) -> None:
     async def http(request: fastapi.Request, error: Any) -> Any:
         words = _STATUS.get(error.status_code, f"{error.detail}:")
         known = ", ".join(sorted(("/v1/models", *_POSTED)))
-        message = f"{words} {request.method} {request.url.path:.200}. Nearest fix: use {known}."
+        allowed = (error.headers or {}).get("Allow") if error.status_code == 405 else None
+        fix = f"send {allowed}" if allowed else f"use {known}"
+        message = f"{words} {request.method} {request.url.path:.200}. Nearest fix: {fix}."
         body = error_body(message, kind="invalid_request_error", code=f"http_{error.status_code}")
         return said(error.status_code, body, error.headers)
 

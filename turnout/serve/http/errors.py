@@ -92,13 +92,14 @@ def invalid(param: str, *, got: object, allowed: str, where: str, fix: str, code
 def unknown_model(name: str, names: Iterable[str]) -> ApiError:
     """The refusal of a model that is not served, with the nearest that is.
 
-    >>> print(unknown_model("mixtrl", ["mixtral"]))
-    The model 'mixtrl' does not exist here. Did you mean 'mixtral'? Served: mixtral.
+    >>> print(unknown_model("Mixtrl", ["mixtral"]))
+    The model 'Mixtrl' does not exist here. Did you mean 'mixtral'? Served: mixtral.
 
     Source: none; difflib's closest match. It is offered, never taken.
     """
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    cased = {one.lower(): one for one in known}
+    close = [cased[one] for one in difflib.get_close_matches(name.lower(), cased, n=1, cutoff=0.5)]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     message = f"The model {name!r:.120} does not exist here.{hint} Served: {', '.join(known)}."
     return ApiError(message, 404, "model", "model_not_found")

@@ -12,20 +12,43 @@ from turnout.serve.http.texts import Texts
 __all__ = ["check_choices", "drawing", "fitting", "requests"]
 
 
-def drawing(body: Mapping[str, Any]) -> Drawing:
+def drawing(body: Mapping[str, Any], *, vocab_size: int, where: str) -> Drawing:
     """How tokens are drawn: OpenAI's fields, and vLLM's names for what OpenAI has none for.
 
-    >>> drawing({"temperature": 0, "top_p": 0.5}), drawing({"top_k": -1, "min_p": 0.1}).min_p
-    (Drawing(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, where='turnout.generate'), 0.1)
+    Args:
+        body: the request.
+        vocab_size: V of the model.
+        where: the endpoint.
+
+    Raises:
+        ApiError: a bias of what is no token.
+
+    >>> drawing({"temperature": 0, "top_p": 0.5}, vocab_size=9, where="/v1/completions").top_p is None
+    True
+    >>> drawing({"top_k": -1, "logit_bias": {"3": -100}}, vocab_size=9, where="/v1/completions").logit_bias
+    {3: -100}
 
     Source: none; the fields of OpenAI's API.
     """
     temperature, penalty = _given(body, "temperature", 1.0), _given(body, "repetition_penalty", 1.0)
+    further = {name: _given(body, name, 0.0) for name in ("frequency_penalty", "presence_penalty")}
+    further |= {"repetition_penalty": penalty, "logit_bias": _bias(body.get("logit_bias"), vocab_size, where)}
     if temperature == 0:  # the others have no effect there, and clients send them all the same
-        return Drawing(temperature=temperature, repetition_penalty=penalty)
+        return Drawing(temperature=temperature, **further)
     top_k, top_p, min_p = (_given(body, name, None) for name in ("top_k", "top_p", "min_p"))
     top_k = top_k if top_k is not None and top_k > 0 else None
-    return Drawing(temperature, top_k, None if top_p == 1 else top_p, min_p or None, penalty)
+    return Drawing(temperature, top_k, None if top_p == 1 else top_p, min_p or None, **further)
+
+
+def _bias(given: Mapping[str, float] | None, vocab_size: int, where: str) -> dict[int, float] | None:
+    """By token; None for none. JSON has texts alone for names."""
+    for name in given or ():
+        if not (name.isascii() and name.isdecimal() and len(name) < 12 and str(int(name)) == name) or (
+            int(name) >= vocab_size
+        ):
+            allowed, fix = f"be by token ids from 0 to {vocab_size - 1}", 'pass {"7": -1.5}'
+            raise invalid("logit_bias", got=f"{name!r:.80}", allowed=allowed, where=where, fix=fix)
+    return {int(name): value for name, value in given.items()} if given else None
 
 
 def fitting(prompt: Sequence[int], asked: int | None, default: int | None, max_seq: int | None, name: str) -> int:
@@ -93,7 +116,8 @@ def requests(
     """
     stop = body.get("stop")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    found, how, seed = list[Request](), drawing(body), body.get("seed")
+    found, seed = list[Request](), body.get("seed")
+    how = drawing(body, vocab_size=texts.vocab_size, where=where)
     grammar = texts.form(form, param=form_param, where=where)
     for prompt, most in zip(prompts, tokens, strict=True):
         for copy in range(_given(body, "n", 1)):

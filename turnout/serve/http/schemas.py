@@ -84,9 +84,14 @@ _HARMLESS: Schema = {
     "prompt_cache_retention": _maybe("string"),
 }
 _PENALTIES: Schema = {
-    "frequency_penalty": _refused("repetition_penalty is what there is", "number", minimum=0, maximum=0),
-    "presence_penalty": _refused("repetition_penalty is what there is", "number", minimum=0, maximum=0),
-    "logit_bias": _refused("scores are the model's own", "object", maxProperties=0),
+    "frequency_penalty": _maybe("number", minimum=-2, maximum=2),
+    "presence_penalty": _maybe("number", minimum=-2, maximum=2),
+    "logit_bias": _maybe(
+        "object",
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+        maxProperties=1024,
+        description="what is added to the scores of tokens, by their ids",
+    ),
 }
 _STREAMED: Schema = {
     "stream": _maybe("boolean"),

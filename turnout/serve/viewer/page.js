@@ -290,6 +290,12 @@
   let drawn = 0;
   function schedule() { if (!drawn) drawn = requestAnimationFrame(() => { drawn = 0; drawLoad(); $("text").scrollTop = $("text").scrollHeight; }); }
 
+  const CACHE = {
+    expert_slots: ["experts in memory", 1, 0, ""], expert_hits: ["asked for, and there", 1, 0, ""],
+    expert_misses: ["asked for, and not there", 1, 0, ""], expert_waits_s: ["time waited for experts", 1, 2, " s"],
+    expert_fetched_bytes: ["read from files", 1e-6, 1, " MB"], expert_prefetched: ["fetched ahead", 1, 0, ""],
+    expert_prefetched_used: ["fetched ahead, and used", 1, 0, ""], expert_evicted: ["let go again", 1, 0, ""],
+  };
   function facts(holder, rows) {
     holder.replaceChildren(make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])));
   }
@@ -309,7 +315,11 @@
     });
     facts($("pages"), [["in use", large(used)], ["kept for the same beginnings", large(kept)], ["tokens read", large(state.tokens_in)], ["not read again", large(state.tokens_cached)]]);
     if (pages) $("pages").prepend(meter);
-    const rows = Object.entries(others).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? large(Math.round(1000 * value) / 1000) : String(value)]);
+    const rows = Object.entries(others).map(([name, value]) => {
+      const [words, scale, digits, unit] = CACHE[name] || [name.replaceAll("_", " "), 1, 3, ""];
+      if (typeof value !== "number") return [words, String(value)];
+      return [words, `${(scale * value).toLocaleString("en", { maximumFractionDigits: digits })}${unit}`];
+    });
     $("cache-about").textContent = rows.length ? "" : "all experts are in memory";
     facts($("cache"), rows);
     if (state.load) {
