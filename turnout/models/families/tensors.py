@@ -8,7 +8,7 @@ from turnout.layers import MoE
 from turnout.models.attention import Attention, LatentAttention, Projection
 from turnout.models.families.family import Names
 from turnout.models.lm import LM, Block
-from turnout.paths import Bank, FeedForward
+from turnout.paths import Bank, FeedForward, OffloadedBank, PackedBank
 from turnout.types.weights import GATED
 
 Views = dict[str, Tensor]
@@ -144,8 +144,10 @@ def _routed(prefix: str, moe: MoE, names: Names) -> Views:
         found[f"{prefix}{names.router.removesuffix('weight')}bias"] = router["bias"]
     if "bias_E" in router:
         found[f"{prefix}gate.e_score_correction_bias"] = router["bias_E"]
-    assert isinstance(moe.bank, Bank)  # factored experts were refused: no architecture has them
-    found |= _experts(prefix, moe.bank, names)
+    # Factored experts were refused: no architecture has them. Those in few bits, or in files, are no whole tensors.
+    assert isinstance(moe.bank, Bank | PackedBank | OffloadedBank)
+    if isinstance(moe.bank, Bank):
+        found |= _experts(prefix, moe.bank, names)
     if moe.shared is not None:
         found |= _dense(f"{prefix}{names.shared}.", moe.shared, names)
     if moe.shared_gate is not None:
