@@ -77,6 +77,7 @@ def test_adapters_of_what_is_no_map_by_itself_are_refused(tmp_path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("compiled")
 def test_an_attached_router_answers_by_its_name(tmp_path) -> None:
     for name in ("x", "y"):
         adapted(str(tmp_path / name), ["q_proj", "v_proj"])

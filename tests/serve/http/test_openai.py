@@ -332,6 +332,7 @@ def test_adapters_by_name(tokenizer):
                 assert (found.model, found.choices[0].text) == (name, made.text_B[0])
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_prompt_that_was_read_before_is_counted_as_cached(tokenizer):
     prompt = "line 7: the cat and the dog " * 18
     told = {"model": "moe", "prompt": prompt, "max_tokens": 8, "temperature": 0}

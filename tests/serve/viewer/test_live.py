@@ -63,6 +63,7 @@ def events(url: str, **more) -> list[dict]:
     return [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:") and "[DONE]" not in line]
 
 
+@pytest.mark.usefixtures("compiled")
 def test_routes_are_those_of_the_tokens(served, engine) -> None:
     url = served()
     prompt = engine.tokenizer.encode(PROMPT).ids
@@ -110,6 +111,7 @@ def test_a_wrong_address_is_told_the_right_ones_also_beside_the_page(served) -> 
         assert "Nearest fix: use /v1/chat/completions, /v1/completions" in found.json()["error"]["message"]
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_browser_streams(served, engine, browse) -> None:
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
