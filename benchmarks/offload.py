@@ -1,7 +1,7 @@
 """Times decoding with some experts in memory and the others in files that the system keeps in its own memory.
 
     python -m benchmarks.offload --quick
-    python -m benchmarks.offload [--kinds fp32 bf16 int8 int4] [--shares 0.5 0.25] [--policies LRU LFU LeastStale]
+    python -m benchmarks.offload [--kinds fp32 bf16 int8 int4] [--shares 0.5 0.25] [--policies lru lfu expert_flow]
         [--noise 0.35] [--stay 0.98] [--tokens 64] [--rounds 5] [--threads 1] [--out benchmarks/results]
 
 A Qwen3-MoE of 216 M parameters (8 layers, 32 experts of which a token takes 4) reads one text, token by token, whose
@@ -17,20 +17,24 @@ round. Before anything is timed each one's scores are compared with those of the
 
 import argparse
 import dataclasses
+import functools
 import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.tables import heading, provenance, spread, write
 from turnout.decide.device import cache
+from turnout.decide.device.cache.named import NAMES
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.checkpoint import from_hf, load, load_offloaded, save, to_hf
 from turnout.models.decoding import Decoder, decoding_path
 from turnout.reshape import quantize
+from turnout.types import Accesses
 
 __all__ = ["Text", "main", "planted", "run", "text"]
 
@@ -92,6 +96,18 @@ def locality(lm: LM, ids: tuple[int, ...]) -> float:
     return sum(shares) / len(shares)
 
 
+def learnt_of(lm: LM, options: argparse.Namespace) -> cache.Learnt:
+    """What policies learn from other texts of the same kind: of another seed, 16 of 64 tokens each."""
+    texts = [text(64, lm.config.vocab_size, options.stay, TOPICS, seed=1 + n).ids for n in range(16)]
+    used_SLE = np.zeros((64 * len(texts), lm.config.layers, CONFIG.moe.num_experts), bool)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for n, ids in enumerate(texts):
+            for layer, routing in enumerate(lm(torch.tensor([ids])).routings):
+                used_SLE[64 * n + routing.token_R.numpy(), layer, routing.expert_R.numpy()] = True
+    tokens = np.concatenate([np.array(ids) for ids in texts])
+    return cache.Learnt.of(Accesses.of_used(used_SLE, np.repeat(np.arange(len(texts)), 64), tokens), seed=0)
+
+
 class Mode:
     """One way to hold the experts, and its text so far."""
 
@@ -123,12 +139,14 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     (save if kind in BITS else lambda path, model: to_hf(model, path))(folder / kind, lm)
     del lm
     full = (load if kind in BITS else from_hf)(folder / kind)
+    learnt = learnt_of(full, options)
     modes = [Mode("all in memory", full, said.ids)]
     size = sum(tensor.nbytes for name, tensor in full.state_dict().items() if ".bank." in name)
     for share in options.shares:
         for policy in options.policies:
             named, _, pool = policy.partition("+")
-            how = {"policy": getattr(cache, named)(), "shared": pool == "pool", "threads": options.readers}
+            made = functools.partial(cache.named_policy, named, learnt=learnt)
+            how = {"policy": made, "shared": pool == "pool", "threads": options.readers}
             few = load_offloaded(folder / kind, expert_memory=int(size * share * 1.0001), **how)
             modes.append(Mode(f"{share:g} by {policy}", few, said.ids))
     return {"kind": kind, "locality": near, "switches": said.switches, "modes": timed(modes, options)}
@@ -160,6 +178,8 @@ def timed(modes: list[Mode], options: argparse.Namespace) -> list[dict[str, Any]
             now, then = mode.lm.experts.stats(), before[mode.name]
             assert then
             asked = now.hits + now.misses - then.hits - then.misses
+            row |= {"ahead": now.prefetched - then.prefetched, "ahead_used": now.prefetched_used - then.prefetched_used,
+                    "loads": now.misses - then.misses + now.prefetched - then.prefetched}  # fmt: skip
             row |= {"hit_rate": (now.hits - then.hits) / asked, "waits_s": now.waits_s - then.waits_s,
                     "gb": (now.fetched_bytes - then.fetched_bytes) / 1e9, "slots": now.slots}  # fmt: skip
             mode.lm.experts.close()
@@ -177,14 +197,20 @@ def page(record: dict[str, Any]) -> list[str]:
             f"A token's experts are {of['locality']:.0%} those of the token before (noise {options['noise']}, stay "
             f"{options['stay']}, {of['switches']} changes of topic). Speed is of all experts in memory, same round: "
             f"median (least-most) of {options['rounds']} rounds of {options['tokens']} tokens; the same bits.",
-            "", "| experts | ms a token | speed | speed by CPU time | hits | waited | read |",
-            "|---|---|---|---|---|---|---|",
+            "", "| experts | ms a token | speed | speed by CPU time | hits | loads | ahead, used | waited | read |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in of["modes"]:
             more = (
-                [f"{row['hit_rate']:.1%}", f"{row['waits_s']:.2f} s", f"{row['gb']:.2f} GB"]
+                [
+                    f"{row['hit_rate']:.1%}",
+                    f"{row['loads']:,}",
+                    f"{row['ahead']:,}, {row['ahead_used']:,}",
+                    f"{row['waits_s']:.2f} s",
+                    f"{row['gb']:.2f} GB",
+                ]
                 if "gb" in row
-                else ["", "", ""]
+                else [""] * 5
             )
             cells = [row["mode"], spread(row["ms"]), spread(row["speed"]), spread(row["cpu_speed"]), *more]
             lines.append(f"| {' | '.join(cells)} |")
@@ -206,7 +232,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "int8", "int4"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--policies", nargs="+", default=["LRU", "LRU+pool", "LFU", "LeastStale"])
+    parser.add_argument("--policies", nargs="+", default=["lru", "lru+pool", *NAMES[1:-1]])
     parser.add_argument("--noise", type=float, default=0.35)
     parser.add_argument("--stay", type=float, default=0.98)
     parser.add_argument("--layers", type=int, default=CONFIG.layers)

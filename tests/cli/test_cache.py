@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from turnout.cli import cache
+from turnout.cli.experts import POLICIES as FLAGGED
 from turnout.cli.main import main
+from turnout.decide.device.cache import Learnt
+from turnout.models import LM, LMConfig, MoEConfig
+from turnout.models.checkpoint import save
 from turnout.recipes.cache import POLICIES
 from turnout.types import Routing, TraceWriter
 
@@ -36,7 +40,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_parser_knows_every_policy():
-    assert cache.POLICIES == POLICIES
+    assert cache.POLICIES == FLAGGED == POLICIES
 
 
 def test_every_policy_is_beside_the_bound_and_one_is_recommended(trace, tmp_path, capsys):
@@ -119,3 +123,32 @@ def test_what_learns_needs_another_document(tmp_path, capsys):
     assert main(["cache", one]) == 2
     assert "leave out static, trace_matching, expert_flow" in capsys.readouterr().err
     assert main(["cache", one, "--policy", "lru", "--slots", "4"]) == 0
+
+
+def test_what_is_learnt_is_written_whatever_is_compared(trace, tmp_path):
+    asked = ["cache", trace, "--policy", "lru", "--slots", "4", "--save", str(tmp_path / "profile")]
+    assert main(asked) == 0
+    learnt = Learnt.open(tmp_path / "profile")
+    assert learnt.library_NLE.shape == (6, 3, 8) and learnt.profile_LE.sum() == 6 * 30 * 3 * 2
+
+
+def test_a_run_is_its_trace_and_times_are_measured_with_its_model(tmp_path, capsys):
+    moe = MoEConfig(8, 2, 16)
+    save(tmp_path / "run", LM(LMConfig(vocab_size=50, width=16, layers=3, heads=2, max_seq=64, moe=moe)))
+    assert main(["cache", str(tmp_path / "run")]) == 2
+    assert f"turnout eval {tmp_path / 'run'} --trace" in capsys.readouterr().err
+    record(tmp_path / "run" / "trace", 8)
+    asked = ["cache", str(tmp_path / "run"), "--policy", "lru,least-stale", "--memory", "30kB", "--json"]
+    assert main(asked) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["values"]["expert_bytes"] == 3 * 16 * 16 * 4 and told["context"]["model"] == str(tmp_path / "run")
+    assert 0 < told["values"]["fetch_s"] < 1 and told["values"]["fetch_s"] != 1e-3
+    assert "are measured here" in str(told["notes"])
+    assert main([*asked, "--fetch-ms", "2", "--compute-ms", "3"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["values"]["fetch_s"], told["values"]["compute_s"]) == (2e-3, 3e-3) and "measured" not in str(told)
+
+
+def test_times_that_nobody_said_are_said_to_be_assumed(trace, capsys):
+    assert main(["cache", trace, "--policy", "lru", "--slots", "4", "--fetch-ms", "2"]) == 0
+    assert "--compute-ms is assumed, 1 ms: name the model" in capsys.readouterr().out

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from turnout.cli.main import main
 from turnout.decide.device import expert_slots
+from turnout.decide.device.cache import Learnt
 from turnout.errors import UsageError
 from turnout.fields import byte_size
 from turnout.models import LM, LMConfig, MoEConfig, checkpoint
 from turnout.recipes.expert_room import ExpertRoom
 from turnout.train.data import train_tokenizer
+from turnout.types import Accesses
 
 EACH = 3 * 16 * 12 * 4  # bytes of an expert
 
@@ -42,11 +45,30 @@ def test_the_text_is_the_same_and_what_came_of_it_is_said(folder, capsys) -> Non
     assert other == whole and "hold 3 of 8 experts" in told and "in each" not in told
 
 
+def test_policies_that_learnt_change_no_text(folder, tmp_path, capsys) -> None:
+    used_SLE = np.random.default_rng(0).random((40, 2, 4)) < 0.5
+    Learnt.of(Accesses.of_used(used_SLE, np.arange(40) // 10), seed=0, steps=5).save(tmp_path / "profile")
+    drawn = folder, "--prompt", "the cat", "--tokens", "9", "--seed", "3"
+    _, whole, _ = said(capsys, *drawn)
+    for name in ("static", "trace-matching", "expert_flow", "lfru"):
+        few = "--expert-memory", 5 * EACH, "--expert-policy", name, "--expert-profile", tmp_path / "profile"
+        code, out, told = said(capsys, *drawn, *few)
+        assert code == 0 and out == whole, told
+        assert ("has no effect" in told) == (name == "lfru")
+    Learnt.of(Accesses.of_used(used_SLE[:, :1], np.arange(40) // 10), seed=0, steps=5).save(tmp_path / "profile")
+    code, out, told = said(capsys, *drawn, *few[:2], "--expert-policy", "static", *few[4:])
+    assert code == 2 and "be of 2 layers of 4 experts" in told
+
+
 def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:
     for flags, words in (
         (("--expert-memory", "2 experts"), "--expert-memory must be bytes"),
         (("--expert-memory", EACH), f"{2 * EACH:,} bytes"),
         (("--expert-memory", "1GB", "--expert-policy", "lrv"), "Did you mean 'lru'?"),
+        (("--expert-memory", "1GB", "--expert-policy", "static"), "turnout cache TRACE --save FILE"),
+        (("--expert-memory", "1GB", "--expert-policy", "static", "--expert-profile", "none"), "--save FILE"),
+        (("--expert-memory", "1GB", "--expert-policy", "pre-gated"), "router=PreGate"),
+        (("--expert-profile", "none"), "--expert-profile must go with --expert-memory"),
         (("--n-cpu-moe", "-1"), "--n-cpu-moe"),
     ):
         code, out, told = said(capsys, folder, "--prompt", "a", *flags)

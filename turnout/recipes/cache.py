@@ -1,20 +1,21 @@
 """Recorded traces through policies of a cache of experts: learnt from some documents, compared on others."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from turnout.decide.device import cache
+from turnout.decide.device.cache.named import LEARNING, NAMES
 from turnout.errors import UsageError, nearest, word
 from turnout.measure.cache import Contender, cache_report
+from turnout.recipes.cache_times import ExpertTimes, expert_times
 from turnout.types import Accesses, CacheShape, Report, Trace
 
-__all__ = ["POLICIES", "cache_trace"]
+__all__ = ["POLICIES", "cache_trace", "trace_in"]
 
 _WHERE = "turnout cache"
-# Simple ones first: at equal time the first is recommended.
-POLICIES = ("lru", "lfu", "lfru", "least_stale", "static", "trace_matching", "expert_flow", "pre_gated")
-_LEARNT = ("static", "trace_matching", "expert_flow")
+POLICIES = NAMES
+_AHEAD = "a router that routes all layers before the first"
 _HELD_OUT = 4  # every fourth document is compared on, where policies learn from the others
 
 
@@ -28,8 +29,10 @@ def cache_trace(
     policies: Sequence[str] = POLICIES,
     streams: int = 1,
     tokens: int = 20_000,
-    fetch_s: float = 1e-3,
-    compute_s: float = 1e-3,
+    fetch_s: float | None = None,
+    compute_s: float | None = None,
+    model: str | Path | None = None,
+    save: str | Path | None = None,
     seed: int = 0,
 ) -> Report:
     """Every policy on the documents of a trace that none of them learnt from.
@@ -40,49 +43,115 @@ def cache_trace(
             of the experts when neither this nor a memory is given.
         shared: whether all layers share their slots; both ways when None.
         memory_bytes: what the slots may take, in the place of ``slots``.
-        expert_bytes: of one expert.
+        expert_bytes: of one expert; ``model`` tells it too.
         policies: of ``POLICIES``.
         streams: documents decoded side by side.
         tokens: steps compared on, at most.
-        fetch_s: how long one expert takes to come.
-        compute_s: how long one layer's pass takes.
+        fetch_s: how long an expert takes to come; None to measure it with ``model``, 1 ms without one.
+        compute_s: how long one layer's pass takes; None likewise.
+        model: the run or folder of the model.
+        save: a file for what policies learnt, as ``turnout serve --expert-profile`` takes it.
         seed: of what is learnt.
 
     Returns:
         ``measure.cache.cache_report``, with where its numbers are from.
 
     Raises:
-        TurnoutError: a trace that cannot be read, an unknown policy, slots that do not hold one access.
+        TurnoutError: a trace or model that cannot be read, an unknown policy, slots that do not hold one access.
 
     Source: none; plain bookkeeping.
     """
-    for name in policies:
-        if name not in POLICIES:
-            raise nearest(name, POLICIES, kind="policy", where=_WHERE)
-    opened = Trace.open(trace)
-    learnt, compared = _split(opened, policies)
-    bound_N, taken, read = opened.document_N, [], 0
-    for document in compared:
-        if read and read >= tokens * streams:
+    opened = _opened(trace, policies)
+    learnt, compared = _split(opened, policies if save is None else LEARNING)
+    taken = _first(opened, compared, tokens * streams)
+    told = Accesses.of_trace(opened, taken, streams=streams)
+    times = _times(model, fetch_s, compute_s, streams)
+    each = expert_bytes if memory_bytes is None else expert_bytes or times.expert_bytes or None
+    sizes = _sizes(told, slots, shared, memory_bytes, each)
+    known = _known(opened, learnt, seed, save)
+    contenders = [_make(name, told, known) for name in policies]
+    best = cache.PreGated(prefetch=False)
+    report = cache_report(told, contenders, sizes, fetch_s=times.fetch_s, compute_s=times.compute_s, best=best)
+    values = {"documents": len(taken), "documents_learnt": len(learnt), "streams": streams, "layers": told.layers,
+              "experts": told.experts, "expert_bytes": each}  # fmt: skip
+    context = {"trace": str(trace), "seed": seed, "model": None if model is None else str(model)}
+    notes = *report.notes, *_told(model, fetch_s, compute_s)
+    return Report(report.title, values | dict(report.values), notes, context)
+
+
+def _opened(trace: str | Path, policies: Sequence[str]) -> Trace:
+    if strange := [name for name in policies if name not in POLICIES]:
+        raise nearest(strange[0], POLICIES, kind="policy", where=_WHERE)
+    return Trace.open(trace)
+
+
+def _known(trace: Trace, documents: Sequence[int], seed: int, save: str | Path | None) -> cache.Learnt | None:
+    """What is learnt from these documents, which is written where that was asked; None from none."""
+    if not documents:
+        return None
+    known = cache.Learnt.of(Accesses.of_trace(trace, documents), seed=seed)
+    if save is not None:
+        known.save(save)
+    return known
+
+
+def _first(trace: Trace, documents: Sequence[int], tokens: int) -> list[int]:
+    """The first of these documents, as many as hold so many tokens, one at least."""
+    bound_N, taken, read = trace.document_N, [], 0
+    for document in documents:
+        if read and read >= tokens:
             break
         taken.append(document)
         read += int(bound_N[document + 1] - bound_N[document])
-    told = Accesses.of_trace(opened, taken, streams=streams)
-    sizes = _sizes(told, slots, shared, memory_bytes, expert_bytes)
-    known = Accesses.of_trace(opened, learnt) if learnt else None
-    contenders = [_make(name, told, known, seed) for name in policies]
-    best = cache.PreGated(prefetch=False)
-    report = cache_report(told, contenders, sizes, fetch_s=fetch_s, compute_s=compute_s, best=best)
-    values = {"documents": len(taken), "documents_learnt": len(learnt), "streams": streams, "layers": told.layers}
-    values |= {"experts": told.experts, "expert_bytes": expert_bytes}
-    context = {"trace": str(trace), "seed": seed}
-    return Report(report.title, values | dict(report.values), report.notes, context)
+    return taken
+
+
+def _times(model: str | Path | None, fetch_s: float | None, compute_s: float | None, streams: int) -> ExpertTimes:
+    """What was said; what was not is measured, or is a millisecond where there is no model to measure it with."""
+    found = ExpertTimes(1e-3, 1e-3, 0) if model is None else expert_times(model, streams=streams)
+    fetch_s = found.fetch_s if fetch_s is None else fetch_s
+    return ExpertTimes(fetch_s, found.compute_s if compute_s is None else compute_s, found.expert_bytes)
+
+
+def _told(model: str | Path | None, fetch_s: float | None, compute_s: float | None) -> tuple[str, ...]:
+    """Where the times are from, where nobody said them."""
+    left = [flag for flag, value in (("--fetch-ms", fetch_s), ("--compute-ms", compute_s)) if value is None]
+    if not left:
+        return ()
+    names, verb = " and ".join(left), "are" if len(left) > 1 else "is"
+    if model is None:
+        return (f"{names} {verb} assumed, 1 ms: name the model, --model RUN, to have this machine's measured",)
+    return (f"{names} {verb} measured here, with {model}, its files in the system's memory",)
+
+
+def trace_in(folder: str | Path) -> tuple[Path, Path | None]:
+    """The trace in a folder, which is one or a run that holds one, and the run.
+
+    Raises:
+        UsageError: a run or model without a trace.
+
+    Source: none; plain bookkeeping.
+    """
+    folder = Path(folder)
+    has_model = any((folder / name / "config.json").is_file() for name in (".", "model"))
+    if (folder / "trace.json").is_file() or not (has_model or (folder / "run.json").is_file()):
+        above = folder.absolute().parent
+        return folder, above if (above / "run.json").is_file() and (above / "model" / "config.json").is_file() else None
+    found = sorted(path.parent for path in folder.glob("*/trace.json"))
+    if len(found) == 1:
+        return found[0], folder if has_model else None
+    where = f"{folder}/trace"
+    got = f"{folder}, a run or a model {f'with {len(found)} traces' if found else 'without a trace'}"
+    fix = f"name one: turnout cache {found[0]}" if found else (
+        f"record one: turnout eval {folder} --trace {where}, then turnout cache {where}"
+    )  # fmt: skip
+    raise UsageError(word("TRACE", got=got, allowed="be a recorded trace, or hold one", where=_WHERE, fix=fix))
 
 
 def _split(trace: Trace, policies: Sequence[str]) -> tuple[list[int], list[int]]:
     """Documents to learn from and to compare on; all are compared on where nothing learns."""
     every = [n for n in range(trace.num_documents) if trace.document_N[n + 1] > trace.document_N[n]]
-    wanting = [name for name in policies if name in _LEARNT]
+    wanting = [name for name in dict.fromkeys(policies) if name in LEARNING]
     if not every:
         raise UsageError(word("the trace", got="no tokens", allowed="have some", where=_WHERE, fix="record it again"))
     if not wanting:
@@ -130,21 +199,8 @@ def _sizes(
     return found
 
 
-def _make(name: str, told: Accesses, known: Accesses | None, seed: int) -> Contender:
-    plain: dict[str, Callable[[], Contender]] = {
-        "lru": lambda: Contender(name, cache.LRU()),
-        "lfu": lambda: Contender(name, cache.LFU()),
-        "lfru": lambda: Contender(name, cache.LFRU(layers=told.layers)),
-        "least_stale": lambda: Contender(name, cache.LeastStale()),
-        "pre_gated": lambda: Contender(
-            name, cache.PreGated(), ahead=told.layers, needs="a router that routes all layers before the first"
-        ),
-    }
-    if name in plain:
-        return plain[name]()
-    assert known is not None, "what learns was given documents"
-    if name == "static":
-        return Contender(name, cache.Static(known.used().sum(0)), learnt=True)
-    if name == "trace_matching":
-        return Contender(name, cache.TraceMatching.learn(known), learnt=True)
-    return Contender(name, cache.ExpertFlow.learn(known, seed=seed), learnt=True)
+def _make(name: str, told: Accesses, known: cache.Learnt | None) -> Contender:
+    policy = cache.named_policy(name, CacheShape(told.layers, told.experts, told.experts), known)
+    if name == "pre_gated":
+        return Contender(name, policy, ahead=told.layers, needs=_AHEAD)
+    return Contender(name, policy, learnt=name in LEARNING)

@@ -1,35 +1,39 @@
 """How much memory a model's experts may take, as commands are told it: what is made of it, and what is said of it."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from turnout.decide.device import cache
+from turnout.decide.device.cache import Learnt, named_policy
+from turnout.decide.device.cache.named import LEARNING, NAMES
 from turnout.errors import UsageError, nearest, word
 from turnout.fields import byte_size
 from turnout.models import LM
 from turnout.models.checkpoint import load_offloaded
+from turnout.types import CachePolicy, CacheShape
 from turnout.types.device import find_device, shown
 
 __all__ = ["POLICIES", "ExpertRoom"]
 
-# Those that ask for nothing but what is used.
-POLICIES = {"lru": cache.LRU, "lfu": cache.LFU, "least_stale": cache.LeastStale}
+POLICIES = NAMES
+_MAKE = "turnout eval RUN --trace TRACE, then turnout cache TRACE --save FILE"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRoom:
-    """What ``--expert-memory``, ``--expert-policy`` and ``--n-cpu-moe`` say.
+    """What ``--expert-memory``, ``--expert-policy``, ``--expert-profile`` and ``--n-cpu-moe`` say.
 
     Args:
         memory: how many bytes experts may take in memory, as "2GB"; None for as many as there are.
-        policy: which of them stay: a name of ``POLICIES``.
+        policy: which of them stay: a name of ``POLICIES``, with - or _ between its words.
+        profile: the file that ``turnout cache --save`` wrote, for a policy that goes by what it learnt.
         n_cpu_moe: llama.cpp's: the experts of so many layers, from the first, stay with the CPU where an accelerator
             computes the rest.
 
     Raises:
-        UsageError: no size, no such policy, or a negative number.
+        UsageError: no size, no such policy, one that has learnt nothing, or a negative number.
 
     >>> ExpertRoom("2GB").policy
     'lru'
@@ -40,12 +44,17 @@ class ExpertRoom:
     memory: str | int | None = None
     policy: str = "lru"
     n_cpu_moe: int | None = None
+    profile: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.memory is not None:
             self._bytes(self.memory)
-        if self.policy not in POLICIES:
+        if self._name not in POLICIES:
             raise nearest(self.policy, list(POLICIES), kind="policy", where="--expert-policy")
+        if self._name in LEARNING and self.profile is None:
+            got, allowed = f"{self.policy} alone", "go with --expert-profile, what such a policy goes by"
+            fix = f"add --expert-profile FILE, made by {_MAKE}; or take lru"
+            raise UsageError(word("--expert-policy", got=got, allowed=allowed, where="turnout", fix=fix))
         if self.n_cpu_moe is not None and self.n_cpu_moe < 0:
             fix, allowed = "leave it out", "be the number of layers whose experts stay with the CPU"
             raise UsageError(word("--n-cpu-moe", got=self.n_cpu_moe, allowed=allowed, where="turnout", fix=fix))
@@ -59,7 +68,7 @@ class ExpertRoom:
             device: where the model is to run.
 
         Raises:
-            UsageError: an accelerator was asked for.
+            UsageError: an accelerator was asked for, or a policy that this model has nothing for.
             TurnoutError: as ``load_offloaded``.
         """
         on = torch.device("cpu") if device == "auto" and self.memory is not None else find_device(device)
@@ -77,8 +86,24 @@ class ExpertRoom:
             )
         if self.memory is None:
             return None, notes
-        lm = load_offloaded(folder, expert_memory=self.memory, policy=POLICIES[self.policy]())
+        if self.profile is not None and self._name not in LEARNING:
+            notes += (f"--expert-profile {self.profile} has no effect: {self.policy} goes by what is used alone",)
+        lm = load_offloaded(folder, expert_memory=self.memory, policy=self._policy())
+        if self._name == "pre_gated" and lm.pre_gate is None:
+            assert lm.experts is not None
+            lm.experts.close()
+            allowed = "be asked of a model whose one router decides for all layers before the first (router=PreGate)"
+            fix = "take lru, or expert_flow, which foresees what any router will do"
+            raise UsageError(word("--expert-policy", got="pre_gated", allowed=allowed, where=where, fix=fix))
         return lm, (self._understood(lm, folder), *notes)
+
+    @property
+    def _name(self) -> str:
+        return self.policy.replace("-", "_")
+
+    def _policy(self) -> Callable[[CacheShape], CachePolicy]:
+        learnt = None if self.profile is None or self._name not in LEARNING else Learnt.open(self.profile)
+        return lambda shape: named_policy(self._name, shape, learnt)
 
     @staticmethod
     def _bytes(memory: str | int) -> int:

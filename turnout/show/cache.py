@@ -79,7 +79,7 @@ def _times(slots: int, rows: Sequence[Mapping[str, Any]], names: Sequence[str], 
         for row in rows
         if row["slots"] == slots
     ]
-    about = f"one expert comes in {1e3 * report['fetch_s']:g} ms, a layer takes {1e3 * report['compute_s']:g} ms"
+    about = f"one expert comes in {1e3 * report['fetch_s']:.3g} ms, a layer takes {1e3 * report['compute_s']:.3g} ms"
     return card(f"Time of a pass, {slots} slots", about, value_bars(bars))
 
 

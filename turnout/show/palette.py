@@ -21,9 +21,10 @@ a8496b d26c62 6cbbe7 b163a5 f79176 63d0d4 cd7f97 f7ba83 37995d 41cba6 905787 a38
 cd6a8b be6b2c e291d4 8157a9 b571bb 5e8647 87534d ddca5e 81e5fe b98fe6 ea988e e0b9e2 5ba071 a16089 778bcc cd939c
 """.split()
 EXPERTS = len(_LIGHT)
-# Runs: the colours of Okabe and Ito, 2008, and lighter ones for a dark background.
-_RUNS_LIGHT = "0072b2 d55e00 009e73 b0568c a67c00 3e8fc4".split()
-_RUNS_DARK = "56b4e9 ff8f4d 35c59a e39ac3 f0b73c 9fd3f5".split()
+# Runs, and policies of a cache, of which there are nine: the colours of Okabe and Ito, 2008, and three more; lighter
+# ones for a dark background.
+_RUNS_LIGHT = "0072b2 d55e00 009e73 b0568c a67c00 3e8fc4 8f1d1d 5b3fa0 5f6b73".split()
+_RUNS_DARK = "56b4e9 ff8f4d 35c59a e39ac3 f0b73c 9fd3f5 ff6b6b a58cf0 b4bec6".split()
 
 
 def css(num_experts: int) -> str:

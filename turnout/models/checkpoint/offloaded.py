@@ -1,7 +1,7 @@
 """Models whose experts stay in their files, but for those that fit into so many bytes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +27,12 @@ from turnout.paths import Bank, OffloadedBank, PackedBank
 from turnout.paths.offloaded import bank_parts
 from turnout.run.pages import in_large_pages
 from turnout.run.swap import ExpertCache
-from turnout.types import CachePolicy, Packed
+from turnout.types import CachePolicy, CacheShape, Packed, Routing
 
 __all__ = ["load_offloaded"]
 
 _WHERE = "turnout.models.checkpoint.load_offloaded"
+Policy = CachePolicy | Callable[[CacheShape], CachePolicy]
 
 
 @expects(path=PATH)
@@ -41,7 +42,7 @@ def load_offloaded(
     expert_memory: int | str,
     dtype: torch.dtype | None = None,
     packed: bool = True,
-    policy: CachePolicy | None = None,
+    policy: Policy | None = None,
     shared: bool = False,
     threads: int = 1,
 ) -> LM:
@@ -57,7 +58,7 @@ def load_offloaded(
         expert_memory: how many bytes experts may take: a number, or as "2GB", "500MB", "1.5GiB".
         dtype: of the weights, for a folder of transformers; None for the one they are stored in.
         packed: hold what a folder of transformers has in few bits as it is.
-        policy: which experts stay (``turnout.decide.device.cache``); None for those that were used last.
+        policy: which experts stay (``turnout.decide.device.cache``), or what makes one for so many slots; None: LRU.
         shared: whether all layers share the slots, rather than having as many each, where there are enough for that.
         threads: how many read ahead while passes go on.
 
@@ -113,7 +114,7 @@ class _Found:
         """The layers that have experts."""
         return _banks(self.lm)
 
-    def cache(self, memory: int | str, policy: CachePolicy, *, shared: bool, threads: int) -> ExpertCache:
+    def cache(self, memory: int | str, policy: Policy, *, shared: bool, threads: int) -> ExpertCache:
         """Slots for as many experts as fit."""
         bank, moe = self.banks[0][1], self.lm.config.moe
         assert moe is not None
@@ -130,7 +131,7 @@ class _Found:
         shape = expert_slots(memory, **sizes, shared=shared)
         biases = [[one for one in (bank.up_bias, bank.down_bias) if one is not None] for _, bank in self.banks]
         source = FileExperts(parts, self.pieces, biases, list(self.files.values()))
-        return ExpertCache(source, shape, policy, threads=threads)
+        return ExpertCache(source, shape, policy(shape) if callable(policy) else policy, threads=threads)
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -170,6 +171,18 @@ class _Found:
                 down_bias=bank.down_bias,
             )
         self.lm.experts = cache
+        if self.lm.pre_gate is not None:
+            self.lm.pre_gate.register_forward_hook(_foretelling(cache))
+
+
+def _foretelling(cache: ExpertCache) -> Callable[[nn.Module, object, Routing], None]:
+    """Tells the cache what a router that all layers share has decided before the first of them."""
+
+    def tell(gate: nn.Module, given: object, routing: Routing) -> None:
+        experts = routing.expert_R.unique().tolist()
+        cache.foretell([experts] * cache.shape.layers)
+
+    return tell
 
 
 def _banks(lm: LM) -> list[tuple[MoE, Bank | PackedBank]]:

@@ -1,5 +1,6 @@
 """A part of a prompt, read by a model's modules layer by layer, with what went before in pages."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
@@ -73,7 +74,8 @@ def read_chunk(lm: LM, pages: Pages, text: Text, id_S: Sequence[int]) -> Generat
             call["detour"] = functools.partial(ranked(torch.tensor([text.rank])), len(routings))
         x_BSD = block.attended(x_BSD, angles, before, batch.places)
         yield
-        x_BSD, routing = block.fed(x_BSD, batch.places, **call)
+        with contextlib.nullcontext() if lm.experts is None else lm.experts.turn(text=text.number):
+            x_BSD, routing = block.fed(x_BSD, batch.places, **call)
         if routing is not None:
             routings.append(routing)
         if layer < last:

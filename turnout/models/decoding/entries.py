@@ -49,12 +49,15 @@ class Entries:
         self.norms, self.matrices = np.array(self._norms, NORM), np.array(self._matrices, np.int64)
 
     @contextlib.contextmanager
-    def turn(self, id_R: np.ndarray) -> Iterator[None]:
-        """One step of these tokens; where experts come into slots, what kept it from its end is raised."""
+    def turn(self, id_R: np.ndarray, text: int = 0) -> Iterator[None]:
+        """One step of these tokens, of the text of this number or of several (0).
+
+        Where experts come into slots, what kept it from its end is raised.
+        """
         if self.ready is None:
             yield
             return
-        with self.ready.cache.turn(id_R.tolist()):
+        with self.ready.cache.turn(id_R.tolist(), text=text):
             yield
             self.ready.check()
 

@@ -89,7 +89,7 @@ class PagedSteps:
         id_R = np.array([one for id_N in id_RN for one in id_N], np.int64)
         logits_BV, entries = self._logits_RV[: len(texts)], self.entries
         told = entries.models, entries.layers, entries.norms, entries.matrices
-        with entries.turn(id_R):
+        with entries.turn(id_R, texts[0].number if len(texts) == 1 else 0):
             step(*told, id_R, place_R, page_GRP, rank_R, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
         for text, count in zip(texts, counts, strict=True):
             text.length += count

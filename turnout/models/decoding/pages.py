@@ -1,6 +1,7 @@
 """Keys and values in pages: what a compiled step reads and writes, of texts that come, grow and go."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from turnout.run.compiled.tables import PAGE
 from turnout.run.pages import in_large_pages
 
 __all__ = ["PAGE", "Pages", "Text", "pages_of"]
+
+_NUMBERS = itertools.count(1)
 
 
 def pages_of(length: int) -> int:
@@ -31,6 +34,7 @@ class Text:
         near: where its pages would best begin.
         rank: above 0 each of its tokens takes in every routed layer its one expert of this rank
             (``turnout.models.Contrast``); what is stored is then of no use to a text of another rank.
+        number: its own, of all texts of this process, from 1.
 
     Source: none; plain bookkeeping.
     """
@@ -40,6 +44,7 @@ class Text:
     length: int = 0
     near: int | None = None
     rank: int = 0
+    number: int = dataclasses.field(default_factory=_NUMBERS.__next__)
 
 
 class Pages:

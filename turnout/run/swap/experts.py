@@ -127,6 +127,7 @@ class ExpertCache:
         self._turn = threading.RLock()
         self._step, self._layer, self._told = -1, shape.layers, False
         self._tokens: tuple[int, ...] = ()
+        self._text, self._foretold = 0, threading.local()
         self._made = ExpertStats(count, shape.layers * shape.experts, sum(part.nbytes for part in self.parts))
         self._hits_L, self._misses_L, self._counts = [0] * shape.layers, [0] * shape.layers, [0] * 3
         self._waits_s, self._closed = 0.0, False
@@ -161,8 +162,13 @@ class ExpertCache:
         return tuple(found)
 
     @contextlib.contextmanager
-    def turn(self, tokens: Sequence[int] | None = None) -> Iterator[None]:
-        """No other thread's passes come between; with ``tokens``, those that a pass through all layers reads.
+    def turn(self, tokens: Sequence[int] | None = None, *, text: int = 0) -> Iterator[None]:
+        """No other thread's passes come between.
+
+        Args:
+            tokens: those that a pass through all layers reads; None where a turn is of less than that.
+            text: the number of the text that is read, its own for as long as the program runs; 0 where it is not known,
+                or several are read at once. Turns within this one that do not say are of the same.
 
         Raises:
             UsageError: the cache was closed.
@@ -172,14 +178,30 @@ class ExpertCache:
                 fix = "read the model again"
                 raise UsageError(word("the experts", got="a closed cache", allowed="be open", where=_WHERE, fix=fix))
             told = tokens is not None and not self._told
+            before, self._text = self._text, text or self._text
             if tokens is not None and told:
                 self._told, self._tokens, self._layer = True, tuple(tokens), -1
                 self._step += 1
             try:
                 yield
             finally:
+                self._text = before
                 if told:
                     self._told, self._tokens, self._layer = False, (), self.shape.layers
+
+    def foretell(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """What this thread's next pass will ask of each layer: for a router that has run ahead of it.
+
+        Args:
+            experts_L: for each layer with experts their numbers, ascending.
+        """
+        self._foretold.experts_L = tuple(map(tuple, experts_L))
+
+    def _coming(self, layer: int, experts: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """What is known to come: the rest of this layer's, where not all fit at once, then those of later layers."""
+        known: tuple[tuple[int, ...], ...] = getattr(self._foretold, "experts_L", ())
+        rest = ((layer, tuple(one for one in known[layer] if one > experts[-1])),) if known and experts else ()
+        return tuple(one for one in (*rest, *enumerate(known[layer + 1 :], layer + 1)) if one[1])
 
     def take(self, layer: int, experts: Sequence[int], *, more: bool = False) -> list[int]:
         """The slots of these experts, which are there when this returns and stay until the next call.
@@ -196,7 +218,8 @@ class ExpertCache:
         if not self._told and not more and layer <= self._layer:
             self._step += 1
         self._layer = layer
-        access = Access(layer, tuple(experts), max(self._step, 0), self._tokens)
+        step, coming = max(self._step, 0), self._coming(layer, experts)
+        access = Access(layer, tuple(experts), step, self._tokens, self._text, coming)
         try:
             return self._take(access)
         except BaseException:

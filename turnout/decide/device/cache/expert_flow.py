@@ -1,11 +1,12 @@
 """ExpertFlow: the path through all layers is predicted before the pass, and corrected as truth arrives."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
+from turnout.decide.device.cache.history import History, other_text
 from turnout.decide.device.cache.route_predictor import RoutePredictor, learn_routes
 from turnout.types.accesses import Accesses
 from turnout.types.expert_cache import Access, CacheShape, Decision
@@ -23,6 +24,8 @@ class Flowing:
         now_P: what this pass has used so far.
         chance_LE: (L, E) what is foreseen of this pass.
         sequence: which text it is.
+        aside: what is remembered of the texts before, which may come again.
+        begun: whether anything of it was read.
 
     Source: none; plain bookkeeping.
     """
@@ -32,6 +35,8 @@ class Flowing:
     now_P: np.ndarray
     chance_LE: np.ndarray
     sequence: int = -1
+    aside: tuple["Flowing", ...] = ()
+    begun: bool = False
 
 
 class ExpertFlow:
@@ -89,9 +94,10 @@ class ExpertFlow:
         """The state after this access, what each expert is worth, and which should come early."""
         sizes, layer, half = state.history.sizes, access.layer, self.predictor.half
         keep = 2.0 ** (-1 / (half * sizes.layers))
-        fresh = access.sequence != state.sequence
-        if fresh:
-            state = self._begun(state.history, access.sequence)
+        if access.sequence != state.sequence:
+            begun = functools.partial(self._begun, state.history, access.sequence)
+            state = other_text(state, access.sequence, begun)
+        fresh = not state.begun
         history, before_P, now_P, chance_LE = state.history, state.before_P, state.now_P, state.chance_LE
         if fresh or access.step != history.step:
             before_P, now_P = (now_P, np.zeros_like(now_P)) if not fresh else (before_P, now_P)
@@ -109,7 +115,8 @@ class ExpertFlow:
         worth_P = -(until_P + sizes.layers * (1 / chance_P - 1))
         near_W = np.nonzero(coming_P & (until_P <= self.reach) & (chance_P >= self.likely))[0]
         wish = near_W[np.argsort(-worth_P[near_W], kind="stable")[: self.early]].tolist()
-        return Flowing(history, before_P, now_P, chance_LE, access.sequence), worth_P, wish
+        after = Flowing(history, before_P, now_P, chance_LE, access.sequence, state.aside, begun=True)
+        return after, worth_P, wish
 
     def _rate(self, history: History, keep: float) -> np.ndarray:
         """(P,) how often each is used in a pass, of late."""

@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from turnout.errors import UsageError, word
 from turnout.types.expert_cache import Access, CacheShape, Decision, Seen
 
-__all__ = ["History", "Worth", "by_worth"]
+__all__ = ["History", "Worth", "by_worth", "other_text"]
 
 _WHERE = "a cache policy's update"
+# How many texts are remembered beside the one that is read: as many as a server reads in turn.
+_ASIDE = 16
+_State = TypeVar("_State", bound=Any)
 
 
 class Worth(Protocol):
@@ -168,3 +171,19 @@ def by_worth(policy: _Ruled, state: History, access: Access) -> tuple[History, D
     """
     now, told_P = state.touched(access, policy.keep), getattr(policy, "profile_P", None)
     return now.served(access, functools.partial(now.worths, policy.worth, access.layer, told_P))
+
+
+def other_text(state: _State, sequence: int, begun: Callable[[], _State]) -> _State:
+    """What is remembered of another text, its own from before where it comes again, with what the cache holds now.
+
+    A server reads parts of prompts between steps, so that texts take turns.
+
+    Args:
+        state: a frozen dataclass with ``history``, ``sequence`` and ``aside``, what is remembered of other texts.
+        sequence: the text's number.
+        begun: gives what is remembered of a text that begins.
+    """
+    found = next((one for one in state.aside if one.sequence == sequence), None)
+    others = [one for one in state.aside if one is not found]
+    aside = (*others, dataclasses.replace(state, aside=()))[-_ASIDE:]
+    return dataclasses.replace(begun() if found is None else found, history=state.history, aside=aside)

@@ -1,16 +1,17 @@
 """Trace matching: the recorded text whose experts are most like this one's says which come next."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import numpy as np
 
-from turnout.decide.device.cache.history import History
+from turnout.decide.device.cache.history import History, other_text
 from turnout.errors import ShapeError, word
 from turnout.types.accesses import Accesses
 from turnout.types.expert_cache import Access, CacheShape, Decision
 
-__all__ = ["Matched", "TraceMatching"]
+__all__ = ["Matched", "TraceMatching", "recorded_texts"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +23,7 @@ class Matched:
         count_LE: (L, E) how often this text used each expert.
         like_NL: (N, L) how like each recorded text this one is in each layer.
         sequence: which text it is.
+        aside: what is remembered of the texts before, which may come again.
 
     Source: none; plain bookkeeping.
     """
@@ -30,6 +32,7 @@ class Matched:
     count_LE: np.ndarray
     like_NL: np.ndarray
     sequence: int = -1
+    aside: tuple["Matched", ...] = ()
 
 
 class TraceMatching:
@@ -69,10 +72,7 @@ class TraceMatching:
     @classmethod
     def learn(cls, accesses: Accesses, *, most: int = 128) -> Self:
         """From recorded texts; of more than ``most``, as many spread evenly."""
-        used_SLE, sequence_S = accesses.used(), accesses.sequence_S()
-        texts = np.unique(sequence_S)
-        texts = texts[np.unique(np.linspace(0, len(texts) - 1, min(most, len(texts))).round().astype(int))]
-        return cls(np.stack([used_SLE[sequence_S == text].sum(0) for text in texts]))
+        return cls(recorded_texts(accesses, most=most))
 
     def init(self, sizes: CacheShape) -> Matched:
         """Nothing is held, no text has begun."""
@@ -96,12 +96,13 @@ class TraceMatching:
     def foretell(self, state: Matched, access: Access) -> tuple[Matched, np.ndarray, list[int]]:
         """The state after this access, what each expert is worth, and which should come early."""
         if access.sequence != state.sequence:
-            state = self._begun(state.history, access.sequence)
+            begun = functools.partial(self._begun, state.history, access.sequence)
+            state = other_text(state, access.sequence, begun)
         now, sizes, layer = state.history.touched(access), state.history.sizes, access.layer
         count_LE, like_NL = state.count_LE.copy(), state.like_NL.copy()
         count_LE[layer, list(access.experts)] += 1
         like_NL[:, layer] = self._unit_NLE[:, layer] @ (count_LE[layer] / np.linalg.norm(count_LE[layer]))
-        state = Matched(now, count_LE, like_NL, access.sequence)
+        state = Matched(now, count_LE, like_NL, access.sequence, state.aside)
         until_P = now.until(layer)
         share_P = self._share_NLE[self.match(state)].reshape(-1)
         worth_P = share_P * (1 - (until_P - 1) / (sizes.layers + 1)) + 1e-9 * now.last_P / now.tick
@@ -113,3 +114,11 @@ class TraceMatching:
         state, worth_P, wish = self.foretell(state, access)
         history, decision = state.history.served(access, lambda: worth_P, wish)
         return dataclasses.replace(state, history=history), decision
+
+
+def recorded_texts(accesses: Accesses, *, most: int = 128) -> np.ndarray:
+    """(N, L, E) how often each recorded text used each expert; of more than ``most``, as many spread evenly."""
+    used_SLE, sequence_S = accesses.used(), accesses.sequence_S()
+    texts = np.unique(sequence_S)
+    texts = texts[np.unique(np.linspace(0, len(texts) - 1, min(most, len(texts))).round().astype(int))]
+    return np.stack([used_SLE[sequence_S == text].sum(0) for text in texts])
