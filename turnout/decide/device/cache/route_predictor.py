@@ -118,6 +118,7 @@ def _affinity(used_SLE: np.ndarray) -> np.ndarray:
     return found_MEE
 
 
+@torch.enable_grad()
 def _trained(
     before_NP: np.ndarray,
     rate_NP: np.ndarray,
