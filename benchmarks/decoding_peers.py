@@ -88,13 +88,21 @@ class Turnout(Peer):
         return self.decoder.step(self.torch.from_numpy(id_B)).float().numpy()
 
     def fill(self, id_S: np.ndarray, streams: int) -> None:
-        """One stream reads, the others have a copy."""
-        from turnout.models.decoding import Decoder
+        """One stream reads, the others have a copy of its pages."""
+        from turnout.models.decoding.pages import PAGE
 
-        self.decoder = Decoder(self.lm, 1, self.decoder.room)
-        self.read(id_S[None])
-        self.decoder._steps.keep(self.torch.zeros(streams, dtype=self.torch.int64))  # users have no need of copies
-        self.decoder.batch, self.decoder.length_B = streams, self.decoder.length_B.repeat(streams)
+        length_B = self.torch.tensor([len(id_S)] + [1] * (streams - 1))
+        self.decoder.prefill(self.torch.from_numpy(np.repeat(id_S[None], streams, 0)), length_B)
+        steps = self.decoder._steps  # users have no need of copies
+        pages, (first, *others) = steps._pages, steps._texts
+        for text in others:
+            steps._extend([text], first.length, steps=False)
+            for layer in range(len(self.lm.blocks)):
+                window = self.lm.config.window_of(layer) or first.length
+                start = max(0, first.length - window + 1) // PAGE * PAGE
+                pages.write(text, layer, start, pages.read(first, layer, start, first.length))
+            text.length = first.length
+        self.decoder.length_B[:] = len(id_S)
 
     def read_bytes(self) -> dict[str, Any]:
         """What a step reads: of ``rest`` all, of the embedding a row for each stream, experts, positions of a cache."""

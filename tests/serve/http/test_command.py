@@ -40,12 +40,12 @@ def start() -> Iterator:
 
 
 def post(url: str, body: dict) -> httpx.Response:
-    return httpx.post(f"{url}/completions", json=body, timeout=60, trust_env=False)
+    return httpx.post(f"{url}/completions", json=body, timeout=600, trust_env=False)
 
 
 @pytest.mark.slow
 def test_it_ends_in_peace(start, folder):
-    process, url = start(folder)
+    process, url = start(folder, "--drain-timeout", "500")  # however busy the machine is
     assert process.stdout.readline().startswith(f"curl {url}/chat/completions")
     answers: list[httpx.Response] = []
     long = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "n": 60}
@@ -64,6 +64,29 @@ def test_it_ends_in_peace(start, folder):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert (out, err) == ("", "")
+
+
+@pytest.mark.slow
+def test_whoever_is_cut_short_at_the_end_is_told_in_openais_format(start, folder):
+    process, url = start(folder, "--drain-timeout", "0.3")
+    answers: list[httpx.Response] = []
+    body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "n": 128}
+    threads = [threading.Thread(target=lambda: answers.append(post(url, body))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while httpx.get(url.replace("/v1", "/health"), trust_env=False).json()["running"] == 0:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert {(found.status_code, found.json()["error"]["code"]) for found in answers} <= {
+        (503, "cancelled"),
+        (503, "draining"),
+        (429, "queue_full"),
+    }, [found.text[:200] for found in answers]
+    assert (503, "cancelled") in {(found.status_code, found.json()["error"]["code"]) for found in answers}
 
 
 @pytest.mark.slow

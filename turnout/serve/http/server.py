@@ -14,6 +14,8 @@ from turnout.serve.http.service import Service
 __all__ = ["listen", "run_server"]
 
 _WHERE = "turnout serve"
+# What those whose answers are cut short at the end have to hear of it.
+_TELLING_S = 5.0
 
 
 def listen(host: str, port: int, *, reader_s: float = 60.0) -> socket.socket:
@@ -97,6 +99,7 @@ def _server(app: Any, service: Service, ready: Callable[[], object]) -> Any:
         """The first signal begins the end, the second is it."""
 
         draining_s: float | None = None
+        cut = False
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             """A signal came."""
@@ -108,8 +111,11 @@ def _server(app: Any, service: Service, ready: Callable[[], object]) -> Any:
             """Ten times a second: whether it is over."""
             if service.door.draining:
                 self.draining_s = self.draining_s or time.monotonic()
-                late = time.monotonic() - self.draining_s > service.limits.drain_s
-                self.should_exit |= late or service.door.active == 0
+                over_s = time.monotonic() - self.draining_s - service.limits.drain_s
+                if over_s > 0 and not self.cut:
+                    self.cut = True  # whoever still waits is told so, in a moment
+                    asyncio.get_running_loop().run_in_executor(None, service.engine.close)
+                self.should_exit |= over_s > _TELLING_S or service.door.active == 0
             return await super().on_tick(counter)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
