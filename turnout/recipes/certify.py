@@ -179,6 +179,9 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
         return path / "model"
     got = str(path) if path.exists() else f"{path}, which does not exist"
     fix = "name a run or a model's folder"
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        got += ", a file of llama.cpp" if path.is_file() else ", with files of llama.cpp alone"
+        fix = "name the folder that it was made from, or run the file with llama.cpp: GGUF is written here, not read"
     if (path / "run.json").is_file():
         Run.open(path)  # says what else it is
         fix = f"finish the run: turnout train --resume --out {quote(str(path))}"

@@ -155,6 +155,8 @@ def test_routes_are_told_where_they_are_asked_for() -> None:
 class Falls:
     """A mask that allows even tokens, and fails or is done after some."""
 
+    whole = True
+
     def __init__(self, fails: bool) -> None:
         self.fails, self.left = fails, 3
 

@@ -125,3 +125,9 @@ def test_what_is_no_template(tmp_path):
         ChatTemplate.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a"}')
     assert ChatTemplate.load(tmp_path) is None
+
+
+def test_what_was_thought_is_told_in_the_order_of_transformers():
+    template = ChatTemplate("{{ messages | tojson }}", {})
+    said = template([{"role": "assistant", "content": "b", "reasoning_content": "a"}])
+    assert said == '[{"thinking": "a", "role": "assistant", "content": "b", "reasoning_content": "a"}]'

@@ -16,6 +16,8 @@ import pytest
 
 from turnout.cli import serve
 from turnout.cli.main import main
+from turnout.errors import CheckpointError
+from turnout.recipes.certify import model_folder
 
 
 @pytest.fixture
@@ -191,3 +193,11 @@ def test_a_budget_below_a_page_or_beyond_the_machine_is_refused():
         PagedLane(lm, 1, 10, sharing=False)
     with pytest.raises(UsageError, match="cache_bytes must be memory that this machine has"):
         PagedLane(lm, 1, 10**17, sharing=False)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_file_of_llama_cpp_is_refused_by_name(tmp_path, within):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\xbd\x00")
+    with pytest.raises(CheckpointError, match=r"of llama\.cpp.*GGUF is written here, not read"):
+        model_folder(tmp_path if within else file)

@@ -4,9 +4,11 @@ import json
 import random
 
 import pytest
-from serving import VOCAB, make_tokenizer
+from serving import VOCAB, make_lm, make_tokenizer
 
 from turnout.errors import UsageError
+from turnout.models import Drawing
+from turnout.serve.engine import Engine, Request
 from turnout.serve.http.errors import ApiError
 from turnout.serve.http.grammar import Grammar, Grammars
 
@@ -81,18 +83,33 @@ def test_a_plain_token_that_ends_texts_ends_them_where_the_form_is_whole(tokeniz
     mask = of(grammars, {"type": "array", "items": {"type": "integer"}})
     for token in tokenizer.encode("[8").ids:
         mask.took(token)
-    assert mask.allowed()[comma] and not mask.allowed()[seven]
+    assert mask.allowed()[comma] and mask.allowed()[seven] and not mask.whole
+    for token in (seven, *tokenizer.encode("]").ids):  # within the form it is a digit like others
+        mask.took(token)
+    assert mask.done
     mask = of(grammars, {"type": "integer"})
     mask.took(tokenizer.encode("8").ids[0])
-    assert mask.allowed()[seven] and mask.allowed()[0]
+    assert mask.allowed()[seven] and mask.allowed()[0] and mask.whole
     mask.took(seven)
     assert mask.done
-    mask = of(Grammars(tokenizer, vocab_size=VOCAB, eos=()), {"enum": [8]})
-    mask.took(tokenizer.encode("8").ids[0])
-    if not mask.done:
-        with pytest.raises(UsageError, match="none of its tokens goes on with"):
-            mask._ends_V[:] = True
-            mask.allowed()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ends_that_a_form_needs_cut_no_form(tokenizer, temperature):
+    """A model may end its texts with a quote, which JSON cannot do without: what stops is whole all the same."""
+    ends = (0, *(tokenizer.encode(one).ids[0] for one in '"}1'))
+    grammars, found = Grammars(tokenizer, vocab_size=VOCAB, eos=ends), []
+    with Engine(make_lm(), tokenizer=tokenizer) as engine:
+        for schema in ({"enum": ["a", "b"]}, SCHEMA, {"type": "object", "maxProperties": 1}, {"enum": [11, 31]}):
+            drawing, mask = Drawing(temperature=temperature), of(grammars, schema)
+            asked = Request((5, 9), 200, drawing, eos=ends, seed=1, mask=mask, logprobs=0)
+            found.append(engine.submit(asked).result(300))
+    for tokens, end in found:
+        text = "".join(token.text for token in tokens)
+        assert end.reason == "length" or json.loads(text) is not None, text
+        assert not any(token.ends for token in tokens[:-1])
+    assert [end.reason for _, end in found].count("stop") >= 2
+    assert "".join(token.text for token in found[0][0]) in ('"a"', '"b"')
 
 
 def test_copies_go_their_own_ways(tokenizer, grammars):

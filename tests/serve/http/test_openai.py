@@ -158,7 +158,7 @@ def test_of_tokens_that_are_spelt_alike_the_likeliest_is_told():
         [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
     )
     token = Token(3, "a", -1.5, ((1, -0.5), (3, -1.5), (2, -9.0)))
-    told = completion_logprobs([token], Spelling(tokenizer), ends=(), offset=0)
+    told = completion_logprobs([token], Spelling(tokenizer), offset=0)
     assert told["top_logprobs"] == [{" ": -0.5, "a": -1.5}]
 
 

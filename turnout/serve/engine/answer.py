@@ -76,18 +76,19 @@ class Answer:
         if self._drawn_1V is not None:
             self._drawn_1V[0, token] += 1
         mask = self.request.mask
+        ends = token in self.request.eos and (mask is None or mask.whole)
         if mask is not None:
             mask.took(token)
-        why = self._why(token)
+        why = self._why(ends)
         text = ""
         if self._pieces is not None:
-            if token in self.request.eos:
+            if ends:
                 text = self._pieces.add_end(token)
             else:
                 text = self._pieces.add(token) + ("" if why is None else self._pieces.end())
             why = "stop" if self._pieces.stopped else why
         logprob, top = self._chances(score_V, token)
-        self.ticket.put(Token(token, text, logprob, top, routes if self.request.routes else None))
+        self.ticket.put(Token(token, text, logprob, top, routes if self.request.routes else None, ends))
         if why is not None:
             self.end(why)
         return why is not None
@@ -97,9 +98,9 @@ class Answer:
         prompt = len(self.request.prompt)
         self.ticket.put(Finished(reason, prompt, self.cached, self.drawn, message))
 
-    def _why(self, token: int) -> Reason | None:
+    def _why(self, ends: bool) -> Reason | None:
         mask = self.request.mask
-        if token in self.request.eos or (mask is not None and mask.done):
+        if ends or (mask is not None and mask.done):
             return "stop"
         return "length" if self.drawn == self.request.tokens else None
 

@@ -38,7 +38,7 @@ class TokenMask(Protocol):
 
     >>> import torch
     >>> class Even:
-    ...     done = False
+    ...     done, whole = False, True
     ...     def allowed(self):
     ...         return torch.arange(16) % 2 == 0
     ...     def took(self, token):
@@ -52,6 +52,10 @@ class TokenMask(Protocol):
     @property
     def done(self) -> bool:
         """Whether nothing may follow: the request ends with the token before."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a text may end here: elsewhere a token of ``Request.eos`` is one like any other."""
 
     def allowed(self) -> Tensor:
         """(V,) bool, the tokens that may come next."""
@@ -68,7 +72,8 @@ class Request:
         prompt: its token ids, at least one.
         tokens: the most that are added, at least 1.
         drawing: how each is drawn; by default the likeliest.
-        eos: the tokens that end it, which are its last; ``Engine.ends`` has those that the model names.
+        eos: the tokens that end it, which are its last; ``Engine.ends`` has those that the model names. Within what
+            a ``mask`` asks for they end nothing.
         stop: texts that end it, found wherever tokens begin and end.
         keep_stop: whether the text ends behind what it stopped at, rather than before.
         seed: of its draws, which depend on the seed and the prompt alone; None for one that nobody knows.
@@ -124,6 +129,7 @@ class Token:
         top: the likeliest tokens and their log-probabilities, the likeliest first.
         routes: for each routed layer the experts that the position was sent to that this token was made at; None where
             they were not asked for, or are not known.
+        ends: whether it is a token of ``Request.eos`` that ended the text, and so no part of it.
 
     >>> Token(7, " the").text
     ' the'
@@ -136,6 +142,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     routes: tuple[tuple[int, ...], ...] | None = None
+    ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

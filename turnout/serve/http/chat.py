@@ -73,7 +73,6 @@ class _Style:
     def __init__(self, service: Service, asked: Asked) -> None:
         self._texts, self._made, self._logs = service.texts, int(time.time()), bool(asked.body.get("logprobs"))
         self._id, self._model = f"chatcmpl-{uuid.uuid4().hex}", asked.model
-        self._ends = () if asked.body.get("ignore_eos") else service.texts.eos
         options = asked.body.get("stream_options") or {}
         self._counts: dict[str, Any] = {"usage": None} if options.get("include_usage") else {}
         self._copies = asked.body.get("n") or 1
@@ -126,7 +125,7 @@ class _Style:
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logs:
             return None
-        return {"content": chat_logprobs(tokens, self._texts.spelling, self._ends), "refusal": None}
+        return {"content": chat_logprobs(tokens, self._texts.spelling), "refusal": None}
 
     def _event(
         self,

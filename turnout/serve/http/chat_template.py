@@ -80,9 +80,11 @@ class ChatTemplate:
         chat = [
             {**one, "role": "system"} if one["role"] == "developer" and not known else dict(one) for one in messages
         ]
-        for message in chat:
-            if message.get("reasoning_content") is not None:
-                message.setdefault("thinking", message["reasoning_content"])
+        # Under both names, in the order of transformers, which a template shows that writes messages as JSON.
+        chat = [
+            {"thinking": one["reasoning_content"], **one} if one.get("reasoning_content") is not None else one
+            for one in chat
+        ]
         fixed = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             return self._render(**{**self._told, **(told or {}), **fixed})

@@ -75,7 +75,6 @@ class _Style:
 
     def __init__(self, service: Service, asked: Asked, starts: Sequence[str]) -> None:
         self._texts, self._starts, self._body = service.texts, starts, asked.body
-        self._ends = () if asked.body.get("ignore_eos") else service.texts.eos
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -128,7 +127,7 @@ class _Style:
         return {**self._head, "choices": choices, "usage": Usage.of(texts).completion()}
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
-        return completion_logprobs(tokens, self._texts.spelling, self._ends, offset) if self._logs else None
+        return completion_logprobs(tokens, self._texts.spelling, offset) if self._logs else None
 
     def _event(
         self,

@@ -17,6 +17,8 @@ __all__ = ["Grammar", "Grammars"]
 _WHERE = "turnout serve"
 # Without a bound a model may go on with spaces for ever, each of which the grammar allows.
 _SPACE = r"[ \n]{0,24}"
+# By this name the matcher knows where a text may end.
+_END = "<|turnout: the end of a form|>"
 # The most that a schema is written with; what it may become is bounded by llguidance's own limits.
 _SCHEMA_BYTES = 1 << 18
 
@@ -27,7 +29,7 @@ class Grammars:
     Args:
         tokenizer: the model's.
         vocab_size: V of the model.
-        eos: the tokens that end a text; none of the others of the special ones is ever allowed.
+        eos: the tokens that end a text, special or plain; none of the other special ones is ever allowed.
 
     Source: llguidance, which both vLLM and SGLang use too.
     """
@@ -38,18 +40,21 @@ class Grammars:
         except ImportError as error:
             why = f"{_WHERE} needs llguidance for response_format"
             raise MissingExtraError(f"{why}. Nearest fix: pip install 'turnout[serve]'.") from error
-        self._library, self._never = llguidance, not eos
-        special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        # One that ends nothing has to stand in where no token does; it is never allowed.
-        ends = list(eos) or special[:1] or [0]
+        self._library = llguidance
         try:
-            self._tokens = llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=ends)
+            # It is told of an end that is none of the model's: it would take a plain token that ends texts, a digit
+            # say, for the end within a text too.
+            known = Tokenizer.from_str(tokenizer.to_str())
+            known.add_special_tokens([_END])
+            self._end = known.token_to_id(_END)
+            size = max(vocab_size, self._end + 1)
+            self._tokens = llguidance.LLTokenizer(known.to_str(), n_vocab=size, eos_token=[self._end])
         except Exception as error:  # the library raises whatever its parts do
             got, allowed = f"one that llguidance does not read ({error!s:.200})", "be of a kind that it reads"
             fix = "leave response_format out"
             raise UsageError(word("the tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix)) from error
         self._ends_V = torch.zeros(vocab_size, dtype=torch.bool)
-        self._ends_V[ends] = True
+        self._ends_V[list(eos)] = True
 
     def of(self, schema: Mapping[str, Any], *, param: str, where: str) -> "Grammar":
         """The grammar of JSON by a schema.
@@ -77,7 +82,7 @@ class Grammars:
         if problem:
             allowed = "be a JSON schema of what llguidance does"
             raise invalid(param, got=f"one it refuses: {problem:.300}", allowed=allowed, where=where, fix="simplify it")
-        return Grammar(made, self._ends_V, never=self._never)
+        return Grammar(made, self._ends_V, self._end)
 
 
 class Grammar:
@@ -85,37 +90,43 @@ class Grammar:
 
     Args:
         matcher: of llguidance.
-        ends_V: (V,) bool, the tokens that end a text, which nothing but a whole text may be followed by.
-        never: whether they end none, and are not allowed then either.
+        ends_V: (V,) bool, the tokens that end a text, once it is whole; the matcher does not know that they do.
+        end: the token that is an end to the matcher, and nothing to the model.
 
     Source: none; ``LLMatcher`` of llguidance.
     """
 
-    def __init__(self, matcher: Any, ends_V: Tensor, *, never: bool) -> None:
-        self._matcher, self._ends_V, self._never = matcher, ends_V, never
+    def __init__(self, matcher: Any, ends_V: Tensor, end: int) -> None:
+        self._matcher, self._ends_V, self._end, self._ended = matcher, ends_V, end, False
 
     def copy(self) -> "Grammar":
         """The same, for another text that begins where this one is."""
-        return Grammar(self._matcher.deep_copy(), self._ends_V, never=self._never)
+        return Grammar(self._matcher.deep_copy(), self._ends_V, self._end)
 
     @property
     def done(self) -> bool:
         """Whether nothing may follow."""
-        return self._matcher.is_stopped()
+        return self._ended or self._matcher.is_stopped()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the text is all that the grammar asks for."""
+        return self._matcher.is_accepting()
 
     def allowed(self) -> Tensor:
-        """(V,) bool, the tokens that may come next.
+        """(V,) bool, the tokens that may come next; within a text also a plain one that elsewhere ends texts.
 
         Raises:
             UsageError: the grammar grew beyond llguidance's limits, or no token goes on within it.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(self._ends_V), bitorder="little").astype(bool))
-        within_V = allowed_V & ~self._ends_V
-        # A model may end its texts with a plain token, a digit say, which the form would allow in its middle.
-        if self._never or (bool(within_V.any()) and not self._matcher.is_accepting()):
-            allowed_V = within_V
+        count = max(len(self._ends_V), self._end + 1)
+        allowed_X = torch.from_numpy(np.unpackbits(bits, count=count, bitorder="little").astype(bool))
+        whole, allowed_X[self._end] = bool(allowed_X[self._end]), False
+        allowed_V = allowed_X[: len(self._ends_V)]
+        if whole:
+            allowed_V |= self._ends_V
         if not bool(allowed_V.any()):
             fix = "allow more in the schema, or leave response_format out"
             got, allowed = "a text that none of its tokens goes on with", "be of what the model's tokens can write"
@@ -128,6 +139,9 @@ class Grammar:
         Raises:
             UsageError: it was not allowed.
         """
+        if bool(self._ends_V[token]) and self.whole:
+            self._ended = True
+            return
         self._matcher.consume_token(token)
         self._check()
 

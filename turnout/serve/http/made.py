@@ -8,7 +8,7 @@ from turnout.serve.engine import Finished, Token
 from turnout.serve.http.errors import ApiError
 from turnout.serve.http.spelling import Spelling
 
-__all__ = ["Made", "Usage", "chat_logprobs", "trouble"]
+__all__ = ["Made", "Usage", "chat_logprobs", "completion_logprobs", "trouble"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,7 +94,7 @@ def trouble(end: Finished) -> ApiError | None:
     return None
 
 
-def chat_logprobs(tokens: Sequence[Token], spelling: Spelling, ends: Sequence[int]) -> list[dict[str, Any]]:
+def chat_logprobs(tokens: Sequence[Token], spelling: Spelling) -> list[dict[str, Any]]:
     """The log-probabilities of tokens as chat and responses have them; the token that ends a text is none of it."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -103,17 +103,15 @@ def chat_logprobs(tokens: Sequence[Token], spelling: Spelling, ends: Sequence[in
     return [
         {**entry(token.id, token.logprob or 0.0), "top_logprobs": [entry(*pair) for pair in token.top]}
         for token in tokens
-        if token.id not in ends
+        if not token.ends
     ]
 
 
-def completion_logprobs(
-    tokens: Sequence[Token], spelling: Spelling, ends: Sequence[int], offset: int
-) -> dict[str, list[Any]]:
+def completion_logprobs(tokens: Sequence[Token], spelling: Spelling, offset: int) -> dict[str, list[Any]]:
     """The log-probabilities of tokens as completions have them; ``offset`` is where in the text the first begins."""
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
-        if token.id not in ends:
+        if not token.ends:
             logprob = _finite(token.logprob or 0.0)
             found["tokens"].append(spelling.text(token.id))
             found["token_logprobs"].append(logprob)

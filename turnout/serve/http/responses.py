@@ -62,7 +62,6 @@ class _Style:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self._texts, self._body, self._model = service.texts, asked.body, asked.model
-        self._ends = () if asked.body.get("ignore_eos") else service.texts.eos
         self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._created, self._numbers = int(time.time()), itertools.count()
         self._logs = _LOGPROBS in (asked.body.get("include") or ())
@@ -115,7 +114,7 @@ class _Style:
         return {"item_id": self._item, "output_index": 0, "content_index": 0}
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        return chat_logprobs(tokens, self._texts.spelling, self._ends) if self._logs else []
+        return chat_logprobs(tokens, self._texts.spelling) if self._logs else []
 
     def _part(self, text: str, logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
