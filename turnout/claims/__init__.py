@@ -65,7 +65,9 @@ from turnout.claims.serve import (
     expert_caching,
     expert_flow,
     few_predictions,
+    pr_moe,
     pre_gated,
+    scmoe,
     trace_matching,
 )
 from turnout.claims.smear import smear
@@ -121,11 +123,13 @@ __all__ = [
     "one_byte",
     "phatgoose",
     "post_validation",
+    "pr_moe",
     "pre_gated",
     "read_me",
     "replan",
     "scalearn",
     "schedule_search",
+    "scmoe",
     "shuffle_private",
     "smear",
     "soup",

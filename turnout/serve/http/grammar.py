@@ -46,7 +46,7 @@ class Grammars:
             # say, for the end within a text too.
             known = Tokenizer.from_str(tokenizer.to_str())
             known.add_special_tokens([_END])
-            self._end = known.token_to_id(_END)
+            self._end = known.get_vocab(with_added_tokens=True)[_END]
             size = max(vocab_size, self._end + 1)
             self._tokens = llguidance.LLTokenizer(known.to_str(), n_vocab=size, eos_token=[self._end])
         except Exception as error:  # the library raises whatever its parts do
