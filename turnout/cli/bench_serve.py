@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fixed", action="store_true", help="ask for exactly so many (ignore_eos), and take nothing less"
     )
     parser.add_argument(
-        "--shared-prefix", type=int, default=0, metavar="N", help="tokens that prompts begin alike with"
+        "--shared-prefix", type=int, default=0, metavar="N", help="tokens that prompts begin alike with (default 0)"
     )
     parser.add_argument("--prefixes", type=int, default=1, metavar="N", help="how many such beginnings (default 1)")
-    parser.add_argument("--slo", metavar="NAME=TIME,...", help="what an answer must keep to: ttft, tpot, itl, e2e")
+    parser.add_argument(
+        "--slo", metavar="NAME=TIME,...", help="what an answer must keep to: ttft, tpot, itl, e2e (default: none)"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request (default 600 s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default 0)")
     parser.add_argument("--api-key-env", metavar="NAME", help="the environment variable that holds the server's key")

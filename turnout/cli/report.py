@@ -64,6 +64,14 @@ def _write_trace(folder: Path, out: str | None, tokenizer: str | None) -> Path:
             got, fix = f"{folder}, which has no token ids", "record it with turnout eval RUN --trace DIR --token-ids"
             raise UsageError(word("the trace", got=got, allowed="have token ids", where=_WHERE, fix=fix))
         read = open_tokenizer(Path(tokenizer))
+        most, size = int(trace.column("token_id").max(initial=0)), read.get_vocab_size()
+        if most >= size:
+            got, fix = (
+                f"{tokenizer}, whose tokens end at {size - 1:,}",
+                "pass the tokenizer.json of the model's own folder",
+            )
+            allowed = f"be the one that {folder} was recorded with, which has a token {most:,}"
+            raise UsageError(word("--tokenizer", got=got, allowed=allowed, where=_WHERE, fix=fix))
         text_of = lambda token: read.decode([token], skip_special_tokens=False)  # noqa: E731
     write_whole(path, trace_html(trace, text_of=text_of))
     return path

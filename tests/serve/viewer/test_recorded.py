@@ -60,6 +60,19 @@ def test_a_command_writes_it(trace, tmp_path, capsys) -> None:
     assert main(["report", str(trace.path), str(tmp_path)]) == 2 and "one trace" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_the_trace_was_not_recorded_with_is_refused(trace, tmp_path, capsys) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from turnout.cli.main import main
+
+    for size, code in ((len(TEXTS), 0), (len(TEXTS) - 1, 2)):
+        file = tmp_path / f"{size}.json"
+        Tokenizer(WordLevel({str(n): n for n in range(size)}, unk_token="0")).save(str(file))
+        assert main(["report", str(trace.path), "--tokenizer", str(file)]) == code
+    assert "has a token 4" in capsys.readouterr().err
+
+
 def test_nothing_is_asked_of_a_network(trace) -> None:
     page = trace_html(trace, name="<img src=x>", text_of=TEXTS.__getitem__)
     assert "unsafe" not in policy() and "default-src 'none'" in page
