@@ -149,6 +149,14 @@ def test_a_run_is_its_trace_and_times_are_measured_with_its_model(tmp_path, caps
     assert (told["values"]["fetch_s"], told["values"]["compute_s"]) == (2e-3, 3e-3) and "measured" not in str(told)
 
 
+def test_times_of_a_model_that_the_trace_is_not_of_are_refused(trace, tmp_path, capsys):
+    moe = MoEConfig(4, 2, 16)
+    save(tmp_path / "other", LM(LMConfig(vocab_size=50, width=16, layers=2, heads=2, max_seq=64, moe=moe)))
+    assert main(["cache", trace, "--policy", "lru", "--memory", "30kB", "--model", str(tmp_path / "other")]) == 2
+    told = capsys.readouterr().err
+    assert "2 layers of 4 experts" in told and "3 layers of 8" in told and "--fetch-ms" in told
+
+
 def test_times_that_nobody_said_are_said_to_be_assumed(trace, capsys):
     assert main(["cache", trace, "--policy", "lru", "--slots", "4", "--fetch-ms", "2"]) == 0
     assert "--compute-ms is assumed, 1 ms: name the model" in capsys.readouterr().out

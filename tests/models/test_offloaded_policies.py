@@ -237,3 +237,18 @@ def test_the_engine_with_an_adapter_says_the_same_under_any_budget(kind: str, tm
                              policy=lambda shape, name=policy: named_policy(name, shape))  # fmt: skip
         assert answers(few) == want, (count, policy)
         few.experts.close()
+
+
+@pytest.mark.parametrize("count_L", [(3, 8, 5), (8, 3, 5)])
+@pytest.mark.parametrize("memory", [9, 4])  # slots of each layer, and one pool
+def test_layers_with_other_numbers_of_experts(count_L: tuple[int, ...], memory: int, tmp_path: Path, compiled) -> None:
+    moe = MoEConfig(num_experts=8, top_k=2, hidden=16, per_layer=count_L)
+    full = LM(dataclasses.replace(TINY, layers=3, moe=moe, init_std=0.3), seed=0).eval()
+    save(tmp_path / "pyramid", full)
+    few = load_offloaded(tmp_path / "pyramid", expert_memory=memory * each(full), threads=0)
+    assert few.experts is not None
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8]]
+    want = generate(full, prompts, tokens=16, temperature=0).rows
+    assert generate(few, prompts, tokens=16, temperature=0).rows == want
+    assert few.experts.stats().experts == 16 and few.experts.stats().misses > memory
+    few.experts.close()

@@ -112,7 +112,7 @@ class OffloadedBank(Called):
         down_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.cache, self.layer, self.num_experts = cache, layer, cache.shape.experts
+        self.cache, self.layer, self.num_experts = cache, layer, cache.num_experts_L[layer]
         self.width, self.hidden, self.activation, self.packs = width, hidden, activation, packs
         for name, bias in (("up_bias", up_bias), ("down_bias", down_bias)):
             setattr(self, name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -156,7 +156,10 @@ class OffloadedBank(Called):
         def take(experts: list[int], more: bool) -> list[int]:
             return cache.take(self.layer, experts, more=more)
 
-        like, held = self._weights(cache.outline, bias=True), self._weights(cache.stacks, bias=False)
+        outline = cache.outline
+        if self.num_experts < cache.shape.experts:
+            outline = tuple(stack[: self.num_experts] for stack in outline)
+        like, held = self._weights(outline, bias=True), self._weights(cache.stacks, bias=False)
         return Slots(like, held, cache.limit, take)
 
     def forward(self, x_TD: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:

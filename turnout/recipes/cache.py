@@ -1,5 +1,6 @@
 """Recorded traces through policies of a cache of experts: learnt from some documents, compared on others."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def cache_trace(
         ``measure.cache.cache_report``, with where its numbers are from.
 
     Raises:
-        TurnoutError: a trace or model that cannot be read, an unknown policy, slots that do not hold one access.
+        TurnoutError: a trace or model that cannot be read, an unknown policy, slots that do not hold one access, or
+            a model of other sizes than the trace's.
 
     Source: none; plain bookkeeping.
     """
@@ -65,7 +67,7 @@ def cache_trace(
     learnt, compared = _split(opened, policies if save is None else LEARNING)
     taken = _first(opened, compared, tokens * streams)
     told = Accesses.of_trace(opened, taken, streams=streams)
-    times = _times(model, fetch_s, compute_s, streams)
+    times = _times(model, fetch_s, compute_s, streams, told)
     each = expert_bytes if memory_bytes is None else expert_bytes or times.expert_bytes or None
     sizes = _sizes(told, slots, shared, memory_bytes, each)
     known = _known(opened, learnt, seed, save)
@@ -106,11 +108,18 @@ def _first(trace: Trace, documents: Sequence[int], tokens: int) -> list[int]:
     return taken
 
 
-def _times(model: str | Path | None, fetch_s: float | None, compute_s: float | None, streams: int) -> ExpertTimes:
+def _times(
+    model: str | Path | None, fetch_s: float | None, compute_s: float | None, streams: int, told: Accesses
+) -> ExpertTimes:
     """What was said; what was not is measured, or is a millisecond where there is no model to measure it with."""
     found = ExpertTimes(1e-3, 1e-3, 0) if model is None else expert_times(model, streams=streams)
+    if model is not None and (found.layers, found.experts) != (told.layers, told.experts):
+        got = f"{model}, {found.layers} layers of {found.experts} experts"
+        allowed = f"be what the trace was recorded of, {told.layers} layers of {told.experts}"
+        fix = "name that model, or leave --model out and pass --fetch-ms and --compute-ms"
+        raise UsageError(word("--model", got=got, allowed=allowed, where=_WHERE, fix=fix))
     fetch_s = found.fetch_s if fetch_s is None else fetch_s
-    return ExpertTimes(fetch_s, found.compute_s if compute_s is None else compute_s, found.expert_bytes)
+    return dataclasses.replace(found, fetch_s=fetch_s, compute_s=found.compute_s if compute_s is None else compute_s)
 
 
 def _told(model: str | Path | None, fetch_s: float | None, compute_s: float | None) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ class ExpertTimes:
         fetch_s: until one expert has come from the model's files, which the system has in its memory by then.
         compute_s: of a step through one layer with experts, all of them there; with what lies between such layers.
         expert_bytes: of one.
+        layers: of the model that have experts.
+        experts: the most that one of them has.
 
     >>> ExpertTimes(1e-3, 2e-3, 1024).fetch_s
     0.001
@@ -38,6 +40,8 @@ class ExpertTimes:
     fetch_s: float
     compute_s: float
     expert_bytes: int
+    layers: int = 0
+    experts: int = 0
 
 
 @torch.no_grad()
@@ -64,7 +68,8 @@ def expert_times(model: str | Path, *, streams: int = 1, seed: int = 0) -> Exper
     try:
         fetch_s = _fetch(lm, random.Random(seed))
         compute_s = _compute(lm, streams, torch.Generator().manual_seed(seed))
-        return ExpertTimes(fetch_s, compute_s, lm.experts.stats().expert_bytes)
+        shape = lm.experts.shape
+        return ExpertTimes(fetch_s, compute_s, lm.experts.stats().expert_bytes, shape.layers, shape.experts)
     finally:
         lm.experts.close()
 

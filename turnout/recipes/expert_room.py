@@ -112,7 +112,8 @@ class ExpertRoom:
     def _understood(self, lm: LM, folder: Path) -> str:
         assert lm.experts is not None and self.memory is not None
         made, shape = lm.experts.stats(), lm.experts.shape
-        each = "" if shape.shared else f", {shape.slots} of {shape.experts} in each of {shape.layers} layers"
+        most = "up to " if len(set(lm.experts.num_experts_L)) > 1 else ""
+        each = "" if shape.shared else f", {shape.slots} of {most}{shape.experts} in each of {shape.layers} layers"
         return (
             f"--expert-memory {self.memory}: {self._bytes(self.memory):,} bytes hold {made.slots:,} of "
             f"{made.experts:,} experts of {made.expert_bytes:,} bytes{each}; the others come from {folder} when used"

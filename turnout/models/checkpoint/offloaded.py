@@ -127,11 +127,14 @@ class _Found:
             bias=bank.up_bias is not None,
         )
         each, count = sum(part.nbytes for part in parts), len(self.banks)
-        sizes = {"expert_bytes": each, "layers": count, "experts": bank.num_experts, "top_k": moe.top_k}
+        count_L = [bank.num_experts for _, bank in self.banks]
+        sizes = {"expert_bytes": each, "layers": count, "experts": max(count_L), "top_k": moe.top_k}
         shape = expert_slots(memory, **sizes, shared=shared)
         biases = [[one for one in (bank.up_bias, bank.down_bias) if one is not None] for _, bank in self.banks]
         source = FileExperts(parts, self.pieces, biases, list(self.files.values()))
-        return ExpertCache(source, shape, policy(shape) if callable(policy) else policy, threads=threads)
+        return ExpertCache(
+            source, shape, policy(shape) if callable(policy) else policy, threads=threads, num_experts_L=count_L
+        )
 
     @torch.no_grad()
     def fill(self) -> None:

@@ -85,6 +85,7 @@ class ExpertCache:
         shape: how many there are, and how many fit.
         policy: says who gives up a slot, and who is fetched ahead.
         threads: how many read while passes go on; whoever waits reads along.
+        num_experts_L: how many experts each layer has, at most those of ``shape``; None for as many in every layer.
 
     Raises:
         UsageError: what the policy decides cannot be done.
@@ -115,9 +116,18 @@ class ExpertCache:
     cache of experts; the policy is a function beside it, as in ``turnout.decide.device.cache``.
     """
 
-    def __init__(self, source: ExpertSource, shape: CacheShape, policy: CachePolicy, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        source: ExpertSource,
+        shape: CacheShape,
+        policy: CachePolicy,
+        *,
+        threads: int = 1,
+        num_experts_L: Sequence[int] | None = None,
+    ) -> None:
         self.shape, self.policy, self.parts = shape, policy, tuple(source.parts)
-        count = min(shape.capacity, shape.layers * shape.experts)
+        self.num_experts_L = tuple(num_experts_L or [shape.experts] * shape.layers)
+        count = min(shape.capacity, sum(self.num_experts_L))
         self.stacks = tuple(torch.empty(count, *part.shape, dtype=part.dtype, device="cpu") for part in self.parts)
         in_large_pages(self.stacks)
         self._free = list(range(count))[::-1]
@@ -128,7 +138,7 @@ class ExpertCache:
         self._step, self._layer, self._told = -1, shape.layers, False
         self._tokens: tuple[int, ...] = ()
         self._text, self._foretold = 0, threading.local()
-        self._made = ExpertStats(count, shape.layers * shape.experts, sum(part.nbytes for part in self.parts))
+        self._made = ExpertStats(count, sum(self.num_experts_L), sum(part.nbytes for part in self.parts))
         self._hits_L, self._misses_L, self._counts = [0] * shape.layers, [0] * shape.layers, [0] * 3
         self._waits_s, self._closed = 0.0, False
         stacks, moved = self.stacks, [0]
@@ -277,7 +287,7 @@ class ExpertCache:
 
     def _placed(self, one: tuple[int, int], *, ahead: bool) -> Load:
         layer, expert = one
-        there = 0 <= layer < self.shape.layers and 0 <= expert < self.shape.experts
+        there = 0 <= layer < self.shape.layers and 0 <= expert < self.num_experts_L[layer]
         if one in self._held or not there:
             raise self._refusal(f"to fetch {one}", "fetch experts that there are, and that are not held")
         if not self._free or (not self.shape.shared and self._count_L[layer] >= self.shape.slots):
