@@ -100,6 +100,7 @@ CASES = {
     "serve moe --served-model-name=": "--served-model-name must be a name",
     "serve moe --api-key-file moe": "--api-key-file must be a file of text.*Is a directory",
     "serve moe --api-key-file binary": "--api-key-file must be a file of text.*not UTF-8",
+    "cache text.txt": "TRACE must be a folder.*text.txt, a file.*--trace",
     "serve moe --kv-memory 1XB --port 0": "--kv-memory must be bytes, or a number and a unit.*got '1XB'",
     "serve moe --lora moe=moe --port 0": "--lora must have names other than the model's",
     "serve moe --expert-policy lfu --port 0": "--expert-policy must go with --expert-memory",
@@ -261,3 +262,11 @@ def test_only_extras_that_exist_are_advised_anywhere() -> None:
     for file in files:
         for extras in re.findall(r"(?:turnout|install.* -e '\.)\[([a-z,]+)\]", file.read_text(encoding="utf-8")):
             assert set(extras.split(",")) <= set(known), f"{file}: {extras}"
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "audit"])
+def test_a_file_of_llama_cpp_is_named(command, tmp_path, capsys) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0\xff\xfe")
+    assert main([command, str(tmp_path / "m.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert "a file of llama.cpp" in said and "GGUF is written here, not read" in said

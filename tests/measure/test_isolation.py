@@ -126,6 +126,39 @@ def test_bits_are_told_from_numbers():
     assert "batch_invariant" in found["shape"].fix
 
 
+def parity(shift):
+    """One of two answers by the parity of a score in fine steps: rounding that a batch's size changes takes another."""
+
+    class Parity(Rows):
+        def forward(self, x):
+            y = super().forward(x)
+            score = y.mean(-1, keepdim=True) + shift(x)
+            return y * (1 + 0.2 * ((30 * score).floor() % 2))
+
+    return Parity().bfloat16()
+
+
+def test_rounding_that_takes_another_expert_is_no_leak():
+    def rounding(x):  # in the last bit of what adds up, as another order of sums has it
+        return 4 * torch.finfo(x.dtype).eps * (len(x) % 2)
+
+    found = audit(parity(rounding), width=WIDTH, length=1)
+    assert found["shape"].difference > 0.03 and found.leaks() == (), str(found)
+    assert "in float32" in found["shape"].what and "shape" in found.leaks(bits=True)
+    assert "shape" in audit(parity(rounding), width=WIDTH, length=1, bound=0.03).leaks()
+
+
+def test_a_leak_of_rounding_s_size_stays_one():
+    """The same two answers, and taken by the batch's size in every dtype."""
+    assert "shape" in audit(parity(lambda x: len(x) % 2 / 30), width=WIDTH, length=1).leaks()
+
+
+def test_a_leak_of_one_dtype_alone_stays_one():
+    """A kernel that is wrong in bf16: beyond what rounding does to other rows."""
+    layer = Rows(lambda y: y * (1 + 0.2 * (len(y) % 2 if y.dtype == torch.bfloat16 and len(y) > 9 else 0))).bfloat16()
+    assert "shape" in audit(layer, width=WIDTH).leaks()
+
+
 def test_chance_leaves_the_rest_unknown():
     found = audit(Rows(lambda y: y + torch.randn_like(y)), width=WIDTH)
     assert found.leaks() == ("repeat",) and len(found.not_run) == 7
@@ -223,6 +256,20 @@ def stock(name):
         return transformers.SwitchTransformersForConditionalGeneration(config)
     config = getattr(transformers, f"{name}Config")(**sizes, **more[name])
     return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.slow
+def test_a_stock_model_in_bf16_that_rounding_routes_otherwise():
+    """0.05 of padding, with a bound of 0.03: an expert that rounding takes."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, max_position_embeddings=256, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model = transformers.MixtralForCausalLM(config).bfloat16()
+    found = audit(model, batches=8)
+    assert found["padding"].difference > 0.03 and found.leaks() == (), str(found)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "SwitchTransformers", "Jamba"])

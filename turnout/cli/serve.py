@@ -17,8 +17,10 @@ examples:
 
 import argparse
 import os
+import stat
 import sys
 import typing
+from pathlib import Path
 
 from turnout.cli.device import add_device
 from turnout.cli.early import check_there
@@ -29,6 +31,7 @@ from turnout.reading import read_text
 HELP = "answer by OpenAI's API over HTTP"
 _WHERE = "turnout serve"
 _KEY = "TURNOUT_API_KEY"
+_KEYS_MOST = 1 << 20  # characters of a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,7 +244,12 @@ def _read(path: str) -> str:
         return DataError(word("--api-key-file", got=got, allowed="be a file of text", where=_WHERE, fix=fix))
 
     try:
+        if stat.S_ISFIFO(Path(path).stat().st_mode):  # as the shell's <(command) is; who named it waits for it
+            with Path(path).open(encoding="utf-8") as pipe:
+                return pipe.read(_KEYS_MOST)
         return read_text(path, refuse=unread, any_link=True)
+    except UnicodeDecodeError as error:
+        raise unread(f"not UTF-8: {error.reason}") from error
     except OSError as error:
         raise unread(error.strerror or str(error)) from error
 

@@ -142,6 +142,9 @@ def trace_in(folder: str | Path) -> tuple[Path, Path | None]:
     Source: none; plain bookkeeping.
     """
     folder = Path(folder)
+    if folder.is_file():
+        got, fix = f"{folder}, a file", "name the folder that turnout eval RUN --trace FOLDER wrote"
+        raise UsageError(word("TRACE", got=got, allowed="be a folder", where=_WHERE, fix=fix))
     has_model = any((folder / name / "config.json").is_file() for name in (".", "model"))
     if (folder / "trace.json").is_file() or not (has_model or (folder / "run.json").is_file()):
         above = folder.absolute().parent

@@ -279,6 +279,8 @@ class Run:
             fix = "name a folder that turnout train wrote"
             return CheckpointError(word("the run", got=got, allowed=allowed, where="Run.open", fix=fix))
 
+        if path.suffix == ".gguf" and path.is_file():  # bytes that are no text: say what it is, not that
+            raise refuse("a file of llama.cpp: GGUF is written here, not read")
         try:
             body = read_json(path, refuse=refuse, any_link=True)
         except FileNotFoundError as error:

@@ -1,5 +1,6 @@
 """``turnout serve`` as a process: what it prints, what it refuses, and how it ends."""
 
+import argparse
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from turnout.cli import serve
 from turnout.cli.main import main
-from turnout.errors import CheckpointError
+from turnout.errors import CheckpointError, DataError
 from turnout.recipes.certify import model_folder
 
 
@@ -155,9 +156,25 @@ def test_a_folder_without_a_tokenizer(folder, tmp_path, capsys):
     assert "tokenizer.json beside it" in refused(capsys, tmp_path, "--port", "0")
 
 
-def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    import argparse
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_keys_come_from_a_pipe(tmp_path):
+    """As the shell's ``--api-key-file <(command)``."""
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    os.mkfifo(tmp_path / "keys")
+    for written, want in ((b"# of ours\none\ntwo\n", ["one", "two"]), (b"\xff\n", None)):
+        thread = threading.Thread(target=(tmp_path / "keys").write_bytes, args=(written,))
+        thread.start()
+        asked = parser.parse_args(["x", "--api-key-file", str(tmp_path / "keys")])
+        if want:
+            assert serve._keys(asked) == want
+        else:
+            with pytest.raises(DataError, match="not UTF-8"):
+                serve._keys(asked)
+        thread.join()
 
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     (tmp_path / "keys").write_text("one\n# not this\n two \n")
@@ -168,7 +185,6 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 def test_what_the_checkpoint_wishes_is_said(folder, tmp_path):
-    import argparse
     import shutil
 
     shutil.copytree(folder, tmp_path / "moe")

@@ -134,6 +134,8 @@ def test_keys(tokenizer):
         ):
             found = post(served.url, {"prompt": "a"}, headers=told)
             assert (found.status_code, error_of(found)["code"]) == (401, "invalid_api_key")
+            wrong = told.get("Authorization") == "Bearer thre"
+            assert error_of(found)["message"].startswith("This server " + ("does not know" if wrong else "wants"))
             assert httpx.get(f"{served.url}/metrics", headers=told, trust_env=False).status_code == 401
         assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 200
         for key in ("one", "two"):
@@ -203,6 +205,15 @@ def test_a_dead_engine_is_said(tokenizer):
         assert (found.status_code, found.json()["status"]) == (503, "dead")
         found = post(served.url, {"prompt": "a"})
         assert (found.status_code, error_of(found)["code"]) == (503, "engine_dead")
+
+
+def test_why_an_engine_is_dead_is_for_those_with_a_key(tokenizer, monkeypatch):
+    with serving(tokenizer, door=Door.at("127.0.0.1", keys=["one"])) as served:
+        monkeypatch.setattr(served.engine, "_trouble", "ZeroDivisionError: of a path")
+        told = [{}, {"Authorization": "Bearer no"}, {"Authorization": "Bearer one"}]
+        found = [httpx.get(f"{served.url}/health", headers=one, trust_env=False) for one in told]
+        assert [one.status_code for one in found] == [503] * 3 and {one.json()["status"] for one in found} == {"dead"}
+        assert [one.json()["trouble"] for one in found] == ["the engine ended"] * 2 + ["ZeroDivisionError: of a path"]
 
 
 def test_a_mistake_of_the_server_is_said(tokenizer, monkeypatch):

@@ -6,10 +6,10 @@ from torch import Tensor
 from turnout.errors import UsageError, word
 from turnout.measure.isolation.finding import Finding
 
-__all__ = ["Seen"]
+__all__ = ["SAME_KERNEL", "Seen"]
 
 # What differs in the last bits alone was computed by another kernel, or in another order.
-_SAME_KERNEL = "with turnout.types.batch_invariant(): here; VLLM_BATCH_INVARIANT=1 in vLLM; or batches of one size"
+SAME_KERNEL = "with turnout.types.batch_invariant(): here; VLLM_BATCH_INVARIANT=1 in vLLM; or batches of one size"
 
 
 class Seen:
@@ -46,7 +46,7 @@ class Seen:
         self._different.add(own.view(torch.uint8).numpy().tobytes())
         return apart
 
-    def finding(self, probe: str, what: str, fix: str, *, bits: str = _SAME_KERNEL) -> Finding:
+    def finding(self, probe: str, what: str, fix: str, *, bits: str = SAME_KERNEL) -> Finding:
         """What was seen, and the nearest fix where numbers leak, or bits.
 
         Raises:

@@ -16,7 +16,7 @@ from turnout.models.ends import own_ends
 from turnout.models.lm import LM
 from turnout.models.pieces import reader_of, stops_of
 from turnout.serve.engine.answer import Answer
-from turnout.serve.engine.lanes import adapted, lane_of
+from turnout.serve.engine.lanes import adapted, lane_of, say_beside
 from turnout.serve.engine.loop import Loop
 from turnout.serve.engine.paged_lane import PagedLane
 from turnout.serve.engine.request import EngineStats, QueueFull, Reason, Request
@@ -83,6 +83,8 @@ class Engine:
         self.max_seq: int | None = getattr(config, "max_seq", None) or getattr(config, "max_position_embeddings", None)
         self._reader, self._slots, self._most_waiting = reader_of(tokenizer, _WHERE), slots, waiting
         lanes = {name: lane_of(self.lm, slots, cache_bytes, sharing)}
+        if adapters and cache_bytes is not None and isinstance(lanes[name], PagedLane):
+            say_beside(cache_bytes, slots)
         for other, one in (adapters or {}).items():
             if other in lanes:
                 allowed, fix = "have names other than the model's", "name it otherwise"

@@ -18,7 +18,7 @@ from turnout.serve.engine.paged_lane import PagedLane
 from turnout.serve.engine.plain_lane import PlainLane
 from turnout.wrappers import unwrapped
 
-__all__ = ["adapted", "lane_of"]
+__all__ = ["adapted", "lane_of", "say_beside"]
 
 
 def lane_of(model: nn.Module, slots: int, cache_bytes: int | None, sharing: bool) -> Lane:
@@ -32,6 +32,15 @@ def lane_of(model: nn.Module, slots: int, cache_bytes: int | None, sharing: bool
         )
         warnings.warn(f"{said}. Nearest fix: bound slots, and the length of texts.", UserWarning, stacklevel=3)
     return _plain(model)
+
+
+def say_beside(cache_bytes: int, slots: int) -> None:
+    """Says that requests of adapters keep their keys and values beside the budget."""
+    said = (
+        f"cache_bytes={cache_bytes:,} is for the model alone: requests of its adapters keep their keys and values "
+        f"beside that, each by itself, {slots} at most"
+    )
+    warnings.warn(f"{said}. Nearest fix: leave room for them, or bound slots.", UserWarning, stacklevel=3)
 
 
 def adapted(lm: nn.Module, adapter: str | Path | nn.Module) -> Lane:

@@ -123,10 +123,12 @@ def _add_looks(app: Any, fastapi: Any, service: Service) -> None:
             raise unknown_model(name, service.names)
         return responses.JSONResponse(shown(name))
 
-    async def health() -> Any:
+    async def health(request: fastapi.Request) -> Any:
         stats = service.engine.stats()
         state = "draining" if service.door.draining else "ready" if stats.alive else "dead"
         body = {"status": state, "running": stats.running, "waiting": stats.waiting, "trouble": stats.trouble}
+        if stats.trouble and not service.door.knows(request.headers.get("authorization", "")):
+            body["trouble"] = "the engine ended"  # an exception's words are for those who have a key
         return responses.JSONResponse(body, status_code=200 if state == "ready" else 503)
 
     async def metrics() -> Any:

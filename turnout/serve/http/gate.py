@@ -85,8 +85,13 @@ class Gate:
                 f"http://127.0.0.1, or start it with --allowed-host NAME."
             )
             raise ApiError(message, 403, code="host_not_allowed")
-        if path not in self._free and not self._door.knows(headers.get(b"authorization", "")):
+        if path not in self._free and not self._door.knows(given := headers.get(b"authorization", "")):
+            kind, _, key = given.partition(" ")
             message = "This server wants an API key. Nearest fix: send the header 'Authorization: Bearer KEY'."
+            if kind.lower() == "bearer" and key.strip():
+                message = (
+                    "This server does not know this API key. Nearest fix: ask whoever runs it for one, or check it."
+                )
             raise ApiError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self._door.draining and path not in self._always:
             retry = {"Retry-After": "5", "Connection": "close"}
