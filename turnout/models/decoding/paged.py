@@ -47,6 +47,7 @@ class PagedSteps:
 
     def __init__(self, lm: LM, pages: Pages) -> None:
         self.lm, self.pages, self.entries = lm, pages, Entries(lm)
+        self.is_small = _is_small(lm)
         self.few = _few(lm)
         self.chunk = CHUNK if lm.rope.border is None else lm.config.max_seq
         layers = self.entries.layers
@@ -78,19 +79,19 @@ class PagedSteps:
         The memory is the next step's too.
         """
         counts = [len(id_N) for id_N in id_RN]
-        rows, ends = sum(counts), np.cumsum(counts)
-        place_R = np.concatenate(
-            [np.arange(text.length, text.length + n) for text, n in zip(texts, counts, strict=True)]
-        )
-        self._make_room(rows, int(place_R.max()) + 1)
-        seat_R = np.repeat([text.seat for text in texts], counts)
+        each = list(zip(texts, counts, strict=True))
+        end_B, rows = np.array([*itertools.accumulate(counts)], np.int64), sum(counts)
+        self._make_room(rows, max(text.length + n for text, n in each))
+        # Lists first: for few rows numpy costs more to call than to compute.
+        place_R = np.array([place for text, n in each for place in range(text.length, text.length + n)], np.int64)
+        seat_R = np.array([text.seat for text, n in each for _ in range(n)], np.int64)
+        rank_R = np.array([text.rank for text, n in each for _ in range(n)], np.int64)
         page_GRP = np.ascontiguousarray(self.pages.page_GXP[:, seat_R])
-        rank_R = np.repeat(np.array([text.rank for text in texts], np.int64), counts)
         id_R = np.array([one for id_N in id_RN for one in id_N], np.int64)
         logits_BV, entries = self._logits_RV[: len(texts)], self.entries
         told = entries.models, entries.layers, entries.norms, entries.matrices
         with entries.turn(id_R, texts[0].number if len(texts) == 1 else 0):
-            step(*told, id_R, place_R, page_GRP, rank_R, ends - 1, *self._rooms, logits_BV.numpy(), self._parts)
+            step(*told, id_R, place_R, page_GRP, rank_R, end_B - 1, *self._rooms, logits_BV.numpy(), self._parts)
         for text, count in zip(texts, counts, strict=True):
             text.length += count
         return logits_BV
@@ -157,10 +158,15 @@ class PagedSteps:
         return rows * made + max(laid, parts * heads * (self._seen + blocks(wide)))
 
 
-def _few(lm: LM) -> int:
-    """Up to how many tokens the compiled step reads the end of a prompt: the model decides it, not the machine."""
+def _is_small(lm: LM) -> bool:
+    """Whether a layer's products of a token cost little beside the calls around them."""
     config = lm.config
     products = (lm.cost(seq=1).flops or 0.0) / 2 - config.width * config.vocab_size
-    if products / config.layers <= _SMALL:
+    return products / config.layers <= _SMALL
+
+
+def _few(lm: LM) -> int:
+    """Up to how many tokens the compiled step reads the end of a prompt: the model decides it, not the machine."""
+    if _is_small(lm):
         return CHUNK - 1
     return _FEW if lm.embedding.dtype == torch.float32 else _FEW_SHORT

@@ -141,6 +141,8 @@ class Pages:
 
     def extend(self, text: Text, end: int, *, steps: bool) -> bool:
         """Gives it those pages; whether there were enough of them. If not, nothing has changed."""
+        if all(len(held) * PAGE >= end for held in text.held_G):  # mostly: a page is for many steps
+            return True
         lacking = self.needed(text, end, steps=steps)
         if any(len(places) > pool.free for places, pool in zip(lacking, self.pools, strict=True)):
             return False

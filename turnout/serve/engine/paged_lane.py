@@ -19,8 +19,8 @@ from turnout.serve.engine.prefix import Node, Prefixes
 __all__ = ["PagedLane"]
 
 # How many tokens of prompts a step takes beside those that go on, so that these do not wait for long: for each of them
-# so many, and this at least.
-_EACH, _BESIDE = 2, 16
+# so many, and this at least. Where a layer is small a step costs more to call than its tokens to compute: more of them.
+_EACH, _BESIDE, _SMALL = 2, 16, 2
 # Without a budget there is room for so many positions of every slot.
 _ROOM = 2048
 _WHERE = "turnout.serve.Engine"
@@ -109,7 +109,8 @@ class PagedLane:
         """One step: a token of those that go on, and some of what is left to read of others, the oldest first."""
         some: dict[Answer, list[int]] = {}
         going = sum(len(one.ids) - self._held[one].text.length == 1 for one in answers)
-        beside = min(self._steps.few, max(_BESIDE, _EACH * going)) if going else self._steps.few
+        more = _SMALL if self._steps.is_small else 1
+        beside = min(self._steps.few, more * max(_BESIDE, _EACH * going)) if going else self._steps.few
         for answer in sorted(answers, key=lambda one: one.ticket.number):
             if answer in self.dropped:
                 continue
@@ -137,15 +138,17 @@ class PagedLane:
         last_B, routes_L = np.cumsum(counts) - 1, []
         if self.load_LE is not None:
             routes_L = self._steps.routes(sum(counts))
-            most = self.load_LE.shape[1]
-            for layer, route_RK in enumerate(routes_L):
-                self.load_LE[layer] += np.bincount(route_RK.reshape(-1), minlength=most)
+            layers, most = self.load_LE.shape
+            # One count for all layers, each layer's experts numbered on from those of the one before.
+            all_I = np.concatenate([route_RK.reshape(-1) + most * layer for layer, route_RK in enumerate(routes_L)])
+            self.load_LE += np.bincount(all_I, minlength=layers * most).reshape(layers, most)
         plain = [row for row, answer in enumerate(some) if answer.is_plain]
         best: dict[int, int] = {}
         if plain:
-            plain_NV = score_BV if len(plain) == len(counts) else score_BV[plain]
+            # The first of the largest, or what is no number, as torch has it; numpy costs less to call.
+            plain_NV = score_BV.numpy() if len(plain) == len(counts) else score_BV.numpy()[plain]
             best_N = plain_NV.argmax(1)
-            fine_N = plain_NV.gather(1, best_N[:, None])[:, 0].isfinite()
+            fine_N = np.isfinite(plain_NV[np.arange(len(plain)), best_N])
             best = {row: one for row, one, fine in zip(plain, best_N.tolist(), fine_N.tolist(), strict=True) if fine}
         found = []
         for row, answer in enumerate(some):
