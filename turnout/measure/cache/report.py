@@ -77,7 +77,8 @@ def cache_report(
     >>> cache_report(told, [], [], fetch_s=1.0, compute_s=1.0, best=None)["accesses"]
     3
 
-    Source: none; Belady, 1966, for the bound.
+    Source: Liu et al., 2024, "A Survey on Inference Optimization Techniques for Mixture of Experts Models", for what is
+    compared; Belady, 1966, for the bound.
     """
     for name, value in (("fetch_s", fetch_s), ("compute_s", compute_s)):
         if not (math.isfinite(value) and value > 0):
