@@ -189,19 +189,37 @@ def test_a_number_is_the_same_wherever_it_stands(threads, function, dtype):
             assert torch.equal(alike(function, x[first:last], "the test"), y[first:last])
         both = alike(function, x.view(2, -1).t(), "the test")
         assert torch.equal(both, y.view(2, -1).t())
+        for count in (100, 128, 256, 1024):  # of every second number, as where gates alternate with values
+            assert torch.equal(alike(function, x[1 : 2 * count : 2], "the test"), y[1 : 2 * count : 2])
     assert alike(function, x[:0], "the test").shape == (0,)
 
 
-@pytest.mark.parametrize("shape", [(64, 48), (36, 100), (7, 3)])
+@pytest.mark.parametrize(
+    "shape", [(64, 48), (36, 100), (7, 3), (17, 5), (1, 3), (1, 2), (17, 2), (5, 3), (0, 4), (4, 0)]
+)
 def test_tiles_of_all_sizes_agree(threads, shape):
     """Rows in few tiles and in many have the bits that they have alone; tiles that do not agree are not taken."""
     chance = torch.Generator().manual_seed(2)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
         weight_OI, x_MI = (torch.randn(*one, generator=chance).to(dtype) for one in (shape, (353, shape[1])))
         whole_MO = fixed_linear(x_MI, weight_OI)
         for count in (1, 2, 3, 7, 9, 16, 17, 63, 65, 80, 257):
             assert torch.equal(fixed_linear(x_MI[-count:], weight_OI), whole_MO[-count:])
         torch.testing.assert_close(whole_MO, x_MI @ weight_OI.t())
+
+
+@pytest.mark.parametrize("layout", ["as stored", "transposed", "within another"])
+def test_weights_that_are_zero_say_nothing_of_others(monkeypatch, layout):
+    """Of a layer that begins with zeros all tiles agree, and of no other of its shape."""
+    monkeypatch.setattr(importlib.import_module("turnout.solve.fixed_rows"), "_known", {})
+    chance, sizes = torch.Generator().manual_seed(3), (1, 2, 3, 5, 9, 17, 64, 100)
+    stored = torch.zeros(64, 64) if layout != "within another" else torch.zeros(64, 67)[:, 3:]
+    weight_OI, x_MI = stored.t() if layout == "transposed" else stored, torch.randn(300, 64, generator=chance)
+    assert not fixed_linear(x_MI, weight_OI).any()
+    assert not any(fixed_linear(x_MI[:size], weight_OI).any() for size in sizes)
+    weight_OI.normal_(generator=chance)
+    whole_MO = fixed_linear(x_MI, weight_OI)
+    assert all(torch.equal(fixed_linear(x_MI[:size], weight_OI), whole_MO[:size]) for size in sizes)
 
 
 def test_a_tile_that_does_not_agree_is_not_taken(monkeypatch):

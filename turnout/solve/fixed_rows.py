@@ -12,8 +12,11 @@ __all__ = ["LINE", "ROWS", "fixed_linear", "fixed_rows", "fixed_tiles"]
 ROWS = 16
 # What other tiles may have: fewer for few rows, more for many, where each row has the bits that it has in ``ROWS``.
 _FEWER, _MORE = (1, 2, 4, 8), (64, 256)
-# So many rows are drawn to see whether two tiles agree: few outputs of few inputs could agree by chance.
-_DRAWS = 3
+# So many rows at most, and at least, are drawn to see whether two tiles agree, as many as go with so many products: the
+# fewer inputs there are, the likelier do sums in another order agree by chance, and the last output may have its own.
+_DRAWS, _LEAST, _PRODUCTS = 64, 3, 1 << 20
+# So many numbers are drawn for weights, again and again: a prime, so that no two rows of a matrix are the same.
+_RANDOM = 65_537
 # Bytes of a line of memory: kernels may ask where in it a matrix begins.
 LINE = 64
 _known: dict[tuple[object, ...], bool] = {}
@@ -23,7 +26,8 @@ def fixed_rows(weight_OI: Tensor, size: int = ROWS) -> bool:
     """Whether a tile of so many rows gives each of them, in every place, the bits that it has in a tile of ``ROWS``.
 
     That is looked at, once for each shape, place within a line of memory, dtype and number of threads: a tile of equal
-    rows must give equal rows, and those of the other tile. The weights' numbers count for nothing.
+    rows must give equal rows, and those of the other tile. Random numbers stand for the weights, which count for
+    nothing: with zeros, say, all tiles agree.
 
     Args:
         weight_OI: (O, I), any strides.
@@ -38,9 +42,21 @@ def fixed_rows(weight_OI: Tensor, size: int = ROWS) -> bool:
     key = (lies, weight_OI.dtype, weight_OI.device, torch.get_num_threads(), size)
     if key not in _known:
         generator = torch.Generator().manual_seed(0)
-        row_NI = torch.randn(_DRAWS, weight_OI.shape[1], generator=generator).to(weight_OI)
-        _known[key] = all(_agree(row_I, weight_OI, size) for row_I in row_NI)
+        draws = min(_DRAWS, max(_LEAST, _PRODUCTS // max(1, weight_OI.numel())))
+        row_NI, like_OI = torch.randn(draws, weight_OI.shape[1], generator=generator).to(weight_OI), _like(weight_OI)
+        _known[key] = all(_agree(row_I, like_OI, size) for row_I in row_NI)
     return _known[key]
+
+
+def _like(weight_OI: Tensor) -> Tensor:
+    """(O, I) random numbers that lie in memory as the weights do, down to the place within a line."""
+    count = 1 + sum(max(0, size - 1) * step for size, step in zip(weight_OI.shape, weight_OI.stride(), strict=True))
+    room_N = weight_OI.new_empty(count + LINE)
+    before = (weight_OI.data_ptr() - room_N.data_ptr()) % LINE // weight_OI.element_size()
+    some_P = torch.randn(min(len(room_N), _RANDOM), generator=torch.Generator().manual_seed(1)).to(weight_OI)
+    for part_P in room_N.split(_RANDOM):
+        part_P.copy_(some_P[: len(part_P)])
+    return room_N.as_strided(weight_OI.shape, weight_OI.stride(), before)
 
 
 def _agree(row_I: Tensor, weight_OI: Tensor, size: int) -> bool:

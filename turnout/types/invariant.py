@@ -85,7 +85,7 @@ def alike(function: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor
     if not invariant_here(where) or x.device.type != "cpu":
         return function(x)
     count = x.numel()
-    flat = x.reshape(-1)
+    flat = x.reshape(-1).contiguous()  # every second number, say, would be taken one by one
     if count % _WHOLE:
         flat = x.new_zeros(-(-count // _WHOLE) * _WHOLE)
         flat[:count] = x.reshape(-1)
