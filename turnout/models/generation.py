@@ -85,8 +85,7 @@ def generate(
     >>> generate(lm, [[3, 1, 4], [1]], tokens=3, seed=0).rows[1] == generate(lm, [[1]], tokens=3, seed=0).rows[0]
     True
 
-    Source: ``generate`` of transformers; Shi et al., 2024, "Unchosen Experts Can Contribute Too" (``contrast``);
-    Li et al., 2025, "C3PO" (``remix``).
+    Source: ``generate`` of transformers; Li et al., 2025, "C3PO" (``remix``).
     """
     penalties = (repetition_penalty, frequency_penalty, presence_penalty, logit_bias)
     drawn = Drawing(temperature, top_k, top_p, min_p, *penalties)

@@ -98,8 +98,7 @@ def train(
     Traceback (most recent call last):
     turnout.errors.UsageError: resume must name a folder that holds a run in turnout.train; got no/run. Nearest fix: ...
 
-    Source: Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization", in the usual loop; Rajbhandari
-    et al., 2022, "DeepSpeed-MoE", for a teacher that leaves before the end.
+    Source: Loshchilov & Hutter, 2019, in the usual loop; Rajbhandari et al., 2022, "DeepSpeed-MoE" (``teacher``).
     """
     wanted = "latest" if resume is True else (resume or None)
     team.lead(lambda: refuse_missing_run(Path(out), wanted))

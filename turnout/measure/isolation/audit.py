@@ -53,9 +53,8 @@ def audit(
         vocabulary: ids of a model; None asks its configuration.
         length: tokens a row; None for 4 of a layer, 12 ids of a model.
         batches: how many batches a probe tries at least, 4 or more.
-        bound: the relative difference up to which rounding explains it. None for 1e-4, 3e-2 in bf16, 1e-2 in fp16; and
-            where more differs in those two, for what the probe finds in float32: what is gone there was rounding that
-            took other experts, unless it is larger than rounding makes it on other rows.
+        bound: the relative difference up to which rounding explains it. None for 1e-4, 3e-2 in bf16, 1e-2 in fp16,
+            and in those two for what float32 does not show (``Rounding``).
         seed: of the rows.
         name: of the module, for the report; None for its class.
 
@@ -72,12 +71,11 @@ def audit(
     _check_asked(batches, length, width, bound)
     subject = _subject(module, width, vocabulary, length, name or type(module).__name__)
     limit = _BOUNDS.get(subject.dtype, 1e-4) if bound is None else bound
-    judges = bound is None
     with evaluating(module):
         _check_alive(subject, torch.Generator().manual_seed(seed))
         findings = [repeat(subject, torch.Generator().manual_seed(seed), batches, limit)]
         if findings[0].leak == "none":
-            rounding = Rounding(subject, seed) if judges else None
+            rounding = Rounding(subject, seed) if bound is None else None
             findings += [_probed(probe, subject, rounding, seed, batches, limit) for probe in _PROBES]
         else:  # the rest cannot be told from chance
             why = "the same batch gives other outputs by itself"

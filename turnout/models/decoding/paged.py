@@ -160,9 +160,8 @@ class PagedSteps:
 
 def _is_small(lm: LM) -> bool:
     """Whether a layer's products of a token cost little beside the calls around them."""
-    config = lm.config
-    products = (lm.cost(seq=1).flops or 0.0) / 2 - config.width * config.vocab_size
-    return products / config.layers <= _SMALL
+    config, flops = lm.config, lm.cost(seq=1).flops
+    return flops is not None and flops / 2 - config.width * config.vocab_size <= _SMALL * config.layers
 
 
 def _few(lm: LM) -> int:
