@@ -59,8 +59,7 @@ def audit(
         name: of the module, for the report; None for its class.
 
     Raises:
-        UsageError: neither width nor vocabulary is known, outputs that are not finite, or that do not depend on what
-            is given: nothing would be compared.
+        UsageError: neither width nor vocabulary is known, or outputs are not finite or depend on nothing.
 
     >>> print(audit(nn.Linear(8, 8), width=8, batches=4)["scale"].leak)
     none
@@ -73,7 +72,7 @@ def audit(
     limit = _BOUNDS.get(subject.dtype, 1e-4) if bound is None else bound
     with evaluating(module):
         _check_alive(subject, torch.Generator().manual_seed(seed))
-        findings = [repeat(subject, torch.Generator().manual_seed(seed), batches, limit)]
+        findings = [_probed(repeat, subject, None, seed, batches, limit)]
         if findings[0].leak == "none":
             rounding = Rounding(subject, seed) if bound is None else None
             findings += [_probed(probe, subject, rounding, seed, batches, limit) for probe in _PROBES]
