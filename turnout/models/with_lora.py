@@ -57,9 +57,6 @@ def with_lora(lm: LM, adapter: str | Path | PeftAdapter) -> LM:
             raise _refused(found.name, f"{key}, other than the model's", "hold no weights of another base")
     theirs = dict(found.factor)
     for owner, slot, weight, sizes in _maps(made):
-        if (fused := theirs.pop(_name(named, weight), None)) is not None:  # as phi3 has its qkv_proj
-            setattr(owner, slot, _low_rank(found.name, weight, tuple(weight.shape[:1]), [fused]))
-            continue
         parts = [theirs.pop(_name(named, part), None) for part in weight.split(sizes)]
         if any(part is not None for part in parts):
             setattr(owner, slot, _low_rank(found.name, weight, sizes, parts))

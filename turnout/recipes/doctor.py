@@ -40,6 +40,7 @@ _PARTS = {
     "triton": ("triton", "GPU kernels, on Linux; torch for CUDA brings it"),
     "fastapi": ("serve", "turnout serve: the API"),
     "uvicorn": ("serve", "turnout serve: HTTP"),
+    "httptools": ("serve", "turnout serve: HTTP, read and written in less time"),
     "prometheus-client": ("serve", "turnout serve: its numbers"),
     "llguidance": ("serve", "turnout serve: answers of a given form"),
     "jinja2": ("serve", "turnout serve: chat templates"),
