@@ -48,12 +48,13 @@ def post(url: str, body: dict) -> httpx.Response:
 def test_it_ends_in_peace(start, folder):
     process, url = start(folder, "--drain-timeout", "500")  # however busy the machine is
     assert process.stdout.readline().startswith(f"curl {url}/chat/completions")
+    assert process.stdout.readline() == f"in a browser: {url.replace('/v1', '/')}\n"
     answers: list[httpx.Response] = []
     long = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "n": 60}
     thread = threading.Thread(target=lambda: answers.append(post(url, long)))
     thread.start()
     health = url.replace("/v1", "/health")
-    until = time.monotonic() + 20
+    until = time.monotonic() + 200
     while httpx.get(health, trust_env=False).json()["running"] == 0 and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
