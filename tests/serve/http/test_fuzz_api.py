@@ -79,11 +79,11 @@ def test_it_sees_a_wrong_answer(status, content):
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_it_finds_a_fault_that_is_planted(target, monkeypatch):
-    """Of one field, at one of its values: what is fuzzed reaches into the bodies."""
+    """Wherever a field stands that need not: what is fuzzed reaches into the bodies."""
     right = service.requests
 
     def spoilt(body, *given, **more):
-        if body.get("stop"):
+        if body.keys() - {"model", "prompt"}:
             raise RuntimeError("planted")
         return right(body, *given, **more)
 
