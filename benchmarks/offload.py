@@ -99,7 +99,7 @@ def locality(lm: LM, ids: tuple[int, ...]) -> float:
 def learnt_of(lm: LM, options: argparse.Namespace) -> cache.Learnt:
     """What policies learn from other texts of the same kind: of another seed, 16 of 64 tokens each."""
     texts = [text(64, lm.config.vocab_size, options.stay, TOPICS, seed=1 + n).ids for n in range(16)]
-    used_SLE = np.zeros((64 * len(texts), lm.config.layers, CONFIG.moe.num_experts), bool)  # type: ignore[union-attr]
+    used_SLE = np.zeros((64 * len(texts), lm.config.layers, lm.routers[0].num_experts), bool)
     with torch.no_grad():
         for n, ids in enumerate(texts):
             for layer, routing in enumerate(lm(torch.tensor([ids])).routings):

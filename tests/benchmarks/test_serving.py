@@ -105,7 +105,7 @@ class Counted:
 def test_the_server_of_llama_cpp_reads_prompts_beside_texts_that_go_on() -> None:
     async def both() -> tuple[list[int], list[int], Counted]:
         model = Counted()
-        worker = llama_server.Worker(model, 2, asyncio.get_running_loop())  # type: ignore[arg-type]
+        worker = llama_server.Worker(model, 2, asyncio.get_running_loop())
         some = [llama_server.Asked(ids, 3, asyncio.Queue()) for ids in ([5, 6], [7] * 600)]
         worker.slots = list(some)
         for _ in range(4):

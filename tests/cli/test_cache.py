@@ -11,9 +11,11 @@ from turnout.cli import cache
 from turnout.cli.experts import POLICIES as FLAGGED
 from turnout.cli.main import main
 from turnout.decide.device.cache import Learnt
+from turnout.decide.device.cache.named import NAMES
 from turnout.models import LM, LMConfig, MoEConfig
 from turnout.models.checkpoint import save
-from turnout.recipes.cache import POLICIES
+from turnout.recipes.cache_times import expert_times
+from turnout.run.swap import ExpertCache
 from turnout.types import Routing, TraceWriter
 
 
@@ -40,17 +42,17 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_parser_knows_every_policy():
-    assert cache.POLICIES == FLAGGED == POLICIES
+    assert cache.POLICIES == FLAGGED == NAMES
 
 
 def test_every_policy_is_beside_the_bound_and_one_is_recommended(trace, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["cache", trace, "--slots", "2,4", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in (*POLICIES, "belady", "take ", "needs a router")) and "cache.html" in text
+    assert all(name in text for name in (*NAMES, "belady", "take ", "needs a router")) and "cache.html" in text
     values = json.loads((out / "cache.json").read_text())["values"]
     assert values["documents"] == 2 and values["documents_learnt"] == 6
-    assert len(values["rows"]) == 4 * (len(POLICIES) + 1)
+    assert len(values["rows"]) == 4 * (len(NAMES) + 1)
     for told in values["recommended"]:
         here = {r["policy"]: r for r in values["rows"] if (r["pool"], r["slots"]) == (told["pool"], told["slots"])}
         bound = here["belady"]
@@ -160,3 +162,26 @@ def test_times_of_a_model_that_the_trace_is_not_of_are_refused(trace, tmp_path, 
 def test_times_that_nobody_said_are_said_to_be_assumed(trace, capsys):
     assert main(["cache", trace, "--policy", "lru", "--slots", "4", "--fetch-ms", "2"]) == 0
     assert "--compute-ms is assumed, 1 ms: name the model" in capsys.readouterr().out
+
+
+def test_a_fetch_is_measured_where_half_of_the_files_would_hold_all_experts(tmp_path, monkeypatch, capsys):
+    """It was a millionth of a second, and called measured."""
+    sizes = {"width": 16, "layers": 3, "heads": 2, "max_seq": 64, "vocab_size": 4000}
+    missed, right = list[int](), ExpertCache.close
+
+    def close(cache: ExpertCache) -> None:
+        missed.append(cache.stats().misses)
+        right(cache)
+
+    for per_layer in (None, (4, 8, 8)):
+        moe = MoEConfig(8, 2, 16, per_layer=per_layer)
+        save(tmp_path / "model", LM(LMConfig(**sizes, moe=moe)))
+        with monkeypatch.context() as watched:
+            watched.setattr(ExpertCache, "close", close)
+            times = expert_times(tmp_path / "model")
+        assert times.fetch_s > 1e-6 and times.experts == 8
+    assert [count > 0 for count in missed] == [False, True] * 2, "the first held all; of the second files were read"
+    save(tmp_path / "model", LM(LMConfig(**sizes, moe=MoEConfig(2, 2, 16))))
+    record(tmp_path / "trace", 8)
+    assert main(["cache", str(tmp_path / "trace"), "--model", str(tmp_path / "model")]) == 2
+    assert "whose tokens take all 2 experts of a layer" in capsys.readouterr().err

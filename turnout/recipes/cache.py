@@ -12,10 +12,9 @@ from turnout.measure.cache import Contender, cache_report
 from turnout.recipes.cache_times import ExpertTimes, expert_times
 from turnout.types import Accesses, CacheShape, Report, Trace
 
-__all__ = ["POLICIES", "cache_trace", "trace_in"]
+__all__ = ["cache_trace", "trace_in"]
 
 _WHERE = "turnout cache"
-POLICIES = NAMES
 _AHEAD = "a router that routes all layers before the first"
 _HELD_OUT = 4  # every fourth document is compared on, where policies learn from the others
 
@@ -27,7 +26,7 @@ def cache_trace(
     shared: bool | None = None,
     memory_bytes: float | None = None,
     expert_bytes: float | None = None,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] = NAMES,
     streams: int = 1,
     tokens: int = 20_000,
     fetch_s: float | None = None,
@@ -45,7 +44,7 @@ def cache_trace(
         shared: whether all layers share their slots; both ways when None.
         memory_bytes: what the slots may take, in the place of ``slots``.
         expert_bytes: of one expert; ``model`` tells it too.
-        policies: of ``POLICIES``.
+        policies: by their names (``turnout.decide.device.cache.named_policy``).
         streams: documents decoded side by side.
         tokens: steps compared on, at most.
         fetch_s: how long an expert takes to come; None to measure it with ``model``, 1 ms without one.
@@ -58,8 +57,7 @@ def cache_trace(
         ``measure.cache.cache_report``, with where its numbers are from.
 
     Raises:
-        TurnoutError: a trace or model that cannot be read, an unknown policy, slots that do not hold one access, or
-            a model of other sizes than the trace's.
+        TurnoutError: no such trace, model or policy, slots that hold no access, or a model of other sizes.
 
     Source: none; plain bookkeeping.
     """
@@ -67,7 +65,8 @@ def cache_trace(
     learnt, compared = _split(opened, policies if save is None else LEARNING)
     taken = _first(opened, compared, tokens * streams)
     told = Accesses.of_trace(opened, taken, streams=streams)
-    times = _times(model, fetch_s, compute_s, streams, told)
+    wanting = fetch_s is None or compute_s is None or (memory_bytes is not None and expert_bytes is None)
+    times = _times(model if wanting else None, fetch_s, compute_s, streams, told)
     each = expert_bytes if memory_bytes is None else expert_bytes or times.expert_bytes or None
     sizes = _sizes(told, slots, shared, memory_bytes, each)
     known = _known(opened, learnt, seed, save)
@@ -82,8 +81,8 @@ def cache_trace(
 
 
 def _opened(trace: str | Path, policies: Sequence[str]) -> Trace:
-    if strange := [name for name in policies if name not in POLICIES]:
-        raise nearest(strange[0], POLICIES, kind="policy", where=_WHERE)
+    if strange := [name for name in policies if name not in NAMES]:
+        raise nearest(strange[0], NAMES, kind="policy", where=_WHERE)
     return Trace.open(trace)
 
 
@@ -112,7 +111,7 @@ def _times(
     model: str | Path | None, fetch_s: float | None, compute_s: float | None, streams: int, told: Accesses
 ) -> ExpertTimes:
     """What was said; what was not is measured, or is a millisecond where there is no model to measure it with."""
-    found = ExpertTimes(1e-3, 1e-3, 0) if model is None else expert_times(model, streams=streams)
+    found = ExpertTimes(1e-3, 1e-3, 0, 0, 0) if model is None else expert_times(model, streams=streams)
     if model is not None and (found.layers, found.experts) != (told.layers, told.experts):
         got = f"{model}, {found.layers} layers of {found.experts} experts"
         allowed = f"be what the trace was recorded of, {told.layers} layers of {told.experts}"

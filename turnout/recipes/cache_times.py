@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from turnout.errors import UsageError, word
 from turnout.models import LM
 from turnout.models.checkpoint import load_offloaded
 from turnout.models.checkpoint.own import read_json
@@ -31,7 +32,7 @@ class ExpertTimes:
         layers: of the model that have experts.
         experts: the most that one of them has.
 
-    >>> ExpertTimes(1e-3, 2e-3, 1024).fetch_s
+    >>> ExpertTimes(1e-3, 2e-3, 1024, layers=2, experts=8).fetch_s
     0.001
 
     Source: none; plain bookkeeping.
@@ -40,13 +41,13 @@ class ExpertTimes:
     fetch_s: float
     compute_s: float
     expert_bytes: int
-    layers: int = 0
-    experts: int = 0
+    layers: int
+    experts: int
 
 
 @torch.no_grad()
 def expert_times(model: str | Path, *, streams: int = 1, seed: int = 0) -> ExpertTimes:
-    """Reads experts of a model's files one by one, and decodes some tokens with about half of them in memory.
+    """Reads experts of a model's files one by one, and decodes some tokens with at most half of them in memory.
 
     Args:
         model: a run, or a model's folder.
@@ -54,7 +55,7 @@ def expert_times(model: str | Path, *, streams: int = 1, seed: int = 0) -> Exper
         seed: of which experts and which tokens.
 
     Raises:
-        TurnoutError: no model is there, or one without experts.
+        TurnoutError: no model is there, one without experts, or one whose tokens take them all.
 
     Source: none; medians of the clock.
     """
@@ -65,21 +66,40 @@ def expert_times(model: str | Path, *, streams: int = 1, seed: int = 0) -> Exper
     layers = heads.get("num_hidden_layers") or heads.get("layers") or 1
     lm = load_offloaded(folder, expert_memory=max(size // 2, size // max(1, int(layers))), threads=0)
     assert lm.experts is not None
+    shape, made = lm.experts.shape, lm.experts.stats()
+    if made.slots == made.experts:  # most of the files is something else: half of the experts by their own size
+        lm.experts.close()
+        lm = load_offloaded(folder, expert_memory=_half(lm, folder), threads=0)
+        assert lm.experts is not None
     try:
         fetch_s = _fetch(lm, random.Random(seed))
         compute_s = _compute(lm, streams, torch.Generator().manual_seed(seed))
-        shape = lm.experts.shape
-        return ExpertTimes(fetch_s, compute_s, lm.experts.stats().expert_bytes, shape.layers, shape.experts)
+        return ExpertTimes(fetch_s, compute_s, made.expert_bytes, shape.layers, shape.experts)
     finally:
         lm.experts.close()
+
+
+def _half(lm: LM, folder: Path) -> int:
+    """Bytes of half of the experts of each layer, of as many as a token takes at least."""
+    assert lm.experts is not None and lm.config.moe is not None
+    shape, fix = lm.experts.shape, "pass --fetch-ms and --compute-ms, and --expert-bytes with --memory"
+    slots = max(lm.config.moe.top_k, shape.experts // 2)
+    if slots == shape.experts:
+        got = f"{folder}, whose tokens take all {slots} experts of a layer"
+        raise UsageError(word("--model", got=got, allowed="leave some experts out", where=_WHERE, fix=fix))
+    return shape.layers * slots * lm.experts.stats().expert_bytes
 
 
 def _fetch(lm: LM, draw: random.Random) -> float:
     """Seconds of the median expert that was not there, after one round that brings the files into memory."""
     cache = lm.experts
     assert cache is not None
-    every = [(layer, expert) for layer in range(cache.shape.layers) for expert in range(cache.shape.experts)]
-    some = draw.sample(every, min(_FETCHES, len(every)))
+    # All experts of layers whose slots do not hold them, or of all layers where they share the slots: what came first
+    # has gone when its turn comes again.
+    layers = [n for n, count in enumerate(cache.num_experts_L) if cache.shape.shared or count > cache.shape.slots]
+    if not cache.shape.shared:
+        layers = draw.sample(layers, min(len(layers), max(1, _FETCHES // cache.shape.experts)))
+    some = [(layer, expert) for layer in layers for expert in range(cache.num_experts_L[layer])]
     spent: list[float] = []
     for number in range(4):
         for layer, expert in some:
@@ -90,8 +110,7 @@ def _fetch(lm: LM, draw: random.Random) -> float:
                 took_s = time.perf_counter() - began_s
             if number and cache.stats().misses > missed:
                 spent.append(took_s)
-    # None where all fit: what is there need not come, and any small number will do.
-    return statistics.median(spent) if spent else 1e-6
+    return statistics.median(spent)
 
 
 def _compute(lm: LM, streams: int, generator: torch.Generator) -> float:

@@ -21,7 +21,7 @@ from turnout.models.checkpoint import own
 from turnout.models.families.meaning import meaning
 from turnout.models.placed import roomy, weight_bytes
 from turnout.reading import check_fields, parse_json, read_json, read_text
-from turnout.recipes.run import Run
+from turnout.recipes.run import NO_GGUF, Run
 from turnout.storage import digest, read_error
 from turnout.train.data.tokenizer import open_tokenizer
 from turnout.types.device import shown
@@ -181,7 +181,7 @@ def model_folder(path: str | Path, *, where: str = _WHERE) -> Path:
     fix = "name a run or a model's folder"
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         got += ", a file of llama.cpp" if path.is_file() else ", with files of llama.cpp alone"
-        fix = "name the folder that it was made from, or run the file with llama.cpp: GGUF is written here, not read"
+        fix = f"name the folder that it was made from, or run the file with llama.cpp: {NO_GGUF}"
     if (path / "run.json").is_file():
         Run.open(path)  # says what else it is
         fix = f"finish the run: turnout train --resume --out {quote(str(path))}"

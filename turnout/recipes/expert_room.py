@@ -15,9 +15,8 @@ from turnout.models.checkpoint import load_offloaded
 from turnout.types import CachePolicy, CacheShape
 from turnout.types.device import find_device, shown
 
-__all__ = ["POLICIES", "ExpertRoom"]
+__all__ = ["ExpertRoom"]
 
-POLICIES = NAMES
 _MAKE = "turnout eval RUN --trace TRACE, then turnout cache TRACE --save FILE"
 
 
@@ -27,7 +26,7 @@ class ExpertRoom:
 
     Args:
         memory: how many bytes experts may take in memory, as "2GB"; None for as many as there are.
-        policy: which of them stay: a name of ``POLICIES``, with - or _ between its words.
+        policy: which of them stay: a name that ``named_policy`` knows, with - or _ between its words.
         profile: the file that ``turnout cache --save`` wrote, for a policy that goes by what it learnt.
         n_cpu_moe: llama.cpp's: the experts of so many layers, from the first, stay with the CPU where an accelerator
             computes the rest.
@@ -49,8 +48,8 @@ class ExpertRoom:
     def __post_init__(self) -> None:
         if self.memory is not None:
             self._bytes(self.memory)
-        if self._name not in POLICIES:
-            raise nearest(self.policy, list(POLICIES), kind="policy", where="--expert-policy")
+        if self._name not in NAMES:
+            raise nearest(self.policy, list(NAMES), kind="policy", where="--expert-policy")
         if self._name in LEARNING and self.profile is None:
             got, allowed = f"{self.policy} alone", "go with --expert-profile, what such a policy goes by"
             fix = f"add --expert-profile FILE, made by {_MAKE}; or take lru"

@@ -15,6 +15,8 @@ from turnout.storage import write_whole
 from turnout.train.loop import TrainConfig
 
 _FORMAT = "turnout.run/1"
+# Said of files of llama.cpp, wherever a model's folder is asked for.
+NO_GGUF = "GGUF is written here, not read"
 # What else writes a run.json -> what its folder is, and what can be done with it.
 _OTHERS = {
     "turnout.conversion": (
@@ -280,7 +282,7 @@ class Run:
             return CheckpointError(word("the run", got=got, allowed=allowed, where="Run.open", fix=fix))
 
         if path.suffix == ".gguf" and path.is_file():  # bytes that are no text: say what it is, not that
-            raise refuse("a file of llama.cpp: GGUF is written here, not read")
+            raise refuse(f"a file of llama.cpp: {NO_GGUF}")
         try:
             body = read_json(path, refuse=refuse, any_link=True)
         except FileNotFoundError as error:

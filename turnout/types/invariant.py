@@ -85,10 +85,11 @@ def alike(function: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor
     if not invariant_here(where) or x.device.type != "cpu":
         return function(x)
     count = x.numel()
-    flat = x.reshape(-1).contiguous()  # every second number, say, would be taken one by one
     if count % _WHOLE:
         flat = x.new_zeros(-(-count // _WHOLE) * _WHOLE)
         flat[:count] = x.reshape(-1)
+    else:
+        flat = x.reshape(-1).contiguous()  # every second number, say, would be taken one by one
     if torch.get_num_threads() > 1 and len(flat) > _PART:
         return torch.cat([function(part) for part in flat.split(_PART)])[:count].view(x.shape)
     return function(flat)[:count].view(x.shape)

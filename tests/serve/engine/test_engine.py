@@ -65,8 +65,11 @@ def heard(tokens: tuple[Token, ...]) -> tuple[list[int], list[float | None]]:
 
 @pytest.mark.usefixtures("compiled")
 def test_of_small_models_steps_read_the_ends_of_prompts_whole() -> None:
-    assert [paged._few(LM(dataclasses.replace(TINY, width=width)).eval()) for width in (8, 512)] == [255, 64]
-    assert paged._few(LM(dataclasses.replace(TINY, width=512)).to(torch.bfloat16).eval()) == 32
+    def few(width: int, dtype: torch.dtype = torch.float32) -> int:
+        lm = LM(dataclasses.replace(TINY, width=width)).to(dtype).eval()
+        return paged._few(lm, paged._is_small(lm))
+
+    assert [few(8), few(512), few(512, torch.bfloat16)] == [255, 64, 32]
 
 
 @pytest.mark.usefixtures("short_parts")

@@ -48,7 +48,7 @@ class PagedSteps:
     def __init__(self, lm: LM, pages: Pages) -> None:
         self.lm, self.pages, self.entries = lm, pages, Entries(lm)
         self.is_small = _is_small(lm)
-        self.few = _few(lm)
+        self.few = _few(lm, self.is_small)
         self.chunk = CHUNK if lm.rope.border is None else lm.config.max_seq
         layers = self.entries.layers
         layers["group"] = pages.group_L
@@ -164,8 +164,8 @@ def _is_small(lm: LM) -> bool:
     return flops is not None and flops / 2 - config.width * config.vocab_size <= _SMALL * config.layers
 
 
-def _few(lm: LM) -> int:
+def _few(lm: LM, is_small: bool) -> int:
     """Up to how many tokens the compiled step reads the end of a prompt: the model decides it, not the machine."""
-    if _is_small(lm):
+    if is_small:
         return CHUNK - 1
     return _FEW if lm.embedding.dtype == torch.float32 else _FEW_SHORT

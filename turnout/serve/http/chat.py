@@ -81,7 +81,7 @@ class _Style:
 
     def opening(self) -> Iterable[bytes]:
         """Who speaks."""
-        return [self._event(index, {"role": "assistant", "content": ""}) for index in range(self._copies)]
+        return [event(self._body(index, {"role": "assistant", "content": ""})) for index in range(self._copies)]
 
     def piece(self, made: Made, token: Token) -> Iterable[bytes]:
         """A token's text."""
@@ -90,11 +90,11 @@ class _Style:
         logs = self._logprobs([token])
         if not token.text and not (logs and logs["content"]):
             return []
-        return [self._event(made.index, {"content": token.text}, logs)]
+        return [event(self._body(made.index, {"content": token.text}, logs))]
 
     def ended(self, made: Made) -> Iterable[bytes]:
         """Why."""
-        return [self._event(made.index, {}, None, made.reason)]
+        return [event(self._body(made.index, {}, None, made.reason))]
 
     def closing(self, texts: Sequence[Made]) -> Iterable[bytes]:
         """What it took."""
@@ -126,15 +126,6 @@ class _Style:
         if not self._logs:
             return None
         return {"content": chat_logprobs(tokens, self._texts.spelling), "refusal": None}
-
-    def _event(
-        self,
-        index: int,
-        delta: Mapping[str, Any],
-        logprobs: Mapping[str, Any] | None = None,
-        reason: str | None = None,
-    ) -> bytes:
-        return event(self._body(index, delta, logprobs, reason))
 
     def _body(
         self,
