@@ -60,7 +60,7 @@ def test_the_folder_is_as_documented(whole):
     first, evaluated = records[0], records[2]
     keys = ["kind", "step", "tokens", "seconds", "peak_memory_bytes"]
     assert list(evaluated)[:5] == keys
-    assert list(first) == [*keys, "loss", "lr", "grad_norm", "tokens_per_s", "aux_loss", "z_loss", "max_vio"]
+    assert list(first) == [*keys, "loss", "lr", "grad_norm", "tokens_per_s", "aux_loss", "z_loss", "penalty", "max_vio"]
     assert first["tokens"] == 64 and first["lr"] == tiny_config().lr_at(0)
     assert {"tokens", "bits_per_byte", "by_domain", "load", "max_vio", "entropy", "dropped"} <= set(evaluated)
     assert sum(evaluated["load"][0]) == pytest.approx(1) and set(evaluated["by_domain"]) == {"even", "odd"}

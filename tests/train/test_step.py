@@ -75,7 +75,7 @@ def test_the_step_is_the_one_written_out():
     optimizer.step()
 
     torch.testing.assert_close(work.grad_norm, norm)
-    torch.testing.assert_close(torch.tensor(work.window.means()), torch.stack([loss, aux, z]).detach())
+    torch.testing.assert_close(torch.tensor(work.window.means()), torch.stack([loss, aux, z, 0 * z]).detach())
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
 
@@ -182,7 +182,7 @@ def test_a_weight_without_effect_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         work.run(1, 0.005)
-    assert work.window.means()[1:] == (0.0, 0.0)
+    assert work.window.means()[1:] == (0.0, 0.0, 0.0)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
@@ -198,11 +198,17 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
 def test_the_window_goes_to_json_and_back_exactly():
     window = Window(torch.device("cpu"))
     for n in range(3):
-        window.add(torch.tensor([0.1 * n, 1 / 3, 2 / 7]), [torch.tensor([n, 1]), torch.tensor([2, 3, n])])
+        window.add(torch.tensor([0.1 * n, 1 / 3, 2 / 7, n / 9]), [torch.tensor([n, 1]), torch.tensor([2, 3, n])])
     again = Window(torch.device("cpu"))
     again.restore(json.loads(json.dumps(window.to_json_dict())))
-    assert torch.equal(again.sum_3, window.sum_3) and again.steps == 3
+    assert torch.equal(again.sum_4, window.sum_4) and again.steps == 3
     assert [load_E.tolist() for load_E in again.load_L] == [[3, 3], [6, 9, 3]]
+
+
+def test_a_window_of_before_there_were_penalties_is_read():
+    window = Window(torch.device("cpu"))
+    window.restore({"sum": [1.0, 2.0, 3.0], "steps": 2, "load": []})
+    assert window.means() == (0.5, 1.0, 1.5, 0.0)
 
 
 def test_seeds_differ():

@@ -1,10 +1,11 @@
+import dataclasses
 import random
 
 import pytest
 import torch
 
 from turnout.errors import CheckpointError, ShapeError, StorageError, UsageError
-from turnout.types import Routing
+from turnout.types import Routing, spread
 
 
 def drawn(seed: int) -> tuple[Routing, torch.Tensor]:
@@ -356,7 +357,48 @@ def test_few_and_many_keys_are_sorted_alike(num_experts, monkeypatch):
     index_TK = torch.stack([torch.randperm(num_experts, generator=g)[:3] for _ in range(200)])
     weight_TK, found = torch.rand(200, 3, generator=g), []
     for many in (0, 1 << 40):
-        monkeypatch.setattr("turnout.types.routing._MANY", many)
+        monkeypatch.setattr("turnout.types.ordered._MANY", many)
         found.append(Routing.from_topk(index_TK, weight_TK, num_experts=num_experts))
     for name in ("token_R", "weight_R", "offset_E", "entry_R"):
         assert torch.equal(*(getattr(one, name) for one in found))
+
+
+def test_columns_are_those_of_the_matrix():
+    generator = torch.Generator().manual_seed(7)
+    index_TK, weight_TK = torch.rand(9, 6, generator=generator).topk(3)[1], torch.rand(9, 3, generator=generator)
+    score_TE = torch.rand(9, 6, generator=generator)
+    whole = Routing.from_topk(index_TK, weight_TK, num_experts=6, score_TE=score_TE).truncate(3)
+    for start, end in ((0, 6), (0, 2), (2, 5), (5, 6), (3, 3)):
+        part = whole.columns(start, end).validate()
+        assert torch.equal(part.dense(), whole.dense()[:, start:end])
+        assert torch.equal(part.score_TE, score_TE[:, start:end])
+        assert torch.equal(part.dropped_E, whole.dropped_E[start:end])
+        assert torch.equal(part.before.dense(), whole.before.dense()[:, start:end])
+    with pytest.raises(UsageError, match="columns"):
+        whole.columns(2, 7)
+
+
+def test_by_rank_first_choices_go_before_second_ones():
+    """Expert 0 has place for two: tokens 1 and 2, whose first choice it is, though token 0 weighs most."""
+    index_TK = torch.tensor([[1, 0], [0, 1], [0, 2], [2, 0]])
+    weight_TK = torch.tensor([[0.95, 0.9], [0.6, 0.2], [0.5, 0.2], [0.8, 0.7]])
+    routing = Routing.from_topk(index_TK, weight_TK, num_experts=3)
+    kept = routing.truncate(2, priority="rank")
+    assert kept.token_R[kept.expert_R == 0].tolist() == [1, 2]
+    assert routing.truncate(2).columns(0, 1).token_R.tolist() == [0, 3]
+    with pytest.raises(UsageError, match="from_topk"):
+        kept.truncate(1, priority="rank")
+
+
+def test_penalty_and_carry_stay_in_memory_and_out_of_records(tmp_path):
+    routing = Routing.from_topk(torch.tensor([[0], [1]]), torch.ones(2, 1), num_experts=2)
+    routing = dataclasses.replace(routing, penalty=torch.tensor(2.0), carry_TX=torch.ones(2, 3))
+    assert routing.detach().penalty is None and routing.detach().carry_TX is None
+    assert routing.keep(torch.tensor([True, False])).penalty is routing.penalty
+    wide = spread(routing, torch.tensor([True, False, True]))
+    assert wide.carry_TX.tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 1]] and wide.penalty is routing.penalty
+    routing.save(tmp_path / "r.safetensors")
+    assert Routing.load(tmp_path / "r.safetensors").penalty is None
+    for wrong in ({"penalty": torch.ones(1)}, {"penalty": torch.tensor(float("nan"))}, {"carry_TX": torch.ones(3, 1)}):
+        with pytest.raises(ShapeError, match=next(iter(wrong)).removesuffix("_TX")):
+            dataclasses.replace(routing, **wrong).validate()

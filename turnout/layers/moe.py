@@ -130,6 +130,7 @@ class MoE(Called):
         backend: str = "auto",
         routing: Routing | None = None,
         real: Tensor | None = None,
+        carry_TX: Tensor | None = None,
     ) -> Routed:
         """The output, in x's shape and dtype, and the routing of the flattened tokens.
 
@@ -141,12 +142,14 @@ class MoE(Called):
             routing: of the flattened tokens, decided elsewhere; None asks the layer's router.
             real: (...) bool, false at padding, about which nothing is decided; None leaves it to what
                 ``turnout.layers.given`` says. Where a routing is given, that says it.
+            carry_TX: (T, X) ``Routing.carry_TX`` of the routed layer before, for routers that need it.
 
         Raises:
             ShapeError: token_id or real does not fit x.
             UsageError: the layer has no router, and no routing is given.
         """
-        routing = self.route(x, token_id=token_id, generator=generator, real=real) if routing is None else routing
+        if routing is None:
+            routing = self.route(x, token_id=token_id, generator=generator, real=real, carry_TX=carry_TX)
         held = routing if self.label_E is None else routing.relabel(self.label_E, self.bank.num_experts)
         y = self.bank(x.reshape(-1, x.shape[-1]), held, backend=self.backend if backend == "auto" else backend)
         y, always = y.view(x.shape), self.always(x)
@@ -159,6 +162,7 @@ class MoE(Called):
         token_id: Tensor | None = None,
         generator: torch.Generator | None = None,
         real: Tensor | None = None,
+        carry_TX: Tensor | None = None,
     ) -> Routing:
         """What the layer's router says of the flattened tokens; arguments as in ``forward``.
 
@@ -169,7 +173,7 @@ class MoE(Called):
         if self.router is None:
             allowed, fix = "be given to a layer without a router", "pass routing=..., or build it with a router"
             raise UsageError(word("routing", got=None, allowed=allowed, where="turnout.layers.MoE", fix=fix))
-        return decide(self.router, x, token_id, generator, real)
+        return decide(self.router, x, token_id, generator, real, carry_TX=carry_TX, experts=self.bank)
 
     def always(self, x: Tensor) -> Tensor | None:
         """(..., D) what the shared expert makes of x, under its gate; None without one."""

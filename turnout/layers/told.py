@@ -49,6 +49,8 @@ class _Said:
     mask_BS: Tensor | None = None
     task_B: Tensor | None = None
     query_BQ: Tensor | None = None
+    kind_BS: Tensor | None = None
+    label_B: Tensor | None = None
     batch: int | None = None
     call: _Call | None = None
     backward: int = -1  # the backward pass that it was said in
@@ -65,6 +67,8 @@ def given(
     mask_BS: Tensor | None = None,
     task_B: Tensor | None = None,
     query_BQ: Tensor | None = None,
+    kind_BS: Tensor | None = None,
+    label_B: Tensor | None = None,
     batch: int | None = None,
 ) -> Iterator[None]:
     """Says, for all calls inside, what routers of adapters may want to know about the sequences of the batch.
@@ -77,6 +81,9 @@ def given(
             A model that ``turnout.reshape.attach`` changed reads it from ``attention_mask`` by itself.
         task_B: (B,) int64, the number of each sequence's task.
         query_BQ: (B, Q) an embedding of each sequence's request.
+        kind_BS: (B, S) int64, the kind of each token (its modality); with a KV cache the last columns belong to the new
+            tokens.
+        label_B: (B,) int64, what each sequence is labelled as, for routers that learn from it; say it in training only.
         batch: B, needed only where linear maps see tokens without a batch axis.
 
     >>> import torch
@@ -90,6 +97,8 @@ def given(
         outer.mask_BS if mask_BS is None else mask_BS,
         outer.task_B if task_B is None else task_B,
         outer.query_BQ if query_BQ is None else query_BQ,
+        outer.kind_BS if kind_BS is None else kind_BS,
+        outer.label_B if label_B is None else label_B,
         outer.batch if batch is None else batch,
         outer.call,
         in_backward(),
@@ -255,7 +264,12 @@ def _given(said: _Said, x: Tensor) -> Given:
         keep_T = mask_BS[:, mask_BS.shape[1] - each :].reshape(-1).to(x.device).bool()
     if call is not None:
         _refuse_packed(call.position, keep_T, batch, each)
-    return Given.of(batch, tokens, keep_T=keep_T, task_B=said.task_B, query_BQ=said.query_BQ, device=x.device)
+    told = {"task_B": said.task_B, "query_BQ": said.query_BQ, "label_B": said.label_B}
+    if said.kind_BS is not None:
+        if said.kind_BS.ndim != 2 or said.kind_BS.shape[0] != batch or said.kind_BS.shape[1] < each:
+            raise _misfit(f"{batch} sequences of {each} tokens, kind_BS {tuple(said.kind_BS.shape)}")
+        told["kind_T"] = said.kind_BS[:, said.kind_BS.shape[1] - each :].reshape(-1).to(x.device)
+    return Given.of(batch, tokens, keep_T=keep_T, **told, device=x.device)
 
 
 def _refuse_packed(position: Any, keep_T: Tensor | None, batch: int, each: int) -> None:

@@ -1,11 +1,12 @@
 """The central class: paths, a policy that chooses among them, and a backend that runs the choice."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnout.errors import ShapeError, word
+from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.told import about
 from turnout.layers.told import real as padding
@@ -89,7 +90,7 @@ class Turnout(Called):
             routing = self.policy(x_TD, given=found, generator=generator)
             y_TD = self.paths.merged(x_TD, routing, found.sequence_T)  # pyrefly: ignore[not-callable]
             return Routed(y_TD.view(x.shape), routing)
-        routing = decide(self.policy, x, token_id, generator, real)
+        routing = decide(self.policy, x, token_id, generator, real, experts=self.paths)
         return Routed(self.paths(x_TD, routing, backend=self.backend).view(x.shape), routing)
 
     def extra_repr(self) -> str:
@@ -103,21 +104,34 @@ def decide(
     token_id: Tensor | None,
     generator: torch.Generator | None,
     real: Tensor | None = None,
+    *,
+    carry_TX: Tensor | None = None,
+    experts: nn.Module | None = None,
 ) -> Routing:
     """The policy's routing of the flattened tokens of x; rows of padding, where ``real`` is false, are empty.
 
-    The policy never sees padding, so what is chosen, drawn, counted and dropped is as if there were none.
+    The policy never sees padding, so what is chosen, drawn, counted and dropped is as if there were none. It is told
+    what it says that it needs: with ``needs_given`` what is known of the sequences, with ``needs_carry`` what the
+    router of the routed layer before carried on, with ``needs_experts`` the paths themselves.
     """
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD, asked = x.reshape(-1, x.shape[-1]), unwrapped(policy)
     ids_T = None if token_id is None else _fitting("token_id", token_id, x)
     real_T = padding(x) if real is None else _fitting("real", real, x).to(x.device).bool()
-    known = {}
-    if getattr(unwrapped(policy), "needs_given", False):
-        known = {"given": dataclasses.replace(about(x), keep_T=real_T).tokens()}
-    if real_T is None:
-        return policy(x_TD, token_id_T=ids_T, generator=generator, **known)
-    ids_T = None if ids_T is None else ids_T[real_T]
-    return spread(policy(x_TD[real_T], token_id_T=ids_T, generator=generator, **known), real_T)
+    known: dict[str, Any] = {"token_id_T": ids_T, "generator": generator}
+    if getattr(asked, "needs_carry", False):
+        known["carry_TX"] = carry_TX
+    if real_T is not None:
+        x_TD = x_TD[real_T]
+        known |= {name: known[name][real_T] for name in ("token_id_T", "carry_TX") if known.get(name) is not None}
+    if getattr(asked, "needs_given", False):
+        known["given"] = dataclasses.replace(about(x), keep_T=real_T).tokens()
+    if getattr(asked, "needs_experts", False):
+        if experts is None:
+            allowed, fix = "be where the router is asked, which runs them", "put the router into a turnout.layers.MoE"
+            raise UsageError(word("the experts", got=None, allowed=allowed, where="turnout.layers", fix=fix))
+        known["experts"] = experts
+    routing = policy(x_TD, **known)
+    return routing if real_T is None else spread(routing, real_T)
 
 
 def _fitting(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -87,14 +87,16 @@ class Block(nn.Module):
         routing: Routing | None = None,
         only_B: Tensor | None = None,
         detour: Detour | None = None,
+        carry_TX: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The tokens after this layer, and where they went; a ``routing`` that is given is where they go.
 
         With ``only_B`` one token a row goes on after the attention, (B, 1, D), in evaluation: of those alone is asked.
-        A ``detour`` gives the routing, of what the routed layer reads.
+        A ``detour`` gives the routing, of what the routed layer reads. ``carry_TX`` is what the routed layer before
+        carried on of each token.
         """
         call: dict[str, Any] = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator}
-        call |= {"routing": routing, "detour": detour}
+        call |= {"routing": routing, "detour": detour, "carry_TX": carry_TX}
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._run(x_BSD, angles, cache, places, **call, only_B=only_B)
         # The second time a router draws what it drew the first time.
@@ -122,10 +124,11 @@ class Block(nn.Module):
         routing: Routing | None = None,
         only_B: Tensor | None = None,
         detour: Detour | None = None,
+        carry_TX: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BSD = self.attended(x_BSD, angles, cache, places)
         call: dict[str, Any] = {"token_id_BS": token_id_BS, "backend": backend, "generator": generator}
-        return self.fed(x_BSD, places, **call, routing=routing, only_B=only_B, detour=detour)
+        return self.fed(x_BSD, places, **call, routing=routing, only_B=only_B, detour=detour, carry_TX=carry_TX)
 
     def attended(self, x_BSD: Tensor, angles: Angles, cache: Cache | None, places: Places | None = None) -> Tensor:
         """The first half of ``forward``: the tokens after the attention."""
@@ -143,9 +146,12 @@ class Block(nn.Module):
         routing: Routing | None = None,
         only_B: Tensor | None = None,
         detour: Detour | None = None,
+        carry_TX: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The second half: the tokens after the feed-forward layer, and where they went."""
         if only_B is not None:
+            if carry_TX is not None:
+                carry_TX = carry_TX.view(*x_BSD.shape[:2], -1)[torch.arange(len(x_BSD), device=x_BSD.device), only_B]
             places, at = None, (torch.arange(len(x_BSD), device=x_BSD.device), only_B)
             x_BSD, token_id_BS = x_BSD[at].unsqueeze(1), token_id_BS[at].unsqueeze(1)
         normed_BSD = x_BSD if self.ff_norm is None else self.ff_norm(x_BSD)
@@ -156,6 +162,8 @@ class Block(nn.Module):
             moe: Any = unwrapped(ff)
             routing = detour(moe, normed_BSD, places)
         call = {"token_id": token_id_BS, "generator": generator, "backend": backend, "routing": routing}
+        if carry_TX is not None:
+            call["carry_TX"] = carry_TX
         routed = ff(normed_BSD, **call, real=None if places is None else places.real_BS)
         return self.add(x_BSD, routed.output, self.ff_out_norm), routed.routing
 

@@ -252,6 +252,7 @@ class LM(Called):
             x_BSD, routing = block(x_BSD, angles, cache, places, **call, **some)
             if routing is not None:
                 routings.append(routing)
+                call |= {} if routing.carry_TX is None else {"carry_TX": routing.carry_TX}
         if cache is not None:
             cache.advance(id_BS.shape[1], None if places is None else places.real_BT)
         return self.norm(x_BSD), tuple(routings), places

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.layers import MoE
 from turnout.models.block import Block
+from turnout.models.carried import refuse_carry
 from turnout.models.config import LMConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import head_loss
@@ -119,6 +120,7 @@ class LMStage(nn.Module):
     def __init__(self, lm: LM, stage: int, sizes: Sequence[int]) -> None:
         super().__init__()
         refuse_packed(lm, "cut into stages", where="turnout.models.stages")
+        refuse_carry(lm, "cut into stages", where="turnout.models.stages")
         self.config: LMConfig = lm.config
         self.stage, self.stages = stage, len(sizes)
         self.first, self.last = stage == 0, stage == len(sizes) - 1

@@ -4,6 +4,7 @@ from turnout.paths.bank import Bank, FeedForward
 from turnout.paths.factored import FactoredBank
 from turnout.paths.lora import LoRA
 from turnout.paths.low_rank import LowRank
+from turnout.paths.mixed import Mixed, every
 from turnout.paths.offloaded import OffloadedBank
 from turnout.paths.packed import PackedBank, PackedFeedForward, PackedLinear, PackedWeight
 from turnout.paths.scalearn import ScaLearn
@@ -17,6 +18,7 @@ __all__ = [
     "FeedForward",
     "LoRA",
     "LowRank",
+    "Mixed",
     "OffloadedBank",
     "PackedBank",
     "PackedFeedForward",
@@ -24,4 +26,5 @@ __all__ = [
     "PackedWeight",
     "ScaLearn",
     "Shards",
+    "every",
 ]

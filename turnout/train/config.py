@@ -35,6 +35,12 @@ class TrainConfig:
         dtype: "bf16" computes in bfloat16 under autocast; weights and optimizer stay in fp32. "auto" is bf16 on a CUDA
             device that computes in it, else fp32.
         aux_weight: weight of the load-balance loss, averaged over the routed layers; 0 only reports it.
+        balance_scope: over what the load-balance loss asks for evenness: each "micro"-batch, of all processes together;
+            or the whole optimizer "step", which lets a micro-batch of one domain have experts of its own and costs a
+            second forward pass where ``accumulate`` is above 1.
+        penalty_weight: weight of what routers ask to be minimised themselves (``Routing.penalty``: ReMoE's sparsity,
+            SAM's alignment), averaged over the layers that ask, each with the method's own weight inside; 0 only
+            reports it.
         z_weight: weight of the router z-loss, averaged over the routed layers; 0 only reports it.
         kd_weight: weight of KL(teacher || student), per token as the loss, where there is a teacher; 0 for none.
         kd_share: the first share of the steps that have one; after it the loss is of the text alone.
@@ -76,6 +82,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     aux_weight: float = 0.01
+    balance_scope: Literal["micro", "step"] = "micro"
+    penalty_weight: float = 1.0
     z_weight: float = 0.001
     kd_weight: float = 0.0
     kd_share: float = 0.7
@@ -94,6 +102,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd"):
             raise nearest(self.schedule, ("cosine", "wsd"), kind="schedule", where="TrainConfig")
+        if self.balance_scope not in ("micro", "step"):
+            raise nearest(self.balance_scope, ("micro", "step"), kind="balance_scope", where="TrainConfig")
         check_name(self.device, "TrainConfig")
         if self.dtype not in ("auto", "fp32", "bf16"):
             raise nearest(self.dtype, ("auto", "fp32", "bf16"), kind="dtype", where="TrainConfig")
@@ -132,7 +142,7 @@ class TrainConfig:
         fits = self.alpha is None or (adapted and 0 < self.alpha < math.inf)
         fix = "leave alpha out, for 2 · rank" if adapted else "add only=adapters, or leave alpha out"
         self._check("alpha", fits, "go with only=adapters, above 0 and finite", None, fix=fix)
-        for name in ("weight_decay", "aux_weight", "z_weight", "kd_weight"):
+        for name in ("weight_decay", "aux_weight", "penalty_weight", "z_weight", "kd_weight"):
             self._check(name, getattr(self, name) >= 0, "be 0 or more", 0.0)
 
     def _check(self, name: str, fits: bool, allowed: str, instead: object, *, fix: str = "") -> None:

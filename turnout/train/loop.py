@@ -63,8 +63,8 @@ def train(
     """Trains ``model`` in place and leaves run.json, metrics.jsonl and checkpoints in ``out``.
 
     The objective of a step is the mean of -ln p(target) over its tokens + aux_weight · (mean over layers of the
-    load-balance loss) + z_weight · (mean over layers of the z-loss). Routers with ``after_step`` get the load of the
-    whole step once. Ctrl-C and SIGTERM save first; a second one does not.
+    load-balance loss) + z_weight · (of the z-loss) + penalty_weight · (of ``Routing.penalty``). Routers with
+    ``after_step`` get the load of the whole step once. Ctrl-C and SIGTERM save first; a second one does not.
 
     Args:
         model: ``model(id_BS)`` gives ``logits_BSV`` and ``routings``, of ``model.routers`` in order. It stays on its
@@ -298,7 +298,7 @@ class _Run:
 
     def _log(self, lr: float) -> None:
         window, config = self.work.window, self.config
-        (loss, aux, z), routed = window.means(), bool(window.load_L)
+        (loss, aux, z, penalty), routed = window.means(), bool(window.load_L)
         vio = [max_vio(load_E) for load_E in window.load_L]
         record = {
             **self._line("train"),
@@ -308,6 +308,7 @@ class _Run:
             "tokens_per_s": self.lap_steps * config.tokens_per_step / max(self.lap_s, 1e-9),
             "aux_loss": aux if routed else None,
             "z_loss": z if routed else None,
+            "penalty": penalty if routed else None,
             "max_vio": sum(vio) / len(vio) if vio else None,
             **self.team.pace(),
         }

@@ -37,6 +37,11 @@ class Overlapping(Sharded):
     Source: Gao et al., 2025, "FlowMoE", for the schedule of whole blocks.
     """
 
+    @property
+    def schedules(self) -> bool:
+        """It does."""
+        return True
+
     def __init__(self, ranks: Ranks, meshes: Meshes, model: Any, schedule: BlockSchedule) -> None:
         super().__init__(ranks, meshes, model)
         self._times: list[BlockTimes] = []
@@ -58,6 +63,7 @@ class Overlapping(Sharded):
         found: list[Passed] = []
 
         def counted(nats: Tensor, routings: Sequence[Routing]) -> Tensor:
+            # No router that this plays has a penalty.
             loss, done = objective(nats, routings, self.wholes(routings), weights)
             found.append(done)
             return loss

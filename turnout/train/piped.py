@@ -42,6 +42,11 @@ class Pipelined(Sharded):
     Source: Huang et al., 2019, "GPipe". The losses in parts are ours.
     """
 
+    @property
+    def schedules(self) -> bool:
+        """It does."""
+        return True
+
     def __init__(self, ranks: Ranks, meshes: Meshes, model: Piped, *, make: Callable[[], nn.Module]) -> None:
         super().__init__(ranks, meshes, model)
         self.piped, self.make = model, make
@@ -93,8 +98,8 @@ class Pipelined(Sharded):
         with torch.no_grad():
             self._take()
             nats = sum(found.values(), start=torch.zeros((), device=id_BS.device))
-            losses_3 = torch.stack([nats, *sides.values(wanted)])
-        return Passed(losses_3, wanted, sides.scored, sides.logged)
+            losses_4 = torch.stack([nats, *sides.values(wanted), torch.zeros_like(nats)])
+        return Passed(losses_4, wanted, sides.scored, sides.logged)
 
     def _forward(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
         """Forward passes alone, of which the routings are counted."""

@@ -66,6 +66,11 @@ class Sharded:
         return tuple(dist.get_process_group_ranks(self.meshes.data_group))
 
     @property
+    def schedules(self) -> bool:
+        """Not: the model is called as it is."""
+        return False
+
+    @property
     def salt(self) -> tuple[int, ...]:
         """The number of its part of the batch."""
         return (self.meshes.data_rank,)

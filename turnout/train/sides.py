@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from turnout.errors import UsageError, word
 from turnout.models.stages import LMStage
 from turnout.train.balance import Whole, demand, load_balance_loss, router_z_loss, score_sum
 from turnout.train.team import Weights
@@ -90,6 +91,11 @@ class Sides:
         """This part's share of both losses, weighted, of one stage; None where they have no gradient."""
         weights, terms = self._weights, []
         for layer, routing in enumerate(routings):
+            if routing.penalty is not None:
+                got, allowed = "one that asks for a penalty to be minimised", "ask for balance alone in a pipeline"
+                raise UsageError(
+                    word("a router", got=got, allowed=allowed, where="turnout.train", fix="train with pp=1")
+                )
             sums = self._sums.setdefault((number, layer), _Sums())
             at = self._first[number] + layer if self.known else 0
             counted = torch.as_tensor(self._tokens, device=routing.load_E.device)

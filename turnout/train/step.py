@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from turnout.decide.token import NoisyTopK
 from turnout.errors import TrainingError, UsageError, word
 from turnout.models import LM, token_loss
+from turnout.train.balance import demand
 from turnout.train.objective import objective
 from turnout.train.place import sent
 from turnout.train.taught import check_teacher, divergence, taught_until, told
@@ -81,29 +82,30 @@ class Window:
 
     def clear(self) -> None:
         """Starts anew."""
-        # The token loss, the load-balance loss, the z-loss; how many steps; the load of each routed layer.
-        self.sum_3 = torch.zeros(3, dtype=self._dtype, device=self._device)
+        # The token loss, the load-balance loss, the z-loss, the penalty; how many steps; the load of each routed layer.
+        self.sum_4 = torch.zeros(4, dtype=self._dtype, device=self._device)
         self.steps = 0
         self.load_L: list[Tensor] = []
 
-    def add(self, losses_3: Tensor, load_L: Sequence[Tensor]) -> None:
+    def add(self, losses_4: Tensor, load_L: Sequence[Tensor]) -> None:
         """One step more."""
-        self.sum_3 += losses_3
+        self.sum_4 += losses_4
         self.steps += 1
         self.load_L = [a + b for a, b in zip(self.load_L, load_L, strict=True)] if self.load_L else list(load_L)
 
-    def means(self) -> tuple[float, float, float]:
-        """The mean token loss, load-balance loss and z-loss."""
-        loss, aux, z = (self.sum_3 / max(1, self.steps)).tolist()
-        return loss, aux, z
+    def means(self) -> tuple[float, float, float, float]:
+        """The mean token loss, load-balance loss, z-loss and penalty."""
+        loss, aux, z, penalty = (self.sum_4 / max(1, self.steps)).tolist()
+        return loss, aux, z, penalty
 
     def to_json_dict(self) -> dict[str, Any]:
         """The sums, exactly."""
-        return {"sum": self.sum_3.tolist(), "steps": self.steps, "load": [load_E.tolist() for load_E in self.load_L]}
+        return {"sum": self.sum_4.tolist(), "steps": self.steps, "load": [load_E.tolist() for load_E in self.load_L]}
 
     def restore(self, body: dict[str, Any]) -> None:
         """What ``to_json_dict`` gave."""
-        self.sum_3 = torch.tensor(body["sum"], dtype=self._dtype, device=self._device)
+        known = [*body["sum"], 0.0][:4]  # before there were penalties, three
+        self.sum_4 = torch.tensor(known, dtype=self._dtype, device=self._device)
         self.steps = body["steps"]
         self.load_L = [torch.tensor(load_E, device=self._device) for load_E in body["load"]]
 
@@ -112,8 +114,9 @@ class Window:
 class _Sums:
     """What one optimizer step adds up over its micro-batches."""
 
-    losses_3: Tensor
+    losses_4: Tensor
     load_L: list[Tensor]
+    tokens: int
 
 
 class Step:
@@ -136,6 +139,9 @@ class Step:
         self, model: nn.Module, config: Any, stream: Any, team: Team = ALONE, teacher: nn.Module | None = None
     ) -> None:
         check_teacher(config, teacher, alone=team is ALONE)
+        if config.balance_scope == "step" and config.accumulate > 1 and team.schedules:
+            allowed, fix = "be 'micro' where a schedule runs the model", "pass accumulate=1, or balance_scope='micro'"
+            raise UsageError(word("balance_scope", got="step", allowed=allowed, where="turnout.train", fix=fix))
         self._teacher, self._taught = teacher, False  # in the step that is going
         self.model, self.config, self.stream, self.team = model, config, stream, team
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -168,7 +174,7 @@ class Step:
         sums = self._backward(step)
         held = list(self.held.values())
         self.grad_norm = self.team.norm(held)
-        finite = torch.isfinite(self.grad_norm + sums.losses_3[0])
+        finite = torch.isfinite(self.grad_norm + sums.losses_4[0])
         if self._lazy:
             bad = ~finite
             self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
@@ -176,13 +182,13 @@ class Step:
             # Fused AdamW leaves weights and state alone while this is set.
             self.optimizer.found_inf = self._frozen  # pyrefly: ignore[missing-attribute]
         elif not finite:
-            raise self._failure(step, lr, float(sums.losses_3[0]))
+            raise self._failure(step, lr, float(sums.losses_4[0]))
         if self.config.clip is not None and (self._lazy or self.grad_norm > self.config.clip):
             torch.nn.utils.clip_grads_with_norm_(held, self.config.clip, self.grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._after_step(sums.load_L)
-        self.window.add(sums.losses_3, sums.load_L)
+        self._after_step(sums.load_L, sums.tokens)
+        self.window.add(sums.losses_4, sums.load_L)
 
     def check(self) -> None:
         """Waits for the accelerator and stops if any step since the last check was not finite.
@@ -197,7 +203,7 @@ class Step:
             # The weights are still those of before that step: run it again, to see what went wrong.
             self.optimizer.zero_grad(set_to_none=True)
             sums = self._backward(step)
-            raise self._failure(step, self.config.lr_at(step), float(sums.losses_3[0]))
+            raise self._failure(step, self.config.lr_at(step), float(sums.losses_4[0]))
 
     def _backward(self, step: int) -> _Sums:
         config = self.config
@@ -205,35 +211,66 @@ class Step:
         batches = [self.stream.batch(first + micro) for micro in range(config.accumulate)]
         # The mean is over the tokens of the whole step: micro-batches with fewer targets must not count for more.
         predicted = max(1, sum(int((batch.target_BS != IGNORE).sum()) for batch in batches))
-        sums = _Sums(torch.zeros(3, device=self.device), [])
-        for micro, whole in enumerate(batches):
-            batch = self.team.part(whole)
+        real_M = [_real(batch) for batch in batches]
+        tokens_M = [b.id_BS.numel() if r is None else int(r.sum()) for b, r in zip(batches, real_M, strict=True)]
+        sums = _Sums(torch.zeros(4, device=self.device), [], sum(tokens_M))
+        chosen_L = None
+        if config.balance_scope == "step" and config.accumulate > 1:
+            chosen_L = self._chosen(step, batches)
+        for micro, (whole, tokens) in enumerate(zip(batches, tokens_M, strict=True)):
             self.team.passing(last=micro + 1 == len(batches))
-            seed = derived_seed(config.seed, step, micro, *self.team.salt)
-            torch.manual_seed(seed)
-            if self._generator is not None:
-                self._generator.manual_seed(seed)
-            id_BS, target_BS = (sent(each, self.device) for each in (batch.id_BS, batch.target_BS))
-            tokens = int(real_BS.sum()) if (real_BS := _real(whole)) is not None else whole.id_BS.numel()
-            real_BS = None if (real_BS := _real(batch)) is None else sent(real_BS, self.device)
-            weights = Weights(config.aux_weight, config.z_weight, predicted, config.accumulate, config.dtype == "bf16")
+            id_BS, target_BS, real_BS, here, seed = self._micro(step, micro, whole)
+            weights = Weights(
+                config.aux_weight, config.z_weight, predicted, config.accumulate, config.dtype == "bf16",
+                config.penalty_weight, sums.tokens, chosen_L,
+            )  # fmt: skip
             done = self.team.passed(id_BS, target_BS, real_BS, weights, tokens=tokens, seed=seed)
-            done = self._passed(id_BS, target_BS, real_BS, weights) if done is None else done
+            done = self._passed(id_BS, target_BS, real_BS, weights, here) if done is None else done
             if not self._warned:
                 self._warn(len(done.load_L), done.scored, done.logged)
-            sums.losses_3 += done.losses_3
+            sums.losses_4 += done.losses_4
             sums.load_L = [
                 a + b for a, b in zip(sums.load_L or map(torch.zeros_like, done.load_L), done.load_L, strict=True)
             ]
         self.team.collect(self.parameters)
-        sums.losses_3 = self.team.total(sums.losses_3)
+        sums.losses_4 = self.team.total(sums.losses_4)
         return sums
 
-    def _passed(self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights) -> Passed:
-        """Forward and backward pass of one micro-batch."""
+    def _micro(self, step: int, micro: int, whole: Any) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+        """This process's rows of a micro-batch, its tokens, and the seed that everything was given anew."""
+        batch = self.team.part(whole)
+        seed = derived_seed(self.config.seed, step, micro, *self.team.salt)
+        torch.manual_seed(seed)
+        if self._generator is not None:
+            self._generator.manual_seed(seed)
+        id_BS, target_BS = (sent(each, self.device) for each in (batch.id_BS, batch.target_BS))
+        real_BS = _real(batch)
+        tokens = batch.id_BS.numel() if real_BS is None else int(real_BS.sum())
+        return id_BS, target_BS, None if real_BS is None else sent(real_BS, self.device), tokens, seed
+
+    @torch.no_grad()
+    def _chosen(self, step: int, batches: Sequence[Any]) -> list[Tensor]:
+        """Of each routed layer how many tokens of the step chose each expert: a pass without gradients, as it will be
+        drawn again.
+        """
+        found: list[Tensor] = []
+        for micro, whole in enumerate(batches):
+            id_BS, target_BS, real_BS, _, _ = self._micro(step, micro, whole)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bf16"):
+                _, routings, _ = self._nats(id_BS, target_BS, real_BS)
+            pairs = zip(routings, self.team.wholes(routings), strict=True)
+            some = [demand(r) if w is None else w.chosen_E for r, w in pairs]
+            found = [a + b for a, b in zip(found, some, strict=True)] if found else some
+        return found
+
+    def _passed(
+        self, id_BS: Tensor, target_BS: Tensor, real_BS: Tensor | None, weights: Weights, tokens: int
+    ) -> Passed:
+        """Forward and backward pass of one micro-batch, of so many tokens."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=weights.bf16):
             nats, routings, apart = self._nats(id_BS, target_BS, real_BS)
-        loss, done = objective(nats / weights.predicted, routings, self.team.wholes(routings), weights)
+        wholes = self.team.wholes(routings)
+        loss, done = objective(nats / weights.predicted, routings, wholes, weights, tokens=tokens)
         loss = loss if apart is None else loss + self.config.kd_weight * apart / weights.predicted
         loss.backward()
         return done
@@ -268,7 +305,7 @@ class Step:
                     f"{name}={weight} has no effect: the routers of this model give no scores to balance.", stacklevel=2
                 )
 
-    def _after_step(self, load_L: Sequence[Tensor]) -> None:
+    def _after_step(self, load_L: Sequence[Tensor], tokens: int) -> None:
         load_L = self.team.own(load_L)
         if not load_L or not self._routers:
             return
@@ -277,13 +314,18 @@ class Step:
             allowed = "be one for each routing, in order"
             raise UsageError(word("model.routers", got=got, allowed=allowed, where="turnout.train", fix=fix))
         with torch.no_grad():
+            if self._ranks > 1:
+                counted = torch.tensor(tokens, device=self.device)
+                torch.distributed.all_reduce(counted)
+                tokens = int(counted)
             for router, load_E in zip(self._routers, load_L, strict=True):
                 if hasattr(router, "after_step"):
                     if self._ranks > 1:
                         torch.distributed.all_reduce(load_E := load_E.clone())
                     # A frozen run must not let its biases drift on.
                     moved_E = load_E * (1 - self._frozen.long()) if self._lazy else load_E
-                    router.after_step(moved_E)  # pyrefly: ignore[not-callable]
+                    learn: Any = router.after_step
+                    learn(moved_E, **({"num_tokens": tokens} if takes(learn, "num_tokens") else {}))
 
     def _everywhere(self, names: list[str]) -> list[str]:
         """The names that any process names, in the model's order, then those that are not of this process's part."""

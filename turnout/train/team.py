@@ -24,6 +24,9 @@ class Weights:
         aux: the weight of the load-balance loss.
         z: the weight of the z-loss.
         predicted: how many targets the step has.
+        penalty: the weight of what routers ask to be minimised themselves.
+        tokens: how many tokens of the step are no padding, of all processes.
+        chosen_L: of each routed layer, how many tokens of the whole step chose each expert, where balance is over that.
         accumulate: how many micro-batches.
         bf16: whether forward passes are under autocast.
 
@@ -35,6 +38,9 @@ class Weights:
     predicted: int
     accumulate: int
     bf16: bool = False
+    penalty: float = 1.0
+    tokens: int = 1
+    chosen_L: Sequence[Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +48,8 @@ class Passed:
     """What came out of the forward and backward passes of one micro-batch.
 
     Args:
-        losses_3: this process's part of the token loss, the load-balance loss and the z-loss, as the step has them.
+        losses_4: this process's part of the token loss, the load-balance loss, the z-loss and the routers' penalty, as
+            the step has them.
         load_L: of each routed layer, how many tokens of all processes chose each expert, before capacity.
         scored: how many of the layers gave scores.
         logged: how many gave logits.
@@ -50,7 +57,7 @@ class Passed:
     Source: none; plain bookkeeping.
     """
 
-    losses_3: Tensor
+    losses_4: Tensor
     load_L: Sequence[Tensor]
     scored: int
     logged: int
@@ -82,6 +89,10 @@ class Team(Protocol):
         """Forward and backward passes of this process's rows, of which all have ``tokens`` that are no padding; None
         where the model is called as it is.
         """
+
+    @property
+    def schedules(self) -> bool:
+        """Whether ``passed`` runs the model, and nobody else may."""
 
     def own(self, load_L: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of all layers' loads those of the layers that this process has."""
@@ -152,6 +163,7 @@ class Alone:
     """
 
     first = True
+    schedules = False
     salt: tuple[int, ...] = ()
 
     def part(self, batch: Any) -> Any:

@@ -18,6 +18,8 @@ class Given:
         keep_T: (T,) bool, False at padding; None when every token counts.
         task_B: (B,) int64, the number of each sequence's task, where the caller knows it.
         query_BQ: (B, Q) an embedding of what each sequence asks for, where the caller made one.
+        kind_T: (T,) int64, the kind of each token (its modality), where the caller knows it.
+        label_B: (B,) int64, what each sequence is labelled as (its class), for routers that learn from it in training.
 
     >>> import torch
     >>> given = Given.of(2, 6, task_B=torch.tensor([3, 1]))
@@ -34,6 +36,8 @@ class Given:
     keep_T: Tensor | None = None
     task_B: Tensor | None = None
     query_BQ: Tensor | None = None
+    kind_T: Tensor | None = None
+    label_B: Tensor | None = None
 
     @classmethod
     def of(
@@ -44,34 +48,39 @@ class Given:
         keep_T: Tensor | None = None,
         task_B: Tensor | None = None,
         query_BQ: Tensor | None = None,
+        kind_T: Tensor | None = None,
+        label_B: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> "Given":
         """B sequences of the same length, one after the other."""
         each = num_tokens // max(num_sequences, 1)
         sequence_T = torch.arange(num_sequences, device=device).repeat_interleave(each)
-        return cls(sequence_T, num_sequences, keep_T, task_B, query_BQ)
+        return cls(sequence_T, num_sequences, keep_T, task_B, query_BQ, kind_T, label_B)
 
     def need(self, name: str, who: str) -> Tensor:
-        """``task_B`` or ``query_BQ``, with one row for each sequence.
+        """``task_B``, ``query_BQ`` or ``label_B`` with one row for each sequence, ``kind_T`` with one for each token.
 
         Raises:
             UsageError: the caller gave none.
-            ShapeError: it has another number of rows than there are sequences.
+            ShapeError: it has another number of rows than there are sequences or tokens.
         """
         value: Tensor | None = getattr(self, name)
+        each, count = ("token", len(self.sequence_T)) if name == "kind_T" else ("sequence", self.num_sequences)
         if value is None:
-            fix = f"call the model inside `with turnout.layers.given({name}=...):`"
-            raise UsageError(word(name, got=None, allowed="be given for every sequence", where=who, fix=fix))
-        if value.shape[0] != self.num_sequences:
-            got, allowed = f"{value.shape[0]} rows", f"have a row for each of the {self.num_sequences} sequences"
-            raise ShapeError(word(name, got=got, allowed=allowed, where=who, fix="pass one row a sequence"))
+            said = "kind_BS" if name == "kind_T" else name
+            fix = f"call the model inside `with turnout.layers.given({said}=...):`"
+            raise UsageError(word(name, got=None, allowed=f"be given for every {each}", where=who, fix=fix))
+        if value.shape[0] != count:
+            got, allowed = f"{value.shape[0]} rows", f"have a row for each of the {count} {each}s"
+            raise ShapeError(word(name, got=got, allowed=allowed, where=who, fix=f"pass one row a {each}"))
         return value.to(self.sequence_T.device)
 
     def tokens(self) -> "Given":
         """The same for the tokens alone, padding left out."""
         if self.keep_T is None:
             return self
-        return dataclasses.replace(self, sequence_T=self.sequence_T[self.keep_T], keep_T=None)
+        kind_T = None if self.kind_T is None else self.kind_T[self.keep_T]
+        return dataclasses.replace(self, sequence_T=self.sequence_T[self.keep_T], keep_T=None, kind_T=kind_T)
 
     def mean(self, x_TD: Tensor) -> Tensor:
         """(B, D) the mean of each sequence's tokens, padding left out; zero for a sequence that is all padding."""

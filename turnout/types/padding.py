@@ -14,7 +14,7 @@ __all__ = ["spread"]
 def spread(routing: Routing, real_T: Tensor) -> Routing:
     """The routing of tokens that stand among padding, in the rows where ``real_T`` is true; the others are empty.
 
-    Scores and logits of padding are 0, and ``Routing.real_T`` says to leave them out.
+    Scores, logits and what is carried of padding are 0, and ``Routing.real_T`` says to leave them out.
 
     Args:
         routing: of the tokens alone.
@@ -46,6 +46,7 @@ def spread(routing: Routing, real_T: Tensor) -> Routing:
         num_tokens=len(real_T),
         score_TE=table(routing.score_TE),
         logit_TE=table(routing.logit_TE),
+        carry_TX=table(routing.carry_TX),
         real_T=real_T,
         entry_R=None,  # no longer K entries a row
         top_k=None,

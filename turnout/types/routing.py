@@ -5,35 +5,13 @@ import functools
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from turnout.errors import CheckpointError, ShapeError, UsageError, word
-from turnout.storage import load_tensors, save_tensors
-from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_topk, problem
-
-_FORMAT = "turnout.routing/1"
-
-
-# Keys from which on numpy sorts them in less time than torch.
-_MANY = 256
-
-
-def _sorted(key_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys in order, and where each stood; equal ones stay in theirs."""
-    plain = type(key_R) is Tensor and key_R.device.type == "cpu" and key_R.dtype != torch.int64
-    if (
-        not plain
-        or key_R.numel() < _MANY
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # what counts torch's operations would miss it
-    ):
-        return key_R.sort(stable=True)
-    # A sixth of the time of torch's: numpy counts such keys, torch compares them.
-    entry_R = torch.from_numpy(np.argsort(key_R.numpy(), kind="stable"))
-    return key_R.index_select(0, entry_R), entry_R
+from turnout.errors import ShapeError, UsageError, word
+from turnout.types.ordered import in_order
+from turnout.types.routing_file import read_routing, write_routing
+from turnout.types.sound import check_dense, check_dropped, check_entries, check_range, check_sound, check_topk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +32,9 @@ class Routing:
         logit_TE: (T, E) fp32, the scores before their non-linearity, for the router z-loss.
         real_T: (T,) bool, false at padding: rows that nobody decided about, which have no entry and count nowhere.
             None where every row is a token. See ``turnout.types.spread``.
+        penalty: a scalar that the router asks to be minimised beside the loss, a mean over its tokens; not on disk.
+        carry_TX: (T, X) what the router of the next routed layer is told of each token, where it has the attribute
+            ``needs_carry``; with its gradient, and not on disk.
 
     >>> r = Routing.from_topk(torch.tensor([[2, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), num_experts=3)
     >>> r.token_R.tolist(), r.offset_E.tolist(), r.load_E.tolist()
@@ -73,6 +54,8 @@ class Routing:
     score_TE: Tensor | None = None
     logit_TE: Tensor | None = None
     real_T: Tensor | None = None
+    penalty: Tensor | None = None
+    carry_TX: Tensor | None = None
     # Where each entry stood in the (T, K) tensors of from_topk; None for any other pattern. See by_token.
     entry_R: Tensor | None = dataclasses.field(default=None, repr=False)
     top_k: int | None = dataclasses.field(default=None, repr=False)
@@ -114,9 +97,9 @@ class Routing:
         # Narrow keys sort several times faster (a radix sort pays per byte); values and order are the same.
         narrow = index_TK.device.type in ("cpu", "cuda") and num_experts <= 32768
         kind = (torch.uint8 if num_experts <= 256 else torch.int16) if narrow else torch.int64
-        key_R, entry_R = _sorted(index_TK.reshape(-1).to(kind))
-        # Not bincount: on a GPU that waits for the device.
-        end_E = torch.searchsorted(key_R, torch.arange(num_experts, dtype=kind, device=key_R.device), right=True)
+        key_R, entry_R = in_order(index_TK.reshape(-1).to(kind))
+        column_E = torch.arange(num_experts, dtype=kind, device=key_R.device)
+        end_E = torch.searchsorted(key_R, column_E, right=True)  # not bincount, which waits for a GPU
         shift = max(top_k, 1).bit_length() - 1
         return cls(
             # A shift is ten times faster than a division, and top_k is mostly a power of two.
@@ -231,6 +214,19 @@ class Routing:
         return order_R, torch.searchsorted(sorted_R, torch.arange(self.num_tokens + 1, device=sorted_R.device))
 
     @property
+    def choice_R(self) -> Tensor:
+        """(R,) int64, which of its token's choices each entry is, 0 for the first.
+
+        Raises:
+            UsageError: the routing is not that of a top-k, or something was taken from it.
+        """
+        if self.entry_R is None or self.top_k is None:
+            got, fix = "entries in any pattern", "ask before anything is dropped or spread"
+            allowed = "be those of Routing.from_topk, which says the order of choices"
+            raise UsageError(word("the routing", got=got, allowed=allowed, where="Routing.choice_R", fix=fix))
+        return self.entry_R % max(self.top_k, 1)
+
+    @property
     def dropped_E(self) -> Tensor:
         """(E,) int64, the number of entries that capacity took from each expert."""
         return torch.zeros_like(self.load_E) if self.wanted_E is None else self.wanted_E - self.load_E
@@ -247,15 +243,14 @@ class Routing:
             ShapeError: the two routings are not over the same number of tokens.
         """
         if self.num_tokens != after.num_tokens:
-            got, fix = f"{self.num_tokens} and {after.num_tokens} tokens", "take both from one forward pass"
-            allowed, where = "route the same tokens", "Routing.affinity"
-            raise ShapeError(word("the two routings", got=got, allowed=allowed, where=where, fix=fix))
-        here_TE = self.detach()._pattern(torch.float64)
-        return (here_TE.t() @ after.detach()._pattern(torch.float64)).long()
-
-    def _pattern(self, dtype: torch.dtype) -> Tensor:
-        ones_R = torch.ones(self.num_entries, dtype=dtype, device=self.token_R.device)
-        return dataclasses.replace(self, weight_R=ones_R).dense()
+            got, allowed = f"{self.num_tokens} and {after.num_tokens} tokens", "route the same tokens"
+            fix = "take both from one forward pass"
+            raise ShapeError(word("the two routings", got=got, allowed=allowed, where="Routing.affinity", fix=fix))
+        here_TE, there_TE = (
+            dataclasses.replace(one, weight_R=torch.ones_like(one.token_R, dtype=torch.float64)).dense()
+            for one in (self, after)
+        )
+        return (here_TE.t() @ there_TE).long()
 
     # ---- changing it
 
@@ -293,8 +288,8 @@ class Routing:
             UsageError: a label is out of range (looked at on a CPU).
         """
         if label_E.shape != (self.num_experts,):
-            got, allowed = f"shape {tuple(label_E.shape)}", f"have one label for each of {self.num_experts} experts"
-            fix = "pass a tensor (E,)"
+            got, fix = f"shape {tuple(label_E.shape)}", "pass a tensor (E,)"
+            allowed = f"have one label for each of {self.num_experts} experts"
             raise ShapeError(word("label_E", got=got, allowed=allowed, where="Routing.relabel", fix=fix))
         check_range("label", label_E, num_experts, where="Routing.relabel")
         tokens = max(self.num_tokens, 1)
@@ -308,33 +303,67 @@ class Routing:
             real_T=self.real_T,
         )
 
-    def truncate(self, capacity: int, *, priority: Literal["weight", "position"] = "weight") -> Self:
+    def columns(self, start: int, end: int) -> Self:
+        """The routing to the experts from ``start`` to before ``end`` alone, numbered anew; entries are not copied.
+
+        It has the same columns of scores and logits; no penalty, and nothing to carry.
+
+        Raises:
+            UsageError: not 0 <= start <= end <= E.
+
+        >>> r = Routing.from_topk(torch.tensor([[2, 0], [2, 1]]), torch.ones(2, 2), num_experts=3)
+        >>> r.columns(1, 3).token_R.tolist(), r.columns(1, 3).load_E.tolist()
+        ([1, 0, 1], [1, 2])
+        """
+        if not 0 <= start <= end <= self.num_experts:
+            got, allowed = f"{start} and {end}", f"be in order, from 0 to {self.num_experts}"
+            fix = f"pass columns(0, {self.num_experts})"
+            raise UsageError(word("start and end", got=got, allowed=allowed, where="Routing.columns", fix=fix))
+        first, last = int(self.offset_E[start]), int(self.offset_E[end])
+        return dataclasses.replace(
+            self,
+            token_R=self.token_R[first:last],
+            weight_R=self.weight_R[first:last],
+            offset_E=self.offset_E[start : end + 1] - first,
+            wanted_E=None if self.wanted_E is None else self.wanted_E[start:end],
+            score_TE=None if self.score_TE is None else self.score_TE[:, start:end],
+            logit_TE=None if self.logit_TE is None else self.logit_TE[:, start:end],
+            penalty=None,
+            carry_TX=None,
+            entry_R=None,
+            top_k=None,
+            before=None if self.before is None else self.before.columns(start, end),
+        )
+
+    def truncate(self, capacity: int, *, priority: Literal["weight", "position", "rank"] = "weight") -> Self:
         """The routing in which no expert receives more than ``capacity`` tokens.
 
         Args:
             capacity: C >= 1, tokens per expert.
-            priority: whom an expert keeps: the highest weights (ties: the earlier token), or the earliest tokens
-                (GShard and Switch).
+            priority: whom an expert keeps: the highest weights (ties: the earlier token), the earliest tokens
+                (Switch), or by "rank" those whose first choice it is before those whose second it is and so on
+                (GShard; within a rank the highest weights), which only the routing of a top-k knows.
 
         Raises:
-            UsageError: capacity is below 1, or priority is neither of the two.
+            UsageError: capacity is below 1, priority is none of the three, or there are no ranks.
         """
-        if capacity < 1 or priority not in ("weight", "position"):
+        if capacity < 1 or priority not in ("weight", "position", "rank"):
             got, fix = f"{capacity} and {priority!r}", "pass capacity=1 or more and priority='weight'"
-            allowed, where = "be at least 1, and 'weight' or 'position'", "Routing.truncate"
+            allowed, where = "be at least 1, and 'weight', 'position' or 'rank'", "Routing.truncate"
             raise UsageError(word("capacity and priority", got=got, allowed=allowed, where=where, fix=fix))
         rank_R = torch.arange(self.num_entries, device=self.token_R.device)
-        if priority == "weight":
+        if priority != "position":
             heavy_R = torch.argsort(self.weight_R.detach(), descending=True, stable=True)
+            if priority == "rank":
+                heavy_R = heavy_R[torch.argsort(self.choice_R[heavy_R], stable=True)]
             heavy_R = heavy_R[torch.argsort(self.expert_R[heavy_R], stable=True)]
-            place_R = torch.empty_like(rank_R)
-            place_R[heavy_R] = rank_R
-            rank_R = place_R
+            rank_R = torch.empty_like(rank_R).index_copy(0, heavy_R, rank_R)
         return self.keep(rank_R - self.offset_E[self.expert_R] < capacity)
 
     def detach(self) -> Self:
-        """The same routing, outside any gradient and without scores and logits."""
-        return dataclasses.replace(self, weight_R=self.weight_R.detach(), score_TE=None, logit_TE=None)
+        """The same routing, outside any gradient: without scores, logits, penalty, and what it carries."""
+        none = dict.fromkeys(("score_TE", "logit_TE", "penalty", "carry_TX"))
+        return dataclasses.replace(self, weight_R=self.weight_R.detach(), **none)
 
     # ---- checking, printing, keeping it
 
@@ -344,17 +373,7 @@ class Routing:
         Raises:
             ShapeError: an entry is out of range, out of order, repeated or not finite, or the offsets do not fit.
         """
-        wrong = problem(self)
-        if wrong:
-            raise ShapeError(
-                word(
-                    "a Routing",
-                    got=wrong,
-                    allowed="have in-range, finite, unrepeated entries sorted by expert, then token",
-                    where="Routing.validate",
-                    fix="build it with Routing.from_entries, which sorts",
-                )
-            )
+        check_sound(self)
         return self
 
     def __str__(self) -> str:
@@ -368,10 +387,7 @@ class Routing:
 
     def save(self, path: str | Path) -> None:
         """Writes the routing to one safetensors file, aside first and then renamed."""
-        optional = {name: getattr(self, name) for name in ("wanted_E", "score_TE", "logit_TE", "real_T")}
-        tensors = {"token_R": self.token_R, "weight_R": self.weight_R, "offset_E": self.offset_E}
-        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        save_tensors(Path(path), tensors, {"format": _FORMAT, "num_tokens": str(self.num_tokens)})
+        write_routing(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -380,17 +396,4 @@ class Routing:
         Raises:
             CheckpointError: the file is missing, truncated, altered or not a routing.
         """
-
-        def refuse(problem: object) -> CheckpointError:
-            allowed, fix = f"be a whole {_FORMAT} safetensors file", "write it again with Routing.save"
-            return CheckpointError(
-                word("the file", got=f"{path} ({problem})", allowed=allowed, where="Routing.load", fix=fix)
-            )
-
-        meta, tensors = load_tensors(Path(path), refuse, ("format", "num_tokens"), any_link=True)
-        if meta.get("format") != _FORMAT:
-            raise refuse(f"format {meta.get('format')!r}")
-        try:
-            return cls(num_tokens=int(meta["num_tokens"]), **tensors).validate()  # pyrefly: ignore[bad-argument-type]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise refuse(error) from error
+        return read_routing(cls, Path(path))

@@ -7,12 +7,21 @@ from torch import Tensor
 
 from turnout.errors import ShapeError, UsageError, word
 
-__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "check_topk", "problem"]
+__all__ = ["check_dense", "check_dropped", "check_entries", "check_kinds", "check_range", "check_sound", "check_topk"]
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def problem(routing: Any) -> str | None:
+def check_sound(routing: Any) -> None:
+    """Raises for a routing whose parts do not fit each other."""
+    wrong = _problem(routing)
+    if wrong:
+        allowed = "have in-range, finite, unrepeated entries sorted by expert, then token"
+        fix = "build it with Routing.from_entries, which sorts"
+        raise ShapeError(word("a Routing", got=wrong, allowed=allowed, where="Routing.validate", fix=fix))
+
+
+def _problem(routing: Any) -> str | None:
     """What is wrong with it, as a phrase; None when nothing is."""
     if routing.offset_E.ndim != 1 or routing.offset_E.numel() == 0:
         return f"offsets of shape {tuple(routing.offset_E.shape)}"
@@ -30,6 +39,11 @@ def problem(routing: Any) -> str | None:
             return (
                 f"{name} of shape {tuple(table.shape)} for {routing.num_tokens} tokens x {routing.num_experts} experts"
             )
+    carry_TX, penalty = routing.carry_TX, routing.penalty
+    if carry_TX is not None and (carry_TX.ndim != 2 or len(carry_TX) != routing.num_tokens):
+        return f"carry_TX of shape {tuple(carry_TX.shape)} for {routing.num_tokens} tokens"
+    if penalty is not None and (penalty.ndim or not bool(torch.isfinite(penalty))):
+        return f"a penalty of shape {tuple(penalty.shape)}" if penalty.ndim else f"a penalty of {float(penalty)}"
     real_T = routing.real_T
     if real_T is not None and (real_T.shape != (routing.num_tokens,) or real_T.dtype != torch.bool):
         return f"real_T of {real_T.dtype} and shape {tuple(real_T.shape)} for {routing.num_tokens} tokens"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from turnout.models import LM
 from turnout.models.batch import Batch
+from turnout.models.carried import refuse_carry
 from turnout.models.lm import Block
 from turnout.paths import Bank
 from turnout.reshape.calibrate import blocks, evaluating
@@ -34,6 +35,7 @@ class Stream:
 
     @torch.no_grad()
     def __init__(self, lm: LM, batches: Sequence[Tensor]) -> None:
+        refuse_carry(lm, "read layer by layer", where="turnout.reshape.quantize")
         self._lm, self._layer = lm, 0
         with evaluating(lm):
             self._batches = [lm.begin(id_BS) for id_BS in batches]
