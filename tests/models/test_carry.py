@@ -92,12 +92,12 @@ class Norms(nn.Module):
     needs_experts = True
 
     def forward(self, x_TD, *, token_id_T=None, generator=None, experts=None):
-        length_TE = every(experts, x_TD).norm(dim=2)
+        length_TE = experts(x_TD).norm(dim=2)
         index_T1 = length_TE.argmax(1, keepdim=True)
-        return Routing.from_topk(index_T1, torch.ones(len(x_TD), 1), num_experts=experts.num_experts)
+        return Routing.from_topk(index_T1, torch.ones(len(x_TD), 1), num_experts=length_TE.shape[1])
 
 
-def test_a_router_that_needs_the_experts_gets_the_bank():
+def test_a_router_that_needs_the_experts_may_run_them():
     layer = MoE(8, 6, 4, router=Norms(), std=0.3, generator=torch.Generator().manual_seed(0))
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     routing = layer(x).routing

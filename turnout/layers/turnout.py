@@ -1,6 +1,7 @@
 """The central class: paths, a policy that chooses among them, and a backend that runs the choice."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.told import about
 from turnout.layers.told import real as padding
+from turnout.paths import every
 from turnout.types import Routing, spread
 from turnout.types.called import Called
 from turnout.wrappers import unwrapped
@@ -112,7 +114,8 @@ def decide(
 
     The policy never sees padding, so what is chosen, drawn, counted and dropped is as if there were none. It is told
     what it says that it needs: with ``needs_given`` what is known of the sequences, with ``needs_carry`` what the
-    router of the routed layer before carried on, with ``needs_experts`` the paths themselves.
+    router of the routed layer before carried on, with ``needs_experts`` a function that gives what every expert makes
+    of tokens, (T, D) -> (T, E, D).
     """
     x_TD, asked = x.reshape(-1, x.shape[-1]), unwrapped(policy)
     ids_T = None if token_id is None else _fitting("token_id", token_id, x)
@@ -129,7 +132,7 @@ def decide(
         if experts is None:
             allowed, fix = "be where the router is asked, which runs them", "put the router into a turnout.layers.MoE"
             raise UsageError(word("the experts", got=None, allowed=allowed, where="turnout.layers", fix=fix))
-        known["experts"] = experts
+        known["experts"] = functools.partial(every, experts)
     routing = policy(x_TD, **known)
     return routing if real_T is None else spread(routing, real_T)
 

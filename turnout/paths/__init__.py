@@ -1,6 +1,7 @@
 """Paths: modules that can be chosen, and the dense ones that always run."""
 
 from turnout.paths.bank import Bank, FeedForward
+from turnout.paths.constant import ZeroComputation
 from turnout.paths.factored import FactoredBank
 from turnout.paths.lora import LoRA
 from turnout.paths.low_rank import LowRank
@@ -26,5 +27,6 @@ __all__ = [
     "PackedWeight",
     "ScaLearn",
     "Shards",
+    "ZeroComputation",
     "every",
 ]

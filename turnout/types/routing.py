@@ -229,7 +229,7 @@ class Routing:
     @property
     def dropped_E(self) -> Tensor:
         """(E,) int64, the number of entries that capacity took from each expert."""
-        return torch.zeros_like(self.load_E) if self.wanted_E is None else self.wanted_E - self.load_E
+        return torch.zeros_like(self.load_E) if self.wanted_E is None else (self.wanted_E - self.load_E).clamp_min(0)
 
     def dense(self) -> Tensor:
         """(T, E) the matrix itself, zero where there is no entry; differentiable in ``weight_R``."""

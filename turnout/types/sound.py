@@ -30,10 +30,14 @@ def _problem(routing: Any) -> str | None:
         return f"{tuple(routing.weight_R.shape)} weights for {tuple(token_R.shape)} tokens"
     if routing.offset_E[0] != 0 or routing.offset_E[-1] != routing.num_entries or bool((load_E < 0).any()):
         return f"offsets {routing.offset_E.tolist()} for {routing.num_entries} entries"
-    if routing.wanted_E is not None and (
-        routing.wanted_E.shape != load_E.shape or bool((routing.wanted_E < load_E).any())
+    wanted_E, before = routing.wanted_E, routing.before
+    if wanted_E is not None and before is not None and not torch.equal(wanted_E, before.load_E):
+        return f"wanted_E {wanted_E.tolist()}, not the load before, {before.load_E.tolist()}"
+    # Whoever knows what was before may have added entries to it, too.
+    if wanted_E is not None and (
+        wanted_E.shape != load_E.shape or (before is None and bool((wanted_E < load_E).any()))
     ):
-        return f"wanted_E {routing.wanted_E.tolist()} below the load {load_E.tolist()}"
+        return f"wanted_E {wanted_E.tolist()} below the load {load_E.tolist()}"
     for name, table in (("score_TE", routing.score_TE), ("logit_TE", routing.logit_TE)):
         if table is not None and table.shape != (routing.num_tokens, routing.num_experts):
             return (
