@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from turnout.errors import ShapeError, UsageError, word
 from turnout.expects import POLICY, expect
 from turnout.layers.turnout import Routed, decide
-from turnout.paths import Bank, FactoredBank, FeedForward, OffloadedBank, PackedBank, PackedFeedForward
+from turnout.paths import (
+    Bank,
+    FactoredBank,
+    FeedForward,
+    Mixed,
+    OffloadedBank,
+    PackedBank,
+    PackedFeedForward,
+    ZeroComputation,
+)
 from turnout.run.product import linear
 from turnout.types import Routing
 from turnout.types.called import Called
@@ -18,6 +27,8 @@ from turnout.types.weights import Activation
 from turnout.wrappers import unwrapped
 
 __all__ = ["MoE"]
+
+_KINDS = {"constant": 0, "copy": 0, "zero": 0}
 
 
 class MoE(Called):
@@ -39,6 +50,8 @@ class MoE(Called):
         factored: further keywords of ``turnout.paths.FactoredBank``, which then takes the place of the ``Bank``.
         packs: further keywords of ``turnout.paths.PackedBank``, whose experts are in few bits.
         shared_packs: the same for the shared expert, a ``PackedFeedForward`` then.
+        zero_computation: keywords of ``turnout.paths.ZeroComputation``, whose experts come after the E; the router
+            chooses among all of them.
         backend: the name of an executor in ``turnout.run``, or "auto".
         std: standard deviation of the normal distribution that the weights start from.
         generator: where the starting weights' chance comes from; torch's default when None.
@@ -77,6 +90,7 @@ class MoE(Called):
         factored: Mapping[str, int] | None = None,
         packs: dict[str, Any] | None = None,
         shared_packs: dict[str, Any] | None = None,
+        zero_computation: Mapping[str, int] | None = None,
         backend: str = "auto",
         std: float = 0.02,
         generator: torch.Generator | None = None,
@@ -93,27 +107,19 @@ class MoE(Called):
                     fix="pass shared_hidden, or shared_gate=False",
                 )
             )
-        asked = None if router is None else unwrapped(router)
-        of = getattr(asked, "width", width), getattr(asked, "num_experts", num_experts)
-        if of != (width, num_experts):
-            raise ShapeError(
-                word(
-                    "the router",
-                    got=f"width {of[0]} and {of[1]} experts",
-                    allowed=f"have width {width} and {num_experts} experts",
-                    where="turnout.layers.MoE",
-                    fix=f"build it with ({width}, {num_experts})",
-                )
-            )
+        free = None if zero_computation is None else ZeroComputation(width, **_KINDS | dict(zero_computation), std=std)
+        _fits(router, width, num_experts + (0 if free is None else free.num_experts))
         self.router, self.backend = router, backend
         held = num_experts if distinct is None else distinct
         sizes, start = {"activation": activation, "bias": bias}, {"std": std, "generator": generator}
-        self.bank: Bank | FactoredBank | PackedBank | OffloadedBank
+        self.bank: Bank | FactoredBank | Mixed | PackedBank | OffloadedBank
         if packs is not None:
             self.bank = PackedBank(held, width, hidden, packs=packs, **sizes)
         else:
             kind, more = (Bank, {}) if factored is None else (FactoredBank, factored)
             self.bank = kind(held, width, hidden, **more, **sizes, **start)
+        if free is not None:
+            self.bank = Mixed([self.bank, free])
         self.register_buffer("label_E", None if distinct is None else torch.arange(num_experts) % distinct)
         self.shared = self.shared_gate = None
         if shared_hidden is not None:
@@ -187,6 +193,16 @@ class MoE(Called):
     def extra_repr(self) -> str:
         """The backend, for printing."""
         return f"backend={self.backend!r}"
+
+
+def _fits(router: nn.Module | None, width: int, count: int) -> None:
+    """Refuses a router of another width or number of experts."""
+    asked = None if router is None else unwrapped(router)
+    of = getattr(asked, "width", width), getattr(asked, "num_experts", count)
+    if of != (width, count):
+        got, allowed = f"width {of[0]} and {of[1]} experts", f"have width {width} and {count} experts"
+        fix = f"build it with ({width}, {count})"
+        raise ShapeError(word("the router", got=got, allowed=allowed, where="turnout.layers.MoE", fix=fix))
 
 
 def feed_forward(

@@ -1,7 +1,7 @@
 """One layer of a decoder, and the routers that a configuration names."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from turnout.models.padding import Places
 from turnout.models.pre_gate import PreGate
 from turnout.paths import FeedForward, PackedFeedForward
 from turnout.types import Routing
-from turnout.wrappers import unwrapped
+from turnout.wrappers import takes, unwrapped
 
-__all__ = ["Block", "Detour", "build_pre_gate", "build_router"]
+__all__ = ["Block", "Detour", "build_pre_gate", "build_router", "share_cells"]
 
 # What decides in the place of a layer's router: given the layer, what it reads, and where there is padding.
 Detour = Callable[[MoE, Tensor, Places | None], Routing]
@@ -61,7 +61,7 @@ class Block(nn.Module):
                 config.width,
                 moe.hidden,
                 count,
-                router=None if moe.router == "PreGate" else build_router(config.width, own, generator, config.init_std),
+                router=_router(config, own, generator),
                 activation=moe.activation,
                 bias=moe.bias,
                 shared_hidden=moe.shared_hidden,
@@ -70,6 +70,7 @@ class Block(nn.Module):
                 factored=config.factors(layer),
                 packs=config.packs("experts"),
                 shared_packs=config.packs("shared"),
+                zero_computation=moe.zero_computation,
                 **start,
             )
         self.ff_out_norm = _norm(config, after)
@@ -177,15 +178,32 @@ def _norm(config: LMConfig, there: bool) -> Norm | None:
     return build_norm(config, config.width) if there else None
 
 
-def build_router(width: int, moe: MoEConfig, generator: torch.Generator | None, std: float) -> nn.Module:
-    """The router that a configuration names.
+def _router(config: LMConfig, moe: MoEConfig, generator: torch.Generator | None) -> nn.Module | None:
+    if moe.router == "PreGate":
+        return None
+    return build_router(config.width, moe, generator, config.init_std, vocab_size=config.vocab_size)
+
+
+def build_router(
+    width: int, moe: MoEConfig, generator: torch.Generator | None, std: float, *, vocab_size: int | None = None
+) -> nn.Module:
+    """The router that a configuration names; one that has a row for each token id is told how many there are.
 
     Raises:
         UsageError: an option that the router does not have.
     """
     kind = getattr(token, moe.router)
-    start = {} if moe.router == "Hash" else {"std": std, "generator": generator}
-    return _built(kind, moe, width, **start)
+    start = {"std": std, "generator": generator, "free": moe.free, "zero": (moe.zero_computation or {}).get("zero", 0)}
+    if vocab_size is not None:
+        start["vocab_size"] = vocab_size
+    return _built(kind, moe, width, **{name: value for name, value in start.items() if takes(kind, name)})
+
+
+def share_cells(routers: Sequence[nn.Module]) -> None:
+    """Of routers that run one recurrent cell over the layers, gives all but the first that one's cell."""
+    recurrent = [router for router in map(unwrapped, routers) if isinstance(router, token.RMoE)]
+    for router in recurrent[1:]:
+        router.share(recurrent[0].cell)
 
 
 def build_pre_gate(config: LMConfig, generator: torch.Generator | None) -> PreGate | None:
@@ -198,7 +216,7 @@ def build_pre_gate(config: LMConfig, generator: torch.Generator | None) -> PreGa
 
 def _built(kind: Callable[..., Any], moe: MoEConfig, inputs: int, **start: object) -> Any:
     try:
-        return kind(inputs, moe.num_experts, top_k=moe.top_k, **(start | dict(moe.router_options)))
+        return kind(inputs, moe.num_experts + moe.free, top_k=moe.top_k, **(start | dict(moe.router_options)))
     except TypeError as error:
         raise UsageError(
             word(

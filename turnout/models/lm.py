@@ -16,7 +16,7 @@ from turnout.layers import MoE
 from turnout.models.attention import Cache, projection
 from turnout.models.batch import Batch
 from turnout.models.bill import cost
-from turnout.models.block import Block, build_pre_gate, build_router
+from turnout.models.block import Block, build_pre_gate, build_router, share_cells
 from turnout.models.config import FactoredConfig, LMConfig, MLAConfig, MoEConfig, QuantizedConfig
 from turnout.models.fused import IGNORE, capped
 from turnout.models.head import LMLoss, head_loss
@@ -121,6 +121,7 @@ class LM(Called):
         if config.local_rope_theta is not None:
             self.local_rope = Rope(config, theta=config.local_rope_theta)
         self.pre_gate = build_pre_gate(config, generator)
+        share_cells(self.routers)
 
     @property
     def routers(self) -> list[nn.Module]:

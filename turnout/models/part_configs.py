@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -79,6 +79,9 @@ class MoEConfig:
         per_layer: how many experts each routed layer has, in layer order, where they are not all ``num_experts``, which
             is the most of them: a pyramid has fewer in its first layers. Not with ``distinct``, ``factored`` or
             "PreGate". No architecture of transformers has it.
+        zero_computation: how many experts of each kind compute next to nothing (``{"constant": 2, "copy": 1, "zero":
+            1}``, as of ``turnout.paths.ZeroComputation``); the router chooses among these after the ``num_experts``.
+            None for none. Not with ``distinct``, ``factored``, ``per_layer`` or "PreGate".
 
     >>> MoEConfig(num_experts=8, top_k=2, hidden=64).router
     'TopK'
@@ -99,6 +102,44 @@ class MoEConfig:
     distinct: tuple[int, ...] | None = None
     factored: FactoredConfig | None = None
     per_layer: tuple[int, ...] | None = None
+    zero_computation: Mapping[str, int] | None = None
+
+    @property
+    def free(self) -> int:
+        """How many experts compute next to nothing."""
+        return sum((self.zero_computation or {}).values())
+
+    def fine(self, pieces: int, shared: int) -> Self:
+        """The same experts cut finer: m times as many of an m-th of the size, K_s of which are always on.
+
+        The layer holds m E - K_s routed experts of hidden F / m, of which m K - K_s run, and one shared expert of
+        hidden K_s F / m: as many parameters and products as before.
+
+        Args:
+            pieces: m, a divisor of ``hidden``.
+            shared: K_s, from 0 to less than m K.
+
+        Raises:
+            UsageError: pieces or shared out of range, or a layer that has a shared expert already.
+
+        >>> cut = MoEConfig(num_experts=8, top_k=2, hidden=48).fine(4, 2)
+        >>> cut.num_experts, cut.top_k, cut.hidden, cut.shared_hidden
+        (30, 6, 12, 24)
+
+        Source: Dai et al., 2024, "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language
+        Models", section 3.
+        """
+        if (
+            pieces < 1
+            or self.hidden % pieces
+            or not 0 <= shared < pieces * self.top_k
+            or self.shared_hidden is not None
+        ):
+            allowed = f"divide hidden={self.hidden}, be from 0 to {pieces * self.top_k - 1}, and be the first to share"
+            refuse("pieces and shared", f"{pieces} and {shared}", allowed, "MoEConfig.fine", "pieces=1 and shared=0")
+        hidden = self.hidden // pieces
+        sizes = {"num_experts": pieces * self.num_experts - shared, "top_k": pieces * self.top_k - shared}
+        return dataclasses.replace(self, **sizes, hidden=hidden, shared_hidden=shared * hidden or None)
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden"):
@@ -114,6 +155,15 @@ class MoEConfig:
             refuse("shared_gate", True, "go with a shared expert", "MoEConfig", "shared_hidden too")
         if self.per_layer is not None:
             self._check_per_layer(self.per_layer)
+        if self.zero_computation is not None:
+            kinds = ("constant", "copy", "zero")
+            if not set(self.zero_computation) <= set(kinds) or self.free < 1 or min(self.zero_computation.values()) < 0:
+                refuse("zero_computation", dict(self.zero_computation), f"name whole numbers of {kinds}", "MoEConfig",
+                       'zero_computation={"constant": 2, "copy": 1, "zero": 1}')  # fmt: skip
+            others = (self.distinct, self.factored, self.per_layer)
+            if any(other is not None for other in others) or self.router == "PreGate":
+                allowed = "be None with merged or factored experts, a pyramid, and one router for all layers"
+                refuse("zero_computation", dict(self.zero_computation), allowed, "MoEConfig", "zero_computation=None")
 
     def _check_per_layer(self, counts: tuple[int, ...]) -> None:
         for count in counts:

@@ -31,7 +31,7 @@ class HyperRouter(Called):
         hyper_width: H.
         end_k: K at the end, from ``top_k`` to E; None leaves it.
         steps: how many steps K rises for.
-        std: standard deviation of the normal distribution that ``embedding`` starts from.
+        embedding_std: standard deviation of the normal distribution that ``embedding`` starts from.
         generator: where all chance comes from; torch's default when None.
 
     Raises:
@@ -60,7 +60,7 @@ class HyperRouter(Called):
         hyper_width: int = 64,
         end_k: int | None = None,
         steps: int = 1000,
-        std: float = 1.0,
+        embedding_std: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class HyperRouter(Called):
             raise UsageError(word("hyper_width, end_k and steps", got=got, allowed=allowed, where=_WHERE, fix=fix))
         self.width, self.num_experts, self.top_k = width, num_experts, top_k
         self.end_k, self.steps = top_k if end_k is None else end_k, steps
-        self.embedding = nn.Parameter(torch.empty(width).normal_(0, std, generator=generator))
+        self.embedding = nn.Parameter(torch.empty(width).normal_(0, embedding_std, generator=generator))
         made = num_experts * (width + 1)
         for name, rows, inputs in (("up", hyper_width, width), ("down", made, hyper_width)):
             bound = 1 / math.sqrt(inputs)
