@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnout.decide.token.correction import in_fp32, refuse_evaluation
+from turnout.decide.token.gate import linear
 from turnout.decide.token.linear_gate import LinearGate
 from turnout.errors import UsageError, word
 from turnout.types import Routing
@@ -31,6 +32,8 @@ class ReMoE(LinearGate):
         start: lambda before the first step, above 0. From 1e-8 it takes 1.2^100 to matter; 1e-5 suits a few hundred
             steps.
         rate: alpha, above 1.
+        bias: whether the logits have a learned bias, started at zero. Without one, tokens that have much in common are
+            hard to turn away: lambda may overshoot until nothing runs.
         std: standard deviation of the normal distribution that ``weight`` (E, D) starts from.
         generator: where the starting weights' chance comes from; torch's default when None.
 
@@ -57,6 +60,7 @@ class ReMoE(LinearGate):
         top_k: int = 2,
         start: float = 1e-8,
         rate: float = 1.2,
+        bias: bool = False,
         std: float = 0.02,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -66,6 +70,7 @@ class ReMoE(LinearGate):
             where = "turnout.decide.token.ReMoE"
             raise UsageError(word("start and rate", got=f"{start} and {rate}", allowed=allowed, where=where, fix=fix))
         self.start, self.rate = start, rate
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         self.register_buffer("strength", torch.tensor(start, dtype=torch.float32))
 
     def forward(
@@ -83,6 +88,10 @@ class ReMoE(LinearGate):
         share_E = routing.load_E.to(score_TE.dtype) / (self.top_k * count)
         penalty = self.strength * self.num_experts * (share_E * score_TE.sum(0) / count).sum()
         return dataclasses.replace(routing, score_TE=score_TE, logit_TE=logit_TE, penalty=penalty)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, E) W x + b, in fp32 at least."""
+        return linear(x_TD, self.weight, self.bias)
 
     def after_step(self, load_E: Tensor, *, num_tokens: int) -> None:
         """Moves lambda by one step; the training loop calls it once per optimizer step.
