@@ -11,7 +11,7 @@ METHODS = ("none", "tutel", "turnout")
 
 def compared(ranks: Ranks) -> dict[str, dict]:
     trial = Trial(attention_ms=48, gate_ms=8, experts_ms=64, wire_ms=72, start_ms=3, wire_start_ms=6)
-    return compare(ranks, trial, rounds=3, methods=METHODS, degrees=(1, 3), repeats=1)
+    return compare(ranks, trial, rounds=2, methods=METHODS, degrees=(1, 3), repeats=1)
 
 
 @pytest.mark.slow

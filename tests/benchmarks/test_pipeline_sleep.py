@@ -6,14 +6,15 @@ from benchmarks.pipeline_sleep import RANKS, SCHEDULES, Report, Row, compare, co
 from turnout.recipes.spawned import spawned
 
 JUDGED = ("GPipe", "1F1B", "ZB-H1", "Interleaved1F1B", "ZBV", "DualPipeV")
+FEW = ("GPipe", "ZB-H1", "DualPipeV")  # of one stage a rank, also in halves, and of two
 BOUND = {1: 0.05, 2: 0.10}  # by the number of stages of a rank
 
 
 @pytest.mark.slow
 def test_real_runs_are_not_shorter_than_is_simulated_and_overlap() -> None:
     """With the settings of the benchmark, whose bound of both sides is for a machine without other work."""
-    report = spawned(RANKS, compare, list(JUDGED), 40.0, 3)
-    assert [row.name for row in report.rows] == list(JUDGED)
+    report = spawned(RANKS, compare, list(FEW), 40.0, 1)
+    assert [row.name for row in report.rows] == list(FEW)
     beside = f"load {report.load:.1f}, {1e3 * report.overhead_s:.2f} ms beside an action's own time"
     found = f"{beside}\n{table(report)}"
     for row in report.rows:  # one stage after the other would take RANKS times as long, but for the ends
