@@ -17,7 +17,7 @@ from turnout.serve.load.traffic import WORDS, Traffic, arrivals
 __all__ = ["Told", "bench", "calibrated", "find_model"]
 
 # Words of the two prompts by which tokens are counted before anything is timed; fewer where these are too many.
-_PROBES = ((len(WORDS) // 2, 2 * len(WORDS)), (12, 36))
+_PROBES = ((len(WORDS) // 2, 2 * len(WORDS)), (12, 36), (3, 9))
 Told = Callable[[str, int, int], None]
 """Is told a load, and how many of how many requests are over."""
 
@@ -136,7 +136,9 @@ async def calibrated(target: Target, traffic: Traffic, model: str, timeout_s: fl
                 break  # a model of short texts
             if answer.error not in ("", "empty", "short"):
                 fix = "see that it serves this model at this endpoint"
-                raise UsageError(_unfit(target, f"{answer.error}: {answer.message}", fix))
+                if answer.error == "HTTP 400" and words > min(_PROBES[-1]):
+                    fix = "serve a model that reads longer texts: this one is asked for nine words at the least"
+                raise UsageError(_unfit(target, f"{answer.error}: {answer.message.rstrip('.')}", fix))
             counts += [answer.prompt_tokens] if answer.prompt_tokens is not None else []
         else:
             break
