@@ -132,6 +132,17 @@ def test_a_server_without_counts(endpoint) -> None:
     assert "each piece counts as one" in report.table() and "lengths of prompts are in words" in report.table()
 
 
+def test_answers_of_the_length_that_was_asked_for_did_not_end_by_themselves(endpoint) -> None:
+    """Nor do a few drawn lengths below the mean of all say so, nor pieces that the server does not count."""
+    mix = traffic(output="2:9,200:1")
+    report = bench(Target(endpoint.url), mix, streams=[1], requests=2, seed=0)
+    assert report.points[0].output_tokens == 4 and "by themselves" not in report.table()
+    endpoint.usage = False
+    assert "by themselves" not in bench(Target(endpoint.url), mix, streams=[1], requests=2, seed=0).table()
+    endpoint.usage, endpoint.manner = True, "ended"
+    assert "by themselves after 3 tokens" in bench(Target(endpoint.url), traffic(), streams=[1], requests=2).table()
+
+
 def test_a_model_of_short_texts_is_asked_short_questions(endpoint) -> None:
     endpoint.most_words = 40
     (one,) = bench(Target(endpoint.url), traffic(), streams=[1], requests=2).points
