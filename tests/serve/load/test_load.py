@@ -82,14 +82,14 @@ def test_a_server_that_stalls_does_not_slow_the_load(endpoint) -> None:
     """Coordinated omission: during a stall requests go on to come, and what they wait is counted."""
     target, wanted = Target(endpoint.url), arrivals(100.0, 60, seed=1)
     requests = traffic(output="1").draw(60, target, "small", seed=0)
-    endpoint.blocked_until_s = time.monotonic() + 1.0
+    endpoint.blocked_until_s = time.monotonic() + 3.0
     driven = asyncio.run(open_loop(target, requests, wanted))
-    came = np.array(endpoint.came_s) - endpoint.came_s[0]
-    assert len(came) == 60 and wanted[-1] < 0.9, "all came while nothing was answered"
-    assert np.abs(np.sort(came) - wanted).max() < 0.15
+    came = np.sort(np.array(endpoint.came_s) - endpoint.came_s[0])
+    assert len(came) == 60 and max(endpoint.came_s) < endpoint.blocked_until_s, "all came while nothing was answered"
+    assert (came - wanted).min() > -0.15, "none before it was due"
     waits = [answer.ttft_s for answer in driven.answers]
     for answer, due in zip(driven.answers, wanted, strict=True):
-        assert answer.ttft_s >= 0.9 - due - 0.1, waits
+        assert answer.ttft_s >= 2.9 - due - 0.1, waits
 
 
 def test_a_late_client_counts_from_when_requests_were_due(endpoint) -> None:
