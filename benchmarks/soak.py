@@ -67,7 +67,7 @@ def answers(folder: Path, prompts: list[str]) -> dict[tuple[str, str], str]:
     lm, tokenizer = checkpoint.from_hf(folder).eval(), open_tokenizer(folder / "tokenizer.json")
     found = {}
     for prompt in prompts:
-        ids = prompt_ids(prompt, tokenizer, own=False)
+        ids = prompt_ids(prompt, tokenizer, own=False, table=None)
         for how, asked in DRAWN.items():
             made = generate(lm, [ids], tokens=TOKENS, tokenizer=tokenizer, eos=None, **asked)
             found[prompt, how] = (made.text_B or ("",))[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from house import ROOT
 from turnout import claims
 from turnout.claims import taught, trial
+from turnout.claims.claim import Result
 from turnout.decide.token import DenseToSparse, Glider, LossFree, TopK
 from turnout.decide.token import fedins as fedins_router
 from turnout.decide.token.smear import SMEAR
@@ -264,6 +266,14 @@ def test_every_claim_is_broken_here():
     assert sorted(CASES) == sorted(claims.__all__)
 
 
+def check(claim, values):
+    """Numbers of one seed: all there, in range, and no verdict yet."""
+    low, high = claim.limits
+    assert not {each: value for each, value in values.items() if not (math.isfinite(value) and low <= value <= high)}
+    result = Result(claim, (0,), (values,))
+    assert len(result.to_json_dict()["evidence"]) == len(claim.rows) and "no verdict" in claims.show(result)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_with_its_mechanism_broken_a_claim_sees_the_off_arm(name, monkeypatch):
@@ -275,6 +285,7 @@ def test_with_its_mechanism_broken_a_claim_sees_the_off_arm(name, monkeypatch):
     try:
         taught._taught.cache_clear()
         whole = claim.measure_one(0)
+        check(claim, whole)
         case.broken(monkeypatch)
         values = claim.measure_one(0)
     finally:

@@ -57,7 +57,11 @@ def test_policies_that_learnt_change_no_text(folder, tmp_path, capsys) -> None:
         assert ("has no effect" in told) == (name == "lfru")
     Learnt.of(Accesses.of_used(used_SLE[:, :1], np.arange(40) // 10), seed=0, steps=5).save(tmp_path / "profile")
     code, out, told = said(capsys, *drawn, *few[:2], "--expert-policy", "static", *few[4:])
-    assert code == 2 and "be of 2 layers of 4 experts" in told
+    assert code == 2 and "--expert-profile must be of 2 layers of 4 experts in turnout sample" in told
+    for other in (tmp_path / "nothing", tmp_path, folder / "model.safetensors", folder / "config.json"):
+        code, out, told = said(capsys, *drawn, *few[:2], "--expert-policy", "static", "--expert-profile", other)
+        assert code == 2 and not out
+        assert "--expert-profile must be what turnout cache --save wrote in turnout sample; got " in told
 
 
 def test_what_is_asked_wrongly_is_said_by_its_flag(folder, capsys) -> None:

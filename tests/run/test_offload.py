@@ -178,10 +178,12 @@ def test_prefetch_and_overlap_save_time() -> None:
             block.register_full_backward_pre_hook(lambda *_: time.sleep(0.02))
         slow = Slowed(up=Slow(0.02))
         with Offloaded(net, plan, lambda own: _Sleepy(own, lr=0.1), slow=slow) as off:
-            off.step(lambda: net.loss(_ids(0)))
-            begin = time.perf_counter()
-            off.step(lambda: net.loss(_ids(0)))
-            return time.perf_counter() - begin
+            took = []
+            for _ in range(4):  # the least of them: other work makes a step longer, never shorter
+                begin = time.perf_counter()
+                off.step(lambda: net.loss(_ids(0)))
+                took.append(time.perf_counter() - begin)
+            return min(took[1:])
 
     both, late, none = (seconds(OffloadPlan(2, p, overlap=o)) for p, o in ((1, True), (1, False), (0, False)))
     assert both < 0.9 * late < 0.9 * none, (both, late, none)

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streams", type=int, default=1, metavar="N", help="documents decoded side by side (default 1)"
     )
-    parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="compared on at most (default 20000)")
+    parser.add_argument(
+        "--tokens", type=int, default=20_000, metavar="N", help="compared on, in whole documents (default 20000)"
+    )
     parser.add_argument(
         "--model", metavar="RUN", help="the model, with which the times are measured (default: TRACE's run)"
     )

@@ -35,6 +35,9 @@ _FLAGS: Mapping[str, Mapping[str, str]] = {
         "adapters": "--lora",
     },
     "turnout.decide.device.expert_slots": {"expert_memory": "--expert-memory"},
+    "turnout.decide.device.cache.Learnt": dict.fromkeys(
+        ("what policies learnt", "what was learnt"), "--expert-profile"
+    ),
     "turnout.models.Contrast": {"rank": "--contrast-rank"},
     "turnout.measure.audit": {name: f"--{name}" for name in ("batches", "length", "bound", "width")},
 }

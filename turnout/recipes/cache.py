@@ -46,7 +46,7 @@ def cache_trace(
         expert_bytes: of one expert; ``model`` tells it too.
         policies: by their names (``turnout.decide.device.cache.named_policy``).
         streams: documents decoded side by side.
-        tokens: steps compared on, at most.
+        tokens: compared on are documents that hold so many steps together; they are not cut.
         fetch_s: how long an expert takes to come; None to measure it with ``model``, 1 ms without one.
         compute_s: how long one layer's pass takes; None likewise.
         model: the run or folder of the model.

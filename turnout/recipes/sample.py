@@ -20,6 +20,7 @@ from turnout.recipes.progress import Progress, Silent
 from turnout.storage import read_error
 from turnout.train.data import load_tokenizer
 from turnout.train.data.prompt import prompt_ids
+from turnout.train.data.spaced import spaced
 from turnout.train.data.tokenizer import opening_ids
 
 __all__ = ["Sampling", "prompts_in", "sample_model", "text_ends"]
@@ -143,7 +144,8 @@ def sample_model(
         note(said)
     tokenizer = load_tokenizer(find_tokenizer(found.folder, where=_WHERE))
     # A prompt for a model from elsewhere is opened as its tokenizer does; others have seen what opens a document.
-    texts = [prompt_ids(prompt, tokenizer, own=found.own) for prompt in prompts]
+    table = spaced(tokenizer)
+    texts = [prompt_ids(prompt, tokenizer, own=found.own, table=table) for prompt in prompts]
     asked = dataclasses.replace(asked, tokens=_fitting(found.lm, texts, asked.tokens))
     ends = () if asked.eos is False else text_ends(found.lm, tokenizer, own=found.own)
     if asked.eos and not ends:

@@ -37,6 +37,16 @@ def test_none_moves_less_than_beladys_on_a_thousand_traces(block: int) -> None:
                 assert np.array_equal(getattr(slow, column), getattr(found, column)), f"{name}, seed {seed}, {column}"
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_compiled_replay_is_told_what_update_is_told(ahead: int) -> None:
+    """Whoever looks ahead without being told of anything goes by use; whoever does not, keeps to what it was told."""
+    for seed in range(20):
+        told, sizes = chance_trace(seed)
+        for name, (policy, _) in policies(told).items():
+            fast, slow = (replay(told, policy, sizes, ahead=ahead, compiled=each) for each in (True, False))
+            assert np.array_equal(fast.fetch_R, slow.fetch_R), f"{name}, seed {seed}"
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_decisions_are_what_they_promise_and_states_stay_as_they_were(seed: int) -> None:
     told, sizes = chance_trace(seed)

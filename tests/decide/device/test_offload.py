@@ -92,7 +92,7 @@ PLANS = [
 
 @pytest.mark.slow
 def test_real_runs_take_what_is_foreseen_and_hold_no_more() -> None:
-    """Bytes exactly or below, on the device and the host; seconds within a fifth where all is sleep."""
+    """Bytes exactly or below, on the device and the host; where all is sleep, seconds not below, and not twice."""
     size = 4.0 * (16 * 16 + 16)
     way = size / 0.03  # bytes in a second: 30 ms a block
     loads = [BlockLoad(size, size, 2 * size, 0.02, 0.04, 0.03)] * L
@@ -112,7 +112,7 @@ def test_real_runs_take_what_is_foreseen_and_hold_no_more() -> None:
             assert off.parameters.peak == foreseen.parameter_bytes
             assert off.parameters.peak + off.gradients.peak <= foreseen.device_bytes
             assert off.host.peak <= foreseen.host_bytes
-        assert min(seconds[1:]) == pytest.approx(foreseen.step_s, rel=0.2), (plan, seconds)
+        assert 0.9 * foreseen.step_s < min(seconds[1:]) < 2 * foreseen.step_s, (plan, seconds)  # a busy machine is late
 
 
 def test_the_shortest_that_fits_and_with_patience_the_smallest() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 import pytest
 import torch
 
+from turnout.errors import TurnoutError
 from turnout.serve.engine import loop as of_loop
 from turnout.serve.engine.answer import Answer
 from turnout.serve.engine.lane import Scores
@@ -154,3 +155,23 @@ def test_who_gives_its_pages_up_is_read_again() -> None:
     run(loop)
     assert [said for said in lane.said if said.startswith("read")] == ["read 1.0", "read 1.0", "read 1.1"]
     assert one.ticket.finished.output_tokens == 4 and loop.tokens_in == 4
+
+
+def test_who_gave_its_pages_up_in_a_step_that_fails_goes_on_later() -> None:
+    class Failing(Told):
+        """Its first step of three takes the last one's pages away, and then an expert cannot be read."""
+
+        def step(self, answers: Sequence[Answer]) -> list[Scores]:
+            if len(answers) == 3 and "step fails" not in self.said:
+                self.said.append("step fails")
+                self.dropped.append(answers[-1])
+                raise TurnoutError("no expert")
+            return super().step(answers)
+
+    loop, answers = Loop({"": Failing()}, slots=3), [asked(number, 1, 5) for number in (1, 2, 3)]
+    for answer in answers:
+        loop.turns.add(answer)
+    run(loop)
+    ends = [[one for one in answer.ticket if not hasattr(one, "id")] for answer in answers]
+    assert [[end.reason for end in each] for each in ends] == [["error"], ["error"], ["length"]]
+    assert loop.finished == {"error": 2, "length": 1} and loop.preempted == 1

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from serving import VOCAB, make_lm, make_tokenizer
+from tokenizers import Tokenizer
 
 from turnout.errors import UsageError
 from turnout.models import Drawing
@@ -67,6 +68,21 @@ def test_whatever_is_drawn_is_of_the_form(tokenizer, grammars):
             mask.took(ids[-1])
         made = json.loads(tokenizer.decode(ids)) if mask.done else {"a": 0, "b": "x", "c": []}
         assert set(made) == {"a", "b", "c"}, f"seed {seed}"
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_writes_forms_too(tokenizer):
+    """As those of RoBERTa and its kin; llguidance took it for a part of the text and fell over."""
+    body = json.loads(tokenizer.to_str())
+    level = next(one for one in (body["pre_tokenizer"], *body["pre_tokenizer"].get("pretokenizers", ()))
+                 if one["type"] == "ByteLevel")  # fmt: skip
+    level["add_prefix_space"] = True
+    spaced = Tokenizer.from_str(json.dumps(body))
+    assert spaced.decode(spaced.encode("x").ids) == " x"
+    mask = of(Grammars(spaced, vocab_size=VOCAB, eos=(0,)), SCHEMA)
+    for token in tokenizer.encode('{"a": 12, "b": "é", "c": [null]}').ids:
+        assert mask.allowed()[token]
+        mask.took(token)
+    assert mask.done
 
 
 def test_a_model_that_never_ends_its_text_is_not_told_to(tokenizer):

@@ -2,14 +2,16 @@
 
 import json
 import random
+import re
 
 import pytest
 
-from turnout.serve.http import schemas
+from turnout.serve.http import schema_check, schemas
 from turnout.serve.http.errors import ApiError
 from turnout.serve.http.schema_check import checked
 
 WHERE = "/v1/here"
+LONG = "abcdefghij" * 100_000
 GOOD = {
     "prompt": ["a", ["a", "b"], [1, 2], [[1], [2, 3]]],
     "messages": [[{"role": "user", "content": "a"}]],
@@ -73,6 +75,79 @@ def test_refusals_name_the_field_what_is_allowed_and_the_fix(body, param, says):
         checked(body, schemas.COMPLETIONS, "", WHERE)
     assert found.value.param == param
     assert says in found.value.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "body", "param", "says"),
+    [
+        (
+            schemas.CHAT,
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}
+                ]
+            },
+            "messages[0].content[0].type",
+            "these models read text alone, in /v1/here; got image_url",
+        ),
+        (
+            schemas.RESPONSES,
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b.png"}]}]},
+            "input[0].content[0].type",
+            "these models read text alone, in /v1/here; got input_image",
+        ),
+        (
+            schemas.RESPONSES,
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]},
+            "input[0].type",
+            "messages are all that is read, in /v1/here; got function_call_output",
+        ),
+        (
+            schemas.CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+            "messages[0].tool_calls",
+            "no tools are called here, in /v1/here",
+        ),
+    ],
+)
+def test_what_is_not_read_here_is_told_before_what_it_lacks(schema, body, param, says):
+    with pytest.raises(ApiError) as found:
+        checked(body, schema, "", WHERE)
+    assert found.value.param == param
+    assert says in found.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": LONG, "content": "a"}]},
+        {"messages": LONG},
+        {"messages": [{"role": "user", "content": "a"}], "logit_bias": {LONG: 1000}},
+        {"messages": [{"role": "user", "content": "a"}], LONG: 1},
+        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": LONG}},
+    ],
+)
+def test_a_refusal_is_short_however_long_what_it_refuses(body):
+    with pytest.raises(ApiError) as found:
+        checked(body, schemas.CHAT, "", WHERE)
+    assert len(json.dumps(found.value.body)) < 2000
+    assert LONG[:20] in found.value.message
+
+
+def test_a_list_of_many_tokens_is_checked_in_few_calls(monkeypatch):
+    calls, real = [0], schema_check.checked
+
+    def counted(*arguments):
+        calls[0] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(schema_check, "checked", counted)
+    many = list(range(10_000))
+    assert schema_check.checked({"prompt": many}, schemas.COMPLETIONS, "", WHERE) == {"prompt": many}
+    assert calls[0] < 20
+    for wrong, says in ((True, "prompt[10000] must be a whole number"), (-1, "prompt[10000] must be from 0 to")):
+        with pytest.raises(ApiError, match=re.escape(says)):
+            schema_check.checked({"prompt": [*many, wrong]}, schemas.COMPLETIONS, "", WHERE)
 
 
 def test_whole_numbers_written_as_fractions_are_whole():

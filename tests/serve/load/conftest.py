@@ -70,7 +70,7 @@ class Endpoint:
         while (wait := self.blocked_until_s - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         await asyncio.sleep(self.first_s)
-        given = max(1, tokens // 2) if self.manner in ("short", "cut", "closed", "error") else tokens
+        given = max(1, tokens // 2) if self.manner in ("short", "cut", "closed", "error", "ended") else tokens
         for number in range(given):
             text = f" w{number}"
             self.event(writer, {"choices": [{"delta": {"content": text}} if chat else {"text": text}]})
@@ -82,8 +82,8 @@ class Endpoint:
         if self.manner == "error":
             self.event(writer, {"error": "the model fell over"})
         elif self.manner != "closed":
-            last = {"finish_reason": "length", "delta": {}} if chat else {"finish_reason": "length", "text": ""}
-            self.event(writer, {"choices": [last]})
+            why = "stop" if self.manner == "ended" else "length"
+            self.event(writer, {"choices": [{"finish_reason": why} | ({"delta": {}} if chat else {"text": ""})]})
         if self.usage and self.manner != "closed":
             prompt = body["messages"][0]["content"] if chat else body["prompt"]
             count = self.prompt_overhead + self.tokens_a_word * len(prompt.split())

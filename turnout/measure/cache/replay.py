@@ -172,6 +172,8 @@ def _by_worth(accesses: Accesses, policy: Any, sizes: CacheShape, ahead: int) ->
     page_R, pages = accesses.page_R, sizes.layers * sizes.experts
     next_R, first_P = following(accesses)
     profile_P = getattr(policy, "profile_P", None)
+    looks = hasattr(policy, "prefetch")  # no other is told of what comes; that nothing is known is no number
+    ahead = ahead if looks else 0
     steps_I = np.append(accesses.step_I, -1)
     last_I = np.nonzero(steps_I[1:] != steps_I[:-1])[0]
     end_I = last_I[np.searchsorted(last_I, np.arange(len(accesses)))]
@@ -179,9 +181,10 @@ def _by_worth(accesses: Accesses, policy: Any, sizes: CacheShape, ahead: int) ->
     fetch_R, room = np.empty(len(page_R), np.int64), len(page_R) if ahead else 0
     fetch_J, prefetch_J = np.zeros(len(accesses) + 1, np.int64), np.zeros(len(accesses) + 1, np.int64)
     while True:
-        told_P = np.zeros(pages) if profile_P is None else np.asarray(profile_P, np.float64).copy()
+        nothing_P = np.full(pages, -np.inf if looks else 0.0)
+        told_P = nothing_P if profile_P is None else np.asarray(profile_P, np.float64).copy()
         prefetch_R = np.empty(room, np.int64)
-        early = bool(ahead and getattr(policy, "prefetch", False))
+        early = bool(ahead and policy.prefetch)
         told = (accesses.layer_I, accesses.start_J, page_R, next_R, end_I)
         out = (fetch_J, fetch_R, prefetch_J, prefetch_R)
         rule, run = jitted_worth(policy.worth), jitted_by_worth()

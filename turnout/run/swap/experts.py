@@ -271,10 +271,9 @@ class ExpertCache:
     def _apply(self, decision: Decision, wanted: Sequence[tuple[int, int]]) -> None:
         """Gives slots to others, and has these fetched."""
         for one in decision.evict:
-            load = self._held.pop(one, None)
-            if load is None or one in wanted:
+            if one not in self._held or one in wanted:
                 raise self._refusal(f"to evict {one}", "evict what is held, and not asked for")
-            self._loads.drop(load)
+            self._loads.drop(load := self._held.pop(one))
             self._free.append(load.slot)
             self._count_L[one[0]] -= 1
             self._counts[2] += 1

@@ -85,7 +85,8 @@ class Loads:
         """Takes back one that nobody waits for; its slot is free when this returns."""
         with self._change:
             if load.state == "waits":
-                self._queue.remove(load)
+                if load in self._queue:  # else it was never put there
+                    self._queue.remove(load)
                 load.state = "dropped"
             while load.state == "comes":
                 self._change.wait()

@@ -94,7 +94,8 @@ class Loop:
             scores = lane.step(answers)
         except TurnoutError as error:  # an expert's file is gone or changed: these end, and the engine goes on
             for answer in answers:
-                self._fail(answer, error)
+                if answer not in lane.dropped:  # those wait, and are read again
+                    self._fail(answer, error)
             scores = []
         self._again(lane)
         for one in scores:

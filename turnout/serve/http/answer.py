@@ -152,16 +152,17 @@ class _Run:
     async def events(self, style: Style) -> AsyncIterator[bytes]:
         """What is streamed."""
         yield b"".join(style.opening())
+        said = list[bytes]()  # and not sent yet
         try:
             while any(made.end is None for made in self._texts):
-                said = list[bytes]()
                 for heard in await self._more():
                     made = self._take(heard)
                     said += style.piece(made, heard.event) if isinstance(heard.event, Token) else style.ended(made)
-                yield b"".join(said) if said else b": here\n\n"
+                now, said = said, []
+                yield b"".join(now) if now else b": here\n\n"
             yield b"".join(style.closing(self._texts))
-        except ApiError as error:
-            yield b"".join(style.failed(error))
+        except ApiError as error:  # what was heard before it is heard
+            yield b"".join([*said, *style.failed(error)])
         finally:
             self._listener.close()
 

@@ -85,7 +85,7 @@ def invalid(param: str, *, got: object, allowed: str, where: str, fix: str, code
 
     Source: none; ``turnout.errors.word``.
     """
-    shown = got if isinstance(got, str) else f"{got!r:.120}"
+    shown = f"{got:.400}" if isinstance(got, str) else f"{got!r:.120}"
     return ApiError(word(param, got=shown, allowed=allowed, where=where, fix=fix), 400, param, code)
 
 
@@ -99,7 +99,7 @@ def unknown_model(name: str, names: Iterable[str]) -> ApiError:
     """
     known = list(names)
     cased = {one.lower(): one for one in known}
-    close = [cased[one] for one in difflib.get_close_matches(name.lower(), cased, n=1, cutoff=0.5)]
+    close = [cased[one] for one in difflib.get_close_matches(name[:120].lower(), cased, n=1, cutoff=0.5)]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     message = f"The model {name!r:.120} does not exist here.{hint} Served: {', '.join(known)}."
     return ApiError(message, 404, "model", "model_not_found")

@@ -44,7 +44,7 @@ class Grammars:
         try:
             # It is told of an end that is none of the model's: it would take a plain token that ends texts, a digit
             # say, for the end within a text too.
-            known = Tokenizer.from_str(tokenizer.to_str())
+            known = Tokenizer.from_str(_bare(tokenizer.to_str()))
             known.add_special_tokens([_END])
             self._end = known.get_vocab(with_added_tokens=True)[_END]
             size = max(vocab_size, self._end + 1)
@@ -83,6 +83,19 @@ class Grammars:
             allowed = "be a JSON schema of what llguidance does"
             raise invalid(param, got=f"one it refuses: {problem:.300}", allowed=allowed, where=where, fix="simplify it")
         return Grammar(made, self._ends_V, self._end)
+
+
+def _bare(text: str) -> str:
+    """The tokenizer without the space that it begins texts with: for llguidance, which cannot tell it from a text's.
+
+    What tokens are in bytes stays, and no more is asked of it.
+    """
+    body = json.loads(text)
+    first = body.get("pre_tokenizer") or {}
+    for each in (first, *first.get("pretokenizers", ())):
+        if each.get("type") == "ByteLevel":
+            each["add_prefix_space"] = False
+    return json.dumps(body)
 
 
 class Grammar:

@@ -11,6 +11,7 @@ from turnout.serve.http.errors import ApiError, invalid
 __all__ = ["checked"]
 
 Schema = Mapping[str, Any]
+_SHOWN = 80  # of a name that somebody sent: it may have millions of letters, and looking for one like it takes long
 _WORDS = {
     "null": "null",
     "boolean": "true or false",
@@ -62,8 +63,19 @@ def checked(value: Any, schema: Schema, param: str, where: str) -> Any:
     if isinstance(value, list):
         _sized(value, schema, param, where, "Items", "items")
         items = schema.get("items", {})
-        return [checked(one, items, f"{param}[{place}]", where) for place, one in enumerate(value)]
+        return (
+            value
+            if _all_tokens(value, items)
+            else [checked(one, items, f"{param}[{place}]", where) for place, one in enumerate(value)]
+        )
     return _object(value, schema, param, where)
+
+
+def _all_tokens(values: Sequence[Any], items: Schema) -> bool:
+    """Whether all are whole numbers that may be: a prompt may be a million tokens, and each call takes microseconds."""
+    if items.keys() != {"type", "minimum", "maximum"} or items["type"] != "integer" or set(map(type, values)) != {int}:
+        return False
+    return items["minimum"] <= min(values) and max(values) <= items["maximum"]
 
 
 def _kinds(schema: Schema) -> list[str]:
@@ -132,6 +144,9 @@ def _object(value: dict[str, Any], schema: Schema, param: str, where: str) -> di
     known, dot = schema.get("properties", {}), f"{param}." if param else ""
     if len(value) > schema.get("maxProperties", len(value)):
         raise _wrong(param, value, f"have at most {schema['maxProperties']} fields", where, "", schema)
+    for name, one in value.items():
+        if "x-refused" in known.get(name, {}):  # before what is missing: a picture need not be given a text
+            checked(one, known[name], f"{dot}{name}", where)
     for name in schema.get("required", ()):
         if name not in value:
             raise invalid(f"{dot}{name}", got="nothing", allowed="be passed", where=where, fix="add it")
@@ -141,11 +156,11 @@ def _object(value: dict[str, Any], schema: Schema, param: str, where: str) -> di
         if name in known:
             found[name] = checked(one, known[name], f"{dot}{name}", where)
         elif others is False:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            close = difflib.get_close_matches(name[:_SHOWN], known, n=1, cutoff=0.6)
             fix = f"write {dot}{close[0]}" if close else "leave it out"
-            raise _unknown(param or "the body", f"{dot}{name:.80}", known, fix, where)
+            raise _unknown(param or "the body", f"{dot}{name:.{_SHOWN}}", known, fix, where)
         else:
-            found[name] = one if others is True else checked(one, others, f"{dot}{name}", where)
+            found[name] = one if others is True else checked(one, others, f"{dot}{name:.{_SHOWN}}", where)
     return found
 
 
@@ -158,7 +173,7 @@ def _unknown(param: str, got: str, known: Mapping[str, Any], fix: str, where: st
 
 def _unlisted(value: Any, schema: Schema, param: str, where: str) -> ApiError:
     names = [one for one in schema["enum"] if isinstance(one, str)]
-    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    close = difflib.get_close_matches(value[:_SHOWN], names, n=1) if isinstance(value, str) else []
     listed = ", ".join(json.dumps(one) for one in schema["enum"])
     allowed = f"be {listed}" if len(schema["enum"]) == 1 else f"be one of {listed}"
     return _wrong(param, value, allowed, where, f"pass {close[0]!r}" if close else "", schema)

@@ -15,7 +15,8 @@ from turnout.serve.http.grammar import Grammar, Grammars
 from turnout.serve.http.spelling import Spelling
 from turnout.train.data import load_tokenizer
 from turnout.train.data.prompt import prompt_ids
-from turnout.train.data.tokenizer import open_tokenizer
+from turnout.train.data.spaced import spaced
+from turnout.train.data.tokenizer import encode, open_tokenizer
 
 __all__ = ["Texts"]
 
@@ -49,6 +50,7 @@ class Texts:
     ) -> None:
         self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, tuple(eos)
         self._own, self.template = own, template
+        self._table = spaced(tokenizer)
         self.spelling = Spelling(tokenizer)
         self._making = threading.Lock()
 
@@ -78,7 +80,7 @@ class Texts:
             ApiError: an empty one where nothing says how a text begins, or a token that the model does not have.
         """
         try:
-            ids = prompt_ids(text, self.tokenizer, own=self._own)
+            ids = prompt_ids(text, self.tokenizer, own=self._own, table=self._table)
         except DataError as error:
             raise invalid(param, got="an empty text", allowed="have text in it", where=where, fix="add some") from error
         return self.known(ids, param=param, where=where)
@@ -105,7 +107,7 @@ class Texts:
         if self.template is None:
             message = f"This model has no chat template, which {where} needs. Nearest fix: use /v1/completions."
             raise ApiError(message, 400, param, "no_chat_template")
-        ids = self.tokenizer.encode(self.template(messages, told), add_special_tokens=False).ids
+        (ids,) = encode(self.tokenizer, [self.template(messages, told)])
         if not ids:
             raise invalid(param, got="no text", allowed="have text in it", where=where, fix="add some")
         return self.known(ids, param=param, where=where)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from turnout.errors import UsageError, word
+from turnout.serve.load.answer import Answer
 from turnout.serve.load.ask import ask, fetch
 from turnout.serve.load.drive import closed_loop, open_loop
 from turnout.serve.load.exchange import Target
@@ -17,7 +18,7 @@ from turnout.serve.load.traffic import WORDS, Traffic, arrivals
 __all__ = ["Told", "bench", "calibrated", "find_model"]
 
 # Words of the two prompts by which tokens are counted before anything is timed; fewer where these are too many.
-_PROBES = ((len(WORDS) // 2, 2 * len(WORDS)), (12, 36))
+_PROBES = ((len(WORDS) // 2, 2 * len(WORDS)), (12, 36), (3, 9))
 Told = Callable[[str, int, int], None]
 """Is told a load, and how many of how many requests are over."""
 
@@ -66,9 +67,8 @@ def bench(
     _check((*rates, *streams), requests)
     name = find_model(target) if model is None else model
     traffic, notes = asyncio.run(calibrated(target, traffic, name, timeout_s))
-    levels = [*((rate, True) for rate in rates), *((count, False) for count in streams)]
-    points = list[LoadPoint]()
-    for number, (level, is_open) in enumerate(levels):
+    points, early = list[LoadPoint](), list[float]()
+    for number, (level, is_open) in enumerate([*((rate, True) for rate in rates), *((n, False) for n in streams)]):
         # The prompts of one load are not those of the one before, whose beginnings a server may have kept.
         asked = traffic.draw(requests, target, name, seed=seed + 1000 * number)
         load = f"{level:g} requests/s" if is_open else f"{level:g} streams"
@@ -78,9 +78,10 @@ def bench(
             work = open_loop(target, asked, due_s, timeout_s=timeout_s, fixed=traffic.fixed, told=tell)
         else:
             work = closed_loop(target, asked, int(level), timeout_s=timeout_s, fixed=traffic.fixed, told=tell)
-        points.append(point(asyncio.run(work), level=level, is_open=is_open, slo=slo))
+        points.append(point(driven := asyncio.run(work), level=level, is_open=is_open, slo=slo))
+        early += _early(driven.answers)
     about = _about(target, traffic) | {"objectives": "none" if slo is None else str(slo), "seed": str(seed)}
-    return LoadReport(target.url, name, about, points, [*notes, *_notes(points, traffic)])
+    return LoadReport(target.url, name, about, points, [*notes, *_notes(points, early)])
 
 
 def _check(levels: Sequence[float], requests: int) -> None:
@@ -136,7 +137,9 @@ async def calibrated(target: Target, traffic: Traffic, model: str, timeout_s: fl
                 break  # a model of short texts
             if answer.error not in ("", "empty", "short"):
                 fix = "see that it serves this model at this endpoint"
-                raise UsageError(_unfit(target, f"{answer.error}: {answer.message}", fix))
+                if answer.error == "HTTP 400" and words > min(_PROBES[-1]):
+                    fix = "serve a model that reads longer texts: this one is asked for nine words at the least"
+                raise UsageError(_unfit(target, f"{answer.error}: {answer.message.rstrip('.')}", fix))
             counts += [answer.prompt_tokens] if answer.prompt_tokens is not None else []
         else:
             break
@@ -151,7 +154,17 @@ def _unfit(target: Target, got: str, fix: str) -> str:
     return word("URL", got=f"{target.url}, {got}", allowed="answer", where="turnout bench-serve", fix=fix)
 
 
-def _notes(points: Sequence[LoadPoint], traffic: Traffic) -> list[str]:
+def _early(answers: Sequence[Answer]) -> list[float]:
+    """The tokens of a load's whole answers, on average, where they are fewer than these were asked for; else nothing.
+
+    Of pieces that the server does not count nobody knows.
+    """
+    whole = [answer for answer in answers if not answer.error and answer.output_tokens is not None]
+    given = sum(answer.tokens for answer in whole)
+    return [given / len(whole)] if given < 0.98 * sum(answer.asked_tokens for answer in whole) else []
+
+
+def _notes(points: Sequence[LoadPoint], early: Sequence[float]) -> list[str]:
     notes = [
         "The client took "
         + ", ".join(f"{100 * one.client_share:.1f} %" for one in points)
@@ -169,11 +182,8 @@ def _notes(points: Sequence[LoadPoint], traffic: Traffic) -> list[str]:
         notes.append(
             f"Pieces hold up to {most:.2f} tokens on average: gaps (ITL) are between pieces; TPOT is per token."
         )
-    if not traffic.fixed and any(
-        one.done and one.output_tokens < 0.98 * one.done * traffic.output.mean for one in points
-    ):
-        shares = [one.output_tokens / one.done for one in points if one.done]
+    if early:
         notes.append(
-            f"Answers ended by themselves after {min(shares):.0f} tokens on average or more: --fixed forbids it."
+            f"Answers ended by themselves after {min(early):.0f} tokens on average or more: --fixed forbids it."
         )
     return notes
