@@ -147,6 +147,6 @@ def max_vio(routing: Routing) -> float:
 
 def layer(router: nn.Module, *, hidden: int = 24, seed: int = 0, **options: object) -> MoE:
     """A layer of ReLU experts with biases under this router."""
-    count = int(router.num_experts)  # pyrefly: ignore[bad-argument-type]
+    count = int(router.num_experts) - sum((options.get("zero_computation") or {}).values())  # pyrefly: ignore[bad-argument-type]
     start = {"activation": "relu", "bias": True, "std": 0.18, "generator": torch.Generator().manual_seed(seed)}
     return MoE(WIDTH, hidden, count, router=router, **(start | options))  # pyrefly: ignore[bad-argument-type]

@@ -19,16 +19,20 @@ def skill_net() -> Claim:
     """Ten tasks, each the sum of two of five functions and one that all have; 96 examples a task.
 
     >>> skill_net().off
-    'the tasks have one another\\'s skills'
+    "the tasks have one another's skills"
 
     Source: Dai et al., 2022, "One Model, Multiple Modalities: A Sparsely Activated Approach for Text, Sound, Image,
     Video and Code" (SkillNet), table 2.
     """
     error = "held-out error / variance"
     return Claim(
-        name="skill_net", statement="Experts that are shared by the tasks which need them learn more than experts shared
-        at random, one dense " "network of the same active size, or a model for each task.", source="Dai et al., 2022,
-        SkillNet", off="the tasks have one another's skills", switched={"right": "permuted"}, rows=(
+        name="skill_net",
+        statement="Experts that are shared by the tasks which need them learn more than experts shared at random, one "
+        "dense network of the same active size, or a model for each task.",
+        source="Dai et al., 2022, SkillNet",
+        off="the tasks have one another's skills",
+        switched={"right": "permuted"},
+        rows=(
             Row(error, "below", "right", "permuted", "the tasks have one another's skills"),
             Row(error, "below", "right", "dense", "one network of the same active size", headline=True),
             Row(error, "below", "right", "separate", "a model for each task", headline=True),
