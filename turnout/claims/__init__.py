@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from turnout.claims import scale, serve
+from turnout.claims import moe, scale, serve
 from turnout.claims.arrow import arrow
 from turnout.claims.backends import backends
 from turnout.claims.claim import FEWEST_SEEDS, Claim, Result
@@ -23,6 +23,24 @@ from turnout.claims.merge_aligned import merge_aligned
 from turnout.claims.merge_experts import merge_experts
 from turnout.claims.mhr import mhr
 from turnout.claims.mhr_mu import mhr_mu
+from turnout.claims.moe import (
+    compete,
+    even_loads,
+    fine_experts,
+    global_balance,
+    hyper_router,
+    latent_trained,
+    patch_moe,
+    rectify,
+    remoe,
+    sinkhorn_plan,
+    skill_net,
+    sparse_plan,
+    stable_moe,
+    switch_and_mixture,
+    top_p,
+    zero_experts,
+)
 from turnout.claims.moe_beats_dense import moe_beats_dense
 from turnout.claims.mos import mos
 from turnout.claims.phatgoose import phatgoose
@@ -88,10 +106,12 @@ __all__ = [
     "co2",
     "coded",
     "comet",
+    "compete",
     "compress_experts",
     "dense_to_sparse",
     "diloco",
     "drop_experts",
+    "even_loads",
     "evo_moe",
     "exflow",
     "expert_caching",
@@ -100,6 +120,7 @@ __all__ = [
     "fedins",
     "fedjets",
     "few_predictions",
+    "fine_experts",
     "fisher",
     "flowmoe",
     "flows",
@@ -107,11 +128,14 @@ __all__ = [
     "fuyou",
     "fzoos",
     "glider",
+    "global_balance",
     "gpipe",
     "hecate",
+    "hyper_router",
     "interleaved",
     "k_bits",
     "latent_experts",
+    "latent_trained",
     "loss_free",
     "merge_aligned",
     "merge_experts",
@@ -121,35 +145,45 @@ __all__ = [
     "moetuner",
     "mos",
     "one_byte",
+    "patch_moe",
     "phatgoose",
     "post_validation",
     "pr_moe",
     "pre_gated",
     "read_me",
+    "rectify",
+    "remoe",
     "replan",
     "scalearn",
     "schedule_search",
     "scmoe",
     "shuffle_private",
+    "sinkhorn_plan",
+    "skill_net",
     "smear",
     "soup",
+    "sparse_plan",
     "sparse_zo",
     "split",
+    "stable_moe",
     "stragglers",
     "superpipeline",
     "surco",
+    "switch_and_mixture",
+    "top_p",
     "trace_matching",
     "tutel",
     "upcycle",
     "zero",
     "zero_bubble",
+    "zero_experts",
     "zero_plus_plus",
     "zeropp",
     "zipnn",
 ]
 
 
-FAMILIES = {"scale": scale, "serve": serve}
+FAMILIES = {"moe": moe, "scale": scale, "serve": serve}
 
 
 def family(name: str) -> list[str]:

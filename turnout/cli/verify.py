@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``turnout verify`` takes."""
     parser.add_argument("names", nargs="*", metavar="CLAIM", help="the claims to run; without one, they are listed")
     parser.add_argument("--all", action="store_true", help="run every claim")
-    parser.add_argument("--family", metavar="NAME", help="run every claim of one family: scale, serve")
+    parser.add_argument("--family", metavar="NAME", help="run every claim of one family: moe, scale, serve")
     parser.add_argument("--seeds", metavar="N,N,N", help="1 to 10 seeds; without it, the published ones")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, one thread each (1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results here, after each claim")

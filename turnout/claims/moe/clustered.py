@@ -13,9 +13,10 @@ from turnout.train.balance import demand, load_balance_loss
 from turnout.types import Routing
 from turnout.wrappers import takes
 
-__all__ = ["WIDTH", "Clusters", "Fitted", "fitted", "max_vio"]
+__all__ = ["OUT", "WIDTH", "Clusters", "Fitted", "fitted", "layer", "max_vio"]
 
-WIDTH, OUT = 32, 16
+WIDTH = 32
+OUT = 16
 _TEST = 4096
 
 
@@ -69,7 +70,7 @@ class Fitted:
 
 def fitted(
     layer: MoE,
-    data: Clusters,
+    data: Any,
     *,
     seed: int,
     steps: int = 500,
@@ -78,14 +79,13 @@ def fitted(
     aux: float = 0.0,
     skip: bool = True,
     look: Callable[[int, MoE], None] | None = None,
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]] | None = None,
     keep: int = 0,
 ) -> Fitted:
     """Trains a layer, and a linear map beside it, by Adam on fresh inputs, as the loop does: penalty, ``after_step``.
 
     Args:
-        layer: of width ``WIDTH``; its first ``OUT`` outputs are what is asked for.
-        data: what it learns.
+        layer: of width 32; its first 16 outputs are what is asked for.
+        data: what it learns: ``draw`` and ``centre_CD`` as of ``Clusters``.
         seed: of the inputs.
         steps: how many.
         batch: inputs a step.
@@ -93,48 +93,52 @@ def fitted(
         aux: weight of the load-balance loss.
         skip: whether the linear map is there.
         look: called after each step.
-        draw: gives a batch in the place of ``data.draw``.
         keep: the routings of how many last steps are kept.
     """
     chance, noise = torch.Generator().manual_seed(seed + 77), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     beside = nn.Linear(WIDTH, OUT)
-    with torch.no_grad():
-        beside.weight.mul_(float(skip)), beside.bias.zero_()
+    if not skip:
+        nn.init.zeros_(beside.weight)
+        nn.init.zeros_(beside.bias)
     trained = [*layer.parameters(), *(beside.parameters() if skip else ())]
     adam = torch.optim.Adam([p for p in trained if p.requires_grad], lr=lr)
     cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t / steps)))
-    router, kept = layer.router, []
+    kept = []
     layer.train()
     for step in range(steps):
-        x_TD, y_TO = data.draw(batch, chance) if draw is None else draw(step, chance)
+        x_TD, y_TO = data.draw(batch, chance)
         routed = layer(x_TD, token_id=_ids(x_TD, data), generator=noise)
-        loss = (routed.output[:, :OUT] + beside(x_TD) - y_TO).square().mean()
-        if aux:
-            loss = loss + aux * load_balance_loss(routed.routing)
-        if routed.routing.penalty is not None:
-            loss = loss + routed.routing.penalty
+        loss = (routed.output[:, :OUT] + beside(x_TD) - y_TO).square().mean() + _asked(routed.routing, aux)
         adam.zero_grad()
         loss.backward()
         adam.step()
         cosine.step()
-        if hasattr(router, "after_step"):
-            learn: Any = router.after_step
+        if hasattr(layer.router, "after_step"):
+            learn: Any = layer.router.after_step  # pyrefly: ignore[missing-attribute]
             learn(demand(routed.routing), **({"num_tokens": len(x_TD)} if takes(learn, "num_tokens") else {}))
         if step >= steps - keep:
             kept.append(routed.routing.detach())
         if look is not None:
             look(step, layer)
-    layer.eval()
-    with torch.no_grad():
-        x_TD, y_TO = data.draw(_TEST, torch.Generator().manual_seed(9))
-        routed = layer(x_TD, token_id=_ids(x_TD, data))
-        left = (routed.output[:, :OUT] + beside(x_TD) - y_TO).square().sum()
-        fvu = float(left / (y_TO - y_TO.mean(0)).square().sum())
-    return Fitted(fvu, routed.routing, layer, tuple(kept))
+    return _tested(layer, beside, data, tuple(kept))
 
 
-def _ids(x_TD: Tensor, data: Clusters) -> Tensor:
+def _asked(routing: Routing, aux: float) -> Tensor | float:
+    """What is minimised beside the error."""
+    asked: Tensor | float = aux * load_balance_loss(routing) if aux else 0.0
+    return asked if routing.penalty is None else asked + routing.penalty
+
+
+@torch.no_grad()
+def _tested(layer: MoE, beside: nn.Module, data: Any, kept: tuple[Routing, ...]) -> Fitted:
+    x_TD, y_TO = data.draw(_TEST, torch.Generator().manual_seed(9))
+    routed = layer.eval()(x_TD, token_id=_ids(x_TD, data))
+    left = (routed.output[:, :OUT] + beside(x_TD) - y_TO).square().sum()
+    return Fitted(float(left / (y_TO - y_TO.mean(0)).square().sum()), routed.routing, layer, kept)
+
+
+def _ids(x_TD: Tensor, data: Any) -> Tensor:
     """(T,) which centre is the nearest: what stands for a token's id."""
     return torch.cdist(x_TD, data.centre_CD).argmin(1)
 

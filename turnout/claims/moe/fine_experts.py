@@ -65,5 +65,5 @@ def _measure(seed: int) -> Values:
         start = torch.Generator().manual_seed(seed)
         router = TopK(WIDTH, moe.num_experts, top_k=moe.top_k, generator=start)
         made = layer(router, hidden=moe.hidden, seed=seed, shared_hidden=moe.shared_hidden)
-        found[name] = fitted(made, Halves(seed), seed=seed, steps=_STEPS, aux=0.01, skip=False).fvu  # pyrefly: ignore[bad-argument-type]
+        found[name] = fitted(made, Halves(seed), seed=seed, steps=_STEPS, aux=0.01, skip=False).fvu
     return found

@@ -52,7 +52,7 @@ def _measure(seed: int) -> Values:
             weight = 1.0 if name == "sam" else 0.0
             router, hidden = SAM(WIDTH, _EXPERTS, top_k=_K, num_groups=_GROUPS, alignment=weight, generator=start), 6
         made = layer(router, hidden=hidden, seed=seed)
-        found[name] = fitted(made, Halves(seed), seed=seed, steps=_STEPS, aux=0.01, skip=False)  # pyrefly: ignore[bad-argument-type]
+        found[name] = fitted(made, Halves(seed), seed=seed, steps=_STEPS, aux=0.01, skip=False)
     return {
         "groups": _groups(found["sam"].routing),
         "groups, anywhere": _groups(found["anywhere"].routing),

@@ -25,19 +25,19 @@ class _Dealt(BASE):
         return self.taken(index_T1, score_TE.gather(1, index_T1), score_TE, logit_TE)
 
 
-def base_layers() -> Claim:
+def even_loads() -> Claim:
     """BASE's training load is exactly even, and what its assignment chooses teaches, against one dealt out by chance.
 
     16 clusters of unequal frequency, 8 experts, one a token; held out each token goes to its best expert.
 
-    >>> base_layers().off
+    >>> even_loads().off
     'as many tokens an expert, by chance; each to its best expert'
 
     Source: Lewis et al., 2021, "BASE Layers: Simplifying Training of Large, Sparse Models", section 3.
     """
     error = "held-out error / variance"
     return Claim(
-        name="base_layers",
+        name="even_loads",
         statement="Tokens dealt out evenly for the largest sum of affinities keep every expert's load exactly even in "
         "training, and the experts learn.",
         source="Lewis et al., 2021, BASE Layers",
