@@ -191,7 +191,7 @@ def tell(run: Run, model: LM, out: Path, *, quiet: bool) -> None:
             "--calibrate` takes half a minute and may make training faster.",
             file=sys.stderr,
         )
-    if not quiet and any(getattr(router, "sees_later_tokens", False) for router in model.routers):
+    if not quiet and any(getattr(router, "sees_later_tokens", False) is True for router in model.routers):
         print(
             f"note: {run.model.moe and run.model.moe.router} chooses by looking at later tokens too, so the losses and "
             "bits per byte of this run are lower than what it can predict.",
