@@ -145,8 +145,11 @@ def known(kind: str) -> list[str]:
 
 
 def changes(kind: str) -> Iterator[tuple[str, Any]]:
+    """Every key; of several values those that are this architecture's turn, so that each is tried in half of them."""
+    turn = [family.model_type for family in FAMILIES].index(kind)
     for key in dict.fromkeys([*known(kind), *FOREIGN]):
-        yield from ((key, value) for value in OTHERS.get(key, []))
+        values = OTHERS.get(key, [])
+        yield from ((key, value) for at, value in enumerate(values) if len(values) == 1 or (at + turn) % 2 == 0)
 
 
 @torch.no_grad()
@@ -224,7 +227,7 @@ def test_a_key_is_meant_or_refused(kind: str, tmp_path: Path) -> None:
         if said and not any(word in said for word in (key, "rope_type", OURS.get(key, key), *WEIGHTS)):
             wrong.append(f"{key}={value!r} is refused without its name: {said[:200]}")
     assert not wrong, "\n".join(wrong)
-    assert same > 10
+    assert same > 7
 
 
 CONFLICTS = [
