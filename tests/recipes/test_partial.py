@@ -105,9 +105,10 @@ def stop_and_go_on(source, text, out, whole, monkeypatch, number: int, error: Ba
     return "\n".join(heard)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.45, 0.97])
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), StopError("boom")], ids=type
+    ("error", "share"),
+    [(OSError(errno.ENOSPC, "No space left on device"), 0.1), (KeyboardInterrupt(), 0.45), (StopError("boom"), 0.97)],
+    ids=["no space", "interrupted", "failed"],
 )
 def test_stopped_somewhere_it_goes_on_to_the_same_bits(source, text, whole, tmp_path, monkeypatch, error, share):
     flushes = count_flushes(monkeypatch, source, text, tmp_path / "counted")
