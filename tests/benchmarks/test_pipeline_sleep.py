@@ -17,6 +17,7 @@ def test_real_runs_are_not_shorter_than_is_simulated_and_overlap() -> None:
     assert [row.name for row in report.rows] == list(FEW)
     beside = f"load {report.load:.1f}, {1e3 * report.overhead_s:.2f} ms beside an action's own time"
     found = f"{beside}\n{table(report)}"
+    assert report.overhead_s > 0, beside
     for row in report.rows:  # one stage after the other would take RANKS times as long, but for the ends
         assert (1 - BOUND[row.chunks]) * row.simulated_s < row.measured_s < RANKS / 2 * row.simulated_s, found
 

@@ -9,7 +9,7 @@ from processes import spawn
 
 from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, FactoredConfig, LMConfig, MoEConfig
-from turnout.recipes.parity import Gap, Parity, compare, plan_of, small_model
+from turnout.recipes.parity import _ROUNDED, Gap, Parity, compare, plan_of, small_model
 from turnout.recipes.planted import FAULTS, Fault
 from turnout.run.ranks.processes import Ranks
 from turnout.types.layout import Layout
@@ -125,7 +125,8 @@ def test_two_processes_each_fault_and_each_rounding() -> None:
     assert [name for name, each in faults.items() if each.holds] == []
     # What is off by less is rounding, another on each processor, and no fault.
     wrong = {
-        name: [gap for gap in faults[name].failed if gap.what == "gradient" and gap.error > 1e-4] for name in FAULTS
+        name: [gap for gap in faults[name].failed if gap.what == "gradient" and not gap.error < _ROUNDED]
+        for name in FAULTS
     }
     experts = {gap.name: round(gap.ratio, 3) for gap in wrong["factor"]}
     assert set(experts.values()) == {2.0}, experts
