@@ -43,8 +43,10 @@ def test_never_longer_on_many_profiles_and_half_as_far_from_the_bound():
     print("gone of the distance to the bound:", gap_closed(card))
     assert gap_closed(card) > 0.4
     # Its paper has 13 to 57 % less time than other systems where these are 33 to 36 % of it.
-    medians = sorted(record["flowmoe"] / record["tutel"] for record in card if 0.3 <= record["share"] <= 0.4)
-    assert 0.43 <= medians[len(medians) // 2] <= 0.90
+    many = [one(seed, methods=("tutel", "flowmoe")) for seed in range(500, 620) if seed % 10 < 7]
+    found = [record["flowmoe"] / record["tutel"] for record in many if 0.3 <= record["share"] <= 0.4]
+    print("FlowMoE over Tutel:", len(found), "profiles")
+    assert 0.43 <= float(np.median(found)) <= 0.90
 
 
 @pytest.mark.parametrize("method", PLANNER.METHODS)
