@@ -225,8 +225,10 @@ def test_page_is_sound(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_page_runs(page: Path, tmp_path: Path) -> None:
-    """The quick blocks."""
+def test_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The quick blocks; where slow tests run too, the page's whole run has them."""
+    if "not slow" not in request.config.getoption("markexpr") and not is_quick(page):
+        pytest.skip("test_whole_page_runs runs all of this page")
     run_page(page.read_text(encoding="utf-8"), str(page), tmp_path, whole=False)
 
 
@@ -234,10 +236,13 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_whole_page_runs(page: Path, tmp_path: Path) -> None:
     """All blocks, in the page's order."""
-    text = page.read_text(encoding="utf-8")
-    if all(block.quick or not block.runs for block in blocks(text)):
+    if is_quick(page):
         pytest.skip("every block of this page is quick: test_page_runs has run it")
-    run_page(text, str(page), tmp_path, whole=True)
+    run_page(page.read_text(encoding="utf-8"), str(page), tmp_path, whole=True)
+
+
+def is_quick(page: Path) -> bool:
+    return all(block.quick or not block.runs for block in blocks(page.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

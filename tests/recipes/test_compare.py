@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from clocks import set_clock
 
 from turnout.measure import read_run
 from turnout.recipes import compare, pace
@@ -66,7 +67,7 @@ def test_result_json_is_read_by_people_and_routes_json_by_the_page(small, tmp_pa
 
 def test_the_estimate_is_of_the_steps_and_of_what_is_measured(small, monkeypatch) -> None:
     ticks = iter(range(100))
-    monkeypatch.setattr(pace.time, "monotonic", lambda: float(next(ticks)))
+    set_clock(monkeypatch, pace, monotonic=lambda: float(next(ticks)))
     run = small["tiny"].override(["steps=1000", "warmup=1", "eval_every=500", "eval_tokens=64000"])
     measured = (2 * 64_000 + 300_000) / (2 * 32)
     assert pace.estimate_s(run) == pytest.approx(1000 + 0.4 * measured)

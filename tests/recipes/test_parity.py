@@ -9,7 +9,7 @@ from processes import spawn
 
 from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM, FactoredConfig, LMConfig, MoEConfig
-from turnout.recipes.parity import Gap, Parity, compare, plan_of, small_model
+from turnout.recipes.parity import _ROUNDED, Gap, Parity, compare, plan_of, small_model
 from turnout.recipes.planted import FAULTS, Fault
 from turnout.run.ranks.processes import Ranks
 from turnout.types.layout import Layout
@@ -123,12 +123,17 @@ def test_two_processes_each_fault_and_each_rounding() -> None:
     found = spawn(2, together, cases)[0]
     faults, rest = dict(zip(FAULTS, found, strict=False)), found[len(FAULTS) :]
     assert [name for name, each in faults.items() if each.holds] == []
-    experts = {gap.name: round(gap.ratio, 3) for gap in faults["factor"].failed if gap.what == "gradient"}
+    # What is off by less is rounding, another on each processor, and no fault.
+    wrong = {
+        name: [gap for gap in faults[name].failed if gap.what == "gradient" and not gap.error < _ROUNDED]
+        for name in FAULTS
+    }
+    experts = {gap.name: round(gap.ratio, 3) for gap in wrong["factor"]}
     assert set(experts.values()) == {2.0}, experts
     assert all(".bank." in name for name in experts)
-    assert {round(gap.ratio, 3) for gap in faults["average"].failed if gap.what == "gradient"} == {0.5}
-    assert [gap.note for gap in faults["lose"].failed if gap.what == "gradient"] == ["missing"]
-    assert all("blocks.0" in gap.name for gap in faults["skip"].failed if gap.what == "gradient")
+    assert {round(gap.ratio, 3) for gap in wrong["average"]} == {0.5}
+    assert [gap.note for gap in wrong["lose"]] == ["missing"]
+    assert wrong["skip"] and all("blocks.0" in gap.name for gap in wrong["skip"])
     _holding(rest)
     assert all(each.gaps[0].error > 1e-4 for each in rest[:2]), "bf16 did not travel in bf16"
 

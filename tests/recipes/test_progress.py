@@ -2,9 +2,11 @@
 
 import io
 
+from clocks import set_clock
 from rich.console import Console
 
 from turnout.recipes.progress import Bar, Lines, Silent, progress_for
+from turnout.train import progress
 
 
 def test_a_bar_shows_the_stretch_its_pieces_and_the_time_left():
@@ -26,7 +28,7 @@ def test_a_bar_shows_the_stretch_its_pieces_and_the_time_left():
 def test_the_time_left_is_that_of_pieces_worked_out_now(monkeypatch):
     """Those found from before a stop took no time."""
     now = [0.0]
-    monkeypatch.setattr("turnout.train.progress.time.monotonic", lambda: now[0])
+    set_clock(monkeypatch, progress, monotonic=lambda: now[0])
     bar = Bar(Console(file=io.StringIO(), force_terminal=True))
     bar.part("scoring experts", 10, 20)
     now[0] = 60.0
@@ -36,19 +38,19 @@ def test_the_time_left_is_that_of_pieces_worked_out_now(monkeypatch):
 
 
 def test_without_a_terminal_there_are_lines_and_no_bar(capsys):
-    progress = progress_for()
-    assert isinstance(progress, Lines)
-    progress.say("reading")
-    progress.part("scoring experts", 1, 2)
-    progress.stop()
+    made = progress_for()
+    assert isinstance(made, Lines)
+    made.say("reading")
+    made.part("scoring experts", 1, 2)
+    made.stop()
     said = capsys.readouterr()
     assert said.err == "reading\n" and said.out == ""
 
 
 def test_quiet_says_nothing(capsys):
-    progress = progress_for(quiet=True)
-    assert type(progress) is Silent
-    progress.say("reading")
-    progress.part("scoring experts", 1, 2)
-    progress.stop()
+    made = progress_for(quiet=True)
+    assert type(made) is Silent
+    made.say("reading")
+    made.part("scoring experts", 1, 2)
+    made.stop()
     assert capsys.readouterr().err == ""

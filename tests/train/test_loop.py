@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from clocks import set_clock
 from stand_in import Tiny, exact, lines, run, tiny_config, tiny_tokens
 
 from turnout.errors import CheckpointError, Interrupted, MissingExtraError, StorageError, TrainingError, UsageError
-from turnout.train import train
+from turnout.train import loop, train
 from turnout.train.progress import Lines
 from turnout.train.step import Step
 
@@ -111,8 +112,7 @@ def test_resuming_after_any_step_is_exact(tmp_path, monkeypatch, whole, steps):
 def test_time_adds_up_over_the_pieces_and_leaves_the_pause_out(tmp_path, monkeypatch):
     run(tmp_path, steps=8)
     first = lines(tmp_path)
-    clock = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)  # the pause
+    set_clock(monkeypatch, loop, monotonic=lambda: time.monotonic() + 1000)  # the pause
     result = run(tmp_path, resume=True, steps=12)
     both = [record["seconds"] for record in lines(tmp_path)]
     assert both == sorted(both) and both[: len(first)] == [record["seconds"] for record in first]

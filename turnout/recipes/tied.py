@@ -12,7 +12,7 @@ from turnout.types import Routing
 __all__ = ["tied"]
 
 # How far scores of two programs may be apart, against the score; and how far what their routers see may be, likewise.
-_SCORES, _INPUTS, _DRAWS = 5e-7, 2e-6, 4
+_SCORES, _INPUTS, _DRAWS = 5e-7, 2e-6, 6
 
 
 @torch.no_grad()
@@ -32,8 +32,9 @@ def tied(lm: LM, id_BS: Tensor) -> Tensor:
     found_T = torch.zeros(id_BS.numel(), dtype=torch.bool, device=id_BS.device)
     for routing in plain:
         found_T |= _close(routing)
-    for seed in range(_DRAWS):
-        with _shaken(lm, seed):
+    for draw in range(_DRAWS):
+        # Each change once to either side: what one of them leaves as it is, the other may not.
+        with _shaken(lm, draw // 2, _INPUTS if draw % 2 else -_INPUTS):
             for one, other in zip(plain, lm(id_BS).routings, strict=True):
                 found_T |= (_taken(one) != _taken(other)).any(1)
     return found_T.view_as(id_BS).cummax(1).values
@@ -58,13 +59,13 @@ def _close(routing: Routing) -> Tensor:
 
 
 @contextlib.contextmanager
-def _shaken(lm: LM, seed: int) -> Iterator[None]:
+def _shaken(lm: LM, seed: int, size: float) -> Iterator[None]:
     """While this is open, what the routers see is off in the last digits."""
     generator = torch.Generator().manual_seed(seed)
 
     def shake(router: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         noise = torch.randn(args[0].shape, generator=generator).to(args[0])
-        return (args[0] + _INPUTS * args[0] * noise, *args[1:])
+        return (args[0] + size * args[0] * noise, *args[1:])
 
     with contextlib.ExitStack() as stack:
         for router in lm.routers:

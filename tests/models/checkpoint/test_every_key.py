@@ -6,6 +6,7 @@ their caches; where only transformers does, our refusal names the key, or the te
 
 import copy
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Iterator
@@ -139,14 +140,23 @@ OURS |= {
 }
 
 
+@functools.cache
 def known(kind: str) -> list[str]:
     """The keys that transformers has for an architecture."""
     return [field.name for field in dataclasses.fields(type(transformers().AutoConfig.for_model(kind)))]
 
 
 def changes(kind: str) -> Iterator[tuple[str, Any]]:
+    """Every key; of several values every other one, in turn among the architectures that know the key: each is tried.
+
+    A key that only one knows has all of its values there.
+    """
+    kinds = [family.model_type for family in FAMILIES]
     for key in dict.fromkeys([*known(kind), *FOREIGN]):
-        yield from ((key, value) for value in OTHERS.get(key, []))
+        values = OTHERS.get(key, [])
+        those = [one for one in kinds if key in known(one)] if key not in FOREIGN else kinds
+        some = len(values) > 1 and len(those) > 1
+        yield from ((key, value) for at, value in enumerate(values) if not some or (at + those.index(kind)) % 2 == 0)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 
 import pytest
 import torch
+from clocks import set_clock
 
 from turnout.errors import TurnoutError
 from turnout.serve.engine import loop as of_loop
@@ -92,7 +93,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_step_for_either(monke
 
 def test_where_several_prompts_wait_twice_as_much_of_them_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
-    monkeypatch.setattr(of_loop.time, "perf_counter", lambda: now_s[0])
+    set_clock(monkeypatch, of_loop, perf_counter=lambda: now_s[0])
 
     class Slow(Told):
         """A step takes eight seconds, a piece of reading one."""

@@ -84,6 +84,7 @@ class Rounding:
             return None
 
     @functools.cached_property
+    @torch.no_grad()
     def furthest(self) -> float:
         """The largest relative distance of a row's output to that of the wider dtype, among 256."""
         assert self.wide is not None
