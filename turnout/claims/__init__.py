@@ -24,14 +24,19 @@ from turnout.claims.merge_experts import merge_experts
 from turnout.claims.mhr import mhr
 from turnout.claims.mhr_mu import mhr_mu
 from turnout.claims.moe import (
+    angles,
     compete,
+    discrete_codes,
     even_loads,
     fine_experts,
     global_balance,
     hyper_router,
+    information_routes,
     latent_trained,
     patch_moe,
+    prototypes,
     rectify,
+    recurrent_router,
     remoe,
     sinkhorn_plan,
     skill_net,
@@ -39,6 +44,7 @@ from turnout.claims.moe import (
     stable_moe,
     switch_and_mixture,
     top_p,
+    untied_kinds,
     zero_experts,
 )
 from turnout.claims.moe_beats_dense import moe_beats_dense
@@ -98,6 +104,7 @@ from turnout.errors import nearest
 
 __all__ = [
     "agvm",
+    "angles",
     "arrow",
     "backends",
     "block_schedule",
@@ -110,6 +117,7 @@ __all__ = [
     "compress_experts",
     "dense_to_sparse",
     "diloco",
+    "discrete_codes",
     "drop_experts",
     "even_loads",
     "evo_moe",
@@ -132,6 +140,7 @@ __all__ = [
     "gpipe",
     "hecate",
     "hyper_router",
+    "information_routes",
     "interleaved",
     "k_bits",
     "latent_experts",
@@ -150,8 +159,10 @@ __all__ = [
     "post_validation",
     "pr_moe",
     "pre_gated",
+    "prototypes",
     "read_me",
     "rectify",
+    "recurrent_router",
     "remoe",
     "replan",
     "scalearn",
@@ -173,6 +184,7 @@ __all__ = [
     "top_p",
     "trace_matching",
     "tutel",
+    "untied_kinds",
     "upcycle",
     "zero",
     "zero_bubble",

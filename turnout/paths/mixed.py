@@ -1,5 +1,6 @@
 """Several banks side by side, each with experts of its own kind; and what every expert makes of every token."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,8 +44,8 @@ class Mixed(Called):
                 )
             )
         self.banks = nn.ModuleList(banks)
-        ends = torch.tensor([int(bank.num_experts) for bank in banks]).cumsum(0).tolist()  # pyrefly: ignore[no-matching-overload]
-        self.ranges = tuple(zip((0, *ends[:-1]), ends, strict=True))
+        ends = itertools.accumulate((int(bank.num_experts) for bank in banks), initial=0)  # pyrefly: ignore[bad-argument-type]
+        self.ranges = tuple(itertools.pairwise(ends))
 
     @property
     def num_experts(self) -> int:

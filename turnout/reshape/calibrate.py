@@ -54,14 +54,19 @@ def checked(
     """The batches as a tuple of (B, S) ids on the model's device, without padding; () for None.
 
     A mapping with ``input_ids`` and an ``attention_mask``, as tokenizers give it, becomes rows of its tokens alone.
-    Unless ``packed``, a model with weights in few bits is refused: whoever looks at text reshapes whole ones.
+    Unless ``packed``, a model with weights in few bits, or with experts of zero computation, is refused: whoever looks
+    at text reshapes whole ones.
 
     Raises:
         DataError: no batch at all, or something that is not a tensor of (B, S) ids.
-        UsageError: the model's weights are in few bits.
+        UsageError: the model's weights are in few bits, or some of its experts compute next to nothing.
     """
     if not packed:
         refuse_packed(lm, "reshaped", where=where)
+        moe = lm.config.moe
+        if moe is not None and moe.zero_computation is not None:
+            got, fix = f"one with zero_computation={dict(moe.zero_computation)}", "train it with zero_computation=None"
+            raise UsageError(word("the model", got=got, allowed="have experts of one kind", where=where, fix=fix))
     if batches is None:
         return ()
     given = (batches,) if isinstance(batches, Tensor | Mapping) else tuple(batches)

@@ -149,8 +149,13 @@ def max_vio(routing: Routing) -> float:
     return float(load_E.max() / load_E.mean() - 1)
 
 
-def layer(router: nn.Module, *, hidden: int = 24, seed: int = 0, **options: object) -> MoE:
+def layer(router: nn.Module, *, hidden: int = 24, seed: int = 0, **options: Any) -> MoE:
     """A layer of ReLU experts with biases under this router."""
     count = int(router.num_experts) - sum((options.get("zero_computation") or {}).values())  # pyrefly: ignore[bad-argument-type]
-    start = {"activation": "relu", "bias": True, "std": 0.18, "generator": torch.Generator().manual_seed(seed)}
-    return MoE(WIDTH, hidden, count, router=router, **(start | options))  # pyrefly: ignore[bad-argument-type]
+    start: dict[str, Any] = {
+        "activation": "relu",
+        "bias": True,
+        "std": 0.18,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return MoE(WIDTH, hidden, count, router=router, **(start | options))

@@ -43,5 +43,5 @@ def _run(seed: int, name: str) -> float:
     moe = MoEConfig(_EXPERTS, _K, _HIDDEN, router="TopK" if name == "linear" else "RMoE", router_options=options)
     lm = LM(dataclasses.replace(small(moe, hidden=_K * _HIDDEN), layers=_LAYERS), seed=seed)
     for router in lm.routers if name == "nothing" else ():
-        router.needs_carry = False  # pyrefly: ignore[bad-assignment]
+        router.needs_carry = False  # pyrefly: ignore[bad-argument-type]
     return trial(lm, seed=seed, steps=_STEPS, aux_weight=0.01, z_weight=0.0, eval_tokens=16_384).bits_per_byte

@@ -100,8 +100,10 @@ class Rectify(LinearGate):
         weight_TE = weight_TE / weight_TE.detach().sum(1, keepdim=True).clamp_min(tiny)
         mask_TE = (placed_TE > 0) | (weight_TE.detach() > 0)
         routing = Routing.from_dense(weight_TE, mask_TE=mask_TE)
-        changed = {} if self.capacity_factor is None else {"wanted_E": first.load_E, "before": first.detach()}
-        return dataclasses.replace(routing, score_TE=score_TE, logit_TE=logit_TE, **changed)
+        routing = dataclasses.replace(routing, score_TE=score_TE, logit_TE=logit_TE)
+        if self.capacity_factor is None:
+            return routing
+        return dataclasses.replace(routing, wanted_E=first.load_E, before=first.detach())
 
     def _placed(self, first: Routing, score_TE: Tensor) -> Tensor:
         """(T, E) 1 where a choice has a place."""

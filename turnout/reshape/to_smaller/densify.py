@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.expects import expects
 from turnout.layers import MoE
 from turnout.models import LM, LMConfig
-from turnout.paths import Bank, PackedBank, PackedWeight
+from turnout.paths import Bank, FactoredBank, PackedBank, PackedWeight
 from turnout.reshape.calibrate import blocks, checked, difference, probe
 from turnout.reshape.rebuild import bill, rebuild
 from turnout.reshape.resumable import by_layer
@@ -84,6 +84,7 @@ def _bank(lm: LM, layer: int) -> dict[str, Tensor]:
     if isinstance(ff.bank, PackedBank):
         out = ff.bank.weights().written_out(lm.embedding.dtype)
     else:
+        assert isinstance(ff.bank, Bank | FactoredBank)
         out = ff.bank.weights() if isinstance(ff.bank, Bank) else ff.bank.written_out()
     tensors = {"up": out.up_EDH, "down": out.down_EFD, "up_bias": out.up_bias_EH, "down_bias": out.down_bias_ED}
     held = {name: tensor for name, tensor in tensors.items() if tensor is not None}

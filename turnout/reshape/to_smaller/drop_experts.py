@@ -157,6 +157,13 @@ def _best(score_E: Tensor, left: int, groups: int) -> Tensor:
     return (order_GM + torch.arange(groups)[:, None] * score_GM.shape[1]).flatten().sort()[0]
 
 
+# What they hold is of other things than single experts, or says which experts stand beside each other.
+_NO_ROWS = (
+    *("ByKind", "CIGT", "Hash", "HyperRouter", "MoEPlusPlus", "PreGate", "Prototyping", "RMoE", "Rectify", "Skills"),
+    *("StableMoE", "XMoE"),
+)
+
+
 def _routed(config: LMConfig) -> MoEConfig:
     if config.moe is None:
         fix = "upcycle or split it first"
@@ -170,7 +177,7 @@ def _routed(config: LMConfig) -> MoEConfig:
     if config.moe.factored is not None:
         got, fix = "one with factored experts", "drop experts first, then factor them, or densify it"
         raise UsageError(word("the model", got=got, allowed="have whole matrices", where=_WHERE, fix=fix))
-    if config.moe.router in ("Hash", "PreGate"):
+    if config.moe.router in _NO_ROWS:
         allowed, fix = "choose experts by each layer's own rows, to be left out", "train with another router"
         raise UsageError(word("the router", got=config.moe.router, allowed=allowed, where=_WHERE, fix=fix))
     return config.moe
