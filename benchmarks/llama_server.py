@@ -10,8 +10,10 @@ much of the waiting prompts as fits into the 512 tokens that it takes at once by
 import asyncio
 import dataclasses
 import json
+import os
 import sys
 import threading
+import traceback
 from typing import Any
 
 from benchmarks.llama_cpp import Llama
@@ -47,7 +49,14 @@ class Worker:
             self.more.notify()
 
     def run(self) -> None:
-        """For ever."""
+        """For ever; where llama.cpp fails, the server ends, so that nobody waits for an answer."""
+        try:
+            self._run()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _run(self) -> None:
         while True:
             with self.more:
                 while not self.waiting and not any(self.slots):
@@ -92,8 +101,8 @@ class Worker:
 class Server:
     """Speaks HTTP."""
 
-    def __init__(self, worker: Worker, tokenizer: Any) -> None:
-        self.worker, self.tokenizer = worker, tokenizer
+    def __init__(self, worker: Worker, tokenizer: Any, room: int) -> None:
+        self.worker, self.tokenizer, self.room = worker, tokenizer, room
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request a connection."""
@@ -115,6 +124,10 @@ class Server:
     async def complete(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         """Streams the tokens of one answer."""
         ids = self.tokenizer.encode(body["prompt"]).ids
+        if len(ids) + body["max_tokens"] > self.room:
+            said = json.dumps({"error": {"message": f"at most {self.room} tokens"}}).encode()
+            writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
+            return
         asked = Asked(ids, body["max_tokens"], asyncio.Queue())
         self.worker.add(asked)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
@@ -142,7 +155,8 @@ async def main(gguf: str, tokenizer: str, port: str, threads: str, streams: str,
     llama.renew(context=int(streams) * int(room), streams=int(streams), threads=int(threads), apart=True)
     worker = Worker(llama, int(streams), asyncio.get_running_loop())
     threading.Thread(target=worker.run, daemon=True).start()
-    server = await asyncio.start_server(Server(worker, Tokenizer.from_file(tokenizer)).serve, "127.0.0.1", int(port))
+    speaks = Server(worker, Tokenizer.from_file(tokenizer), int(room))
+    server = await asyncio.start_server(speaks.serve, "127.0.0.1", int(port))
     await server.serve_forever()
 
 
