@@ -13,5 +13,5 @@ def anywhere(self, x_TD, **more):
 
 
 CASE = Case(
-    lambda m: m.setattr(Prototyping, "forward", anywhere), pairs={"same": "same, anywhere"}, small={"_STEPS": 40}
+    lambda m: m.setattr(Prototyping, "forward", anywhere), "lost", {"same": "same, anywhere"}, {"_STEPS": 40}
 )

@@ -7,5 +7,5 @@ from turnout.decide.token import ReMoE
 CASE = Case(
     lambda m: m.setattr(ReMoE, "after_step", lambda self, load_E, *, num_tokens: None),
     pairs={"off target": "off target, fixed"},
-    small={"_STEPS": 150, "_LINES": 4},
+    small={"_STEPS": 300},
 )

@@ -56,6 +56,7 @@ def remoe() -> Claim:
             Row("held-out error / variance", "below", "remoe", "top-2", "top-2 with a balance loss", headline=True),
         ),
         measure=_measure,
+        limits=(0.0, 1e7),
         seconds=40,
         note=f"regression, 32 clusters of unequal frequency, {_EXPERTS} experts of 24 units, {_STEPS} steps of 512",
     )

@@ -33,6 +33,7 @@ def sparse_plan() -> Claim:
             Row("MaxVio of the router's plan", "below", "vio", "vio, none", "no steps of the solver"),
         ),
         measure=_measure,
+        limits=(0.0, 1e3),
         seconds=10,
         note=f"{_TOKENS} tokens, {_EXPERTS} experts of which some are preferred; the router with 20 steps of 0.01",
     )
