@@ -57,6 +57,7 @@ class Method:
     source: str
     papers: tuple[Paper, ...]
     claims: tuple[str, ...]
+    traits: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def methods(table: Mapping[str, Module]) -> list[Method]:
@@ -72,9 +73,61 @@ def methods(table: Mapping[str, Module]) -> list[Method]:
         claims = [name for name, its in claimed.items() if any(one.is_same(two) for one in its for two in cited)]
         # A floor's name is listed by its room too: the floor, which comes later, wins.
         home = found[module.name, name].home if (module.name, name) in found else room
-        found[module.name, name] = Method(name, room, home, module, node, summary(node), source, cited, tuple(claims))
+        about = traits(node, module, table) if isinstance(node, ast.ClassDef) else {}
+        found[module.name, name] = Method(
+            name, room, home, module, node, summary(node), source, cited, tuple(claims), about
+        )
     order = {room: number for number, room in enumerate(_rooms(table))}
     return sorted(found.values(), key=lambda method: (order[method.room], method.name.lower()))
+
+
+def traits(node: ast.ClassDef, module: Module, table: Mapping[str, Module]) -> dict[str, str]:
+    """What a ``Takes:`` says of a router, and what its attributes and methods say; nothing of other methods.
+
+    pattern: which experts run for what; cost: of the decision; sees: whether other tokens have a say in it; state: what
+    it keeps beside learned weights, and what it has to be told.
+    """
+    text = (ast.get_docstring(node) or "").partition("Takes:")[2].partition("\n\n")[0]
+    if not text:
+        return {}
+    pattern, _, cost = " ".join(text.split()).removesuffix(".").partition("; ")
+    body = list(_members(node, module, table))
+    marks = {name: value for name, value in body if value is not None}
+    leaks = {"True": "all tokens of the call", "'training'": "all tokens of the call, in training"}
+    sees = leaks.get(marks.get("sees_later_tokens", ""), "the token alone")
+    if cost == "none":
+        sees = "no token, but what is known of it"
+    elif "sequence" in pattern:
+        sees = "all tokens of the sequence"
+    named = {name for name, value in body if value in (None, "True")}
+    state = [said for name, said in _STATE.items() if name in named]
+    return {"pattern": pattern, "cost": cost, "sees": sees, "state": "; ".join(state) or "weights alone"}
+
+
+# What a class has -> what is said of its state.
+_STATE = {
+    "after_step": "moves after each step",
+    "register_buffer": "buffers",
+    "needs_carry": "told by the layer before",
+    "needs_experts": "runs the experts",
+    "needs_given": "told of sequences (given)",
+}
+
+
+def _members(node: ast.ClassDef, module: Module, table: Mapping[str, Module]) -> Iterator[tuple[str, str | None]]:
+    """What a class and its bases define: methods and called functions by name, attributes with their values."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef):
+            yield part.name, None
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
+            yield part.func.attr, None
+    for part in node.body:
+        if isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Name):
+            yield part.targets[0].id, ast.unparse(part.value)
+    for base in node.bases:
+        there, its = locate(ast.unparse(base), module, table) or (module, None)
+        if isinstance(its, ast.ClassDef):
+            yield from _members(its, there, table)
 
 
 def papers(source: str) -> Iterator[Paper]:

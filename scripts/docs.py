@@ -249,6 +249,7 @@ def listing(claims: object, table: Mapping[str, Module]) -> str:
                 "summary": method.summary,
                 "papers": list(map(str, method.papers)),
                 "claims": list(method.claims),
+                **({"traits": dict(method.traits)} if method.traits else {}),
             }
             for method in found
         ],

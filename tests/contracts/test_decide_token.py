@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+import json
 import math
 
 import pytest
 import torch
 
+from turnout.cli.methods import CATALOGUE
 from turnout.decide import token
 from turnout.errors import ShapeError, TurnoutError
 from turnout.types import Given, Routing
@@ -365,3 +367,24 @@ def test_what_is_asked_and_carried_has_its_shape(name):
         assert routing.penalty is None or (routing.penalty.ndim == 0 and routing.penalty.requires_grad) or not count
         assert (routing.carry_TX is not None) == getattr(router, "needs_carry", False)
     assert call(router.eval(), tokens(5)).validate().num_tokens == 5
+
+
+@every
+def test_what_it_takes_is_what_is_said_of_it(name):
+    """Each router says what it takes, and ``turnout methods`` shows it: K a token, one, two, or any number."""
+    listed = {one["name"]: one.get("traits") for one in json.loads(CATALOGUE.read_text())["methods"]}
+    said = listed[kind_of(name).__name__]
+    assert said is not None, "its docstring has no `Takes:`"
+    router = build(name, 8).eval()
+    count_T = (call(router, tokens(64)).dense() > 0).sum(1)
+    exact = {
+        "K experts a token": router.top_k,
+        "K adapters a token": router.top_k,
+        "1 expert a token": 1,
+        "2 experts a token": 2,
+    }
+    exact |= {"1 expert of each of K": router.top_k, "K experts an example": router.top_k}
+    wanted = [number for start, number in exact.items() if said["pattern"].startswith(start)]
+    if wanted and name not in VARIES:
+        assert bool((count_T == wanted[0]).all()), (said["pattern"], count_T)
+    assert bool(wanted) or name in VARIES | {"FedIns"}, "K a token is said otherwise"

@@ -7,7 +7,8 @@ examples:
   turnout methods
   turnout methods split                 one method in full: how it is called, its paper, its claims
   turnout methods muqeeth               those whose name, file, room, line, paper or claim contains this
-  turnout methods --room reshape        of one room, or of one floor (reshape.to_sparse)
+  turnout methods --room reshape        of one room, or of one floor (reshape.to_sparse, or its last word)
+  turnout methods --room token          every router: what it takes, costs, sees and keeps, and what was seen of it
   turnout methods --room decide --json
 """
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", default="", metavar="NAME", help="a method's name, or a part of what is shown"
     )
-    parser.add_argument("--room", default="", metavar="ROOM", help="only this room or floor")
+    parser.add_argument("--room", "--rooms", default="", metavar="ROOM", help="only this room or floor")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -56,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _in_room(catalogue: Mapping[str, object], room: str) -> list[dict]:
     methods: list[dict] = catalogue["methods"]  # type: ignore[assignment]
     wanted = room.removeprefix("turnout.").strip(".")
+    if wanted and not any(f"{method['room']}.".startswith(f"{wanted}.") for method in methods):
+        floors = {room for method in methods if (room := method["room"]).endswith(f".{wanted}")}
+        wanted = floors.pop() if len(floors) == 1 else wanted
     chosen = [method for method in methods if not wanted or f"{method['room']}.".startswith(f"{wanted}.")]
     if not chosen:
         from turnout.errors import nearest
@@ -88,6 +92,9 @@ def _list(methods: Sequence[dict], rooms: Mapping[str, str], claims: Mapping[str
             yield f"{room}: {rooms[room].replace('``', '')}"
         yield f"  {method['name']:<24} {method['summary'].replace('``', '')}"
         yield f"  {'':<24} {'; '.join(method['papers']) or 'our own'}"
+        if traits := method.get("traits"):
+            yield f"  {'':<24} takes {traits['pattern']}; {traits['cost']}"
+            yield f"  {'':<24} sees {traits['sees']}; state: {traits['state']}"
         if method["claims"]:
             seen = ", ".join(f"{name}: {_verdict(name, claims)}" for name in method["claims"])
             yield f"  {'':<24} claims: {seen}"
@@ -106,6 +113,9 @@ def _in_full(method: Mapping[str, object], claims: Mapping[str, dict]) -> Iterat
     yield f"  {method['name']}{method['signature']}"
     yield ""
     yield _documentation(method)
+    if traits := method.get("traits"):
+        yield ""
+        yield from (f"  {name + ':':<9}{said}" for name, said in dict(traits).items())  # pyrefly: ignore[no-matching-overload]
     names: list[str] = method["claims"]  # type: ignore[assignment]
     if names:
         yield ""

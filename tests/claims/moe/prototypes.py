@@ -12,6 +12,4 @@ def anywhere(self, x_TD, **more):
     return self.taken(index_TK, weight_TK, score_TE, logit_TE)
 
 
-CASE = Case(
-    lambda m: m.setattr(Prototyping, "forward", anywhere), "lost", {"same": "same, anywhere"}, {"_STEPS": 40}
-)
+CASE = Case(lambda m: m.setattr(Prototyping, "forward", anywhere), "lost", {"same": "same, anywhere"}, {"_STEPS": 40})

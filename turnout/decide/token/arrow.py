@@ -34,6 +34,8 @@ class Arrow(Called):
     >>> router(torch.tensor([[-3.0, 1.0], [0.0, 2.0]])).expert_R.tolist()
     [0, 1]
 
+    Takes: K adapters a token; 2 D E operations a token.
+
     Source: Ostapenko et al., 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs". The softmax runs
     over the chosen k, as there; PEFT's version finds v_e by 15 steps of power iteration from a random start.
     """

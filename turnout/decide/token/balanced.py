@@ -39,6 +39,9 @@ class BASE(LinearGate):
     >>> router(x_TD).expert_R[router(x_TD).token_R.argsort()].tolist(), router.eval()(x_TD).load_E.tolist()
     ([1, 0], [2, 0])
 
+    Takes: 1 expert a token, in training T / E tokens an expert; 2 D E operations a token, in training an assignment
+    too.
+
     Source: Lewis et al., 2021, "BASE Layers: Simplifying Training of Large, Sparse Models". Their expert adds to its
     input, y = x + alpha (E(x) - x), under a norm of its own; here the block's residual and norm do. The assignment is
     solved exactly where theirs is an auction, and capacities are whole numbers where E does not divide T.

@@ -32,8 +32,10 @@ class ByKind(Called):
     >>> ByKind(4, 2)(torch.zeros(3, 4), given=given).load_E.tolist()
     [2, 1]
 
+    Takes: 1 expert a token; none.
+
     Source: Liang et al., 2024, "Mixture-of-Transformers: A Sparse and Scalable Architecture for Multi-Modal Foundation
-    Models", its feed-forward layers; its attention is ``turnout.paths.Linears``.
+    Models", its feed-forward layers.
     """
 
     needs_given = True
@@ -91,6 +93,8 @@ class Skills(Called):
     >>> given = Given.of(2, 4, task_B=torch.tensor([1, 0]))
     >>> router(torch.zeros(4, 4), given=given).dense().tolist()
     [[0.0, 0.5, 0.5], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.0, 0.5]]
+
+    Takes: up to K experts a sequence, by its task; none.
 
     Source: Dai et al., 2022, "One Model, Multiple Modalities: A Sparsely Activated Approach for Text, Sound, Image,
     Video and Code" (SkillNet). The mean as in its text-only predecessors; a sum differs where tasks have different

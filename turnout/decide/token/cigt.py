@@ -75,6 +75,8 @@ class CIGT(Called):
     >>> router(torch.randn(3, 4), given=Given.of(3, 3)).num_entries
     3
 
+    Takes: 1 expert a token; 2 H (D + E) operations a token.
+
     Source: Bicici & Akarun, 2024, "Conditional Information Gain Trellis". A norm without statistics of batches stands
     where theirs has batch normalisation.
     """

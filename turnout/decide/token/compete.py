@@ -45,6 +45,8 @@ class CompeteSMoE(LinearGate):
     >>> router(torch.zeros(1, 2), experts=outputs).expert_R.tolist()
     [1]
 
+    Takes: K experts a token; 2 D E operations a token; in a step of competition all E experts run.
+
     Source: Pham et al., 2024, "CompeteSMoE: Effective Training of Sparse Mixture of Experts via Competition". The draw
     is the loop's, so it is the same when a run is resumed; the target has no gradient, and is in the experts' order
     (their first code compares it with one in the order of torch.topk).

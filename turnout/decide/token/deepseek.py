@@ -48,6 +48,8 @@ class GroupLimited(Corrected):
     >>> router(torch.tensor([[1.0, 0.0]])).expert_R.tolist()  # expert 0 scores highest, but its group does not
     [2, 3]
 
+    Takes: K experts a token, from few groups; 2 D E operations a token.
+
     Source: DeepSeek-AI, 2024, "DeepSeek-V3 Technical Report", section 2.1.2, with the group score of the released
     code; DeepSeek-AI, 2024, "DeepSeek-V2", section 2.1.3, device-limited routing. Groups of one expert score with that
     one. ``bias_E`` stays in fp32 when the module is cast down.

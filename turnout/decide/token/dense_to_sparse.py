@@ -51,6 +51,8 @@ class DenseToSparse(Called):
     >>> before, router.eval()(x_TD).num_entries, round(router.temperature, 3)
     (24, 3, 0.3)
 
+    Takes: any number of experts a token, fewer and fewer; 2 D E operations a token.
+
     Source: Nie et al., 2021, "EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate".
     Threshold, schedules, weights ("softmax" by default) and the switch to few experts as in the published code, where a
     step number of its own decides on the switch, and evaluation always takes one expert. Its default temperatures are

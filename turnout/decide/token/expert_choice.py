@@ -38,6 +38,8 @@ class ExpertChoice(Called):
     >>> router(torch.randn(12, 8, generator=torch.Generator().manual_seed(0))).load_E.tolist()
     [3, 3, 3, 3]
 
+    Takes: C tokens an expert; 2 D E operations a token.
+
     Source: Zhou et al., 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2, without the limit on
     experts per token of section 3.3.
     """

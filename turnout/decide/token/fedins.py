@@ -36,6 +36,8 @@ class FedIns(Called):
     >>> router(torch.tensor([[0.1, 9.0], [-2.0, 0.0]]), given=Given.of(2, 2)).dense().argmax(1).tolist()
     [1, 2]
 
+    Takes: K adapters a sequence, averaged; 2 E times the keys' width a sequence.
+
     Source: Feng et al., 2023, "Towards Instance-adaptive Inference for Federated Learning". Keys start from a
     normal distribution, in the published code from a truncated one. That code takes one instance at a time; a batch
     would share one choice.

@@ -33,6 +33,8 @@ class FedJETs(Called):
     >>> gate(h_TD).expert_R.tolist(), gate.assign(h_TD, 2).tolist()
     ([1, 1], [1, 2])
 
+    Takes: K experts an example; 2 E times the features' width an example.
+
     Source: Dun et al., 2023, "FedJETs: Efficient Just-In-Time Personalization with Federated Mixture of Experts", from
     the text: there is no published code, and the weights over the k chosen are our reading.
     """

@@ -49,6 +49,8 @@ class Glider(Called):
     >>> router(x_TD, given=Given.of(2, 2, query_BQ=query_BQ)).dense().argmax(1).tolist()
     [0, 1]
 
+    Takes: K adapters a token; 2 D E operations a token, and 2 E times the embedding's width a sequence.
+
     Source: Li et al., 2025, "Glider: Global and Local Instruction-Driven Expert Router". The published code has no
     threshold: there s is set by hand for each benchmark (100, 3 or 1000), and q is looked up by the name of the task.
     It divides by the sum of the k plus 1e-6; here by the sum.

@@ -37,6 +37,8 @@ class GShard(Called):
     >>> router(torch.tensor([[1.0, 0.0]])).dense()
     tensor([[0.7311, 0.2689, 0.0000]], grad_fn=<IndexPutBackward0>)
 
+    Takes: 2 experts a token, in training sometimes 1; 2 D E operations a token.
+
     Source: Lepikhin et al., 2020, "GShard", algorithm 2. The weights of a token whose second expert is skipped or
     dropped are not scaled up again, as there. A skipped second choice takes no place in its expert, as in the
     authors' code; one group of tokens; dropless by default. The paper's auxiliary loss counts first choices alone,

@@ -37,6 +37,8 @@ class Hash(Called):
     >>> bool((routing.dense()[0] == routing.dense()[2]).all()), routing.num_entries
     (True, 4)
 
+    Takes: K experts a token, by its id; none.
+
     Source: Roller et al., 2021, "Hash Layers For Large Sparse Models": the random hash. The assignment is computed,
     not stored, so no vocabulary size is needed; there it is drawn at random, and k > 1 splits each expert's weights.
     """

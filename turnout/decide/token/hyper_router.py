@@ -42,6 +42,8 @@ class HyperRouter(Called):
     >>> [name for name, _ in router.named_parameters()]
     ['embedding']
 
+    Takes: K experts a token; 2 D E operations a token, and 2 H D E operations a call to make W.
+
     Source: Do et al., 2023, "HyperRouter: Towards Efficient Training and Inference of Sparse Mixture of Experts".
     """
 

@@ -41,6 +41,8 @@ class LossFree(Corrected):
     >>> router.bias_E
     tensor([-0.1000,  0.1000,  0.1000])
 
+    Takes: K experts a token; 2 D E operations a token.
+
     Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts". ``bias_E`` stays
     in fp32 when the module is cast down, or steps of 0.001 would vanish.
     """

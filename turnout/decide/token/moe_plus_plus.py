@@ -48,6 +48,8 @@ class MoEPlusPlus(LinearGate):
     >>> router(x_TD, carry_TX=router(x_TD).carry_TX).carry_TX.shape
     torch.Size([3, 8])
 
+    Takes: K experts a token, some of which compute next to nothing; 2 E (D + E) operations a token.
+
     Source: Jin et al., 2024, "MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts". One linear
     map, where their release has two with tanh between; no capacity; experts get x, where the release gives them K x.
     """

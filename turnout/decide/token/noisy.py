@@ -36,6 +36,8 @@ class NoisyTopK(Called):
     >>> bool((one == two).all())
     False
 
+    Takes: K experts a token; 4 D E operations a token.
+
     Source: Shazeer et al., 2017, "Outrageously Large Neural Networks", equations 3 to 5. There both gates start at
     zero; here the first starts at random, so that an untrained router does not send all tokens to the same experts
     when the noise is off. Its importance and load losses are replaced by ``turnout.train.balance``.

@@ -41,6 +41,8 @@ class PatchChoice(LinearGate):
     >>> router(x_TD, given=Given.of(2, 4)).dense().tolist()
     [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
+    Takes: l tokens of each sequence an expert; 2 D E operations a token.
+
     Source: Chowdhury et al., 2023, "Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for
     Convolutional Neural Networks". Weights by the softmax of the chosen, as in their MNIST code.
     """

@@ -34,6 +34,8 @@ class PHATGOOSE(Called):
     >>> router(torch.tensor([[3.0, 1.0], [0.0, 20.0]])).expert_R.tolist()
     [0, 1]
 
+    Takes: K adapters a token; 2 D E operations a token.
+
     Source: Muqeeth et al., 2024, "Learning to Route Among Specialized Experts for Zero-Shot Generalization". The
     published code divides by the sum of the k plus 1e-6; here by the sum.
     """

@@ -46,6 +46,8 @@ class Poly(Called):
     >>> router(torch.zeros(3, 4), given=Given.of(1, 3, task_B=torch.tensor([1]))).dense().round(decimals=2).tolist()
     [[1.0, 0.0], [0.5, 0.5]]
 
+    Takes: all adapters a sequence, averaged; none.
+
     Source: Ponti et al., 2023, "Combining Modular Skills in Multitask Learning" (Poly); Caccia et al., 2023,
     "Multi-Head Adapter Routing for Cross-Task Generalization" (MHR). There an unknown task without leave is an error of
     the lookup, or the last row.

@@ -34,6 +34,8 @@ class Prototyping(LinearGate):
     >>> router(torch.tensor([[1.0, 0.0]])).expert_R.tolist()
     [0, 3]
 
+    Takes: 1 expert of each of K groups a token; 2 D E operations a token.
+
     Source: Yang et al., 2021, "M6-T: Exploring Sparse Expert Models and Beyond".
     """
 

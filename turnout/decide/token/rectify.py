@@ -49,6 +49,8 @@ class Rectify(LinearGate):
     >>> router(torch.tensor([[1.0], [2.0], [3.0], [1.5]])).dense().tolist()  # two have places
     [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
+    Takes: K experts a token, full experts made good on the same device; 2 D E operations a token.
+
     Source: Zeng et al., 2024, "Turn Waste into Worth: Rectifying Top-k Router of MoE". Within a rank their places go by
     the largest p of the token. ``wanted_E`` says whom the first K choices were, before anything was dropped or added.
     """

@@ -46,6 +46,8 @@ class ReMoE(LinearGate):
     >>> router(torch.tensor([[1.0, 3.0], [-1.0, -1.0]])).dense().tolist()
     [[1.0, 6.0, 0.0], [0.0, 0.0, 2.0]]
 
+    Takes: any number of experts a token, K in the mean; 2 D E operations a token.
+
     Source: Wang et al., 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing". One lambda for each
     layer, where theirs is one for the model; it stays in fp32 whatever the module is cast to, and in checkpoints.
     """

@@ -43,6 +43,8 @@ class SAM(LinearGate):
     >>> router(torch.tensor([[1.0, 0.0]])).expert_R.tolist()  # the best expert is in the other group
     [2, 3]
 
+    Takes: K experts a token, of one group; 2 D E operations a token.
+
     Source: Jiang et al., 2021, "SAM: Switch and Mixture routing" (Hetu's layer). The alignment is a mean over tokens, a
     sum there; groups are E / G experts, which the layer takes for G.
     """

@@ -41,6 +41,8 @@ class Sinkhorn(LinearGate):
     >>> router(x_TD).load_E.tolist(), router.eval()(x_TD).load_E.tolist()
     ([1, 1], [2, 0])
 
+    Takes: K experts a token; 2 D E operations a token, in training a plan of T by E too.
+
     Source: Clark et al., 2022, "Unified Scaling Laws for Routed Language Models" (S-BASE, there with a capacity of 2 in
     evaluation); weights as in Megatron-LM, whose iteration has no limit and overflows above logits of 88.
     """

@@ -46,6 +46,8 @@ class SMEAR(Called):
     >>> routing.num_tokens, round(routing.dense().sum().item(), 4)
     (1, 1.0)
 
+    Takes: all experts a sequence, averaged; 2 D E operations a sequence.
+
     Source: Muqeeth et al., 2023, "Soft Merging of Experts with Adaptive Routing". There the mean counts padding. Both
     norms have a gain and a shift there; one gain and the bias express the same functions. Where all experts of a
     sequence are dropped, none is.

@@ -44,6 +44,8 @@ class SparseTransport(LinearGate):
     >>> router(torch.tensor([[1.0], [2.0], [3.0], [4.0]])).load_E.tolist()
     [2, 2]
 
+    Takes: up to K experts a token, an equal share an expert; 2 D E operations a token, and a plan of T by E.
+
     Source: Liu, Puigcerver & Blondel, 2023, "Sparsity-Constrained Optimal Transport", as the router of their vision
     experiments (tokens choose, gamma 1, combine weights S).
     """

@@ -48,6 +48,8 @@ class StableMoE(LinearGate):
     >>> torch.equal(a, b)
     True
 
+    Takes: 1 expert a token, in the end by its id; 2 D E operations a token.
+
     Source: Dai et al., 2022, "StableMoE: Stable Routing Strategy for Mixture of Experts", rank 50, both weights 0.3. In
     their code evaluation in stage 1 uses the copy already, and momentum and weight decay go on moving the frozen copy.
     """

@@ -36,6 +36,8 @@ class Switch(Called):
     >>> print(router(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])))
     Routing(4 tokens -> 2 experts, 3 entries, 0.75 per token, load 1..2, 1 dropped)
 
+    Takes: 1 expert a token; 2 D E operations a token.
+
     Source: Fedus et al., 2021, "Switch Transformers". Dropless by default, where the paper drops.
     """
 

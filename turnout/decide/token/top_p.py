@@ -45,6 +45,8 @@ class TopP(LinearGate):
     >>> router(torch.tensor([[1.0, 0.0]])).expert_R.tolist()
     [0, 1]
 
+    Takes: any number of experts a token, 1 at least; 2 D E operations a token.
+
     Source: Huang et al., 2024, "Harder Tasks Need More Experts: Dynamic Routing in MoE Models". Moving P to a budget is
     ours; ``threshold_now`` stays in fp32 whatever the module is cast to, and in checkpoints.
     """

@@ -40,6 +40,8 @@ class TopK(Called):
     tensor([[0.7311, 0.2689, 0.0000],
             [0.2689, 0.7311, 0.0000]], grad_fn=<IndexPutBackward0>)
 
+    Takes: K experts a token; 2 D E operations a token.
+
     Source: Jiang et al., 2024, "Mixtral of Experts" (renormalised); Muennighoff et al., 2024, "OLMoE" (not). The
     softmax over all experts, renormalised, equals Mixtral's and gpt-oss' softmax over the chosen logits.
     """

@@ -39,8 +39,10 @@ class VQ(Called):
     >>> router(torch.tensor([[0.9], [-5.0]])).dense().tolist()
     [[0.0, 1.0], [1.0, 0.0]]
 
+    Takes: 1 expert a token; 2 D E operations a token.
+
     Source: Do et al., 2024, "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), its discrete
-    branch; ``turnout.layers.VQMoE`` has both. Their codes start uniform within 1 / E of 0.
+    branch. Their codes start uniform within 1 / E of 0.
     """
 
     def __init__(

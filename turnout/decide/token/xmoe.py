@@ -38,6 +38,8 @@ class XMoE(Called):
     >>> torch.equal(router(x_TD).token_R, router(4 * x_TD).token_R)
     True
 
+    Takes: K experts a token; 2 P (D + E) operations a token.
+
     Source: Chi et al., 2022, "On the Representation Collapse of Sparse Mixture of Experts"; the scale's limit as in
     Tutel. The start is their temperature 0.3 (Tutel's is 0.5), and the bias of the projection starts at 0.
     """
