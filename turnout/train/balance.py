@@ -89,7 +89,8 @@ def load_balance_loss(routing: Routing, *, mask_T: Tensor | None = None, whole: 
 
     Source: Fedus et al., 2021, "Switch Transformers", equation 4, over K choices a token instead of one. Scores that do
     not sum to 1 (sigmoid) are scaled first, as DeepSeek-AI, 2024, "DeepSeek-V3", equation 19; unscaled, the router
-    could lower the loss by lowering all of its scores.
+    could lower the loss by lowering all of its scores. Over a whole step (``TrainConfig.balance_scope``): Qiu et al.,
+    2025, "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert Models".
     """
     mask_T = _counted(mask_T, routing)
     score_E = score_sum(routing, mask_T=mask_T)
