@@ -63,7 +63,7 @@ def ids(count: int, seed: int = 0) -> torch.Tensor:
 
 def outputs(num_experts: int, x_TD: torch.Tensor) -> torch.Tensor:
     """What some experts make of tokens: each scales every one of them in its own way."""
-    scale_ED = torch.rand(num_experts, WIDTH, generator=torch.Generator().manual_seed(3)).to(x_TD.dtype)
+    scale_ED = torch.rand(num_experts, WIDTH, generator=torch.Generator().manual_seed(3)).to(x_TD.device, x_TD.dtype)
     return x_TD[:, None] * scale_ED
 
 

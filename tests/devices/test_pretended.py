@@ -14,6 +14,7 @@ from turnout.measure import bits_per_byte, certify
 from turnout.models import LM, LMConfig
 from turnout.run import execute
 from turnout.types import ExpertWeights, Routing, TraceWriter
+from turnout.wrappers import takes
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
 from pretend import CUDA, Mixed, Pretend, pretending
@@ -116,13 +117,22 @@ def test_a_router_decides_there_what_it_does_here(name: str, training: bool) -> 
     with pretending():
         there = moved(router)
         chance, said = torch.Generator().manual_seed(0), routers.known(router, 17)
-        said = {key: dataclasses.replace(given, sequence_T=given.sequence_T.to(CUDA)) for key, given in said.items()}
+        if (given := said.get("given")) is not None:
+            known = {
+                name: there_.to(CUDA)
+                for name in ("sequence_T", "kind_T")
+                if (there_ := getattr(given, name)) is not None
+            }
+            said["given"] = dataclasses.replace(given, **known)
+        if "carry_TX" in said:
+            said["carry_TX"] = said["carry_TX"].to(CUDA)
         got = there(x_TD.to(CUDA), token_id_T=routers.ids(17), generator=chance, **said)
         assert torch.equal(got.token_R.cpu(), want.token_R) and torch.equal(got.offset_E.cpu(), want.offset_E)
         torch.testing.assert_close(got.weight_R.cpu(), want.weight_R)
         if training and hasattr(router, "after_step"):
-            there.after_step(got.load_E)
-            router.after_step(want.load_E)
+            more = {"num_tokens": 17} if takes(router.after_step, "num_tokens") else {}
+            there.after_step(got.load_E, **more)
+            router.after_step(want.load_E, **more)
             for p, q in zip(there.buffers(), router.buffers(), strict=True):
                 torch.testing.assert_close(p.cpu(), q)
 

@@ -41,11 +41,12 @@ def batch(left: int, right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @pytest.mark.parametrize("name", token.__all__)
 def test_every_router_decides_as_without(name: str, left: int, right: int, training: bool) -> None:
     layer = Turnout(Bank(EXPERTS, WIDTH, 8), router(name)).train(training)
-    about = {"task_B": torch.tensor([0, 1]), "query_BQ": torch.randn(2, 5, generator=torch.Generator().manual_seed(3))}
+    labels = {"task_B": torch.tensor([0, 1]), "label_B": torch.tensor([0, 1])}
+    about = labels | {"query_BQ": torch.randn(2, 5, generator=torch.Generator().manual_seed(3))}
 
     def run(left: int, right: int, *, by_given: bool = False):
         x_BSD, id_BS, real_BS = batch(left, right)
-        with given(**about, mask_BS=real_BS if by_given else None):
+        with given(**about, kind_BS=id_BS % EXPERTS, mask_BS=real_BS if by_given else None):
             say = {} if by_given else {"real": real_BS}
             done = layer(x_BSD, token_id=id_BS, generator=torch.Generator().manual_seed(4), **say)
         return done.output[real_BS], done.routing, real_BS.flatten()

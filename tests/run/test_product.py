@@ -137,7 +137,7 @@ def judge(x, weight, bias, name):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, check_layout=False, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CS[RC]:UserWarning")
 def test_linear_takes_and_refuses_what_torchs_does(kernel):
     m, k, n = 65, 128, 130
     for name, bias in BIASES.items():

@@ -36,6 +36,7 @@ COMMANDS = (
     "parity",
     "place",
     "cache",
+    "laws",
     "plan",
     "verify",
     "methods",
@@ -64,6 +65,7 @@ a job each:
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
   turnout cache trace                            which policy a cache of experts should have, from a recorded trace
+  turnout laws runs/*                            what experts are worth in parameters, from runs
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
   turnout doctor                                 what is installed, which backend each device would use, and why

@@ -58,7 +58,7 @@ def _in_room(catalogue: Mapping[str, object], room: str) -> list[dict]:
     methods: list[dict] = catalogue["methods"]  # type: ignore[assignment]
     wanted = room.removeprefix("turnout.").strip(".")
     if wanted and not any(f"{method['room']}.".startswith(f"{wanted}.") for method in methods):
-        floors = {room for method in methods if (room := method["room"]).endswith(f".{wanted}")}
+        floors = {method["room"] for method in methods if method["room"].endswith(f".{wanted}")}
         wanted = floors.pop() if len(floors) == 1 else wanted
     chosen = [method for method in methods if not wanted or f"{method['room']}.".startswith(f"{wanted}.")]
     if not chosen:

@@ -16,6 +16,7 @@ from turnout.measure.passage import Passage
 from turnout.measure.placement import placement_report
 from turnout.measure.report import compare, markdown, quantity, results_rows, results_table
 from turnout.measure.runs import ReportData, RunData, read_run
+from turnout.measure.scaling import ScalingPoint, points_of_runs, points_of_table
 from turnout.measure.sharpness import layers_of, sharpness
 from turnout.measure.simulate import calibrated, simulate
 from turnout.measure.simulate_block import BlockTimes, simulate_block
@@ -29,6 +30,7 @@ __all__ = [
     "Passage",
     "ReportData",
     "RunData",
+    "ScalingPoint",
     "audit",
     "bits_per_byte",
     "calibrated",
@@ -49,6 +51,8 @@ __all__ = [
     "markdown",
     "max_vio",
     "placement_report",
+    "points_of_runs",
+    "points_of_table",
     "quantity",
     "read_run",
     "results_rows",

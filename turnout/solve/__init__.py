@@ -8,6 +8,7 @@ from turnout.solve.milp import Program, milp
 from turnout.solve.paging import Turn, paging
 from turnout.solve.pipeline import PipelineTimes, pipeline
 from turnout.solve.replacement import Faults, belady, belady_states, follow, lru, marking, prefix_optima
+from turnout.solve.scaling import ScalingLaw, fit_scaling
 from turnout.solve.slowed_timeline import slowed_timeline
 from turnout.solve.solution import Solution
 from turnout.solve.surrogate import Surrogate, surrogate
@@ -18,6 +19,7 @@ __all__ = [
     "Faults",
     "PipelineTimes",
     "Program",
+    "ScalingLaw",
     "Solution",
     "Surrogate",
     "Timeline",
@@ -26,6 +28,7 @@ __all__ = [
     "belady",
     "belady_states",
     "chain",
+    "fit_scaling",
     "follow",
     "kept_bound",
     "list_schedule",

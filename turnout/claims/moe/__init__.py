@@ -14,6 +14,7 @@ from turnout.claims.moe.prototypes import prototypes
 from turnout.claims.moe.rectify import rectify
 from turnout.claims.moe.recurrent_router import recurrent_router
 from turnout.claims.moe.remoe import remoe
+from turnout.claims.moe.routed_laws import routed_laws
 from turnout.claims.moe.sinkhorn_plan import sinkhorn_plan
 from turnout.claims.moe.skill_net import skill_net
 from turnout.claims.moe.sparse_plan import sparse_plan
@@ -38,6 +39,7 @@ __all__ = [
     "rectify",
     "recurrent_router",
     "remoe",
+    "routed_laws",
     "sinkhorn_plan",
     "skill_net",
     "sparse_plan",
