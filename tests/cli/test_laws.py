@@ -34,7 +34,11 @@ def test_a_page_and_json(table, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)["values"]
     assert said["law"] == "bilinear" and said["numbers"]["most"] is None and len(said["points"]) == 18
     page = (out / "laws.html").read_text()
-    assert "a bilinear scaling law" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert (
+        "a bilinear scaling law" in page
+        and "http://" not in page.replace("http://www.w3.org", "")
+        and "https://" not in page
+    )
     assert json.loads((out / "laws.json").read_text())["values"]["numbers"] == said["numbers"]
 
 

@@ -36,6 +36,7 @@ COMMANDS = (
     "parity",
     "place",
     "cache",
+    "compare",
     "laws",
     "plan",
     "verify",
@@ -65,6 +66,7 @@ a job each:
   turnout place trace --devices 8 --out placement.json
                                                  which device holds which expert, from a recorded trace
   turnout cache trace                            which policy a cache of experts should have, from a recorded trace
+  turnout compare TopK LossFree ReMoE            routers on the same seeds, and which differences are real
   turnout laws runs/*                            what experts are worth in parameters, from runs
   turnout methods upcycle                        what a method does, whose paper it is, what was seen of it
   turnout verify loss_free                       see a published result reproduced
