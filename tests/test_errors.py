@@ -46,3 +46,8 @@ def test_the_nearest_name_is_offered_and_all_are_listed():
     assert "Did you mean 'tiny'?" in str(error) and "Available: demo, tiny." in str(error)
     assert "Did you mean" not in str(nearest("zzz", ["tiny", "demo"], kind="recipe", where="x"))
     assert str(nearest("a", [], kind="recipe", where="x"))
+
+
+def test_the_same_name_in_other_letters_is_offered_first():
+    for name in ("topk", "TOPK", "topK"):
+        assert "Did you mean 'TopK'?" in str(nearest(name, ["TopP", "TopK", "Top"], kind="router", where="here"))

@@ -66,7 +66,7 @@ def test_run_json_there_and_back(name, tmp_path):
         ("top_k=9", UsageError, "num_experts=8"),
         ("heads=5", UsageError, "heads"),
         ("schedule=cosinus", UsageError, "cosine"),
-        ("router=TopJ", UnknownNameError, "Did you mean 'TopK'?"),
+        ("router=topk", UnknownNameError, "Did you mean 'TopK'?"),
         ("model.moe.widht=3", UnknownNameError, "model.moe"),
         ('mla={"kv_rank": 8}', UsageError, "add rope_dim, nope_dim, v_dim"),
         ("lr=Infinity", UsageError, "finite"),
