@@ -115,6 +115,8 @@ def nearest(name: str, names: Iterable[str], *, kind: str, where: str) -> Unknow
     Source: none; the same in other letters, or difflib's closest match. It is offered, never taken.
     """
     known = sorted(names)
-    close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(
+        name, known, n=1, cutoff=0.5
+    )
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UnknownNameError(f"unknown {kind} {name!r} in {where}.{hint} Available: {', '.join(known)}.")

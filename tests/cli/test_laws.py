@@ -67,3 +67,9 @@ def test_outside_with_its_distance(table, capsys):
 def test_a_table_that_is_not_there(tmp_path, capsys):
     assert main(["laws", "--table", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_a_file_is_refused_before_anything(table, capsys):
+    for command in (["laws", "--table", str(table)], ["compare", "TopK", "Hash"]):
+        assert main([*command, "--out", str(table)]) == 2
+        assert f"--out must be a folder in turnout {command[0]}" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turnout.cli.early import check_there, check_writable
+from turnout.cli.early import check_folder, check_there, check_writable
 from turnout.cli.experts import POLICIES
 from turnout.errors import UsageError, word
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_there("--model", [arguments.model], _WHERE)
     check_writable(_WHERE, save=arguments.save)
     _check_numbers(arguments)
-    _check_folder(arguments.out)
+    check_folder(arguments.out, _WHERE)
     slots = [] if arguments.slots is None else [_whole(part) for part in arguments.slots.split(",")]
     asked = (arguments.policy or ",".join(POLICIES)).replace("-", "_").split(",")
     names = dict.fromkeys(name.strip() for name in asked)
@@ -118,14 +118,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         if got is not None and not least <= got < (1 << 64):
             fix = "leave it out for the default"
             raise UsageError(word(f"--{flag.replace('_', '-')}", got=got, allowed=words, where=_WHERE, fix=fix))
-
-
-def _check_folder(out: str | None) -> None:
-    """Refuses what is, or lies below, a file."""
-    path = Path(out or ".").absolute()
-    if not (above := next(each for each in (path, *path.parents) if each.exists())).is_dir():
-        got, fix = f"{out}, and {above} is a file", "choose another path"
-        raise UsageError(word("--out", got=got, allowed="be a folder", where=_WHERE, fix=fix))
 
 
 def _whole(text: str) -> int:

@@ -6,7 +6,7 @@ on. Without names the default set is compared, about twenty routers and a dense 
 examples:
   turnout compare                                the default set: an hour on two cores
   turnout compare TopK LossFree ReMoE --out runs/three
-  turnout compare TopK wide:top_k=4;moe.hidden=64 --seeds 0,1,2,3
+  turnout compare TopK 'wide:top_k=4;moe.hidden=64' --seeds 0,1,2,3
                                                  an arm of your own: a name, and fields of the recipe
   turnout compare TopK Switch --steps 400 --data docs --set width=128
   turnout compare TopK my_router:router=Mine --against TopK --jobs 2
@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turnout.cli.early import check_data, check_writable
+from turnout.cli.early import check_data, check_folder
 from turnout.errors import UsageError, nearest, word
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains what is not there yet, prints the table and writes the page."""
     check_data(arguments.data, _WHERE)
-    check_writable(_WHERE, out=arguments.out)
+    check_folder(arguments.out, _WHERE)
     seeds = [_whole(part) for part in arguments.seeds.split(",")]
     if arguments.jobs < 1:
         raise UsageError(word("--jobs", got=arguments.jobs, allowed="be at least 1", where=_WHERE, fix="pass --jobs 2"))

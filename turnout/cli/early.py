@@ -7,7 +7,7 @@ from pathlib import Path
 from turnout.errors import UsageError, word
 from turnout.hub import is_hub_id, located, offline
 
-__all__ = ["check_data", "check_seed", "check_there", "check_writable"]
+__all__ = ["check_data", "check_folder", "check_seed", "check_there", "check_writable"]
 
 
 def check_there(what: str, paths: Iterable[str | None], where: str, *, hub: bool = False) -> None:
@@ -92,6 +92,14 @@ def check_writable(where: str, **paths: str | None) -> None:
         if got:
             raise UsageError(word(f"--{name}", got=got, allowed="be a file of its own", where=where, fix=fix))
         seen[path.absolute()] = name
+
+
+def check_folder(out: str | None, where: str) -> None:
+    """Refuses a folder to write that is, or lies below, a file."""
+    path = Path(out or ".").absolute()
+    if not (above := next(each for each in (path, *path.parents) if each.exists())).is_dir():
+        got, fix = f"{out}, and {above} is a file", "choose another path"
+        raise UsageError(word("--out", got=got, allowed="be a folder", where=where, fix=fix))
 
 
 def check_data(texts: Iterable[str], where: str) -> None:

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turnout.cli.early import check_there
+from turnout.cli.early import check_folder, check_there
 from turnout.errors import UsageError, word
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(word("RUN and --table", got=got, allowed="be one of the two", where=_WHERE, fix=fix))
     check_there("RUN", arguments.runs, _WHERE)
     check_there("--table", [arguments.table], _WHERE)
+    check_folder(arguments.out, _WHERE)
     asked = [_pair(text) for text in arguments.ask]
     if arguments.draws < 0 or not 0 <= arguments.seed < 1 << 63:
         got, fix = f"{arguments.draws} and {arguments.seed}", "leave them out"

@@ -8,6 +8,7 @@ from turnout.measure.certificate import Certificate, weights_digest
 from turnout.measure.certify import certify
 from turnout.measure.cost import count_flops, count_params
 from turnout.measure.crowd import crowd_load
+from turnout.measure.differences import Difference, paired_differences
 from turnout.measure.evaluate import Evaluation, bits_per_byte
 from turnout.measure.hardware import hardware
 from turnout.measure.isolation import Finding, Isolation, audit
@@ -20,10 +21,12 @@ from turnout.measure.scaling import ScalingPoint, points_of_runs, points_of_tabl
 from turnout.measure.sharpness import layers_of, sharpness
 from turnout.measure.simulate import calibrated, simulate
 from turnout.measure.simulate_block import BlockTimes, simulate_block
+from turnout.measure.specialisation import layer_affinity, routing_kept, specialisation
 
 __all__ = [
     "BlockTimes",
     "Certificate",
+    "Difference",
     "Evaluation",
     "Finding",
     "Isolation",
@@ -46,10 +49,12 @@ __all__ = [
     "fit_block_costs",
     "fit_slowed",
     "hardware",
+    "layer_affinity",
     "layers_of",
     "load_report",
     "markdown",
     "max_vio",
+    "paired_differences",
     "placement_report",
     "points_of_runs",
     "points_of_table",
@@ -57,9 +62,11 @@ __all__ = [
     "read_run",
     "results_rows",
     "results_table",
+    "routing_kept",
     "sharpness",
     "simulate",
     "simulate_block",
+    "specialisation",
     "weights_digest",
 ]
 

@@ -80,7 +80,11 @@ def _equal(run: RunData) -> dict[str, Any]:
 
 def _point(run: RunData, folder: Path, by: By) -> ScalingPoint:
     bits, cost = run.result.get("bits_per_byte"), run.cost
-    if not isinstance(bits, int | float) or not math.isfinite(bits) or not cost.params_active:
+    if (
+        not isinstance(bits, int | float)
+        or not math.isfinite(bits)
+        or not (cost.params and cost.params_active and cost.flops)
+    ):
         got, fix = f"{folder}, which has no result", "let it end: turnout train --resume --out " + str(folder)
         raise DataError(word("RUNS", got=got, allowed="be finished runs", where=_WHERE, fix=fix))
     model: Mapping[str, Any] = run.config["model"]

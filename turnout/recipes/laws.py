@@ -44,7 +44,7 @@ def law_of(
     rows = [(one.params, one.experts, one.loss) for one in points]
     columns = [[row[number] for row in rows] for number in range(3)]
     found = fit_scaling(*columns, law=law, draws=draws, seed=seed)
-    simpler = [other for other in ("bilinear", "separable") if other != law and law != "separable"]
+    simpler: dict[Law, tuple[Law, ...]] = {"saturating": ("bilinear", "separable"), "bilinear": ("separable",)}
     return Report(
         "laws",
         {
@@ -53,7 +53,9 @@ def law_of(
             "interval": {name: [_finite(end) for end in ends] for name, ends in found.interval.items()},
             "cutoff": _finite(found.cutoff),
             "rmse": found.rmse,
-            "rmse_of": {other: fit_scaling(*columns, law=other, draws=0, seed=seed).rmse for other in simpler},
+            "rmse_of": {
+                other: fit_scaling(*columns, law=other, draws=0, seed=seed).rmse for other in simpler.get(law, ())
+            },
             "points": [_row(found, one) for one in points],
             "asked": [_asked(found, *one, extrapolate=extrapolate) for one in ask],
         },
@@ -63,7 +65,7 @@ def law_of(
 
 def _row(found: ScalingLaw, one: ScalingPoint) -> dict[str, object]:
     said = found.loss(one.params, one.experts, extrapolate=True)
-    return dataclasses.asdict(one) | {"said": said, "effective": _effective(found, one.params, one.experts)}
+    return {**dataclasses.asdict(one), "said": said, "effective": _effective(found, one.params, one.experts)}
 
 
 def _asked(found: ScalingLaw, params: float, experts: float, *, extrapolate: bool) -> dict[str, object]:

@@ -190,7 +190,8 @@ def _law(law: Law, best_6: np.ndarray, rows: Sequence[np.ndarray], drawn: Sequen
                 f"{name} is hardly known: {spread[name][0]:.3g} to {spread[name][1]:.3g} in 95 % of the draws."
             )
     point_M2 = np.log10(np.stack(rows[:2], 1))
-    return ScalingLaw(law, *map(float, found), _rmse(best_6, rows), point_M2, spread, tuple(notes))
+    a, b, c, d, start, most = map(float, found)
+    return ScalingLaw(law, a, b, c, d, start, most, _rmse(best_6, rows), point_M2, spread, tuple(notes))
 
 
 def _free(law: Law) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from turnout.layers import MoE
 from turnout.models import LM
 from turnout.reshape import upcycle
 
-_EXPERTS, _DEVICES, _STEPS = 8, 4, 100
+_EXPERTS, _DEVICES, _STEPS = 8, 4, 60
 
 
 def rectify() -> Claim:
