@@ -17,7 +17,7 @@ from tables import cases
 SMALL = cases("cli/test_commands.py").SMALL
 # What looks at files, or at nothing.
 # Parity is of processes on the CPU; plan and place compute with numbers alone.
-WITHOUT = {"bench-serve", "cache", "report", "methods", "doctor", "parity", "place", "plan"}
+WITHOUT = {"bench-serve", "cache", "report", "methods", "doctor", "parity", "place", "plan", "laws"}
 CUDA = ("--device", "cuda")
 
 

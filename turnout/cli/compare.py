@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turnout.cli.device import add_device
 from turnout.cli.early import check_data, check_folder
 from turnout.errors import UsageError, nearest, word
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="ARM", help="what the others are compared with (default: TopK, or the first)"
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at once, one thread each (default 2)")
+    add_device(parser)
     parser.add_argument("--out", default="runs/compare", metavar="FOLDER", help="runs and page (default runs/compare)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -92,7 +94,7 @@ def _base(arguments: argparse.Namespace) -> "Run":
     short = [f"steps={steps}", f"warmup={max(1, steps // 10)}", f"eval_every={max(1, steps)}", "eval_tokens=8192"]
     if not arguments.data:
         short += ["seq=128", "batch=16", "limit_mb=2"]
-    return base.override([*short, *arguments.set])
+    return base.override([*short, f"train.device={arguments.device}", *arguments.set])
 
 
 def _note(text: str) -> None:
