@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from turnout.errors import DataError, UnknownNameError, nearest, word
+from turnout.expects import expects
 
 __all__ = ["Difference", "paired_differences"]
 
@@ -42,6 +43,7 @@ class Difference:
         return self.p_value < 0.05
 
 
+@expects(values=Mapping)
 def paired_differences(
     values: Mapping[str, Sequence[float]], *, against: str, confidence: float = 0.95
 ) -> tuple[Difference, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from turnout.errors import DataError, word
+from turnout.expects import PATH, expects, several
 from turnout.measure.runs import RunData, read_run
 
 __all__ = ["ScalingPoint", "points_of_runs", "points_of_table"]
@@ -45,6 +46,7 @@ class ScalingPoint:
     loss: float
 
 
+@expects(folders=several(str, Path))
 def points_of_runs(folders: Iterable[str | Path], *, by: By = "experts") -> list[ScalingPoint]:
     """The point of each finished run.
 
@@ -58,7 +60,14 @@ def points_of_runs(folders: Iterable[str | Path], *, by: By = "experts") -> list
         DataError: a run that is not finished, by experts one whose tokens meet several, or runs of other numbers of
             tokens or other text than the first one.
 
-    >>> points_of_runs(["runs/dense", "runs/moe"])  # doctest: +SKIP
+    >>> import json, tempfile
+    >>> folder, sizes = Path(tempfile.mkdtemp()), {"vocab_size": 10, "width": 8, "max_seq": 4}
+    >>> body = {"recipe": "tiny", "model": sizes, "train": {"steps": 2, "batch": 1, "seq": 4}}
+    >>> _ = (folder / "run.json").write_text(json.dumps(body))
+    >>> cost = {"params": 1080, "params_active": 1080, "flops": 3e3}
+    >>> _ = (folder / "result.json").write_text(json.dumps({"bits_per_byte": 2.5, "cost": cost}))
+    >>> [(point.params, point.experts) for point in points_of_runs([folder])]
+    [(1000, 1.0)]
 
     Source: Clark et al., 2022, "Unified Scaling Laws for Routed Language Models", sections 3 and 5.3.
     """
@@ -106,6 +115,7 @@ def _embedding(model: Mapping[str, Any]) -> int:
     return rows * int(model["width"])
 
 
+@expects(path=PATH)
 def points_of_table(path: str | Path) -> list[ScalingPoint]:
     r"""The points of a CSV, also gzipped, one a line: ``params``, ``experts`` and ``loss``.
 

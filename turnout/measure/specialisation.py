@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, word
+from turnout.expects import expects, several
 from turnout.types import Routing
 
 __all__ = ["layer_affinity", "routing_kept", "specialisation"]
@@ -14,6 +15,7 @@ __all__ = ["layer_affinity", "routing_kept", "specialisation"]
 _ROOM = "turnout.measure"
 
 
+@expects(load_by_domain=Mapping)
 def specialisation(load_by_domain: Mapping[str, Sequence[Sequence[float]]]) -> float:
     """How much of what domain a token is from its expert tells, from 0 (nothing) to 1 (all); the mean of the layers.
 
@@ -43,6 +45,7 @@ def specialisation(load_by_domain: Mapping[str, Sequence[Sequence[float]]]) -> f
     return float(torch.stack(found).mean())
 
 
+@expects(routings=several(Routing))
 def layer_affinity(routings: Sequence[Routing]) -> float:
     """How much of a token's expert the layer before tells, from 0 to 1; the mean over neighbouring layers.
 
@@ -77,6 +80,7 @@ def layer_affinity(routings: Sequence[Routing]) -> float:
     return sum(found) / len(found)
 
 
+@expects(before=several(Routing))
 def routing_kept(before: Sequence[Routing], after: Sequence[Routing]) -> float:
     """How much of a token's experts two states of a model share, from 0 to 1: |A and B| / |A or B|, all layers' mean.
 
