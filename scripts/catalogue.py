@@ -92,7 +92,7 @@ def traits(node: ast.ClassDef, module: Module, table: Mapping[str, Module]) -> d
         return {}
     pattern, _, cost = " ".join(text.split()).removesuffix(".").partition("; ")
     body = list(_members(node, module, table))
-    marks = {name: value for name, value in body if value is not None}
+    marks = {name: value for name, value in reversed(body) if value is not None}  # a class's own before its bases'
     leaks = {"True": "all tokens of the call", "'training'": "all tokens of the call, in training"}
     sees = leaks.get(marks.get("sees_later_tokens", ""), "the token alone")
     if cost == "none":

@@ -12,6 +12,12 @@ from turnout.models import Cache
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_seed_is_all_that_a_model_starts_from(name):
+    one, two = network(name, seed=3).state_dict(), network(name, seed=3).state_dict()
+    assert [key for key, value in one.items() if not torch.equal(value, two[key])] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_trains_and_its_state_is_all_there(name):
     lm = network(name).train()
     with told(name):

@@ -10,7 +10,7 @@ from turnout.errors import UnknownNameError, UsageError
 from turnout.models import LM
 from turnout.recipes import study as studied
 from turnout.recipes.study import DEFAULT_ARMS, arm_of, study
-from turnout.recipes.tiny import tiny
+from turnout.recipes.tiny import tiny, tiny_dense
 
 SMALL = [
     *("width=16", "layers=2", "heads=2", "kv_heads=null", "hidden=24", "vocab_size=300", "max_seq=32"),
@@ -41,6 +41,8 @@ def test_arms_of_ones_own_and_wrong_ones():
     assert studied._run_of(base, wide, 0).model.moe.top_k == 4
     with pytest.raises(UnknownNameError, match="ReMoE"):
         arm_of("ReMoe2", base)
+    with pytest.raises(UsageError, match="--recipe must have experts"):
+        arm_of("TopK", tiny_dense())
     with pytest.raises(UsageError, match="plain name"):
         arm_of("../up:top_k=1", base)
 

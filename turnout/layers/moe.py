@@ -107,7 +107,10 @@ class MoE(Called):
                     fix="pass shared_hidden, or shared_gate=False",
                 )
             )
-        free = None if zero_computation is None else ZeroComputation(width, std=std, **_KINDS | dict(zero_computation))  # pyrefly: ignore[bad-argument-type]
+        free = None
+        if zero_computation is not None:
+            kinds: dict[str, Any] = _KINDS | dict(zero_computation)
+            free = ZeroComputation(width, **kinds, std=std, generator=generator)
         _fits(router, width, num_experts + (0 if free is None else free.num_experts))
         self.router, self.backend = router, backend
         held = num_experts if distinct is None else distinct

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 from turnout.errors import DataError, UnknownNameError, nearest, word
 from turnout.expects import expects
@@ -93,7 +93,7 @@ def paired_differences(
     base = table_AS[list(values).index(against)]
     others = [name for name in values if name != against]
     mean_O = np.array([(table_AS[list(values).index(name)] - base).mean() for name in others])
-    half = error * float(student.ppf((1 + confidence) / 2, freedom))
+    half = error * float(stdtrit(freedom, (1 + confidence) / 2))
     raw_O = np.array([_chance(float(mean), error, freedom) for mean in mean_O])
     holm_O = _holm(raw_O)
     return tuple(
@@ -105,7 +105,7 @@ def paired_differences(
 def _chance(mean: float, error: float, freedom: int) -> float:
     if error == 0:
         return 1.0 if mean == 0 else 0.0
-    return 2 * float(student.sf(abs(mean) / error, freedom))
+    return 2 * float(stdtr(freedom, -abs(mean) / error))
 
 
 def _holm(raw_O: np.ndarray) -> np.ndarray:

@@ -157,7 +157,9 @@ class MoEConfig:
             self._check_per_layer(self.per_layer)
         if self.zero_computation is not None:
             kinds = ("constant", "copy", "zero")
-            if not set(self.zero_computation) <= set(kinds) or self.free < 1 or min(self.zero_computation.values()) < 0:
+            counts = self.zero_computation.values()
+            whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+            if not set(self.zero_computation) <= set(kinds) or not whole or self.free < 1:
                 refuse("zero_computation", dict(self.zero_computation), f"name whole numbers of {kinds}", "MoEConfig",
                        'zero_computation={"constant": 2, "copy": 1, "zero": 1}')  # fmt: skip
             others = (self.distinct, self.factored, self.per_layer)

@@ -69,23 +69,13 @@ def _row(found: ScalingLaw, one: ScalingPoint) -> dict[str, object]:
 
 
 def _asked(found: ScalingLaw, params: float, experts: float, *, extrapolate: bool) -> dict[str, object]:
-    try:
-        said = found.loss(params, experts, extrapolate=extrapolate)
-    except UsageError as error:
-        far = found.outside(params, experts)
-        if not far:
-            raise
+    far = found.outside(params, experts)
+    if far and not extrapolate:
         got, fix = f"{params:g},{experts:g}, {far:.2f} decades outside", "pass --extrapolate to see it all the same"
         allowed = "be between the models that the law is fitted to"
-        raise UsageError(word("--ask", got=got, allowed=allowed, where="turnout laws", fix=fix)) from error
-    outside = found.outside(params, experts)
-    return {
-        "params": params,
-        "experts": experts,
-        "said": said,
-        "effective": _effective(found, params, experts),
-        "outside": outside,
-    }
+        raise UsageError(word("--ask", got=got, allowed=allowed, where="turnout laws", fix=fix))
+    said, size = found.loss(params, experts, extrapolate=True), _effective(found, params, experts)
+    return {"params": params, "experts": experts, "said": said, "effective": size, "outside": far}
 
 
 def _effective(found: ScalingLaw, params: float, experts: float) -> float | None:

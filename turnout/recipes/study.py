@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import multiprocessing
 import statistics
@@ -18,7 +17,7 @@ from turnout.errors import Interrupted, UsageError, nearest, word
 from turnout.measure import hardware, read_run
 from turnout.measure.differences import paired_differences
 from turnout.measure.specialisation import layer_affinity, routing_kept, specialisation
-from turnout.models import LM, checkpoint
+from turnout.models import LM, MoEConfig, checkpoint
 from turnout.recipes.execute import execute, tokens_for
 from turnout.recipes.run import Run
 from turnout.storage import write_whole
@@ -104,8 +103,7 @@ def arm_of(text: str, base: Run) -> Arm:
             fix = "write such as wide:top_k=4;moe.hidden=64"
             raise UsageError(word("ARM", got=repr(text), allowed="begin with a plain name", where=_WHERE, fix=fix))
         return Arm(name, tuple(part.strip() for part in more.split(";") if part.strip()))
-    moe = base.model.moe
-    assert moe is not None, "study checks it"
+    moe = _experts(base)
     if name == "dense":
         return Arm(name, (_DENSE, f"model.hidden={moe.top_k * moe.hidden + -(-moe.num_experts // 3)}"))
     if name not in token.__all__:
@@ -167,9 +165,7 @@ def study(
 
 def _checked(base: Run, arms: Sequence[Arm], seeds: Sequence[int], against: str | None) -> str:
     names = [arm.name for arm in arms]
-    if base.model.moe is None:
-        got, fix = base.recipe, "name a recipe with experts: tiny"
-        raise UsageError(word("--recipe", got=got, allowed="have experts", where=_WHERE, fix=fix))
+    _experts(base)
     if len(set(names)) != len(names) or len(names) < 2:
         got, fix = ", ".join(names) or "none", "name two or more, each once; wide:top_k=4 gives one another name"
         raise UsageError(word("ARM", got=got, allowed="be two or more different ones", where=_WHERE, fix=fix))
@@ -180,6 +176,13 @@ def _checked(base: Run, arms: Sequence[Arm], seeds: Sequence[int], against: str 
     if against not in names:
         raise nearest(against, names, kind="arm", where=f"{_WHERE} --against")
     return against
+
+
+def _experts(base: Run) -> MoEConfig:
+    if base.model.moe is None:
+        got, fix = base.recipe, "name a recipe with experts: tiny"
+        raise UsageError(word("--recipe", got=got, allowed="have experts", where=_WHERE, fix=fix))
+    return base.model.moe
 
 
 def _run_of(base: Run, arm: Arm, seed: int) -> Run:
@@ -298,7 +301,7 @@ def _row(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _notes(arms: Sequence[Arm], differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    seen = {arm.name: getattr(_kind(arm.name), "sees_later_tokens", False) for arm in arms}
+    seen = {arm.name: getattr(getattr(token, arm.name, None), "sees_later_tokens", False) for arm in arms}
     if leaks := [name for name, sees in seen.items() if sees is True]:
         yield f"{', '.join(leaks)}: later tokens have a say in evaluation too; no text can be made by these bits."
     if half := [name for name, sees in seen.items() if sees == "training"]:
@@ -306,8 +309,3 @@ def _notes(arms: Sequence[Arm], differences: Sequence[Mapping[str, Any]]) -> Ite
     real = sum(bool(one["is_real"]) for one in differences)
     how = "Holm, 5 %; the noise is taken to be one for all"
     yield f"{real} of {len(differences)} differences in bits per byte are real ({how})."
-
-
-@functools.cache
-def _kind(name: str) -> Any:
-    return getattr(token, name, None)
